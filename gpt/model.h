@@ -1,0 +1,86 @@
+// The one interface between a model, on whatever device, and everything that uses it: the training
+// loop, checkpoints, sampling and diagnostics. train_gpt.cpp implements it on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "gpt/config.h"
+#include "gpt/params.h"
+
+namespace lns {
+
+// Adam with decoupled weight decay (arXiv 1711.05101), on matrices only.
+struct AdamW {
+    double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
+    int64_t step = 1;      // counts from 1, for the bias correction
+    double grad_scale = 1; // multiplies every gradient first: clipping
+};
+
+enum class Buffer { parameters, gradients, moment1, moment2 };
+
+struct Model {
+    Config config;
+    Registry registry;
+
+    explicit Model(const Config& c) : config(c), registry(make_registry(c)) {}
+    virtual ~Model() = default;
+
+    // "cpu", "cuda"; "float32", …
+    virtual std::string device() const = 0;
+    virtual std::string dtype() const = 0;
+
+    // Every parameter at its initial value, gradients and moments at 0.
+    virtual void initialize(uint64_t seed) = 0;
+
+    // The sum over targets ≥ 0 of −log p(target), natural logarithm; a target of −1 is ignored.
+    // inputs, targets: (B, T). Throws if B·T exceeds what the model was made for, T the positions,
+    // or a token the vocabulary.
+    virtual double loss(const int* inputs, const int* targets, int B, int T) = 0;
+
+    // The same, and adds loss_scale × the gradient of that sum to the gradients. For the gradient
+    // of the mean, loss_scale is 1 / (targets ≥ 0 of the whole step, over all its micro-batches).
+    virtual double loss_and_gradients(const int* inputs, const int* targets, int B, int T,
+                                      double loss_scale) = 0;
+
+    // logits (B, T, V), or (B, V) of the last position if last_only.
+    virtual void logits(const int* inputs, int B, int T, bool last_only, float* out) = 0;
+
+    virtual void zero_gradients() = 0;
+    virtual double gradient_norm() = 0; // ‖all gradients‖₂
+    virtual void update(const AdamW& optimizer) = 0;
+
+    // One parameter's values, gradient or moments as float32, in memory's layout (not the file's).
+    virtual void read(Buffer buffer, const Param& param, float* out) = 0;
+    virtual void write(Buffer buffer, const Param& param, const float* values) = 0;
+
+    // The flat gradient buffer (registry.size), on the host, if ranks can reduce it in place;
+    // else null.
+    virtual float* host_gradients() { return nullptr; }
+
+    // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after
+    // each layer, L + 1 numbers.
+    virtual std::vector<double> residual_variance() = 0;
+
+    // The first tensor, in the order of computation, that has a value that is not finite: of the
+    // parameters, then of the last pass's activations, then of the gradients from the head down.
+    // "" if there is none.
+    virtual std::string first_nonfinite() = 0;
+
+    // Bytes that this model holds: parameters, gradients, optimizer, activations.
+    virtual int64_t bytes() const = 0;
+};
+
+// What a model will hold, without making it, for micro-batches of (B, T).
+struct MemoryPlan {
+    int64_t parameters = 0, gradients = 0, optimizer = 0, activations = 0;
+    int64_t total() const { return parameters + gradients + optimizer + activations; }
+};
+
+// Made for micro-batches of at most B·T tokens. `training` false: no gradients and moments.
+std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T, bool training);
+MemoryPlan plan_cpu_memory(const Config& config, int B, int T, bool training);
+
+} // namespace lns
