@@ -1,0 +1,93 @@
+// Token shards: the files of llm.c, read and written as they are.
+//
+// 256 little-endian int32, then the tokens to the end of the file:
+//   word 0, 1   20240520, 1: uint16 tokens.  20240801, 7: uint32 tokens.
+//   word 2      number of tokens (so a file holds fewer than 2^31)
+//   words 3 ..  0 in llm.c's files. Ours say which tokenizer made the tokens:
+//   word 3      the tag "LNS1"
+//   word 4, 5   vocabulary size; id of end-of-text, or -1
+//   word 6, 7   fingerprint of the tokenizer, low word first
+//   word 8-15   its kind, up to 31 characters and a 0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lns {
+
+// Which tokenizer made a text's tokens. vocab_size 0: not known (a file that we did not write).
+struct TokenizerId {
+    std::string kind; // bytes, gpt2, sentencepiece
+    int vocab_size = 0;
+    int eot = -1; // id of end-of-text, -1: has none
+    uint64_t fingerprint = 0;
+    bool operator==(const TokenizerId&) const = default;
+};
+
+// One file, mapped and validated: it exists, its magic and version are known and its length is
+// what the header says. Tokens are only checked by check_tokens.
+struct Shard {
+    explicit Shard(const std::string& path);
+    Shard(Shard&& other) noexcept;
+    Shard(const Shard&) = delete;
+    Shard& operator=(const Shard&) = delete;
+    Shard& operator=(Shard&&) = delete;
+    ~Shard();
+
+    std::string path;
+    uint64_t tokens = 0;
+    int token_bytes = 2; // 2 or 4
+    TokenizerId id;
+
+    // Tokens pos .. pos+n-1 to out (written). Throws if they are not all in the file.
+    void read(uint64_t pos, size_t n, int* out) const;
+    // Throws if any token of the file is not below vocab.
+    void check_tokens(int vocab) const;
+    // Throws that token number pos, found in this file, is not below vocab.
+    [[noreturn]] void bad_token(uint64_t pos, uint32_t token, int vocab) const;
+
+  private:
+    const unsigned char* map = nullptr;
+    size_t mapped = 0;
+};
+
+// Writes one file under path + ".tmp", which becomes path only when it is whole and on the disk.
+// Without publish (an error, an exception) nothing is left. uint16 tokens if the vocabulary has at
+// most 65,536 or is not known, else uint32.
+struct ShardWriter {
+    ShardWriter(const std::string& path, const TokenizerId& id);
+    ShardWriter(const ShardWriter&) = delete;
+    ShardWriter& operator=(const ShardWriter&) = delete;
+    ~ShardWriter();
+
+    void write(const int* tokens, size_t n);
+    void finish();  // writes the header and syncs; the file still has its temporary name
+    void publish(); // renames it to path
+    void close() {
+        finish();
+        publish();
+    }
+
+    std::string path;
+    uint64_t tokens = 0; // written so far
+
+  private:
+    void flush();
+    [[noreturn]] void write_failed(int error);
+    TokenizerId id;
+    std::string temporary;
+    std::vector<unsigned char> buffer;
+    int file = -1;
+    int token_bytes = 2;
+    bool finished = false, published = false;
+};
+
+// The most tokens that the header's int32 can count.
+constexpr uint64_t max_shard_tokens = INT32_MAX;
+
+// The files that match a shell pattern, sorted. No match is an error.
+std::vector<std::string> glob_paths(const std::string& pattern);
+
+} // namespace lns
