@@ -1,0 +1,183 @@
+# Builds the trainer, its tests and the data tools; `make help` lists what there is.
+# What the machine has is found by dev/probe.in; what it lacks only removes a feature.
+# Objects live in a folder named after compiler, flags and CPU, so variants never mix and an
+# option may be switched at any time.
+
+# Options: make OPTION=value
+CXX      := $(if $(filter default,$(origin CXX)),g++,$(CXX))
+MARCH    ?= native#     what -march says; empty for none
+SANITIZE ?= 0#          1: address and undefined-behaviour sanitizers
+OPENMP   ?= 1#          0 leaves the feature out even where it is found
+ONEDNN   ?= 1
+MPI      ?= 1
+CUDA     ?= 1
+WERROR   ?= 1#          0: a warning of a compiler newer than ours does not stop the build
+BUILD    ?= build
+V        ?= 0#          1: print whole commands
+
+.DEFAULT_GOAL := train_gpt
+.DELETE_ON_ERROR:
+.PHONY: deps test test-binaries format check-format clean help FORCE
+MAKEFLAGS += --no-builtin-rules
+ifeq ($(MAKELEVEL)$(findstring -j,$(MAKEFLAGS)),0)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
+endif
+
+ifneq ($(filter deps,$(MAKECMDGOALS)),)
+# `make deps train_gpt`: the other goals start afresh, once what they need has been installed.
+others := $(filter-out deps,$(MAKECMDGOALS))
+.PHONY: $(others) after-deps
+deps:
+	@dev/deps.sh
+after-deps: deps
+	@+$(MAKE) --no-print-directory $(others)
+$(others): after-deps
+	@:
+else ifneq ($(filter-out help clean format check-format,$(or $(MAKECMDGOALS),all)),)
+
+# What this machine has. `$(call found,ONEDNN)` is a version, or empty.
+pkg = $(shell pkg-config $1 2>/dev/null)
+yes = $(filter-out 0 no,$(strip $1))
+word_of = $(patsubst $1=%,%,$(filter $1=%,$(probe)))
+cpu := $(addprefix -march=,$(strip $(MARCH)))
+cpu := $(if $(cpu),$(shell $(CXX) $(cpu) -E -x c++ /dev/null >/dev/null 2>&1 && echo $(cpu)))
+openmp := $(if $(call yes,$(OPENMP)),-fopenmp)
+mpi_cflags := $(if $(call yes,$(MPI)),$(shell mpicc -showme:compile 2>/dev/null || \
+    pkg-config --cflags ompi-c 2>/dev/null || pkg-config --cflags mpich 2>/dev/null))
+mpi_libs := $(if $(call yes,$(MPI)),$(shell mpicc -showme:link 2>/dev/null || \
+    pkg-config --libs ompi-c 2>/dev/null || pkg-config --libs mpich 2>/dev/null))
+probe := $(shell $(CXX) -std=c++20 $(CPPFLAGS) $(openmp) $(mpi_cflags) -E -P -x c++ dev/probe.in \
+    2>/dev/null | sed -n 's/^found \([A-Z0-9]*\) /\1=/; T; s/[ "]//g; p')
+found = $(if $(call yes,$(or $($1),1)),$(call word_of,$1))
+nvcc := $(if $(call yes,$(CUDA)),$(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc)))
+cuda := $(if $(nvcc),$(shell $(nvcc) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'))
+cuda_source := $(if $(cuda),$(wildcard train_gpt.cu))
+
+# Compiler and linker
+warnings := -Wall -Wextra $(if $(call yes,$(WERROR)),-Werror)
+# g++ 12 and 13 warn wrongly about overlapping copies in std::string (GCC bug 105651).
+warnings += $(if $(findstring clang,$(shell $(CXX) --version 2>/dev/null)),,-Wno-restrict)
+ifneq ($(call yes,$(SANITIZE)),)
+optimize := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+warnings += -Wno-maybe-uninitialized
+else
+optimize := -O3 -fno-math-errno -fno-trapping-math
+endif
+test_optimize := $(filter-out -O3,$(optimize)) -O1
+flags := -std=c++20 $(cpu) $(warnings) $(openmp) -I. $(CPPFLAGS) $(CXXFLAGS)
+comma := ,
+libs := $(LDFLAGS) $(if $(filter Linux,$(shell uname)),-Wl$(comma)--as-needed) -lpthread
+ifneq ($(call found,ONEDNN),)
+flags += -DLNS_ONEDNN
+libs += -ldnnl
+endif
+ifneq ($(call found,MPI),)
+flags += -DLNS_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX $(addprefix -isystem ,$(patsubst -I%,%,$(filter -I%,$(mpi_cflags))))
+libs += $(mpi_libs)
+endif
+ifneq ($(call found,PCRE2),)
+flags += -DLNS_PCRE2 $(call pkg,--cflags libpcre2-8)
+libs += $(or $(call pkg,--libs libpcre2-8),-lpcre2-8)
+endif
+ifneq ($(call found,SENTENCEPIECE),)
+flags += -DLNS_SENTENCEPIECE
+libs += $(filter -L%,$(call pkg,--libs sentencepiece)) -lsentencepiece
+endif
+ifneq ($(cuda_source),)
+flags += -DLNS_CUDA
+libs += -L$(dir $(nvcc))../lib64 -lcudart -lcublasLt
+endif
+
+variant := $(if $(call yes,$(SANITIZE)),sanitize,release)-$(shell (echo $(CXX) $(flags) $(optimize) $(libs) $(probe); \
+    $(CXX) $(flags) $(optimize) -E -dM -x c++ /dev/null 2>/dev/null) | cksum | cut -d' ' -f1)
+O := $(BUILD)/$(variant)
+ifeq ($(call yes,$(V)),)
+say = @printf '  %-5s %s\n' $1 $2;
+endif
+
+# What there is to build
+objects = $(patsubst %.cpp,$O/%.o,$1)
+library := $(call objects,$(wildcard gpt/*.cpp))
+tests := $(call objects,$(wildcard dev/test/*_test.cpp))
+programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp))
+existing := $(foreach p,$(programs),$(if $(wildcard $p.cpp),$p))
+-include $(patsubst %.o,%.d,$(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing))))
+
+# The program itself is a hard link to the variant built last.
+.PHONY: $(programs)
+$(programs): %: $O/% FORCE
+	@[ $< -ef $@ ] || ln -f $< $@ 2>/dev/null || cp -f $< $@
+
+$(addprefix $O/,$(programs)): $O/%: $O/%.o $O/libgpt.a
+	$(call say,LINK,$*)$(CXX) $(optimize) $(flags) $^ -o $@ $(libs)
+$O/train_gpt $O/test_gpt: $(if $(cuda_source),$O/train_gpt.cu.o)
+$O/unit_tests: $(tests) $O/libgpt.a
+	$(call say,LINK,unit_tests)$(CXX) $(optimize) $(flags) $^ -o $@ -lgtest_main -lgtest $(libs)
+$O/libgpt.a: $(library)
+	@rm -f $@
+	$(call say,AR,libgpt.a)$(AR) crs $@ $^
+
+$O/%.o: %.cpp | $O/.found
+	@mkdir -p $(@D)
+	$(call say,CXX,$<)$(CXX) $(optimize) $(flags) -MMD -MP -c $< -o $@
+$O/test_gpt.o: optimize += -DTESTING
+$(tests): optimize := $(test_optimize)
+$O/train_gpt.cu.o: train_gpt.cu $(wildcard gpt/*.h) | $O/.found
+	$(call say,NVCC,$<)$(nvcc) -O3 -std=c++20 -arch=native -I. -DLNS_CUDA -c $< -o $@
+
+# What the build says of itself to the run record: gpt/build.cpp alone sees it, and it is only
+# touched when it changes.
+$O/gpt/build.o: flags += -I$O
+$O/gpt/build.o: $O/build_info.h
+features := {"OpenMP", "$(or $(call found,OPENMP),no)"}, {"oneDNN", "$(or $(call found,ONEDNN),no)"}, \
+    {"MPI", "$(or $(subst -, ,$(subst _, ,$(call found,MPI))),no)"}, {"PCRE2", "$(or $(call found,PCRE2),no)"}, \
+    {"SentencePiece", "$(if $(call found,SENTENCEPIECE),$(or $(call pkg,--modversion sentencepiece),yes),no)"}, \
+    {"CUDA", "$(if $(cuda_source),$(cuda),not built in)"}
+$O/build_info.h: FORCE | $O/.found
+	@{ echo '#define LNS_VERSION "'$$(git describe --always --dirty=+dirty --abbrev=10 2>/dev/null || echo unknown)'"'; \
+	echo '#define LNS_COMPILER "'$$($(CXX) --version | head -1)'"'; \
+	echo '#define LNS_FLAGS "'$(optimize) $(filter-out -I$O,$(flags))'"'; \
+	echo '#define LNS_FEATURES $(features)'; } > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+# Said once for each variant, before its first object.
+missing = $(if $(call found,$1),,echo '  without $2: $3';)
+$O/.found: | $(if $(call word_of,CLI11),$(if $(call word_of,JSON),,no-json),no-cli11)
+	@mkdir -p $O
+	@echo '$(variant): $(if $(cpu),$(cpu),generic CPU) · OpenMP $(or $(call found,OPENMP),no) · oneDNN $(or $(call found,ONEDNN),no) · MPI $(or $(subst -, ,$(subst _, ,$(call found,MPI))),no) · PCRE2 $(or $(call found,PCRE2),no) · SentencePiece $(or $(call found,SENTENCEPIECE),no) · CUDA $(if $(cuda),$(cuda) ($(nvcc)$(if $(cuda_source),,; not used yet)),no)'
+	@$(call missing,OPENMP,OpenMP,one thread only)\
+	$(call missing,ONEDNN,oneDNN,matrix products in plain loops$(comma) many times slower)\
+	$(call missing,MPI,MPI,one process only)\
+	$(call missing,PCRE2,PCRE2,no --tokenizer gpt2:DIR)\
+	$(call missing,SENTENCEPIECE,SentencePiece,no --tokenizer FILE.model)
+	@touch $@
+.PHONY: no-cli11 no-json no-gtest
+no-cli11 no-json no-gtest:
+	@command -v $(CXX) >/dev/null || { echo 'There is no C++ compiler $(CXX) here: run make deps.'; exit 1; }
+	@echo 'The library $(patsubst no-%,%,$(@:no-json=no-nlohmann-json)) is missing: run make deps.'; exit 1
+$(tests): | $(if $(call word_of,GTEST),,no-gtest)
+
+test: $(if $(call yes,$(SANITIZE)),,$(existing)) $O/unit_tests
+	@dev/run_tests.sh $O/unit_tests $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
+
+endif
+
+sources = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu')
+format:
+	clang-format -i $(sources)
+check-format:
+	clang-format --dry-run -Werror $(sources)
+clean:
+	rm -rf $(BUILD) train_gpt test_gpt data/tokenize data/stories
+
+help:
+	@echo 'make [train_gpt]     the trainer'
+	@echo 'make deps            install what is missing (apt; elsewhere, say what to install)'
+	@echo 'make test            build and run every test; make test_gpt builds the gradient checks alone'
+	@echo 'make data/tokenize   text to token shards'
+	@echo 'make data/stories    the generator of the embedded corpus'
+	@echo 'make format          clang-format in place; make check-format only looks'
+	@echo 'make clean           remove what was built'
+	@echo
+	@echo 'Options: SANITIZE=1 (address, undefined) · OPENMP=0 ONEDNN=0 MPI=0 CUDA=0 (leave out) ·'
+	@echo '         MARCH=native (or x86-64-v3, …) · CXX=clang++ · WERROR=0 · BUILD=build · V=1'

@@ -1,0 +1,23 @@
+// What this program was built from and on what it runs, for the banner and the run's record.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lns {
+
+struct BuildInfo {
+    std::string version;  // git commit, "+dirty" if the tree had changes; "unknown" outside git
+    std::string compiler; // first line of its --version
+    std::string flags;
+    std::vector<std::pair<std::string, std::string>> features; // {"oneDNN", "2.6.3"}, {"MPI", "no"}
+};
+
+const BuildInfo& build_info();
+
+// "Intel(R) Xeon(R) Processor, 2 cores: AVX2 FMA AVX-512 AVX512-BF16 AMX-BF16": the cores are
+// those this process may use, the features those that matter to matrix products.
+std::string cpu_features();
+
+} // namespace lns
