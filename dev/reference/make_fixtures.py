@@ -1,0 +1,130 @@
+"""Makes fixtures/ARCHITECTURE.safetensors: what the PyTorch model computes, for the C++ tests.
+
+    /usr/bin/python3 dev/reference/make_fixtures.py [--out DIR]
+
+A file holds, as F32 (computed in float64 from parameters that are exact in F32):
+    inputs, targets          I32 (B,T)
+    param.NAME               every parameter that some scheme has; the same values in all of them
+    SCHEME/loss              ()
+    SCHEME/logits            (B,T,V)
+    SCHEME/grad.NAME         of every parameter that the scheme has
+and in `__metadata__` "config" and "schemes", as JSON. skipinit's gamma (1) is the first element of
+the stored gamma (C). In the last layer of some +gpas schemes mlp_gate only scales what the final
+norm normalizes: its gradient is nearly 0, so it has to be compared together with the other gates.
+"""
+
+import argparse
+import json
+import os
+import zlib
+from dataclasses import asdict
+
+import numpy as np
+import tensor_file
+import torch
+from model import Config, Model, Scheme, forward_backward
+
+B, T, P, L = 2, 7, 9, 3
+
+# Odd on purpose. 8^(1/2) of deepnorm-published is (2L)^(1/2) at L = 4, and that L is avoided.
+CONFIGS = [
+    Config("gpt2", 19, 10, L, 5, 5, 40, P, 0.0, 1e-5, True),
+    Config("llama", 29, 12, L, 3, 3, 13, P, 1e4, 1e-6, False),
+    Config("llama-gqa", 19, 16, L, 4, 2, 9, P, 1e4, 1e-6, False),
+    Config("qwen2", 19, 16, L, 4, 2, 9, P, 1e6, 1e-6, True),
+    Config("olmo", 29, 12, L, 3, 3, 13, P, 1e4, 1e-5, False),
+    Config("olmo2", 29, 12, L, 3, 3, 13, P, 1e4, 1e-6, False),
+]
+
+SCHEMES = ["pre", "lns", "lns-init", "post", "deepnorm", "deepnorm-published", "mix:1", "sandwich",
+           "peri", "olmo2", "layerscale", "skipinit", "pre+gpas", "lns+gpas", "post+gpas",
+           "mix:1+gpas", "deepnorm+gpas", "sandwich+gpas", "olmo2+gpas", "layerscale+gpas"]
+
+
+def schemes_of(config):
+    # lns-init is about the norms' weights, and olmo has none.
+    return [s for s in SCHEMES if not (s == "lns-init" and config.architecture == "olmo")]
+
+
+# Chosen so that float32's own rounding stays well below the tolerance of 1e-5 in every tensor (see
+# check_model.py); with most seeds some gradient or other is a sum that nearly cancels.
+SEEDS = {"gpt2": 23, "llama": 35, "llama-gqa": 31, "qwen2": 34, "olmo": 22, "olmo2": 11}
+
+
+def random_of(config, name):
+    text = f"{config.architecture}/{SEEDS[config.architecture]}/{name}"
+    return np.random.RandomState(zlib.crc32(text.encode()))
+
+
+def draw(config, name, shape):
+    """A parameter's values, in F32: a function of the architecture, its seed and the name."""
+    random = random_of(config, name)
+    leaf = name.split(".")[-1]
+    if leaf.endswith("_gate"):
+        return random.uniform(-0.7, 0.7, shape).astype(np.float32)
+    if leaf.endswith("_gamma"):
+        return (random.choice([-1, 1], shape) * random.uniform(0.3, 0.7, shape)).astype(np.float32)
+    if leaf == "bias":
+        return random.uniform(-0.3, 0.3, shape).astype(np.float32)
+    if len(shape) == 1:
+        return random.uniform(0.7, 1.3, shape).astype(np.float32)
+    if any(table in name for table in ("embed_tokens", "wte", "wpe")):
+        scale = 0.6 if config.tie_word_embeddings else 1.0
+    else:
+        scale = 0.9 / np.sqrt(shape[0 if config.is_gpt2 else 1])
+    return (scale * random.standard_normal(shape)).astype(np.float32)
+
+
+def all_parameters(config):
+    """{name: values} of the union of the schemes' parameters."""
+    shapes = {}
+    # layerscale before skipinit: what is stored is the longer gamma.
+    for text in schemes_of(config):
+        for name, p in Model(config, Scheme.parse(text, L)).named_parameters():
+            shape = shapes.setdefault(name, tuple(p.shape))
+            if shape != tuple(p.shape) and not name.endswith("_gamma"):
+                raise ValueError(f"{name} is {shape} and, under {text}, {tuple(p.shape)}")
+    return {name: draw(config, name, shapes[name]) for name in sorted(shapes)}
+
+
+def parameters_of(config, scheme, stored):
+    """{name: values} that this scheme has, of the stored ones."""
+    own = Model(config, scheme).named_parameters()
+    return {name: stored[name][: len(p)] for name, p in own}
+
+
+def tokens(config):
+    """inputs and targets (B,T); a fifth of the targets is masked."""
+    random = random_of(config, "tokens")
+    inputs = random.randint(0, config.vocab_size, (B, T)).astype(np.int32)
+    targets = random.randint(0, config.vocab_size, (B, T)).astype(np.int32)
+    targets[0, 2] = targets[1, 0] = targets[1, T - 1] = -1
+    return inputs, targets
+
+
+def main():
+    here = os.path.dirname(os.path.abspath(__file__))
+    options = argparse.ArgumentParser(description="Makes the stored fixtures of the C++ tests.")
+    options.add_argument("--out", default=os.path.join(here, "fixtures"), help="folder to fill")
+    out = options.parse_args().out
+    os.makedirs(out, exist_ok=True)
+    torch.set_num_threads(1)  # sums in one order, whatever the machine
+    for config in CONFIGS:
+        inputs, targets = tokens(config)
+        stored = all_parameters(config)
+        tensors = {"inputs": inputs, "targets": targets}
+        tensors.update({"param." + name: values for name, values in stored.items()})
+        for text in schemes_of(config):
+            scheme = Scheme.parse(text, L)
+            result = forward_backward(
+                config, scheme, parameters_of(config, scheme, stored), inputs, targets)
+            for name, values in result.items():
+                tensors[f"{text}/{name}"] = np.asarray(values, np.float32)
+        metadata = {"config": json.dumps(asdict(config)), "schemes": json.dumps(schemes_of(config))}
+        path = os.path.join(out, config.architecture + ".safetensors")
+        tensor_file.write(path, tensors, metadata)
+        print(f"{path}: {len(tensors)} tensors, {os.path.getsize(path):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""GPT-2, LLaMA, Qwen2 and OLMo language models under every norm scheme, in PyTorch.
+
+An independent implementation to hold train_gpt against: explicit modules, autograd, nothing fused.
+It is written from the formulas and not from train_gpt, and it says them the other way round: a
+sublayer with the norms around it, where train_gpt has the junction between two sublayers.
+Parameters carry Hugging Face's names, so `state_dict()` is a checkpoint's table of contents.
+
+Easy to get wrong:
+- GPT-2's matrices are (in, out), all the others' (out, in).
+- The final norm is there in every scheme and is never scaled.
+- A norm's name depends on its role *and* the scheme (`norm_names`).
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Config:
+    architecture: str  # gpt2, llama, llama-gqa, qwen2, olmo, olmo2
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float  # of no meaning in gpt2
+    norm_eps: float
+    tie_word_embeddings: bool
+
+    @property
+    def is_gpt2(self):
+        return self.architecture == "gpt2"
+
+    @staticmethod
+    def from_hugging_face(text):
+        """The Config and the Scheme of a checkpoint's config.json, given as text."""
+        c = json.loads(text)
+        family = c["model_type"]
+        if family.startswith("lns-"):
+            family = family[len("lns-") :]
+        if family not in ("gpt2", "llama", "qwen2", "olmo", "olmo2"):
+            raise ValueError(f"config.json: model_type {c['model_type']!r} has no reference model")
+        if family == "gpt2":
+            config = Config("gpt2", c["vocab_size"], c["n_embd"], c["n_layer"], c["n_head"],
+                            c["n_head"], c.get("n_inner") or 4 * c["n_embd"], c["n_positions"], 0.0,
+                            c.get("layer_norm_epsilon", 1e-5), c.get("tie_word_embeddings", True))
+        else:
+            eps = 1e-5 if family == "olmo" else c["rms_norm_eps"]
+            heads = c["num_attention_heads"]
+            config = Config(family, c["vocab_size"], c["hidden_size"], c["num_hidden_layers"],
+                            heads, c.get("num_key_value_heads") or heads, c["intermediate_size"],
+                            c["max_position_embeddings"], c.get("rope_theta", 10000.0), eps,
+                            c.get("tie_word_embeddings", False))
+        ours = c.get("lns_cpp", {})
+        scheme = Scheme.parse(
+            ours.get("scheme", "olmo2" if family == "olmo2" else "pre"), config.num_hidden_layers)
+        scheme.lns_power = ours.get("lns_power", scheme.lns_power)
+        scheme.lns_sites = ours.get("lns_sites", "attn,mlp").split(",")
+        return config, scheme
+
+
+@dataclass
+class Scheme:
+    name: str
+    out_layers: int  # layers 1..out_layers have norms on the stream, after the addition
+    in_norm: bool  # the layers beyond out_layers have norms before a sublayer
+    branch_norm: bool
+    skip: float = 1.0
+    gpas: bool = False
+    lns_power: float = 0.5  # used by lns only
+    lns_sites: list = field(default_factory=lambda: ["attn", "mlp"])
+
+    def describe(self):
+        text = self.name + ("+gpas" if self.gpas else "")
+        if self.name == "mix":
+            text += f", out norms in {self.out_layers} layers"
+        if self.name == "lns":
+            text += f", power {self.lns_power} at {' and '.join(self.lns_sites)}"
+        return text
+
+    @staticmethod
+    def parse(text, layers):
+        """`NAME[:NUMBER][+gpas][+scaled-init]`; NUMBER is mix's k or the power of lns."""
+        name, *options = text.split("+")
+        name, _, number = name.partition(":")
+        if not set(options) <= {"gpas", "scaled-init"} or (number and name not in ("mix", "lns")):
+            raise ValueError(f"scheme {text!r} is not NAME[:NUMBER][+gpas][+scaled-init]")
+        mix_layers = int(number) if number and name == "mix" else layers // 4
+        rows = {  # out_layers, in_norm, branch_norm, skip
+            "pre": (0, True, False),
+            "lns": (0, True, False),
+            "lns-init": (0, True, False),
+            "post": (layers, False, False),
+            "deepnorm": (layers, False, False, (2 * layers) ** 0.25),
+            "deepnorm-published": (layers, False, False, 8**0.5),
+            "mix": (mix_layers, True, False),
+            "sandwich": (0, True, True),
+            "peri": (0, True, True),
+            "olmo2": (0, False, True),
+            "layerscale": (0, True, False),
+            "skipinit": (0, True, False),
+        }
+        if name not in rows:
+            raise ValueError(f"scheme {name!r} is none of {', '.join(rows)}")
+        scheme = Scheme(name, *rows[name], gpas="gpas" in options)
+        if number and name == "lns":
+            scheme.lns_power = float(number)
+        return scheme
+
+    def norms(self, layer):
+        """The roles of the norms around the sublayers of layer 1..L."""
+        roles = ["branch"] if self.branch_norm else []
+        if layer <= self.out_layers:
+            return roles + ["out"]
+        return roles + ["in"] if self.in_norm else roles
+
+    def in_scale(self, layer, kind):
+        lns = self.name == "lns" and kind in self.lns_sites
+        return layer ** -self.lns_power if lns else 1.0
+
+
+def norm_names(gpt2, branch_norms, kind):
+    """{role: Hugging Face's name} of the norms of a sublayer; kind is attn or mlp."""
+    if gpt2:
+        n = {"attn": 1, "mlp": 2}[kind]
+        return {"in": f"ln_{n}", "out": f"ln_{n}", "branch": f"post_ln_{n}"}
+    if kind == "attn":
+        return {"in": "input_layernorm", "out": "input_layernorm",
+                "branch": "post_attention_layernorm"}
+    return {"in": "pre_feedforward_layernorm" if branch_norms else "post_attention_layernorm",
+            "out": "post_attention_layernorm", "branch": "post_feedforward_layernorm"}
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, size, eps, affine):
+        super().__init__()
+        self.eps = eps
+        if affine:
+            self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.affine = affine
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)
+        return x * self.weight + self.bias if self.affine else x
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def make_norm(config):
+    """A norm over the residual stream's channels, of the architecture's kind."""
+    if config.architecture in ("gpt2", "olmo"):
+        return LayerNorm(config.hidden_size, config.norm_eps, affine=config.is_gpt2)
+    return RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: weight is (in, out)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def rotate(x, theta):
+    """RoPE of x (B,heads,T,HS): channels i and i + HS/2 turn by position · theta^(−2i/HS)."""
+    T, HS = x.shape[-2:]
+    frequency = theta ** (-torch.arange(0, HS, 2, dtype=x.dtype) / HS)
+    angle = torch.arange(T, dtype=x.dtype)[:, None] * frequency  # (T,HS/2)
+    a, b = x[..., : HS // 2], x[..., HS // 2 :]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend(q, k, v):
+    """Causal attention. q is (B,NH,T,HS); k, v are (B,KVH,T,HS), each for NH/KVH heads in a row."""
+    B, NH, T, HS = q.shape
+    group = NH // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(HS)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(future, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, NH * HS)
+
+
+def split_heads(x, heads):
+    B, T, width = x.shape
+    return x.view(B, T, heads, width // heads).transpose(1, 2)
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.c_attn, self.c_proj = Conv1D(C, 3 * C), Conv1D(C, C)
+
+    def forward(self, x):
+        q, k, v = self.c_attn(x).chunk(3, -1)
+        return self.c_proj(attend(*(split_heads(y, self.heads) for y in (q, k, v))))
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Conv1D(config.hidden_size, config.intermediate_size)
+        self.c_proj = Conv1D(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        h = self.c_fc(x)
+        gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        return self.c_proj(gelu)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, NH, KVH = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        HS = C // NH
+        bias = config.architecture == "qwen2"
+        self.heads, self.kv_heads, self.theta = NH, KVH, config.rope_theta
+        self.q_proj = nn.Linear(C, NH * HS, bias=bias)
+        self.k_proj = nn.Linear(C, KVH * HS, bias=bias)
+        self.v_proj = nn.Linear(C, KVH * HS, bias=bias)
+        self.o_proj = nn.Linear(NH * HS, C, bias=False)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.architecture == "olmo2":  # over all heads together
+            self.q_norm = RMSNorm(NH * HS, config.norm_eps)
+            self.k_norm = RMSNorm(KVH * HS, config.norm_eps)
+
+    def forward(self, x):
+        q = split_heads(self.q_norm(self.q_proj(x)), self.heads)
+        k = split_heads(self.k_norm(self.k_proj(x)), self.kv_heads)
+        v = split_heads(self.v_proj(x), self.kv_heads)
+        return self.o_proj(attend(rotate(q, self.theta), rotate(k, self.theta), v))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, H = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, H, bias=False)
+        self.up_proj = nn.Linear(C, H, bias=False)
+        self.down_proj = nn.Linear(H, C, bias=False)
+
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention, then the MLP, each with what the scheme puts around it."""
+
+    def __init__(self, config, scheme, number):
+        super().__init__()
+        self.scheme, self.number = scheme, number  # number is 1..L
+        self.modules_of = {"attn": "attn" if config.is_gpt2 else "self_attn", "mlp": "mlp"}
+        self.norms_of = {}
+        for kind, (gpt2_class, llama_class) in {
+            "attn": (GPT2Attention, LlamaAttention),
+            "mlp": (GPT2MLP, LlamaMLP),
+        }.items():
+            f = gpt2_class(config) if config.is_gpt2 else llama_class(config)
+            self.add_module(self.modules_of[kind], f)
+            names = norm_names(config.is_gpt2, scheme.branch_norm, kind)
+            self.norms_of[kind] = {role: names[role] for role in scheme.norms(number)}
+            for name in self.norms_of[kind].values():
+                self.add_module(name, make_norm(config))
+            if scheme.name in ("layerscale", "skipinit"):
+                size = config.hidden_size if scheme.name == "layerscale" else 1
+                self.register_parameter(f"{kind}_gamma", nn.Parameter(torch.ones(size)))
+            if scheme.gpas:
+                self.register_parameter(f"{kind}_gate", nn.Parameter(torch.zeros(1)))
+
+    def sublayer(self, kind, r, stop):
+        """The residual stream after f of this kind, given the stream before it."""
+        scheme = self.scheme
+        norms = {role: getattr(self, name) for role, name in self.norms_of[kind].items()}
+        u = norms["in"](r) * scheme.in_scale(self.number, kind) if "in" in norms else r
+        b = getattr(self, self.modules_of[kind])(u)
+        if "branch" in norms:
+            b = norms["branch"](b)
+        if hasattr(self, f"{kind}_gamma"):
+            b = getattr(self, f"{kind}_gamma") * b
+
+        def shrink(x):  # GPAS: smaller activations, the gradient to what is below unchanged
+            if not scheme.gpas:
+                return x
+            gate = getattr(self, f"{kind}_gate")
+            return x - gate * torch.sigmoid(gate) * stop(x)
+
+        if "out" in norms:
+            return norms["out"](scheme.skip * shrink(r) + b)
+        return shrink(scheme.skip * r + b)
+
+    def forward(self, r, stop):
+        return self.sublayer("mlp", self.sublayer("attn", r, stop), stop)
+
+
+class Model(nn.Module):
+    def __init__(self, config, scheme):
+        super().__init__()
+        self.config = config
+        V, C = config.vocab_size, config.hidden_size
+        gpt2 = config.is_gpt2
+        self.names = (
+            dict(trunk="transformer", embed="wte", layers="h", final="ln_f")
+            if gpt2
+            else dict(trunk="model", embed="embed_tokens", layers="layers", final="norm")
+        )
+        trunk = nn.Module()
+        self.add_module(self.names["trunk"], trunk)
+        trunk.add_module(self.names["embed"], nn.Embedding(V, C))
+        if gpt2:
+            trunk.wpe = nn.Embedding(config.max_position_embeddings, C)
+        self.has_embed_norm = scheme.name == "peri"
+        if self.has_embed_norm:
+            trunk.embed_norm = make_norm(config)
+        layers = [Layer(config, scheme, n + 1) for n in range(config.num_hidden_layers)]
+        trunk.add_module(self.names["layers"], nn.ModuleList(layers))
+        trunk.add_module(self.names["final"], make_norm(config))
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(C, V, bias=False)
+        # What stops the gradient in GPAS; a check by finite differences puts constants here.
+        self.stop = torch.Tensor.detach
+
+    def forward(self, inputs):
+        """Logits (B,T,V) of tokens (B,T)."""
+        trunk = getattr(self, self.names["trunk"])
+        embed = getattr(trunk, self.names["embed"])
+        r = embed(inputs)
+        if self.config.is_gpt2:
+            r = r + trunk.wpe(torch.arange(inputs.shape[1]))
+        if self.has_embed_norm:
+            r = trunk.embed_norm(r)
+        for layer in getattr(trunk, self.names["layers"]):
+            r = layer(r, self.stop)
+        head = embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return getattr(trunk, self.names["final"])(r) @ head.T
+
+    def load(self, parameters):
+        """Takes {name: array}, which must hold every parameter and no other; returns self."""
+        own = dict(self.named_parameters())
+        if set(own) != set(parameters):
+            raise ValueError(f"missing parameters {sorted(set(own) - set(parameters))}, "
+                             f"unknown parameters {sorted(set(parameters) - set(own))}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                value = torch.tensor(parameters[name], dtype=parameter.dtype)
+                if value.shape != parameter.shape:
+                    raise ValueError(f"{name} is {tuple(value.shape)}, expected "
+                                     f"{tuple(parameter.shape)}")
+                parameter.copy_(value)
+        return self
+
+
+def loss_of(logits, targets):
+    """Mean cross-entropy in nats over the targets that are not −1."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def forward_backward(config, scheme, parameters, inputs, targets, dtype=torch.float64):
+    """{"loss", "logits", "grad.NAME"…} as numpy arrays of `dtype`."""
+    model = Model(config, scheme).to(dtype).load(parameters)
+    logits = model(torch.tensor(inputs, dtype=torch.long))
+    loss = loss_of(logits, torch.tensor(targets, dtype=torch.long))
+    loss.backward()
+    result = {"loss": loss.detach().numpy(), "logits": logits.detach().numpy()}
+    for name, parameter in model.named_parameters():
+        result["grad." + name] = parameter.grad.numpy()
+    return result
