@@ -1,0 +1,153 @@
+#include "gpt/loader.h"
+
+#include "gpt/error.h"
+#include "gpt/random.h"
+
+#include <algorithm>
+
+namespace lns {
+
+ShardSource::ShardSource(const std::string& pattern) : pattern(pattern) {
+    uint64_t end = 0;
+    std::string named; // the first that names its tokenizer
+    for (const std::string& path : glob_paths(pattern)) {
+        const Shard& shard = shards.emplace_back(path);
+        ends.push_back(end += shard.tokens);
+        if (!shard.id.vocab_size) continue;
+        if (tokenizer.vocab_size && shard.id != tokenizer)
+            fail("the shards of '", pattern, "' were made with different tokenizers: ", named,
+                 " with ", tokenizer.kind, " of ", tokenizer.vocab_size, " tokens, ", path,
+                 " with ", shard.id.kind, " of ", shard.id.vocab_size,
+                 shard.id.kind == tokenizer.kind && shard.id.vocab_size == tokenizer.vocab_size
+                     ? " but other contents"
+                     : "",
+                 ". Name those of one only");
+        if (!tokenizer.vocab_size) tokenizer = shard.id, named = path;
+    }
+}
+
+void ShardSource::read(uint64_t pos, size_t n, int* out) {
+    size_t s = size_t(std::upper_bound(ends.begin(), ends.end(), pos) - ends.begin());
+    if (n > size() || pos > size() - n)
+        fail("tokens ", pos, " to ", pos + n, " are asked of '", pattern, "', which has ", size());
+    while (n > 0) {
+        const Shard& shard = shards[s];
+        uint64_t at = pos - (ends[s] - shard.tokens);
+        size_t here = size_t(std::min<uint64_t>(n, shard.tokens - at));
+        shard.read(at, here, out);
+        if (vocab)
+            for (size_t i = 0; i < here; i++)
+                if (out[i] >= vocab) shard.bad_token(at + i, uint32_t(out[i]), vocab);
+        pos += here, out += here, n -= here, s++;
+    }
+}
+
+std::string ShardSource::describe() const {
+    return cat(shards.size(), shards.size() == 1 ? " shard, " : " shards, ", size(), " tokens (",
+               tokenizer.vocab_size ? tokenizer.kind : "tokenizer not named", ") of ", pattern);
+}
+
+std::vector<uint64_t> ShardSource::parts() const {
+    std::vector<uint64_t> lengths;
+    for (const Shard& shard : shards) lengths.push_back(shard.tokens);
+    return lengths;
+}
+
+void ShardSource::check_tokens(int vocab) {
+    this->vocab = vocab;
+    uint64_t bytes = 0;
+    for (const Shard& shard : shards) {
+        bytes += shard.tokens * uint64_t(shard.token_bytes);
+        if (bytes > checked_at_once) return;
+        shard.check_tokens(vocab);
+    }
+}
+
+void MemorySource::read(uint64_t pos, size_t n, int* out) {
+    if (n > size() || pos > size() - n)
+        fail("tokens ", pos, " to ", pos + n, " are asked of ", describe());
+    std::copy_n(tokens.begin() + std::ptrdiff_t(pos), n, out);
+}
+
+std::string MemorySource::describe() const { return cat(tokens.size(), " tokens in memory"); }
+
+void MemorySource::check_tokens(int vocab) {
+    for (size_t i = 0; i < tokens.size(); i++)
+        if (tokens[i] < 0 || tokens[i] >= vocab)
+            fail("token ", i, " of the ", tokens.size(), " in memory is ", tokens[i],
+                 ", expected one below the model's vocabulary of ", vocab);
+}
+
+uint64_t permute(uint64_t i, uint64_t n, uint64_t seed, uint64_t epoch) {
+    if (n <= 1) return 0;
+    int half = 4; // a Feistel network of very few bits reaches few permutations
+    while (half < 32 && n > uint64_t(1) << (2 * half)) half++;
+    const uint64_t mask = (uint64_t(1) << half) - 1;
+    const uint64_t stream = fnv1a("loader.order") + epoch;
+    do {
+        uint64_t left = i >> half, right = i & mask;
+        for (uint64_t round = 0; round < 6; round++) {
+            uint64_t mixed = left ^ (random_bits(seed, stream, round << 32 | right) & mask);
+            left = right, right = mixed;
+        }
+        i = left << half | right;
+    } while (i >= n);
+    return i;
+}
+
+Loader::Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool shuffle)
+    : source(std::move(source)), T(T), seed(seed), shuffle(shuffle) {
+    if (T < 1) fail("a sequence length of ", T, " is asked for, expected at least 1");
+    buffer.resize(size_t(T) + 1);
+    if (this->source->size() == TokenSource::endless) {
+        this->shuffle = false;
+        windows = TokenSource::endless;
+        part_starts = part_windows = {0};
+        return;
+    }
+    uint64_t start = 0, longest = 0;
+    for (uint64_t length : this->source->parts()) {
+        part_starts.push_back(start);
+        part_windows.push_back(windows);
+        start += length;
+        longest = std::max(longest, length);
+        if (length > 0) windows += (length - 1) / uint64_t(T);
+    }
+    if (windows == 0)
+        fail("a sequence of ", T, " needs ", uint64_t(T) + 1, " tokens in one piece, but ",
+             this->source->describe(), " has ", longest,
+             " at most. Use a shorter --seq-len or more text");
+}
+
+uint64_t Loader::position(uint64_t window) const {
+    if (shuffle) window = permute(window, windows, seed, at.epoch);
+    auto after = std::upper_bound(part_windows.begin(), part_windows.end(), window);
+    size_t part = size_t(after - part_windows.begin()) - 1;
+    return part_starts[part] + (window - part_windows[part]) * uint64_t(T);
+}
+
+void Loader::next(int B, int* inputs, int* targets) {
+    for (int b = 0; b < B; b++) {
+        source->read(position(at.index), buffer.size(), buffer.data());
+        std::copy_n(buffer.begin(), T, inputs + size_t(b) * size_t(T));
+        std::copy_n(buffer.begin() + 1, T, targets + size_t(b) * size_t(T));
+        skip(1);
+    }
+}
+
+void Loader::skip(uint64_t n) {
+    at.epoch += n / windows;
+    at.index += n % windows; // both below 2^63 but for endless sources, which never come that far
+    if (at.index >= windows) at.epoch++, at.index -= windows;
+}
+
+void Loader::restore(LoaderState state) {
+    if (state.index >= windows)
+        fail("the saved position is window ", state.index, " of an epoch, but ", source->describe(),
+             " has ", windows, " windows of ", T,
+             " tokens. Resume with the data and the sequence "
+             "length that the run began with");
+    at = state;
+}
+
+} // namespace lns
