@@ -1,0 +1,63 @@
+#include "gpt/sample.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "gpt/error.h"
+#include "gpt/random.h"
+
+namespace lns {
+
+std::vector<Candidate> candidates(const float* logits, int V, const Sampling& s) {
+    std::vector<Candidate> all(V);
+    for (int v = 0; v < V; v++) {
+        if (std::isnan(logits[v]))
+            fail("the model's output is not a number (logit ", v, " of ", V,
+                 "): its weights are broken, or training diverged");
+        all[v] = {v, logits[v]};
+    }
+    auto likelier = [](const Candidate& a, const Candidate& b) {
+        return a.probability != b.probability ? a.probability > b.probability : a.token < b.token;
+    };
+    size_t k = s.temperature == 0 ? 1 : s.top_k > 0 ? std::min(s.top_k, V) : V;
+    std::partial_sort(all.begin(), all.begin() + k, all.end(), likelier);
+    all.resize(k);
+    if (k == 1) return {{all[0].token, 1}};
+
+    // softmax(logits / temperature) over what top-k left
+    double most = all[0].probability, sum = 0;
+    for (Candidate& c : all)
+        sum += c.probability = std::exp((c.probability - most) / s.temperature);
+    double kept = 0;
+    size_t n = 0;
+    while (n < all.size() && (n == 0 || kept < s.top_p * sum)) kept += all[n++].probability;
+    all.resize(n);
+    for (Candidate& c : all) c.probability /= kept;
+    return all;
+}
+
+int sample_token(const float* logits, int V, const Sampling& s, uint64_t i) {
+    std::vector<Candidate> from = candidates(logits, V, s);
+    double left = random_uniform(s.seed, fnv1a("sample"), i);
+    for (const Candidate& c : from)
+        if ((left -= c.probability) < 0) return c.token;
+    return from.back().token; // rounding
+}
+
+std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int context,
+                          const Sampling& sampling, const std::function<bool(int)>& on_token) {
+    if (tokens.empty()) fail("there is no token to continue: give a prompt");
+    const int V = model.config.vocab_size;
+    const size_t prompt = tokens.size();
+    std::vector<float> logits(V);
+    for (int i = 0; i < n; i++) {
+        int T = int(std::min(tokens.size(), size_t(context)));
+        model.logits(tokens.data() + tokens.size() - T, 1, T, true, logits.data());
+        tokens.push_back(sample_token(logits.data(), V, sampling, i));
+        if (on_token && !on_token(tokens.back())) break;
+    }
+    tokens.erase(tokens.begin(), tokens.begin() + prompt);
+    return tokens;
+}
+
+} // namespace lns

@@ -1,0 +1,35 @@
+// From logits to text: temperature, top-k, top-p (nucleus), greedy.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "gpt/model.h"
+
+namespace lns {
+
+struct Sampling {
+    double temperature = 1; // 0: always the likeliest token
+    int top_k = 0;          // of the k likeliest tokens only; 0: of all
+    double top_p = 1;       // of the fewest likeliest tokens that have probability p together
+    uint64_t seed = 0;
+};
+
+struct Candidate {
+    int token;
+    double probability;
+};
+
+// What a token is drawn from, likeliest first (of equals, the lower id), probabilities adding up
+// to 1. Temperature comes first, then top-k, then top-p of what is left. Throws if a logit is NaN.
+std::vector<Candidate> candidates(const float* logits, int V, const Sampling& sampling);
+
+// Draw number i of the seed: the same logits, seed and i give the same token.
+int sample_token(const float* logits, int V, const Sampling& sampling, uint64_t i);
+
+// Continues `tokens`, which must not be empty, by up to n tokens and returns those. Each is drawn
+// given the last `context` tokens. on_token sees each as it comes; false ends it there.
+std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int context,
+                          const Sampling& sampling, const std::function<bool(int)>& on_token = {});
+
+} // namespace lns
