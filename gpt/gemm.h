@@ -1,0 +1,101 @@
+// Matrix products. Everything is row-major. gemm() is the one interface: oneDNN where the build has
+// it (gemm.cpp), else the plain loops below, which are also its specification.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace lns {
+
+// One MR × NR tile: c += or = Σ_p a(i, p) · b(p, ·). t stays in vector registers.
+template <int MR, int NR, class S>
+inline void gemm_tile(int64_t k, const S* a, int64_t a_row, int64_t a_column, const S* b,
+                      int64_t b_row, S* c, int64_t c_row, bool accumulate) {
+    S t[MR][NR];
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NR; j++) t[i][j] = accumulate ? c[i * c_row + j] : S(0);
+    for (int64_t p = 0; p < k; p++)
+        for (int i = 0; i < MR; i++) {
+            S x = a[i * a_row + p * a_column];
+            for (int j = 0; j < NR; j++) t[i][j] += x * b[p * b_row + j];
+        }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NR; j++) c[i * c_row + j] = t[i][j];
+}
+
+template <int NR, class S>
+inline void gemm_columns(int64_t m, int64_t k, const S* a, int64_t a_row, int64_t a_column,
+                         const S* b, int64_t b_row, S* c, int64_t c_row, bool accumulate) {
+    int64_t i = 0;
+    for (; i + 8 <= m; i += 8)
+        gemm_tile<8, NR>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row,
+                         accumulate);
+    for (; i + 2 <= m; i += 2)
+        gemm_tile<2, NR>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row,
+                         accumulate);
+    for (; i < m; i++)
+        gemm_tile<1, NR>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row,
+                         accumulate);
+}
+
+// c (m, n) = a (m, k) · b (k, n), or c += …, by one thread. Strides are in elements: a(i, p) is
+// a[i·a_row + p·a_column], so a may be a transposed matrix; b's and c's columns are adjacent.
+template <class S>
+void small_gemm(int64_t m, int64_t n, int64_t k, const S* a, int64_t a_row, int64_t a_column,
+                const S* b, int64_t b_row, S* c, int64_t c_row, bool accumulate) {
+    const int W = 128 / sizeof(S); // two vectors of 64 bytes
+    int64_t j = 0;
+    for (; j + W <= n; j += W)
+        gemm_columns<W>(m, k, a, a_row, a_column, b + j, b_row, c + j, c_row, accumulate);
+    for (; j + W / 4 <= n; j += W / 4)
+        gemm_columns<W / 4>(m, k, a, a_row, a_column, b + j, b_row, c + j, c_row, accumulate);
+    for (; j < n; j++)
+        gemm_columns<1>(m, k, a, a_row, a_column, b + j, b_row, c + j, c_row, accumulate);
+}
+
+// out (m, n) = op(a) · op(b) + bias, or out += …; op(a) is (m, k), stored (k, m) if a_transposed;
+// op(b) is (k, n), stored (n, k) if b_transposed. bias: (n), or null; not with accumulate.
+template <class S>
+void plain_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const S* a,
+                const S* b, S* out, bool accumulate, const S* bias) {
+    const int64_t rows = 64, columns = 128, depth = 256;
+    const int64_t row_blocks = (m + rows - 1) / rows, column_blocks = (n + columns - 1) / columns;
+#pragma omp parallel
+    {
+        std::vector<S> panel(b_transposed ? depth * columns : 0);
+#pragma omp for
+        for (int64_t block = 0; block < row_blocks * column_blocks; block++) {
+            // Neighbouring blocks share their columns, and so the panel of b.
+            const int64_t i0 = block % row_blocks * rows, j0 = block / row_blocks * columns;
+            const int64_t mb = std::min(rows, m - i0), nb = std::min(columns, n - j0);
+            S* c = out + i0 * n + j0;
+            for (int64_t i = 0; i < mb && !accumulate; i++)
+                for (int64_t j = 0; j < nb; j++) c[i * n + j] = bias ? bias[j0 + j] : S(0);
+            for (int64_t p0 = 0; p0 < k; p0 += depth) {
+                const int64_t kb = std::min(depth, k - p0);
+                const S* bp = b + p0 * n + j0;
+                if (b_transposed) {
+                    for (int64_t j = 0; j < nb; j++)
+                        for (int64_t p = 0; p < kb; p++)
+                            panel[p * columns + j] = b[(j0 + j) * k + p0 + p];
+                    bp = panel.data();
+                }
+                const S* ap = a_transposed ? a + p0 * m + i0 : a + i0 * k + p0;
+                small_gemm(mb, nb, kb, ap, a_transposed ? 1 : k, a_transposed ? m : 1, bp,
+                           b_transposed ? columns : n, c, n, true);
+            }
+        }
+    }
+}
+
+inline void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k,
+                 const double* a, const double* b, double* out, bool accumulate,
+                 const double* bias = nullptr) {
+    plain_gemm(a_transposed, b_transposed, m, n, k, a, b, out, accumulate, bias);
+}
+
+void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const float* a,
+          const float* b, float* out, bool accumulate, const float* bias = nullptr);
+
+} // namespace lns
