@@ -1,0 +1,757 @@
+#include "gpt/tokenizer.h"
+
+#include "gpt/error.h"
+#include "gpt/random.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <queue>
+#include <sstream>
+#include <unordered_map>
+
+#ifdef LNS_PCRE2
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
+#endif
+#ifdef LNS_SENTENCEPIECE
+#include <sentencepiece_processor.h>
+#endif
+
+namespace lns {
+
+namespace {
+
+namespace fs = std::filesystem;
+using json = nlohmann::json;
+
+std::string read_file(const std::string& path) {
+    std::ifstream in(path, std::ios::binary);
+    std::ostringstream out;
+    if (in) out << in.rdbuf();
+    if (!in || in.bad() || fs::is_directory(path))
+        fail("cannot read the tokenizer file ", path, ": ",
+             fs::is_directory(path) ? "it is a directory" : std::strerror(errno));
+    return out.str();
+}
+
+// Puts a tokenizer's files into dir and takes away those of another kind, so that dir is one
+// tokenizer.
+void save_files(const std::string& dir, const std::vector<std::array<std::string, 2>>& files) {
+    std::error_code error;
+    fs::create_directories(dir, error);
+    if (error) fail("cannot make the directory ", dir, ": ", error.message());
+    for (const char* name : {"tokenizer.model", "vocab.json", "merges.txt", "encoder.json",
+                             "vocab.bpe", "tokenizer_config.json"})
+        if (std::none_of(files.begin(), files.end(), [&](auto& file) { return file[0] == name; }))
+            fs::remove(fs::path(dir) / name, error);
+    for (const auto& [name, bytes] : files) {
+        std::string path = dir + "/" + name, temporary = path + ".tmp";
+        std::ofstream out(temporary, std::ios::binary);
+        out << bytes;
+        out.close();
+        if (!out) {
+            int reason = errno;
+            fs::remove(temporary, error);
+            fail("cannot write ", path, ": ", std::strerror(reason));
+        }
+        fs::rename(temporary, path, error);
+        if (error) fail("cannot rename ", temporary, " to ", path, ": ", error.message());
+    }
+}
+
+[[noreturn]] void bad_token(int token, const TokenizerId& id) {
+    fail("token ", token, " cannot be decoded: the ", id.kind, " tokenizer has 0 to ",
+         id.vocab_size - 1);
+}
+
+// Bytes
+
+struct Bytes : Tokenizer {
+    std::vector<int> encode(std::string_view text) const override {
+        std::vector<int> tokens(text.size());
+        for (size_t i = 0; i < text.size(); i++) tokens[i] = static_cast<unsigned char>(text[i]);
+        return tokens;
+    }
+    std::string decode(const int* tokens, size_t n) const override {
+        std::string text;
+        for (size_t i = 0; i < n; i++) {
+            if (tokens[i] < 0 || tokens[i] > 256) bad_token(tokens[i], id());
+            if (tokens[i] < 256) text += char(tokens[i]);
+        }
+        return text;
+    }
+    TokenizerId id() const override {
+        return {"bytes", 257, 256, fnv1a("bytes, then end-of-text")};
+    }
+    void save(const std::string& dir) const override {
+        json config = {{"kind", "bytes"}, {"vocab_size", 257}, {"eos_token_id", 256}};
+        save_files(dir, {{"tokenizer_config.json", config.dump(2) + "\n"}});
+    }
+    size_t safe_cut(std::string_view text) const override { return text.size(); }
+};
+
+#ifdef LNS_PCRE2
+
+// UTF-8
+
+struct Character {
+    uint32_t code; // invalid: the byte starts no valid character, length is 1
+    uint32_t length;
+    static constexpr uint32_t invalid = 0xffffffff;
+};
+
+// The character at text[i], after Unicode's table 3-7: no overlong forms, no surrogates.
+Character character_at(std::string_view text, size_t i) {
+    auto byte = [&](size_t k) -> uint32_t {
+        return k < text.size() ? static_cast<unsigned char>(text[k]) : 0;
+    };
+    uint32_t lead = byte(i);
+    if (lead < 0x80) return {lead, 1};
+    uint32_t length = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
+    if (lead < 0xc2 || lead > 0xf4) return {Character::invalid, 1};
+    uint32_t code = lead & (0xff >> (length + 1));
+    for (uint32_t k = 1; k < length; k++) {
+        if ((byte(i + k) & 0xc0) != 0x80) return {Character::invalid, 1};
+        code = code << 6 | (byte(i + k) & 0x3f);
+    }
+    bool overlong = code < (length == 3 ? 0x800u : length == 4 ? 0x10000u : 0x80u);
+    if (overlong || code > 0x10ffff || (code >= 0xd800 && code < 0xe000))
+        return {Character::invalid, 1};
+    return {code, length};
+}
+
+void append_utf8(std::string& out, uint32_t code) {
+    if (code < 0x80) {
+        out += char(code);
+    } else if (code < 0x800) {
+        out += char(0xc0 | code >> 6);
+        out += char(0x80 | (code & 0x3f));
+    } else if (code < 0x10000) {
+        out += char(0xe0 | code >> 12);
+        out += char(0x80 | (code >> 6 & 0x3f));
+        out += char(0x80 | (code & 0x3f));
+    } else {
+        out += char(0xf0 | code >> 18);
+        out += char(0x80 | (code >> 12 & 0x3f));
+        out += char(0x80 | (code >> 6 & 0x3f));
+        out += char(0x80 | (code & 0x3f));
+    }
+}
+
+// GPT-2
+
+// GPT-2 cuts a text into pieces, each encoded on its own, with this rule (openai/gpt-2,
+// src/encoder.py), tried left to right at each place:
+//   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+// It only asks which of four classes a character has, so PCRE2 fills a table of those once and
+// next_piece is the rule on that table.
+enum Class : unsigned char { other, letter, number, space };
+
+std::vector<Class> classify_unicode() {
+    std::string all;
+    for (uint32_t code = 0; code < 0x110000; code++)
+        if (code < 0xd800 || code >= 0xe000) append_utf8(all, code);
+    // \s as Unicode's White_Space, as the oracles have it. PCRE2's own adds U+180E.
+    const char* pattern = R"((\p{L}+)|(\p{N}+)|[\x09-\x0d\x20\x85\xa0\x{1680}\x{2000}-\x{200a})"
+                          R"(\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]+)";
+    int error;
+    PCRE2_SIZE where;
+    pcre2_code* code = pcre2_compile(PCRE2_SPTR(pattern), PCRE2_ZERO_TERMINATED, PCRE2_UTF, &error,
+                                     &where, nullptr);
+    if (!code) {
+        PCRE2_UCHAR message[256] = "";
+        pcre2_get_error_message(error, message, sizeof message);
+        fail("this PCRE2 cannot classify Unicode characters (", message,
+             "). Install one built with Unicode support, such as Debian's libpcre2-dev");
+    }
+    pcre2_jit_compile(code, PCRE2_JIT_COMPLETE); // faster where there is one
+    pcre2_match_data* match = pcre2_match_data_create_from_pattern(code, nullptr);
+    std::vector<Class> table(0x110000, other);
+    for (size_t at = 0; at < all.size();) {
+        int groups = pcre2_match(code, PCRE2_SPTR(all.data()), all.size(), at, PCRE2_NO_UTF_CHECK,
+                                 match, nullptr);
+        if (groups < 0) break; // no more
+        const PCRE2_SIZE* range = pcre2_get_ovector_pointer(match);
+        Class found = groups == 2 ? letter : groups == 3 ? number : space;
+        for (at = range[0]; at < range[1];) {
+            Character c = character_at(all, at);
+            table[c.code] = found;
+            at += c.length;
+        }
+    }
+    pcre2_match_data_free(match);
+    pcre2_code_free(code);
+    return table;
+}
+
+const std::vector<Class>& unicode_classes() {
+    static const std::vector<Class> table = classify_unicode();
+    return table;
+}
+
+struct Splitter {
+    const Class* table = unicode_classes().data();
+
+    Class at(std::string_view text, size_t i, size_t& length) const {
+        unsigned char byte = static_cast<unsigned char>(text[i]);
+        if (byte < 0x80) {
+            length = 1;
+            return table[byte];
+        }
+        Character c = character_at(text, i);
+        length = c.length;
+        return c.code == Character::invalid ? other : table[c.code];
+    }
+
+    // The end of the piece that starts at i < text.size().
+    size_t next_piece(std::string_view text, size_t i) const {
+        if (text[i] == '\'') {
+            std::string_view rest = text.substr(i + 1, 2);
+            char first = rest.empty() ? 0 : rest[0];
+            if (first == 's' || first == 't' || first == 'm' || first == 'd') return i + 2;
+            if (rest == "re" || rest == "ve" || rest == "ll") return i + 3;
+        }
+        size_t length, end = i;
+        Class kind = at(text, i, length);
+        if (text[i] == ' ' && i + 1 < text.size()) {
+            size_t next_length;
+            Class next = at(text, i + 1, next_length);
+            if (next != space) kind = next, length = next_length, end++;
+        }
+        size_t last = end; // start of the run's last character
+        while (true) {
+            last = end;
+            end += length;
+            if (end == text.size()) return end;
+            if (at(text, end, length) != kind) break;
+        }
+        // Space before something else leaves its last character to that, if it has another.
+        return kind == space && last > i ? last : end;
+    }
+
+    // See Tokenizer::safe_cut. No piece has two classes but a first space and a contraction. So
+    // between two characters of different classes a piece always ends, unless the first is a space
+    // (which may begin the next piece) or the two may be a contraction.
+    size_t safe_cut(std::string_view text) const {
+        for (size_t p = text.size(); p-- > 1;) {
+            unsigned char byte = static_cast<unsigned char>(text[p]);
+            if (byte >= 0x80 && byte < 0xc0) continue; // may be inside a character
+            size_t length;
+            Class next = at(text, p, length);
+            if (byte >= 0xc0 && length == 1) continue; // may be completed by what follows
+            Class previous = other;                    // if no valid character ends at p
+            for (size_t back = 1; back <= std::min<size_t>(p, 4); back++) {
+                Class kind = at(text, p - back, length);
+                bool continuation = (static_cast<unsigned char>(text[p - back]) & 0xc0) == 0x80;
+                if (length == back && !continuation) previous = kind;
+                if (!continuation) break;
+            }
+            if (previous == space || previous == next) continue;
+            if (previous == other && next == letter) continue;
+            return p;
+        }
+        return 0;
+    }
+};
+
+// GPT-2's files name a byte by a printable character: itself if it is one in Latin-1, else
+// U+0100 and up, in order (bytes_to_unicode of openai/gpt-2, src/encoder.py).
+struct ByteNames {
+    std::array<uint32_t, 256> name_of;
+    std::unordered_map<uint32_t, unsigned char> byte_of;
+    ByteNames() {
+        uint32_t next = 0x100;
+        for (uint32_t b = 0; b < 256; b++) {
+            bool printable = (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b <= 0xac) || b >= 0xae;
+            name_of[b] = printable ? b : next++;
+            byte_of[name_of[b]] = static_cast<unsigned char>(b);
+        }
+    }
+    // false if the name has a character that names no byte.
+    bool bytes(std::string_view name, std::string& out) const {
+        out.clear();
+        for (size_t i = 0; i < name.size();) {
+            Character c = character_at(name, i);
+            auto found = byte_of.find(c.code);
+            if (found == byte_of.end()) return false;
+            out += char(found->second);
+            i += c.length;
+        }
+        return true;
+    }
+};
+
+// Which two tokens merge, how early, and into what: an open hash table.
+struct Merges {
+    struct Entry {
+        uint64_t pair = UINT64_MAX;
+        uint32_t rank = 0;
+        int id = 0;
+    };
+    std::vector<Entry> entries;
+    uint64_t mask = 0;
+
+    void reserve(size_t n) {
+        size_t size = 16;
+        while (size < 3 * n) size *= 2;
+        entries.assign(size, {});
+        mask = size - 1;
+    }
+    static uint64_t pair_of(int a, int b) { return uint64_t(uint32_t(a)) << 32 | uint32_t(b); }
+    size_t slot(uint64_t pair) const {
+        size_t s = (pair * 0x9E3779B97F4A7C15 >> 20) & mask;
+        while (entries[s].pair != pair && entries[s].pair != UINT64_MAX) s = (s + 1) & mask;
+        return s;
+    }
+    const Entry* find(int a, int b) const {
+        const Entry& entry = entries[slot(pair_of(a, b))];
+        return entry.pair == UINT64_MAX ? nullptr : &entry;
+    }
+};
+
+struct Gpt2 : Tokenizer {
+    std::string vocab_file, merges_file; // as read, for save
+    std::vector<std::string> bytes_of;   // by id; end-of-text and gaps are empty
+    std::vector<bool> known;
+    std::array<int, 256> byte_ids;
+    Merges merges;
+    TokenizerId identity;
+    Splitter splitter;
+    uint64_t serial; // tells this tokenizer's cache entries from those of one that is gone
+
+    explicit Gpt2(const std::string& dir) {
+        static std::atomic<uint64_t> count{0};
+        serial = ++count;
+        auto in_dir = [&](const char* name) { return dir + "/" + name; };
+        if (!fs::is_directory(dir))
+            fail("there is no directory ", dir,
+                 ", expected one with encoder.json and vocab.bpe, or "
+                 "vocab.json and merges.txt (of GPT-2)");
+        bool original = fs::exists(in_dir("encoder.json"));
+        std::string vocab_path = in_dir(original ? "encoder.json" : "vocab.json");
+        std::string merges_path = in_dir(original ? "vocab.bpe" : "merges.txt");
+        for (const std::string& path : {vocab_path, merges_path})
+            if (!fs::exists(path))
+                fail(path, " is missing. GPT-2's tokenizer is encoder.json and vocab.bpe, or "
+                           "vocab.json and merges.txt");
+        // Others keep their tokenizer in the same two files with another splitting rule.
+        if (fs::exists(in_dir("tokenizer_config.json"))) {
+            json config = json::parse(read_file(in_dir("tokenizer_config.json")), nullptr, false);
+            if (!config.is_object())
+                fail(in_dir("tokenizer_config.json"), " is not JSON. Fetch it again");
+            json name = config.value("tokenizer_class", json("GPT2Tokenizer"));
+            if (name != "GPT2Tokenizer" && name != "GPT2TokenizerFast")
+                fail(dir, " has a tokenizer of class ", name.dump(),
+                     ", expected GPT2Tokenizer: the splitting rule of others is not implemented");
+        }
+        vocab_file = read_file(vocab_path);
+        merges_file = read_file(merges_path);
+        ByteNames names;
+        read_vocab(vocab_path, names);
+        read_merges(vocab_path, merges_path);
+    }
+
+    std::unordered_map<std::string, int> ids; // by name; only while the files are read
+
+    void read_vocab(const std::string& path, const ByteNames& names) {
+        json vocab = json::parse(vocab_file, nullptr, false);
+        if (!vocab.is_object())
+            fail(path, " is not a JSON object of tokens and their ids. Fetch it again");
+        constexpr int64_t most = 1 << 24;
+        for (const auto& [name, value] : vocab.items()) {
+            if (!value.is_number_integer() || value.get<int64_t>() < 0 ||
+                value.get<int64_t>() >= most)
+                fail(path, " gives the token '", name, "' the id ", value.dump(),
+                     ", expected a number of 0 to ", most - 1, ". Fetch it again");
+            int id = value.get<int>();
+            if (size_t(id) >= known.size())
+                known.resize(size_t(id) + 1), bytes_of.resize(known.size());
+            if (known[size_t(id)]) fail(path, " gives two tokens the id ", id, ". Fetch it again");
+            known[size_t(id)] = true;
+            if (name == "<|endoftext|>")
+                identity.eot = id;
+            else if (!names.bytes(name, bytes_of[size_t(id)]))
+                fail(path, " has the token '", name,
+                     "', which has a character that names no byte, so it is not GPT-2's. Fetch it "
+                     "again");
+            ids[name] = id;
+        }
+        for (uint32_t b = 0; b < 256; b++) {
+            std::string name;
+            append_utf8(name, names.name_of[b]);
+            auto found = ids.find(name);
+            if (found == ids.end())
+                fail(path, " has no token for the byte ", b, " ('", name, "'). Fetch it again");
+            byte_ids[b] = found->second;
+        }
+        identity.kind = "gpt2";
+        identity.vocab_size = int(known.size());
+        // What the files mean, not how they are written: JSON has many forms.
+        uint64_t hash = fnv1a("gpt2");
+        for (size_t id = 0; id < known.size(); id++)
+            if (known[id]) hash = fnv1a(cat(id, ' ', bytes_of[id].size(), ' ', bytes_of[id]), hash);
+        identity.fingerprint = hash;
+    }
+
+    void read_merges(const std::string& vocab_path, const std::string& path) {
+        merges.reserve(size_t(std::count(merges_file.begin(), merges_file.end(), '\n')) + 1);
+        std::istringstream in(merges_file);
+        std::string line;
+        uint32_t rank = 0;
+        for (int number = 1; std::getline(in, line); number++) {
+            if (!line.empty() && line.back() == '\r') line.pop_back();
+            if (line.empty() || (number == 1 && line.rfind("#version", 0) == 0)) continue;
+            size_t gap = line.find(' ');
+            if (gap == std::string::npos || gap == 0 || gap + 1 == line.size() ||
+                line.find(' ', gap + 1) != std::string::npos)
+                fail("line ", number, " of ", path, " is '", line,
+                     "', expected two tokens and a space between them. Fetch the file again");
+            std::string left = line.substr(0, gap), right = line.substr(gap + 1);
+            int id[3], k = 0;
+            for (const std::string& name : {left, right, left + right}) {
+                auto found = ids.find(name);
+                if (found == ids.end())
+                    fail("line ", number, " of ", path, " is '", line, "', but ", vocab_path,
+                         " has no '", name, "'. The two files do not belong together");
+                id[k++] = found->second;
+            }
+            Merges::Entry& entry = merges.entries[merges.slot(Merges::pair_of(id[0], id[1]))];
+            if (entry.pair != UINT64_MAX)
+                fail("line ", number, " of ", path, " repeats '", line, "'. Fetch the file again");
+            entry = {Merges::pair_of(id[0], id[1]), rank++, id[2]};
+            identity.fingerprint = fnv1a(line, fnv1a("\n", identity.fingerprint));
+        }
+        if (rank == 0) fail(path, " has no merges, expected about 50,000. Fetch it again");
+        ids.clear();
+    }
+
+    // Merges the pair of lowest rank, the leftmost first, until none is left. Linear search for it:
+    // pieces are mostly words.
+    void merge_short(std::string_view piece, std::vector<int>& out) const {
+        constexpr uint32_t none = UINT32_MAX;
+        int id[max_short], merged[max_short];
+        uint32_t rank[max_short]; // of the pair (i, i+1)
+        size_t n = piece.size();
+        auto look_up = [&](size_t i) {
+            const Merges::Entry* entry = i + 1 < n ? merges.find(id[i], id[i + 1]) : nullptr;
+            rank[i] = entry ? entry->rank : none;
+            merged[i] = entry ? entry->id : 0;
+        };
+        for (size_t i = 0; i < n; i++) id[i] = byte_ids[static_cast<unsigned char>(piece[i])];
+        for (size_t i = 0; i < n; i++) look_up(i);
+        while (true) {
+            size_t best = 0;
+            for (size_t i = 1; i < n; i++)
+                if (rank[i] < rank[best]) best = i;
+            if (rank[best] == none) break;
+            id[best] = merged[best];
+            n--;
+            for (size_t i = best + 1; i < n; i++)
+                id[i] = id[i + 1], rank[i] = rank[i + 1], merged[i] = merged[i + 1];
+            look_up(best);
+            if (best > 0) look_up(best - 1);
+        }
+        out.insert(out.end(), id, id + n);
+    }
+
+    // The same with a heap and a linked list, in n log n.
+    void merge_long(std::string_view piece, std::vector<int>& out) const {
+        struct Node {
+            int id;
+            uint32_t previous, next;
+            uint32_t rank; // of the pair (this, next)
+        };
+        constexpr uint32_t none = UINT32_MAX;
+        uint32_t n = uint32_t(piece.size());
+        std::vector<Node> nodes(n);
+        std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> heap; // rank, place
+        auto look_up = [&](uint32_t i) {
+            Node& node = nodes[i];
+            const Merges::Entry* entry =
+                node.next != none ? merges.find(node.id, nodes[node.next].id) : nullptr;
+            node.rank = entry ? entry->rank : none;
+            if (entry) heap.push(uint64_t(entry->rank) << 32 | i);
+        };
+        for (uint32_t i = 0; i < n; i++)
+            nodes[i] = {byte_ids[static_cast<unsigned char>(piece[i])], i ? i - 1 : none,
+                        i + 1 < n ? i + 1 : none, none};
+        for (uint32_t i = 0; i < n; i++) look_up(i);
+        while (!heap.empty()) {
+            uint64_t top = heap.top();
+            heap.pop();
+            uint32_t i = uint32_t(top);
+            if (nodes[i].rank != top >> 32) continue; // the pair is no longer there
+            uint32_t gone = nodes[i].next;
+            nodes[i].id = merges.find(nodes[i].id, nodes[gone].id)->id;
+            nodes[i].next = nodes[gone].next;
+            nodes[gone].rank = none;
+            if (nodes[i].next != none) nodes[nodes[i].next].previous = i;
+            look_up(i);
+            if (nodes[i].previous != none) look_up(nodes[i].previous);
+        }
+        for (uint32_t i = 0; i != none; i = nodes[i].next) out.push_back(nodes[i].id);
+    }
+
+    static constexpr size_t max_short = 64;
+
+    // Most pieces are words that came before: one entry per hash, the latest wins.
+    struct Cache {
+        struct Entry {
+            unsigned char length = 0, count = 0; // length 0: empty
+            char text[30];
+            int tokens[8];
+        };
+        static constexpr size_t size = 1 << 15;
+        uint64_t serial = 0;
+        std::vector<Entry> entries;
+    };
+
+    std::vector<int> encode(std::string_view text) const override {
+        static thread_local Cache cache;
+        if (cache.serial != serial) {
+            cache.entries.assign(Cache::size, {});
+            cache.serial = serial;
+        }
+        std::vector<int> out;
+        out.reserve(text.size() / 3 + 8);
+        for (size_t i = 0; i < text.size();) {
+            size_t end = splitter.next_piece(text, i);
+            std::string_view piece = text.substr(i, end - i);
+            i = end;
+            if (piece.size() > max_short) {
+                merge_long(piece, out);
+                continue;
+            }
+            if (piece.size() > sizeof Cache::Entry::text) {
+                merge_short(piece, out);
+                continue;
+            }
+            uint64_t hash = std::hash<std::string_view>()(piece);
+            Cache::Entry& entry = cache.entries[hash % Cache::size];
+            if (entry.length == piece.size() &&
+                std::memcmp(entry.text, piece.data(), piece.size()) == 0) {
+                out.insert(out.end(), entry.tokens, entry.tokens + entry.count);
+                continue;
+            }
+            size_t before = out.size();
+            merge_short(piece, out);
+            if (out.size() - before > std::size(entry.tokens)) continue;
+            entry.length = static_cast<unsigned char>(piece.size());
+            entry.count = static_cast<unsigned char>(out.size() - before);
+            std::memcpy(entry.text, piece.data(), piece.size());
+            std::copy(out.begin() + std::ptrdiff_t(before), out.end(), entry.tokens);
+        }
+        return out;
+    }
+
+    std::string decode(const int* tokens, size_t n) const override {
+        std::string text;
+        for (size_t i = 0; i < n; i++) {
+            if (tokens[i] < 0 || size_t(tokens[i]) >= known.size() || !known[size_t(tokens[i])])
+                bad_token(tokens[i], identity);
+            text += bytes_of[size_t(tokens[i])];
+        }
+        return text;
+    }
+    TokenizerId id() const override { return identity; }
+    void save(const std::string& dir) const override {
+        const char* eot = "<|endoftext|>";
+        json config = {{"tokenizer_class", "GPT2Tokenizer"}, {"add_prefix_space", false}};
+        if (identity.eot >= 0)
+            for (const char* role : {"bos_token", "eos_token", "unk_token"}) config[role] = eot;
+        save_files(dir, {{"vocab.json", vocab_file},
+                         {"merges.txt", merges_file},
+                         {"tokenizer_config.json", config.dump(2) + "\n"}});
+    }
+    size_t safe_cut(std::string_view text) const override { return splitter.safe_cut(text); }
+};
+
+#endif
+
+#ifdef LNS_SENTENCEPIECE
+
+// SentencePiece
+
+struct SentencePiece : Tokenizer {
+    std::string model; // the file
+    sentencepiece::SentencePieceProcessor processor;
+    // The same model without (or with, if it has none) the space that it puts before a text: for
+    // parts that continue one. Which of the two continues a text exactly is found by trying.
+    sentencepiece::SentencePieceProcessor rest;
+    bool cuttable = false;   // whether texts may be cut before newlines
+    bool after_space = true; // also before those that follow other space
+    TokenizerId identity;
+
+    explicit SentencePiece(const std::string& path) : model(read_file(path)) {
+        const char* advice = "expected a SentencePiece model. Fetch it again";
+        if (model.empty()) fail(path, " is empty, ", advice);
+        if (model.rfind("version https://git-lfs", 0) == 0)
+            fail(path, " is a Git LFS pointer, not the file. Fetch the file itself");
+        if (model.rfind("IQ== 0", 0) == 0)
+            fail(path, " is a tiktoken vocabulary (as LLaMA 3 has), ", advice);
+        auto status = processor.LoadFromSerializedProto(model);
+        if (!status.ok())
+            fail(path, " is damaged or no tokenizer (", status.ToString(), "), ", advice);
+        identity = {"sentencepiece", processor.GetPieceSize(), processor.eos_id(), fnv1a(model)};
+
+        // Protocol buffers merge what is appended: field 3 (normalizer_spec) with field 3
+        // (add_dummy_prefix) false, then true (sentencepiece_model.proto).
+        for (char prefix : {'\0', '\1'}) {
+            std::string edited = model + std::string({'\x1a', '\x02', '\x18', prefix});
+            if (!rest.LoadFromSerializedProto(edited).ok()) break;
+            if ((cuttable = newlines_stand_alone())) break;
+        }
+    }
+
+    // Whether a text cut before a newline encodes to the same tokens: no piece reaches across one
+    // (or across the space that it becomes), and some samples say so.
+    bool newlines_stand_alone() {
+        const std::string mark = "\u2581"; // a space
+        bool runs = false;                 // pieces of many spaces
+        for (int id = 0; id < identity.vocab_size; id++) {
+            const std::string& piece = processor.IdToPiece(id);
+            if (piece.size() > 1 && piece.find('\n') != std::string::npos) return false;
+            size_t start = 0;
+            while (piece.compare(start, mark.size(), mark) == 0) start += mark.size();
+            if (piece.find(mark, start) != std::string::npos) return false;
+            runs |= start > mark.size();
+        }
+        after_space = !runs || encode_with(processor, "a\nb") != encode_with(processor, "a b");
+        const std::string samples[][2] = {{"a", "\nb"},       {"Hello there.", "\nGeneral 12"},
+                                          {"x1,", "\n\ny\n"}, {"\u00e9", "\n  \u00df"},
+                                          {"end", "\n"},      {"end", "\n'tis"},
+                                          {"a  ", "\n  b"},   {"a\n", "\n"},
+                                          {" \t", "\n\tb"}};
+        for (const auto& [left, right] : samples) {
+            if (!may_cut(left + right, left.size())) continue;
+            std::vector<int> parts = encode_with(processor, left),
+                             second = encode_with(rest, right);
+            parts.insert(parts.end(), second.begin(), second.end());
+            if (parts != encode_with(processor, left + right)) return false;
+        }
+        return true;
+    }
+
+    static std::vector<int> encode_with(const sentencepiece::SentencePieceProcessor& with,
+                                        std::string_view text) {
+        std::vector<int> tokens;
+        auto status = with.Encode({text.data(), text.size()}, &tokens);
+        if (!status.ok()) fail("SentencePiece cannot encode a text: ", status.ToString());
+        return tokens;
+    }
+
+    std::vector<int> encode(std::string_view text) const override {
+        return encode_lines(processor, text);
+    }
+    std::vector<int> encode_rest(std::string_view text) const override {
+        return encode_lines(cuttable ? rest : processor, text);
+    }
+
+    // SentencePiece's work grows faster than the text, so long texts go in parts.
+    std::vector<int> encode_lines(const sentencepiece::SentencePieceProcessor& first,
+                                  std::string_view text) const {
+        constexpr size_t part = 4096;
+        std::vector<int> tokens;
+        const auto* with = &first;
+        while (cuttable && text.size() > part) {
+            size_t cut = part;
+            while (cut < text.size() && !may_cut(text, cut)) cut++;
+            if (cut == text.size()) break;
+            std::vector<int> more = encode_with(*with, text.substr(0, cut));
+            tokens.insert(tokens.end(), more.begin(), more.end());
+            text.remove_prefix(cut);
+            with = &rest;
+        }
+        if (tokens.empty()) return encode_with(*with, text);
+        std::vector<int> more = encode_with(*with, text);
+        tokens.insert(tokens.end(), more.begin(), more.end());
+        return tokens;
+    }
+
+    bool may_cut(std::string_view text, size_t p) const {
+        return text[p] == '\n' && (after_space || static_cast<unsigned char>(text[p - 1]) > ' ');
+    }
+    size_t safe_cut(std::string_view text) const override {
+        if (cuttable)
+            for (size_t p = text.size(); p-- > 1;)
+                if (may_cut(text, p)) return p;
+        return 0;
+    }
+
+    std::string decode(const int* tokens, size_t n) const override {
+        for (size_t i = 0; i < n; i++)
+            if (tokens[i] < 0 || tokens[i] >= identity.vocab_size) bad_token(tokens[i], identity);
+        std::string text;
+        auto status = processor.Decode(std::vector<int>(tokens, tokens + n), &text);
+        if (!status.ok()) fail("SentencePiece cannot decode: ", status.ToString());
+        return text;
+    }
+    TokenizerId id() const override { return identity; }
+    void save(const std::string& dir) const override {
+        json config = {{"add_bos_token", false}, {"add_eos_token", false}};
+        if (processor.PieceToId("<0x0A>") != processor.unk_id())
+            config["tokenizer_class"] = "LlamaTokenizer";
+        const int special[] = {processor.bos_id(), processor.eos_id(), processor.unk_id()};
+        const char* roles[] = {"bos_token", "eos_token", "unk_token"};
+        for (int i = 0; i < 3; i++)
+            if (special[i] >= 0) config[roles[i]] = processor.IdToPiece(special[i]);
+        save_files(dir,
+                   {{"tokenizer.model", model}, {"tokenizer_config.json", config.dump(2) + "\n"}});
+    }
+};
+
+#endif
+
+std::unique_ptr<Tokenizer> load_gpt2(const std::string& dir) {
+#ifdef LNS_PCRE2
+    return std::make_unique<Gpt2>(dir);
+#else
+    fail("the tokenizer of ", dir,
+         " is GPT-2's, which needs PCRE2, and this build has none. "
+         "Install libpcre2-dev (or run `make deps`) and build again");
+#endif
+}
+
+std::unique_ptr<Tokenizer> load_sentencepiece(const std::string& path) {
+#ifdef LNS_SENTENCEPIECE
+    return std::make_unique<SentencePiece>(path);
+#else
+    fail("the tokenizer ", path,
+         " is SentencePiece's, and this build has no SentencePiece. Install "
+         "libsentencepiece-dev (or run `make deps`) and build again");
+#endif
+}
+
+} // namespace
+
+std::unique_ptr<Tokenizer> load_tokenizer(const std::string& spec) {
+    if (spec == "bytes") return std::make_unique<Bytes>();
+    if (spec.rfind("gpt2:", 0) == 0) return load_gpt2(spec.substr(5));
+    if (fs::is_directory(spec)) {
+        auto has = [&](const char* name) { return fs::exists(fs::path(spec) / name); };
+        if (has("tokenizer.model")) return load_sentencepiece(spec + "/tokenizer.model");
+        if (has("vocab.json") || has("encoder.json")) return load_gpt2(spec);
+        if (has("tokenizer_config.json")) {
+            std::string path = spec + "/tokenizer_config.json";
+            json config = json::parse(read_file(path), nullptr, false);
+            if (config.is_object() && config.value("kind", json()) == "bytes")
+                return std::make_unique<Bytes>();
+        }
+        fail("the directory ", spec,
+             " has no tokenizer: expected tokenizer.model, or vocab.json and "
+             "merges.txt, or what a run saved");
+    }
+    if (fs::exists(spec) || (spec.size() > 6 && spec.substr(spec.size() - 6) == ".model"))
+        return load_sentencepiece(spec);
+    fail("there is no tokenizer '", spec,
+         "'. Expected bytes, gpt2:DIR (with encoder.json and "
+         "vocab.bpe), a SentencePiece FILE.model, or a directory with a saved tokenizer");
+}
+
+} // namespace lns
