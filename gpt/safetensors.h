@@ -1,0 +1,72 @@
+// The safetensors format: 8 bytes of little-endian header length, a JSON header, the tensors' bytes
+// (https://github.com/huggingface/safetensors). A file is validated as a whole before any tensor is
+// used: lengths, types, shapes against sizes, and offsets that cover the data without holes or
+// overlaps. Scalars are little-endian; a view may be unaligned in files that others wrote.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace lns {
+
+// Bytes of one element of "F64", "F32", "BF16", "I64", "U8", "BOOL", …; 0 if there is no such type.
+size_t dtype_bytes(const std::string& dtype);
+
+// A tensor that lies in memory, row-major; [] is the shape of a scalar.
+struct TensorView {
+    std::string name, dtype;
+    std::vector<int64_t> shape;
+    const void* data = nullptr;
+    size_t bytes = 0;
+};
+
+// A tensor whose bytes are made as they are written: produce calls sink once or often (it is
+// buffered) with exactly as many bytes as dtype and shape say.
+using TensorSink = std::function<void(const void* data, size_t bytes)>;
+struct TensorOut {
+    std::string name, dtype;
+    std::vector<int64_t> shape;
+    std::function<void(const TensorSink& sink)> produce;
+};
+TensorOut tensor_out(const TensorView& view);
+
+// Writes the file whole or not at all (AtomicFile). Larger types go first, so that every tensor is
+// aligned; otherwise the order is kept.
+void write_safetensors(const std::string& path, const std::vector<TensorOut>& tensors,
+                       const std::map<std::string, std::string>& metadata = {});
+void write_safetensors(const std::string& path, const std::vector<TensorView>& tensors,
+                       const std::map<std::string, std::string>& metadata = {});
+
+// A file, mapped into memory for as long as this lives.
+class Safetensors {
+  public:
+    explicit Safetensors(const std::string& path);
+    ~Safetensors();
+    Safetensors(const Safetensors&) = delete;
+    Safetensors& operator=(const Safetensors&) = delete;
+
+    const std::string& path() const { return path_; }
+    const std::vector<TensorView>& tensors() const { return tensors_; } // as they lie in the file
+    const std::map<std::string, std::string>& metadata() const { return metadata_; }
+    const TensorView* find(const std::string& name) const; // nullptr if absent
+    const TensorView& at(const std::string& name) const;   // throws, naming the file
+
+    // All elements, converted from F64, F32, F16 or BF16; of another type throws.
+    void read_f32(const TensorView& view, float* out) const;
+    void read_f64(const TensorView& view, double* out) const;
+
+  private:
+    std::string path_;
+    void* map_ = nullptr;
+    size_t size_ = 0;
+    std::vector<TensorView> tensors_;
+    std::map<std::string, size_t> index_;
+    std::map<std::string, std::string> metadata_;
+    void parse();
+};
+
+} // namespace lns
