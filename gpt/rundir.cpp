@@ -1,0 +1,233 @@
+#include "gpt/rundir.h"
+
+#include "gpt/build.h"
+#include "gpt/error.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <ctime>
+#include <fcntl.h>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <sys/file.h>
+#include <unistd.h>
+
+namespace fs = std::filesystem;
+
+namespace lns {
+namespace {
+
+using nlohmann::ordered_json;
+
+// The step of a checkpoint's name, or -1.
+int64_t step_of(const std::string& name) {
+    const std::string prefix = "step-";
+    if (name.compare(0, prefix.size(), prefix) != 0) return -1;
+    std::string digits = name.substr(prefix.size());
+    bool good = digits.size() >= 6 && digits.size() <= 18 &&
+                digits.find_first_not_of("0123456789") == std::string::npos;
+    return good ? std::stoll(digits) : -1;
+}
+
+std::vector<std::pair<int64_t, std::string>> checkpoints_in(const std::string& path) {
+    std::vector<std::pair<int64_t, std::string>> found;
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(path, error)) {
+        int64_t step = step_of(entry.path().filename().string());
+        if (step >= 0 && fs::exists(entry.path() / "config.json"))
+            found.emplace_back(step, entry.path().string());
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
+std::string log_of(const std::string& path) { return (fs::path(path) / "log.jsonl").string(); }
+
+// An exclusive lock for as long as the descriptor is open, that is, the process lives.
+Fd lock_directory(const std::string& path) {
+    std::string name = (fs::path(path) / "lock").string();
+    Fd lock(open(name.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
+    if (!lock) fail("cannot write to ", path, ": ", std::strerror(errno));
+    if (flock(lock.fd, LOCK_EX | LOCK_NB) != 0) {
+        if (errno == EWOULDBLOCK) {
+            std::string holder = read_file(name);
+            holder.erase(holder.find_last_not_of('\n') + 1);
+            fail("another run (", holder.empty() ? "just starting" : holder, ") is writing to ",
+                 path, ": wait until it ends, or choose another directory with -o.");
+        }
+        // Some cluster file systems have no locks; then nothing guards the directory.
+        if (errno != ENOLCK && errno != ENOTSUP && errno != ENOSYS)
+            fail("cannot lock ", name, ": ", std::strerror(errno));
+    }
+    char host[256] = "";
+    gethostname(host, sizeof host - 1);
+    std::string holder = cat("process ", getpid(), " on ", host, "\n");
+    if (ftruncate(lock.fd, 0) != 0) fail("cannot write ", name, ": ", std::strerror(errno));
+    write_all(lock.fd, holder.data(), holder.size(), name);
+    return lock;
+}
+
+} // namespace
+
+RunDirectory::RunDirectory(const std::string& path) : path_(path) {
+    while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
+}
+
+RunDirectory RunDirectory::create(const std::string& path) {
+    RunDirectory run(path);
+    if (fs::exists(run.path_) && !fs::is_directory(run.path_))
+        fail(path, " is a file, and a run needs a directory: choose another one with -o.");
+    std::error_code error;
+    fs::create_directories(run.path_, error);
+    if (error) fail("cannot make the directory ", path, ": ", error.message());
+    run.lock_ = lock_directory(run.path_);
+    if (fs::exists(log_of(run.path_)) || !checkpoints_in(run.path_).empty())
+        fail(path, " already holds a run: continue it with -y, or choose another directory with "
+                   "-o.");
+    remove_stale_temporaries(run.path_, true);
+    run.open_log();
+    return run;
+}
+
+RunDirectory RunDirectory::resume(const std::string& path) {
+    RunDirectory run(path);
+    if (!fs::is_directory(run.path_)) fail("there is no run to continue: ", path, " is missing.");
+    run.lock_ = lock_directory(run.path_);
+    remove_stale_temporaries(run.path_, true);
+    std::string log = log_of(run.path_);
+    if (fs::exists(log)) {
+        std::string text = read_file(log);
+        size_t whole = text.rfind('\n') + 1; // 0 where there is none
+        if (whole != text.size()) write_file_atomic(log, std::string_view(text).substr(0, whole));
+    }
+    run.open_log();
+    return run;
+}
+
+void RunDirectory::open_log() {
+    std::string name = log_of(path_);
+    log_ = Fd(open(name.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
+    if (!log_) fail("cannot write ", name, ": ", std::strerror(errno));
+}
+
+void RunDirectory::record(int argc, const char* const* argv,
+                          const std::map<std::string, std::string>& more) {
+    std::string name = (fs::path(path_) / "run.json").string();
+    ordered_json record = {{"starts", ordered_json::array()}};
+    if (fs::exists(name)) {
+        ordered_json earlier = ordered_json::parse(read_file(name), nullptr, false);
+        if (!earlier.is_object() || !earlier.contains("starts") || !earlier["starts"].is_array())
+            fail(name, " is not the record of a run: move it away and start again.");
+        record = std::move(earlier);
+    }
+    const BuildInfo& build = build_info();
+    char host[256] = "";
+    gethostname(host, sizeof host - 1);
+    std::error_code error;
+    ordered_json start = {{"command", shell_quoted(argc, argv)},
+                          {"directory", fs::current_path(error).string()},
+                          {"time", iso_time()},
+                          {"host", host},
+                          {"process", getpid()},
+                          {"cpu", cpu_features()},
+                          {"version", build.version},
+                          {"compiler", build.compiler},
+                          {"flags", build.flags}};
+    for (const auto& [feature, value] : build.features) start["features"][feature] = value;
+    for (const auto& [key, value] : more) start[key] = value;
+    record["starts"].push_back(start);
+    // A path in the command need not be UTF-8.
+    using Handler = ordered_json::error_handler_t;
+    write_file_atomic(name, record.dump(2, ' ', false, Handler::replace) + "\n");
+}
+
+void RunDirectory::append(std::string_view json_line) {
+    std::string name = log_of(path_), line(json_line);
+    line += '\n';
+    off_t before = lseek(log_.fd, 0, SEEK_END);
+    try {
+        write_all(log_.fd, line.data(), line.size(), name);
+    } catch (...) {
+        // On a full disk a part of the line may stand there; what was whole before stays whole.
+        if (before >= 0 && ftruncate(log_.fd, before) != 0) {
+        }
+        throw;
+    }
+}
+
+void RunDirectory::truncate_log_after(int64_t step) {
+    std::string name = log_of(path_), text = read_file(name);
+    AtomicFile kept(name);
+    for (size_t begin = 0, end; begin < text.size(); begin = end) {
+        size_t newline = text.find('\n', begin);
+        if (newline == std::string::npos) break;
+        end = newline + 1;
+        ordered_json line =
+            ordered_json::parse(text.begin() + begin, text.begin() + newline, nullptr, false);
+        if (!line.is_object()) continue;
+        auto found = line.find("step");
+        if (found != line.end() && found->is_number() && found->get<double>() > double(step))
+            continue;
+        kept.write(text.data() + begin, end - begin);
+    }
+    kept.commit();
+    open_log(); // the old one is no longer in the directory
+}
+
+std::string RunDirectory::checkpoint_path(int64_t step) const {
+    char name[32];
+    std::snprintf(name, sizeof name, "step-%06lld", static_cast<long long>(step));
+    return (fs::path(path_) / name).string();
+}
+
+std::vector<std::pair<int64_t, std::string>> RunDirectory::checkpoints() const {
+    return checkpoints_in(path_);
+}
+
+void RunDirectory::keep_last(int n) {
+    auto all = checkpoints();
+    if (n <= 0) return;
+    for (size_t i = 0; i + n < all.size(); i++) remove_atomic(all[i].second);
+}
+
+std::string default_run_path(const std::string& prefix) {
+    std::string path = prefix;
+    for (int i = 2; fs::exists(path); i++) path = cat(prefix, "-", i);
+    return path;
+}
+
+std::string latest_checkpoint(const std::string& path) {
+    if (fs::exists(fs::path(path) / "config.json")) return path;
+    if (!fs::is_directory(path))
+        fail(path, fs::exists(path) ? " is a file" : " does not exist",
+             "; expected a checkpoint or a run directory.");
+    auto found = checkpoints_in(path);
+    if (found.empty())
+        fail(path, " holds no checkpoint: expected a config.json, or directories step-….");
+    return found.back().second;
+}
+
+std::string shell_quoted(int argc, const char* const* argv) {
+    std::string out;
+    for (int i = 0; i < argc; i++) {
+        std::string word = argv[i], quoted;
+        bool plain = !word.empty();
+        for (unsigned char c : word) {
+            plain = plain && (std::isalnum(c) || std::strchr("_-+=./:,@%", c));
+            quoted += c == '\'' ? "'\\''" : std::string(1, char(c));
+        }
+        out += (i ? " " : "") + (plain ? word : "'" + quoted + "'");
+    }
+    return out;
+}
+
+std::string iso_time() {
+    std::time_t now = std::time(nullptr);
+    std::tm utc;
+    char text[32];
+    std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
+    return text;
+}
+
+} // namespace lns

@@ -1,0 +1,65 @@
+// A run is a directory: log.jsonl (one object a step), checkpoints step-000500, …, run.json (the
+// exact commands that wrote it, with their builds) and lock (held while a process trains into it).
+// Only one process of a run, rank 0, opens it.
+#pragma once
+
+#include "gpt/files.h"
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace lns {
+
+class RunDirectory {
+  public:
+    // A new run. Throws where a run lies already, or another process holds the directory.
+    static RunDirectory create(const std::string& path);
+    // An earlier run, to be continued. A log line that a kill cut short is dropped, and so are the
+    // temporaries that it left.
+    static RunDirectory resume(const std::string& path);
+
+    const std::string& path() const { return path_; }
+
+    // Adds an entry to run.json: this command line, quoted for a shell, the working directory, the
+    // time, the host, the build, and whatever else the caller knows.
+    void record(int argc, const char* const* argv,
+                const std::map<std::string, std::string>& more = {});
+
+    // Appends a line to log.jsonl, whole or not at all.
+    void append(std::string_view json_line);
+    // Drops the lines with "step" > step, and what is no JSON, as a resumed run is to write them
+    // again.
+    void truncate_log_after(int64_t step);
+
+    // PATH/step-000500, to be written through AtomicDirectory.
+    std::string checkpoint_path(int64_t step) const;
+    // All whole checkpoints, by step.
+    std::vector<std::pair<int64_t, std::string>> checkpoints() const;
+    // Removes all but the n newest; n <= 0 keeps all.
+    void keep_last(int n);
+
+  private:
+    std::string path_;
+    Fd lock_, log_;
+    explicit RunDirectory(const std::string& path);
+    void open_log();
+};
+
+// PREFIX, PREFIX-2, PREFIX-3, …: the first that does not exist yet.
+std::string default_run_path(const std::string& prefix);
+
+// The checkpoint that path names: path itself if it holds a config.json, else the last one of the
+// run directory path.
+std::string latest_checkpoint(const std::string& path);
+
+// The words as a POSIX shell reads them back.
+std::string shell_quoted(int argc, const char* const* argv);
+
+// "2025-06-01T13:05:09Z"
+std::string iso_time();
+
+} // namespace lns
