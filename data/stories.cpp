@@ -1,0 +1,47 @@
+// Prints the embedded corpus, for whoever wants the text itself: documents between lines of
+// <|endoftext|>.
+#include "gpt/stories.h"
+#include "gpt/error.h"
+
+#include <CLI/CLI.hpp>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+
+namespace {
+
+void print(double megabytes, uint64_t seed) {
+    const double bytes = megabytes * 1e6;
+    double written = 0;
+    for (uint64_t i = 0; written < bytes; i++) {
+        std::string text = (i ? "<|endoftext|>\n" : "") + lns::story(seed, i);
+        if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) break;
+        written += double(text.size());
+    }
+    if (std::fflush(stdout) != 0 || std::ferror(stdout))
+        lns::fail("standard output cannot be written: ", std::strerror(errno),
+                  ". Is there room on the disk?");
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    CLI::App app{"Prints synthetic English stories, documents between lines of <|endoftext|>.",
+                 "data/stories"};
+    double megabytes = 1;
+    uint64_t seed = 1;
+    app.add_option("--megabytes", megabytes, "at least so much text, to the end of a story")
+        ->capture_default_str()
+        ->check(CLI::Range(0.0, 1e9));
+    app.add_option("--seed", seed, "other seeds tell other stories")->capture_default_str();
+    try {
+        app.parse(argc, argv);
+        print(megabytes, seed);
+    } catch (const CLI::ParseError& error) {
+        return app.exit(error) == 0 ? 0 : 1;
+    } catch (const lns::Error& error) {
+        std::fprintf(stderr, "data/stories: %s\n", error.what());
+        return 1;
+    }
+}
