@@ -192,9 +192,8 @@ ShardWriter::ShardWriter(const std::string& path, const TokenizerId& id)
 }
 
 ShardWriter::~ShardWriter() {
-    if (file < 0) return;
     if (!published) unlink(temporary.c_str());
-    ::close(file);
+    if (file >= 0) ::close(file);
 }
 
 void ShardWriter::write_failed(int error) {
@@ -250,6 +249,9 @@ void ShardWriter::finish() {
     ssize_t n = pwrite(file, header.data(), header_bytes, 0);
     if (n != ssize_t(header_bytes)) write_failed(n < 0 ? errno : ENOSPC);
     if (fsync(file) != 0) write_failed(errno);
+    int failed = ::close(std::exchange(file, -1));
+    if (failed) write_failed(errno);
+    buffer = {};
     finished = true;
 }
 

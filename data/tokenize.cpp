@@ -1,0 +1,659 @@
+// tokenize: text files in, token shards out.
+//
+// One thread reads and cuts the text into parts, all cores encode them, one thread writes them in
+// order. Where the text is cut depends on the text alone, so the tokens do too, not on the threads
+// or on how a pipe delivers. Parts end where Tokenizer::safe_cut says that the encoding is that of
+// the whole text.
+//
+// Shards stand under temporary names until all are whole; then all are renamed. So an error, a full
+// disk or Ctrl-C leaves the shards of an earlier run as they were.
+#include "gpt/error.h"
+#include "gpt/tokenizer.h"
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <csignal>
+#include <cstring>
+#include <deque>
+#include <fcntl.h>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <thread>
+#include <unistd.h>
+
+namespace lns {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Options {
+    std::string tokenizer = "bytes", separator, out;
+    double val_fraction = 0.05;
+    uint64_t shard_tokens = 100'000'000;
+    int threads = 0;
+    bool quiet = false;
+    std::vector<std::string> files;
+};
+
+constexpr size_t part_bytes = 256 << 10; // what a worker gets at once
+constexpr size_t block_bytes = 64 << 10; // how finely a pipe without separators is split
+constexpr size_t known_bytes = 4 << 20;  // a pipe this short is treated as a file
+// A text with nowhere to cut is cut here anyway, at the cost of a token or two.
+constexpr size_t longest_part = 1 << 20;
+
+volatile std::sig_atomic_t interrupted = 0;
+
+void stop_if_interrupted() {
+    if (interrupted) fail("interrupted. No shard was written or changed");
+}
+
+// 100M, 64k, 1.5B: decimal factors.
+uint64_t parse_count(const std::string& text) {
+    size_t used = 0;
+    double number = 0;
+    try {
+        number = std::stod(text, &used);
+    } catch (const std::exception&) {
+        used = 0;
+    }
+    std::string unit = text.substr(used);
+    double factor = unit == ""                                                 ? 1
+                    : unit == "k" || unit == "K"                               ? 1e3
+                    : unit == "m" || unit == "M"                               ? 1e6
+                    : unit == "g" || unit == "G" || unit == "b" || unit == "B" ? 1e9
+                                                                               : 0;
+    if (used == 0 || factor == 0 || !(number * factor >= 1) || number * factor > 1e18)
+        fail("'", text, "' is no count, expected one like 5000000, 500k, 100M or 1.5B");
+    return uint64_t(number * factor);
+}
+
+// The shards of one kind, train or val
+
+struct ShardSet {
+    std::string prefix; // with _train or _val
+    TokenizerId id;
+    uint64_t shard_tokens, tokens = 0;
+    std::vector<std::unique_ptr<ShardWriter>> shards; // all but the last are finished
+
+    std::string path(size_t i) const {
+        char number[24];
+        std::snprintf(number, sizeof number, "_%06zu.bin", i);
+        return prefix + number;
+    }
+    void write(const int* from, size_t n) {
+        while (n > 0) {
+            if (shards.empty() || shards.back()->tokens == shard_tokens) {
+                if (!shards.empty()) shards.back()->finish();
+                shards.push_back(std::make_unique<ShardWriter>(path(shards.size()), id));
+            }
+            size_t here = size_t(std::min<uint64_t>(n, shard_tokens - shards.back()->tokens));
+            shards.back()->write(from, here);
+            from += here, n -= here, tokens += here;
+        }
+    }
+    void finish() {
+        if (!shards.empty()) shards.back()->finish();
+    }
+    // Renames all into place and removes what an earlier run left beyond them, which a pattern
+    // would mix in. Returns how many it removed.
+    int publish() {
+        for (auto& shard : shards) shard->publish();
+        fs::path folder = fs::path(prefix).parent_path();
+        std::string name = fs::path(prefix).filename().string() + "_";
+        std::vector<fs::path> stale;
+        for (const auto& entry : fs::directory_iterator(folder.empty() ? "." : folder)) {
+            std::string file = entry.path().filename().string();
+            if (file.rfind(name, 0) != 0 || file.size() < name.size() + 10) continue;
+            std::string number = file.substr(name.size(), file.size() - name.size() - 4);
+            if (file.substr(file.size() - 4) != ".bin" || number.size() > 18 ||
+                number.find_first_not_of("0123456789") != std::string::npos)
+                continue;
+            if (std::stoull(number) >= shards.size()) stale.push_back(entry.path());
+        }
+        for (const fs::path& path : stale) fs::remove(path);
+        return int(stale.size());
+    }
+};
+
+// Reader, workers, writer
+
+struct Part {
+    size_t begin, end;            // in the job's text
+    bool first, last, validation; // of its document
+};
+
+struct Job {
+    std::string text;
+    std::vector<Part> parts;
+    std::vector<int> tokens[2]; // train, val
+};
+
+// Jobs go through `work` on many threads and through `finish` in order on one. push waits while
+// many are under way. The first exception of a thread is thrown by push or close.
+struct Pipeline {
+    using Function = std::function<void(Job&)>;
+
+    Pipeline(int threads, Function work, Function finish)
+        : most(size_t(threads) * 4 + 4), work(std::move(work)), finish(std::move(finish)) {
+        // The signals are for the reader, whose read(2) they interrupt.
+        sigset_t signals, before;
+        sigemptyset(&signals);
+        sigaddset(&signals, SIGINT);
+        sigaddset(&signals, SIGTERM);
+        pthread_sigmask(SIG_BLOCK, &signals, &before);
+        for (int i = 0; i < threads; i++)
+            all.emplace_back([this] { guarded([this] { worker(); }); });
+        all.emplace_back([this] { guarded([this] { writer(); }); });
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+    ~Pipeline() {
+        {
+            std::lock_guard lock(mutex);
+            stopped = true;
+        }
+        changed.notify_all();
+        for (std::thread& thread : all)
+            if (thread.joinable()) thread.join();
+    }
+
+    void push(Job job) {
+        std::unique_lock lock(mutex);
+        wait_for_writer(lock, most);
+        todo.emplace_back(pushed++, std::move(job));
+        changed.notify_all();
+    }
+    void close() {
+        std::unique_lock lock(mutex);
+        wait_for_writer(lock, 1);
+    }
+
+  private:
+    // Until fewer than n jobs are under way.
+    void wait_for_writer(std::unique_lock<std::mutex>& lock, size_t n) {
+        while (!failure && pushed - written >= n) {
+            changed.wait_for(lock, std::chrono::milliseconds(100));
+            stop_if_interrupted();
+        }
+        if (failure) std::rethrow_exception(failure);
+    }
+    template <class Body> void guarded(Body body) {
+        try {
+            body();
+        } catch (...) {
+            std::lock_guard lock(mutex);
+            if (!failure) failure = std::current_exception();
+            stopped = true;
+            changed.notify_all();
+        }
+    }
+    void worker() {
+        std::unique_lock lock(mutex);
+        while (true) {
+            changed.wait(lock, [&] { return stopped || !todo.empty(); });
+            if (stopped) return;
+            auto [index, job] = std::move(todo.front());
+            todo.pop_front();
+            lock.unlock();
+            work(job);
+            lock.lock();
+            done.emplace(index, std::move(job));
+            changed.notify_all();
+        }
+    }
+    void writer() {
+        std::unique_lock lock(mutex);
+        while (true) {
+            changed.wait(lock, [&] { return stopped || done.count(written); });
+            if (stopped) return;
+            Job job = std::move(done.extract(written).mapped());
+            lock.unlock();
+            finish(job);
+            lock.lock();
+            written++;
+            changed.notify_all();
+        }
+    }
+
+    size_t most;
+    Function work, finish;
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<std::pair<uint64_t, Job>> todo;
+    std::map<uint64_t, Job> done;
+    uint64_t pushed = 0, written = 0;
+    bool stopped = false;
+    std::exception_ptr failure;
+    std::vector<std::thread> all;
+};
+
+// One line that says how far it is: in place on a terminal, else seldom.
+struct Progress {
+    using Clock = std::chrono::steady_clock;
+    Clock::time_point start = Clock::now(), shown = start;
+    bool terminal = isatty(STDERR_FILENO), quiet = false, open = false;
+    uint64_t total = 0; // bytes, 0: not known
+
+    double seconds() const { return std::chrono::duration<double>(Clock::now() - start).count(); }
+    void show(uint64_t bytes) {
+        if (quiet || Clock::now() - shown < std::chrono::milliseconds(terminal ? 300 : 10'000))
+            return;
+        shown = Clock::now();
+        double rate = double(bytes) / seconds();
+        std::fprintf(stderr, "%s%.1f MB read, %.1f MB/s",
+                     terminal ? "\r" : "tokenize: ", double(bytes) / 1e6, rate / 1e6);
+        if (total > bytes)
+            std::fprintf(stderr, ", %.0f%%, %.0f s left", 100 * double(bytes) / double(total),
+                         double(total - bytes) / rate);
+        std::fputs(terminal ? "\x1b[K" : "\n", stderr);
+        open = terminal;
+    }
+    ~Progress() {
+        if (open) std::fputs("\r\x1b[K", stderr);
+    }
+};
+
+struct File {
+    std::string name;
+    int descriptor;
+    bool owned;
+    explicit File(const std::string& path) : name(path == "-" ? "stdin" : path) {
+        owned = path != "-";
+        descriptor = owned ? open(path.c_str(), O_RDONLY | O_CLOEXEC) : STDIN_FILENO;
+        if (descriptor < 0) fail("cannot open ", name, ": ", std::strerror(errno));
+        struct stat info;
+        if (fstat(descriptor, &info) == 0 && S_ISDIR(info.st_mode))
+            fail(name, " is a directory, expected a text file. Name its files, as in ", name,
+                 "/*.txt");
+    }
+    File(const File&) = delete;
+    File& operator=(const File&) = delete;
+    ~File() {
+        if (owned && descriptor >= 0) close(descriptor);
+    }
+    // Bytes that are still to be read; false: not known (a pipe).
+    bool size(uint64_t& bytes) const {
+        struct stat info;
+        if (fstat(descriptor, &info) != 0 || !S_ISREG(info.st_mode)) return false;
+        off_t at = lseek(descriptor, 0, SEEK_CUR);
+        bytes = info.st_size > at ? uint64_t(info.st_size - at) : 0;
+        return true;
+    }
+    // Appends n bytes, or fewer at the end of the file only.
+    bool fill(std::string& text, size_t n) {
+        size_t before = text.size(), end = before + n;
+        text.resize(end);
+        size_t at = before;
+        while (at < end) {
+            ssize_t got = ::read(descriptor, text.data() + at, end - at);
+            stop_if_interrupted();
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) fail("cannot read ", name, ": ", std::strerror(errno));
+            if (got == 0) break;
+            at += size_t(got);
+        }
+        text.resize(at);
+        return at == end;
+    }
+};
+
+// What is surely no text is an error that says how to make it one.
+void refuse_binary(std::string_view text, const std::string& name) {
+    auto starts = [&](std::string_view magic) { return text.substr(0, magic.size()) == magic; };
+    const char* tool = starts("\x1f\x8b")                             ? "gzip"
+                       : starts(std::string_view("\xfd\x37zXZ\0", 6)) ? "xz"
+                       : starts("\x28\xb5\x2f\xfd")                   ? "zstd"
+                                                                      : nullptr;
+    if (tool)
+        fail(name, " is compressed, expected text. Unpack it on the way: ", tool, " -dc ", name,
+             " | data/tokenize ...");
+    int32_t magic = 0;
+    if (text.size() >= 4) std::memcpy(&magic, text.data(), 4);
+    if (magic == 20240520 || magic == 20240801)
+        fail(name, " is a shard of tokens already, expected text");
+}
+
+// The text, cut into documents and parts, each with its destination
+
+struct Reader {
+    const Options& options;
+    const Tokenizer& tokenizer;
+    Pipeline& pipeline;
+    Progress& progress;
+    Job job = {};
+    uint64_t bytes = 0, documents = 0, forced_cuts = 0; // bytes: of documents, without separators
+
+    // Where validation text comes from:
+    // - with separators, whole documents, wherever validation has less than its fraction;
+    // - else, of files, the last fraction of the text (tail is where it begins);
+    // - else, of a pipe, blocks of 64 KiB, wherever validation has less than its fraction.
+    enum { none, by_document, by_tail, by_block } split = none;
+    uint64_t tail = 0, val_bytes = 0;
+    bool in_validation = false;
+    bool started = false; // some of the current document has been passed on
+
+    void choose() {
+        bool lacks = double(val_bytes) < options.val_fraction * double(bytes);
+        if ((split == by_document && !started) || split == by_block) in_validation = lacks;
+    }
+
+    void add(std::string_view text, bool last) {
+        choose();
+        job.parts.push_back(
+            {job.text.size(), job.text.size() + text.size(), !started, last, in_validation});
+        job.text += text;
+        bytes += text.size();
+        if (in_validation) val_bytes += text.size();
+        started = !last;
+        documents += last;
+        if (job.text.size() >= part_bytes) push();
+    }
+    void push() {
+        if (!job.parts.empty()) pipeline.push(std::move(job));
+        job = {};
+        progress.show(bytes);
+    }
+    void end_document(std::string_view text) {
+        if (started || !text.empty()) add(text, true);
+    }
+
+    // The next line from `from` on that is the separator: its start and the start of the next line.
+    // What may still become one at the end of the text is found once there is more.
+    bool find_separator(std::string_view text, size_t from, bool at_line_start, bool complete,
+                        size_t& begin, size_t& end) const {
+        const std::string& separator = options.separator;
+        for (size_t at = from; (at = text.find(separator, at)) != std::string_view::npos; at++) {
+            if (at == 0 ? !at_line_start : text[at - 1] != '\n') continue;
+            std::string_view after = text.substr(at + separator.size(), 2);
+            bool newline = after.substr(0, 1) == "\n";
+            if (!newline && after != "\r\n" && !(complete && (after.empty() || after == "\r")))
+                continue;
+            begin = at;
+            end = at + separator.size() + (newline ? 1 : after.size());
+            return true;
+        }
+        return false;
+    }
+
+    // How much of a text can be cut without cutting into what may become a separator.
+    size_t before_separator(std::string_view text, bool at_line_start) const {
+        if (options.separator.empty()) return text.size();
+        size_t newline = text.rfind('\n');
+        if (newline == std::string_view::npos && !at_line_start) return text.size();
+        size_t line = newline == std::string_view::npos ? 0 : newline + 1;
+        std::string separator = options.separator + "\r";
+        return separator.rfind(text.substr(line), 0) == 0 ? line : text.size();
+    }
+
+    // A cut near `at`, rather before a new line: between training and validation text.
+    size_t cut_near(std::string_view text, size_t at) const {
+        size_t lowest = at > block_bytes ? at - block_bytes : 0;
+        for (size_t p = std::min(at, text.size() - 1) + 1; p-- > lowest;) {
+            if (text[p] != '\n') continue;
+            size_t cut = tokenizer.safe_cut(text.substr(0, p + 1));
+            if (cut >= p && cut > 0) return cut;
+        }
+        if (size_t cut = tokenizer.safe_cut(text.substr(0, at))) return cut;
+        return character_boundary(text, at);
+    }
+    // At most `at`, and not inside a UTF-8 character.
+    static size_t character_boundary(std::string_view text, size_t at) {
+        for (size_t back = 1; back <= 4 && back < at; back++) {
+            unsigned char byte = static_cast<unsigned char>(text[at - back]);
+            if (byte < 0x80) return at;
+            if (byte >= 0xc0) return at - back;
+        }
+        return at;
+    }
+
+    void read(File& file, std::string text, bool more) {
+        bool at_line_start = true, checked = false;
+        const size_t part = split == by_block ? block_bytes : part_bytes;
+        size_t want = part;
+        while (true) {
+            if (more && text.size() < want) more = file.fill(text, want - text.size());
+            if (!checked) refuse_binary(text, file.name);
+            checked = true;
+
+            size_t used = 0, begin, end;
+            if (!options.separator.empty()) {
+                while (find_separator(text, used, at_line_start, !more, begin, end)) {
+                    end_document(std::string_view(text).substr(used, begin - used));
+                    used = end;
+                }
+            } else if (split == by_tail && !in_validation && bytes + text.size() > tail) {
+                used = tail > bytes ? cut_near(text, size_t(tail - bytes)) : 0;
+                if (used > 0) add(std::string_view(text).substr(0, used), false);
+                in_validation = true;
+            }
+            if (used == 0 && !more && text.size() <= want) {
+                end_document(text);
+                return;
+            }
+            if (used == 0) {
+                std::string_view piece = std::string_view(text).substr(0, want);
+                piece = piece.substr(0, before_separator(piece, at_line_start));
+                used = tokenizer.safe_cut(piece);
+                if (used == 0 && want < longest_part) {
+                    want *= 2;
+                    continue;
+                }
+                if (used == 0) {
+                    used = character_boundary(text, piece.size());
+                    forced_cuts++;
+                }
+                add(std::string_view(text).substr(0, used), false);
+            }
+            at_line_start = text[used - 1] == '\n';
+            text.erase(0, used);
+            want = part;
+        }
+    }
+
+    void read_all() {
+        uint64_t total = 0;
+        bool known = true;
+        for (const std::string& path : options.files) {
+            uint64_t size = 0;
+            known = File(path).size(size) && known;
+            total += size;
+        }
+        std::unique_ptr<File> pipe; // a single short pipe is read ahead
+        std::string ahead;
+        bool more = true;
+        if (options.files.size() == 1 && (!known || total == 0)) {
+            pipe = std::make_unique<File>(options.files[0]);
+            more = pipe->fill(ahead, known_bytes);
+            known = !more;
+            total = ahead.size();
+        }
+        progress.total = known ? total : 0;
+        if (options.val_fraction > 0)
+            split = !options.separator.empty() ? by_document : known ? by_tail : by_block;
+        tail = uint64_t(double(total) * (1 - options.val_fraction));
+        if (pipe) {
+            read(*pipe, std::move(ahead), more);
+        } else {
+            for (const std::string& path : options.files) {
+                File file(path);
+                read(file, "", true);
+            }
+        }
+        push();
+    }
+};
+
+// Only one process at a time may write under a prefix.
+struct Lock {
+    std::string path;
+    int file;
+    explicit Lock(const std::string& prefix) : path(prefix + ".lock") {
+        file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+        if (file < 0)
+            fail("cannot write ", path, ": ", std::strerror(errno),
+                 ". Choose a place that can be written with --out");
+        if (flock(file, LOCK_EX | LOCK_NB) != 0) {
+            close(file);
+            fail("another tokenize is writing ", prefix,
+                 "_*. Wait for it, or choose another --out");
+        }
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+    ~Lock() {
+        unlink(path.c_str());
+        close(file);
+    }
+};
+
+void run(const Options& options) {
+    if (options.separator.find('\n') != std::string::npos)
+        fail("--doc-separator has a newline, expected the text of one line");
+    for (const std::string& path : options.files) File file(path); // all can be opened
+    std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(options.tokenizer);
+    fs::path folder = fs::path(options.out).parent_path();
+    std::error_code error;
+    if (!folder.empty()) fs::create_directories(folder, error);
+    if (error) fail("cannot make the directory ", folder.string(), ": ", error.message());
+    if (options.out.empty() || options.out.back() == '/')
+        fail("--out '", options.out, "' names no file, expected a prefix such as data/mytext");
+
+    Lock lock(options.out);
+    TokenizerId id = tokenizer->id();
+    ShardSet sets[2] = {{options.out + "_train", id, options.shard_tokens, 0, {}},
+                        {options.out + "_val", id, options.shard_tokens, 0, {}}};
+    uint64_t bytes, documents, forced_cuts;
+    double seconds;
+    {
+        Progress progress;
+        progress.quiet = options.quiet;
+        auto encode = [&](Job& job) {
+            for (const Part& part : job.parts) {
+                std::string_view text(job.text);
+                text = text.substr(part.begin, part.end - part.begin);
+                std::vector<int>& out = job.tokens[part.validation];
+                if (!text.empty()) {
+                    auto tokens =
+                        part.first ? tokenizer->encode(text) : tokenizer->encode_rest(text);
+                    out.insert(out.end(), tokens.begin(), tokens.end());
+                }
+                if (part.last && id.eot >= 0) out.push_back(id.eot);
+            }
+        };
+        auto write = [&](Job& job) {
+            for (int k = 0; k < 2; k++) sets[k].write(job.tokens[k].data(), job.tokens[k].size());
+        };
+        Pipeline pipeline(options.threads, encode, write);
+        Reader reader{options, *tokenizer, pipeline, progress};
+        reader.read_all();
+        pipeline.close();
+        bytes = reader.bytes, documents = reader.documents, forced_cuts = reader.forced_cuts;
+        if (bytes == 0) fail("there is no text in the input, so no shard was written");
+        if (sets[0].tokens == 0)
+            fail("all of the text went to validation. Use a smaller --val-fraction or more text");
+        for (ShardSet& set : sets) set.finish();
+        seconds = progress.seconds();
+    }
+    stop_if_interrupted();
+    tokenizer->save(options.out + "_tokenizer");
+    int removed = 0;
+    for (ShardSet& set : sets) removed += set.publish();
+
+    uint64_t tokens = sets[0].tokens + sets[1].tokens;
+    if (removed)
+        std::fprintf(stderr, "tokenize: removed %d shards that an earlier run left under %s\n",
+                     removed, options.out.c_str());
+    if (forced_cuts)
+        std::fprintf(
+            stderr,
+            "tokenize: %llu stretches of 1 MiB had no place to cut, and were cut anyway: a "
+            "word or line there may be two\n",
+            static_cast<unsigned long long>(forced_cuts));
+    if (options.val_fraction > 0 && sets[1].tokens == 0)
+        std::fprintf(stderr, "tokenize: the text is too short for validation tokens\n");
+    if (options.quiet) return;
+    std::ostringstream out;
+    out << std::fixed << std::setprecision(2);
+    out << documents << (documents == 1 ? " document, " : " documents, ") << bytes << " bytes, "
+        << tokens << " tokens of " << id.kind << " (vocabulary " << id.vocab_size << "), "
+        << double(bytes) / double(tokens) << " bytes a token; " << std::setprecision(1) << seconds
+        << " s, " << double(bytes) / 1e6 / seconds << " MB/s\n";
+    for (const ShardSet& set : sets)
+        if (!set.shards.empty())
+            out << "  " << set.path(0) << (set.shards.size() > 1 ? " ..." : "") << ": "
+                << set.tokens << " tokens in " << set.shards.size()
+                << (set.shards.size() == 1 ? " shard\n" : " shards\n");
+    out << "  " << options.out << "_tokenizer/\n";
+    std::fputs(out.str().c_str(), stdout);
+}
+
+} // namespace
+} // namespace lns
+
+int main(int argc, char** argv) {
+    lns::Options options;
+    options.threads = int(std::max(1u, std::thread::hardware_concurrency()));
+    std::string shard_tokens = "100M";
+    CLI::App app("Turns text files into shards of tokens for train_gpt (and llm.c).");
+    app.option_defaults()->always_capture_default();
+    app.add_option("files", options.files, "Text files; - or none: stdin")->type_name("FILE");
+    app.add_option("-o,--out", options.out,
+                   "Writes PREFIX_train_000000.bin ..., PREFIX_val_000000.bin ... and "
+                   "PREFIX_tokenizer/; what is there under these names is replaced")
+        ->required()
+        ->type_name("PREFIX")
+        ->always_capture_default(false);
+    app.add_option(
+           "--tokenizer", options.tokenizer,
+           "bytes; gpt2:DIR, with encoder.json and vocab.bpe or vocab.json and merges.txt; a "
+           "SentencePiece FILE.model; or a directory with a saved tokenizer")
+        ->type_name("SPEC");
+    app.add_option("--doc-separator", options.separator,
+                   "The line that ends a document (as <|endoftext|>); it is no part of the text. "
+                   "Without it every file is one document. Every document is followed by the "
+                   "tokenizer's end-of-text")
+        ->type_name("STR");
+    app.add_option("--val-fraction", options.val_fraction,
+                   "Part of the text for validation: with separators whole documents, evenly "
+                   "spread; else the end of the text; of a pipe above 4 MiB, blocks of 64 KiB, "
+                   "evenly spread")
+        ->check(CLI::Range(0.0, 0.99));
+    app.add_option("--shard-tokens", shard_tokens, "Tokens a shard, as 5000000, 500k, 100M")
+        ->type_name("N");
+    app.add_option("--threads", options.threads, "Threads that encode; the result is the same")
+        ->check(CLI::Range(1, 1024));
+    app.add_flag("-q,--quiet", options.quiet, "No progress, no summary");
+    try {
+        app.parse(argc, argv);
+        options.shard_tokens = lns::parse_count(shard_tokens);
+        if (options.shard_tokens > lns::max_shard_tokens)
+            lns::fail("--shard-tokens ", shard_tokens,
+                      " is more than a shard can count, expected at "
+                      "most ",
+                      lns::max_shard_tokens);
+        if (options.files.empty()) {
+            options.files = {"-"};
+            if (isatty(STDIN_FILENO)) std::fputs("tokenize: reading from the terminal\n", stderr);
+        }
+        struct sigaction action {};
+        action.sa_handler = [](int) {
+            lns::interrupted = 1;
+        }; // without SA_RESTART: read(2) returns
+        sigaction(SIGINT, &action, nullptr);
+        sigaction(SIGTERM, &action, nullptr);
+        std::signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is an error of write(2)
+        lns::run(options);
+        return 0;
+    } catch (const CLI::ParseError& error) {
+        if (error.get_exit_code() == 0) return app.exit(error); // --help
+        std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n", error.what());
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "tokenize: %s\n", error.what());
+    }
+    return 1;
+}
