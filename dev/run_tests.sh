@@ -21,8 +21,8 @@ for test in "$@"; do
         p=${line%% *} f=${line#*, } f=${f%% *}
     else # GoogleTest, in colour or not
         p=$(sed -nE 's/.*\[  PASSED  \][^0-9]*([0-9]+) tests?\..*/\1/p' "$output" | tail -1)
-        f=$(sed -nE 's/^ *([0-9]+) FAILED TESTS?$/\1/p' "$output" | tail -1)
-        [[ -z $p && -z $f && $status == 0 ]] && p=1
+        f=$(grep -cE '\[  FAILED  \].* \([0-9]+ ms\)$' "$output")
+        [[ -z $p && $f == 0 && $status == 0 ]] && p=1
     fi
     p=${p:-0} f=${f:-0}
     ((status != 0 && f == 0)) && f=1 # it crashed, or failed without saying how often

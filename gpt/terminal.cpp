@@ -152,7 +152,7 @@ int64_t parse_count(const std::string& text, const std::string& what) {
     value *= factor;
     double whole = std::round(value);
     // 1.1M is 1100000.0000000002 in floating point.
-    if (!(value >= 0) || std::abs(value - whole) > 1e-9 * whole)
+    if (!(value >= 0) || std::isinf(value) || std::abs(value - whole) > 1e-9 * whole)
         fail("'", text, "' is not ", what, ": expected ", expected, ".");
     if (whole >= 0x1p63) fail("'", text, "' is too large for ", what, ".");
     return int64_t(whole);

@@ -1,0 +1,175 @@
+#include "gpt/rundir.h"
+
+#include "dev/test/data_helpers.h"
+
+#include <csignal>
+#include <fcntl.h>
+#include <nlohmann/json.hpp>
+#include <sys/resource.h>
+#include <unistd.h>
+
+using namespace lns;
+using namespace lns::test;
+using namespace std::string_literals;
+namespace fs = std::filesystem;
+
+namespace {
+
+void make_checkpoint(const RunDirectory& run, int64_t step) {
+    AtomicDirectory directory(run.checkpoint_path(step));
+    write_bytes(directory.temporary() + "/config.json", "{}");
+    directory.commit();
+}
+
+std::vector<int64_t> steps(const RunDirectory& run) {
+    std::vector<int64_t> steps;
+    for (const auto& [step, path] : run.checkpoints()) steps.push_back(step);
+    return steps;
+}
+using Steps = std::vector<int64_t>;
+
+} // namespace
+
+TEST(RunDirectory, ARunIsNeverOverwritten) {
+    TemporaryDirectory dir;
+    std::string path = dir / "runs/a";
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::resume(path); }), {path, "missing"}));
+    { RunDirectory::create(path).append("{\"step\":1}"); }
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::create(path); }),
+                     {path, "already holds a run", "-y", "-o"}));
+    EXPECT_EQ(read_bytes(path + "/log.jsonl"), "{\"step\":1}\n");
+    fs::remove(path + "/log.jsonl"); // a checkpoint alone is as precious
+    { make_checkpoint(RunDirectory::resume(path), 5); }
+    fs::remove(path + "/log.jsonl");
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::create(path); }), {"already holds a run"}));
+    write_bytes(dir / "file", "");
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::create(dir / "file"); }), {"is a file"}));
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::create(dir / "file/a"); }), {dir / "file/a"}));
+}
+
+TEST(RunDirectory, TwoProcessesCannotShareOne) {
+    TemporaryDirectory dir;
+    int ready[2], end[2];
+    ASSERT_TRUE(pipe(ready) == 0 && pipe(end) == 0);
+    std::fflush(nullptr);
+    pid_t other = fork();
+    if (other == 0) {
+        close(end[1]);
+        RunDirectory run = RunDirectory::create(dir / "a");
+        char byte = 1;
+        if (write(ready[1], &byte, 1) != 1 || read(end[0], &byte, 1) != 0) _exit(1);
+        std::raise(SIGKILL); // no destructor runs
+    }
+    close(end[0]);
+    char byte;
+    ASSERT_EQ(read(ready[0], &byte, 1), 1);
+    for (auto open : {RunDirectory::create, RunDirectory::resume})
+        EXPECT_TRUE(says(error_of([&] { open(dir / "a"); }),
+                         {dir / "a", cat("process ", other), "another run"}));
+    close(end[1]);
+    waitpid(other, nullptr, 0);
+    RunDirectory::resume(dir / "a"); // the kernel released it
+    close(ready[0]), close(ready[1]);
+}
+
+TEST(RunDirectory, LogLinesAreWholeAndThoseAfterAStepGo) {
+    TemporaryDirectory dir;
+    std::string path = dir / "a", log = path + "/log.jsonl";
+    {
+        RunDirectory run = RunDirectory::create(path);
+        run.append("{\"model\":\"tiny\"}");
+        for (int step = 1; step <= 20; step++) run.append(cat("{\"step\":", step, ",\"loss\":1}"));
+        write_bytes(path + "/.step-000010.tmp-99", "x");
+    }
+    std::ofstream(log, std::ios::app) << "{\"step\":21,\"lo"; // cut short by a kill
+    RunDirectory run = RunDirectory::resume(path);
+    EXPECT_FALSE(fs::exists(path + "/.step-000010.tmp-99"));
+    EXPECT_EQ(read_bytes(log).find("21"), std::string::npos);
+    run.truncate_log_after(18);
+    run.append("{\"step\":19,\"loss\":2}");
+    std::string text = read_bytes(log);
+    EXPECT_EQ(text.substr(0, 17), "{\"model\":\"tiny\"}\n");
+    EXPECT_TRUE(says(text, {"{\"step\":18,\"loss\":1}\n{\"step\":19,\"loss\":2}\n"}));
+    EXPECT_EQ(text.find("\"step\":20"), std::string::npos);
+    EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 20);
+
+    write_bytes(log, "{\"step\":1}\nnonsense\n\0\0\n[1]\n{\"step\":2}"s);
+    run.truncate_log_after(1);
+    EXPECT_EQ(read_bytes(log), "{\"step\":1}\n");
+}
+
+TEST(RunDirectory, AFullDiskCutsNoLogLine) {
+    TemporaryDirectory dir;
+    std::fflush(nullptr);
+    pid_t pid = fork();
+    if (pid == 0) {
+        RunDirectory run = RunDirectory::create(dir / "a");
+        run.append("{\"step\":1}");
+        std::signal(SIGXFSZ, SIG_IGN);
+        rlimit limit = {15, 15};
+        setrlimit(RLIMIT_FSIZE, &limit);
+        _exit(error_of([&] { run.append("{\"step\":2}"); }).empty());
+    }
+    int status = 0;
+    waitpid(pid, &status, 0);
+    EXPECT_EQ(status, 0);
+    EXPECT_EQ(read_bytes(dir / "a/log.jsonl"), "{\"step\":1}\n");
+}
+
+TEST(RunDirectory, EveryStartIsRecordedAsItCanBeRepeated) {
+    TemporaryDirectory dir;
+    const char* first[] = {"./train_gpt",      "-n", "lns", "--prompt",
+                           "it's $HOME \"x\"", "",   "-i",  "data/*.bin"};
+    { RunDirectory::create(dir / "a").record(8, first, {{"device", "cpu"}}); }
+    const char* second[] = {"./train_gpt", "-y", "1"};
+    RunDirectory::resume(dir / "a").record(3, second);
+    auto record = nlohmann::json::parse(read_bytes(dir / "a/run.json"));
+    ASSERT_EQ(record["starts"].size(), 2u);
+    auto start = record["starts"][0];
+    EXPECT_EQ(record["starts"][1]["command"], "./train_gpt -y 1");
+    EXPECT_EQ(start["device"], "cpu");
+    EXPECT_EQ(start["directory"], fs::current_path().string());
+    EXPECT_EQ(start["time"].get<std::string>().size(), 20u);
+    for (const char* key : {"host", "version", "compiler", "flags", "features", "cpu", "process"})
+        EXPECT_TRUE(start.contains(key)) << key;
+    // A shell reads the very words back.
+    Finished words = run("printf '%s|' " + start["command"].get<std::string>());
+    EXPECT_EQ(words.output, "./train_gpt|-n|lns|--prompt|it's $HOME \"x\"||-i|data/*.bin|");
+
+    write_bytes(dir / "a/run.json", "{}");
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::resume(dir / "a").record(3, second); }),
+                     {"run.json", "not the record"}));
+}
+
+TEST(RunDirectory, CheckpointsAreFoundInOrderAndTheOldestGo) {
+    TemporaryDirectory dir;
+    RunDirectory run = RunDirectory::create(dir / "a/");
+    EXPECT_EQ(run.path(), dir / "a");
+    EXPECT_EQ(run.checkpoint_path(500), dir / "a/step-000500");
+    EXPECT_EQ(run.checkpoint_path(12345678), dir / "a/step-12345678");
+    for (int64_t step : {500, 1000000, 20, 999999, 0}) make_checkpoint(run, step);
+    fs::create_directories(dir / "a/step-000600"); // no config.json: no checkpoint
+    fs::create_directories(dir / "a/step-99");
+    EXPECT_EQ(steps(run), (Steps{0, 20, 500, 999999, 1000000}));
+    EXPECT_EQ(latest_checkpoint(dir / "a"), dir / "a/step-1000000");
+    EXPECT_EQ(latest_checkpoint(dir / "a/step-000020"), dir / "a/step-000020");
+    run.keep_last(0);
+    EXPECT_EQ(steps(run).size(), 5u);
+    run.keep_last(2);
+    EXPECT_EQ(steps(run), (Steps{999999, 1000000}));
+    EXPECT_FALSE(fs::exists(dir / "a/step-000020"));
+    run.keep_last(5);
+    EXPECT_EQ(steps(run), (Steps{999999, 1000000}));
+
+    EXPECT_TRUE(says(error_of([&] { latest_checkpoint(dir / "b"); }), {"b does not exist"}));
+    EXPECT_TRUE(says(error_of([&] { latest_checkpoint(dir.path); }), {"holds no checkpoint"}));
+}
+
+TEST(RunDirectory, ANewRunGetsANameOfItsOwn) {
+    TemporaryDirectory dir;
+    EXPECT_EQ(default_run_path(dir / "tiny-lns"), dir / "tiny-lns");
+    fs::create_directories(dir / "tiny-lns");
+    EXPECT_EQ(default_run_path(dir / "tiny-lns"), dir / "tiny-lns-2");
+    fs::create_directories(dir / "tiny-lns-2");
+    EXPECT_EQ(default_run_path(dir / "tiny-lns"), dir / "tiny-lns-3");
+}
