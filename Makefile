@@ -58,7 +58,7 @@ warnings := -Wall -Wextra $(if $(call yes,$(WERROR)),-Werror)
 # g++ 12 and 13 warn wrongly about overlapping copies in std::string (GCC bug 105651).
 warnings += $(if $(findstring clang,$(shell $(CXX) --version 2>/dev/null)),,-Wno-restrict)
 ifneq ($(call yes,$(SANITIZE)),)
-optimize := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+optimize := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 warnings += -Wno-maybe-uninitialized
 else
 optimize := -O3 -fno-math-errno -fno-trapping-math
