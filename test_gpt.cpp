@@ -1,0 +1,1011 @@
+// Checks every gradient, and what each norm scheme claims. Prints a table; exits 1 if a row fails.
+//
+//   ./test_gpt            all
+//   ./test_gpt -k NAME    the rows whose name contains NAME
+//
+// The chain of proof: gradients in double against finite differences; float against double; float
+// against an independent PyTorch model (dev/reference, stored fixtures). An error is
+// ‖a − b‖ / ‖b‖ of one tensor, the worst over a row's tensors.
+
+#ifndef TESTING
+#define TESTING // no main of its own
+#endif
+#include "train_gpt.cpp"
+
+#include <cstdio>
+#include <map>
+
+#include <nlohmann/json.hpp>
+
+#include "gpt/safetensors.h"
+
+namespace lns {
+
+// Tolerances (design): finite differences to 1e-6, float against double to 1e-4, and against
+// PyTorch to 1e-5.
+const double finite_difference_tolerance = 1e-6, float_tolerance = 1e-4, torch_tolerance = 1e-5;
+
+struct Row {
+    std::string name;
+    std::vector<std::pair<std::string, double>> errors; // of what, how much
+    std::vector<double> tolerances;
+    std::string note; // why it failed
+
+    void add(const char* what, double error, double tolerance) {
+        errors.push_back({what, error});
+        tolerances.push_back(tolerance);
+    }
+    bool passed() const {
+        for (size_t i = 0; i < errors.size(); i++)
+            if (!(errors[i].second <= tolerances[i])) return false; // NaN fails
+        return !errors.empty() && note.empty();
+    }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Numbers to test with, and comparing
+
+using Doubles = std::vector<double>;
+
+Doubles random_values(size_t n, const std::string& name, double mean = 0, double std = 1) {
+    Doubles x(n);
+    for (size_t i = 0; i < n; i++) x[i] = mean + std * random_normal(1, fnv1a(name), i);
+    return x;
+}
+
+template <class S> std::vector<S> as(const Doubles& x) {
+    return std::vector<S>(x.begin(), x.end());
+}
+
+double norm(const Doubles& x) {
+    double sum = 0;
+    for (double v : x) sum += v * v;
+    return std::sqrt(sum);
+}
+
+// ‖a − b‖ / max(‖b‖, floor)
+template <class X> double relative_error(const std::vector<X>& a, const Doubles& b, double floor) {
+    double difference = 0;
+    for (size_t i = 0; i < b.size(); i++)
+        difference += (double(a[i]) - b[i]) * (double(a[i]) - b[i]);
+    if (difference == 0) return 0;
+    return std::sqrt(difference) / std::max(norm(b), floor);
+}
+
+// Small enough for the stencil's error at the most curved points (a residual stream that a gate has
+// nearly ended), large enough for 11 digits of the loss's differences.
+const double difference_step = 2e-4;
+
+// The derivative of f along `direction` at x = 0 of x += step · direction, by a five-point stencil,
+// O(h⁴).
+double difference_quotient(const std::function<void(double)>& move,
+                           const std::function<double()>& f) {
+    const double h = difference_step;
+    auto at = [&](double step) {
+        move(step);
+        return f();
+    };
+    const double near = at(h) - at(-h), far = at(2 * h) - at(-2 * h);
+    move(0);
+    return (8 * near - far) / (12 * h);
+}
+
+// Difference quotients of f by the n numbers at x, and what the gradient g says of them. A small
+// tensor is compared number by number; of a large one, some numbers and, since a step along a
+// random direction moves all of them, some directions of length 1.
+struct Quotients {
+    Doubles measured, expected;
+};
+
+void measure(Quotients& out, double* x, const double* g, size_t n,
+             const std::function<double()>& f) {
+    const size_t all = 24, some = 10, directions = 4;
+    const size_t step = n <= all ? 1 : n / some;
+    for (size_t i = 0; i < n; i += step) {
+        const double x0 = x[i];
+        out.measured.push_back(difference_quotient([&](double h) { x[i] = x0 + h; }, f));
+        out.expected.push_back(g[i]);
+    }
+    if (n <= all) return;
+    const Doubles x0(x, x + n);
+    for (size_t k = 0; k < directions; k++) {
+        Doubles d = random_values(n, cat("direction ", k));
+        const double length = norm(d);
+        double along = 0;
+        for (size_t i = 0; i < n; i++) along += g[i] * (d[i] /= length);
+        auto move = [&](double h) {
+            for (size_t i = 0; i < n; i++) x[i] = x0[i] + h * d[i];
+        };
+        out.measured.push_back(difference_quotient(move, f));
+        out.expected.push_back(along);
+    }
+}
+
+// Rounding of f leaves an error of some 3e-16 · |f| / h in each difference quotient: a gradient
+// below that has no digits to compare. The norm under which n of them are compared absolutely.
+double quotient_floor(double f, size_t n) {
+    return std::sqrt(double(n)) * 3e-16 * std::max(std::fabs(f), 1.0) / difference_step /
+           finite_difference_tolerance;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Layers: y = f(x₁, x₂, …) and the gradients of Σ c · y, from the same templates in double and
+// float.
+
+template <class S> using Tensors = std::vector<std::vector<S>>;
+
+template <class S> struct LayerResult {
+    std::vector<S> y;
+    Tensors<S> gradients; // of each x
+};
+
+// run(x, c): y, and gradients if c is not empty.
+template <class Run> Row check_layer(const std::string& name, std::vector<Doubles> x, Run run) {
+    Row row{name, {}, {}, ""};
+    Tensors<double> xd = x;
+    Doubles y = run(xd, Doubles()).y, c = random_values(y.size(), name + " cotangent");
+    LayerResult<double> exact = run(xd, c);
+    auto objective = [&] {
+        Doubles out = run(xd, Doubles()).y;
+        double sum = 0;
+        for (size_t i = 0; i < out.size(); i++) sum += c[i] * out[i];
+        return sum;
+    };
+    double worst = 0;
+    for (size_t n = 0; n < xd.size(); n++) {
+        Quotients q;
+        measure(q, xd[n].data(), exact.gradients[n].data(), xd[n].size(), objective);
+        worst = std::max(worst, relative_error(q.expected, q.measured,
+                                               quotient_floor(objective(), q.measured.size())));
+    }
+    row.add("differences", worst, finite_difference_tolerance);
+
+    Tensors<float> xf;
+    for (const Doubles& tensor : x) xf.push_back(as<float>(tensor));
+    LayerResult<float> rounded = run(xf, as<float>(c));
+    double all = 0;
+    for (const Doubles& g : exact.gradients) all = std::max(all, norm(g));
+    worst = relative_error(rounded.y, exact.y, 0);
+    for (size_t n = 0; n < xd.size(); n++)
+        worst =
+            std::max(worst, relative_error(rounded.gradients[n], exact.gradients[n], 1e-3 * all));
+    row.add("float", worst, float_tolerance);
+    return row;
+}
+
+Row check_embedding() {
+    const int B = 2, T = 5, C = 19, V = 7;
+    const std::vector<int> tokens = {3, 1, 3, 6, 0, 2, 2, 3, 5, 6};
+    return check_layer(
+        "embedding", {random_values(V * C, "wte"), random_values(T * C, "wpe")},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{std::vector<S>(B * T * C),
+                               {std::vector<S>(V * C), std::vector<S>(T * C)}};
+            embedding_forward(out.y.data(), tokens.data(), x[0].data(), x[1].data(), B, T, C);
+            if (!c.empty())
+                embedding_backward<S>(out.gradients[0].data(), out.gradients[1].data(),
+                                      tokens.data(), c.data(), B, T, C);
+            return out;
+        });
+}
+
+Row check_linear(int rows, int C, int OC) {
+    return check_layer(
+        cat("linear ", rows, " x ", C, " -> ", OC),
+        {random_values(rows * C, "in"), random_values(OC * C, "w"), random_values(OC, "bias")},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{std::vector<S>(rows * OC), {}};
+            linear_forward(out.y.data(), x[0].data(), x[1].data(), x[2].data(), rows, C, OC);
+            for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
+            if (!c.empty())
+                linear_backward<S>(out.gradients[0].data(), out.gradients[1].data(),
+                                   out.gradients[2].data(), c.data(), x[0].data(), x[1].data(),
+                                   rows, C, OC);
+            return out;
+        });
+}
+
+Row check_attention(AttentionShape a) {
+    return check_layer(
+        cat("attention B=", a.B, " T=", a.T, " NH=", a.NH, " KVH=", a.KVH, " HS=", a.HS),
+        {random_values(a.rows() * a.row(), "qkv")},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{std::vector<S>(a.rows() * a.q_width()),
+                               {std::vector<S>(x[0].size())}};
+            std::vector<Acc<S>> lse(a.rows() * a.NH);
+            attention_forward(out.y.data(), lse.data(), x[0].data(), a);
+            if (!c.empty())
+                attention_backward(out.gradients[0].data(), c.data(), x[0].data(), out.y.data(),
+                                   lse.data(), a);
+            return out;
+        });
+}
+
+Row check_rope() {
+    const AttentionShape a{2, 5, 3, 1, 6};
+    return check_layer(
+        "rope", {random_values(a.rows() * a.row(), "qkv")},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            std::vector<CosSin<Acc<S>>> table(a.T * a.HS / 2);
+            for (size_t i = 0; i < table.size(); i++)
+                table[i] = {Acc<S>(std::cos(0.3 * double(i))), Acc<S>(std::sin(0.3 * double(i)))};
+            LayerResult<S> out{x[0], {c}};
+            rope(out.y.data(), table.data(), 1, a);
+            if (!c.empty()) rope(out.gradients[0].data(), table.data(), -1, a);
+            return out;
+        });
+}
+
+Row check_qk_norm() {
+    const AttentionShape a{2, 3, 4, 2, 5};
+    const int Q = a.q_width(), K = a.kv_width();
+    return check_layer("q and k norm",
+                       {random_values(a.rows() * a.row(), "qkv"),
+                        random_values(Q, "q weight", 1, 0.3), random_values(K, "k weight", 1, 0.3)},
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{x[0], {c, std::vector<S>(Q), std::vector<S>(K)}};
+                           std::vector<S> raw(a.rows() * (Q + K));
+                           std::vector<Acc<S>> scratch(max_chunks * (Q + K));
+                           std::vector<NormStats<Acc<S>>> stats(2 * a.rows());
+                           qk_norm_forward(out.y.data(), raw.data(), stats.data(), x[1].data(),
+                                           x[2].data(), 1e-6, a);
+                           if (!c.empty())
+                               qk_norm_backward(out.gradients[0].data(), raw.data(), stats.data(),
+                                                x[1].data(), x[2].data(), out.gradients[1].data(),
+                                                out.gradients[2].data(), scratch.data(), a);
+                           return out;
+                       });
+}
+
+Row check_gelu() {
+    return check_layer("gelu", {random_values(67, "h", 0, 2)},
+                       []<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(67), {std::vector<S>(67)}};
+                           gelu_forward(out.y.data(), x[0].data(), 67);
+                           if (!c.empty())
+                               gelu_backward(out.gradients[0].data(), c.data(), x[0].data(), 67);
+                           return out;
+                       });
+}
+
+Row check_swiglu() {
+    const int rows = 3, H = 21;
+    return check_layer(
+        "swiglu", {random_values(rows * 2 * H, "h", 0, 2)},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{std::vector<S>(rows * H), {std::vector<S>(rows * 2 * H)}};
+            swiglu_forward(out.y.data(), x[0].data(), rows, H);
+            if (!c.empty())
+                swiglu_backward(out.gradients[0].data(), c.data(), x[0].data(), rows, H);
+            return out;
+        });
+}
+
+// y is Σ over rows; every second target is masked.
+Row check_cross_entropy() {
+    const int rows = 4, V = 37;
+    const std::vector<int> targets = {5, -1, 36, -1};
+    return check_layer("cross-entropy, masked targets", {random_values(rows * V, "logits", 0, 3)},
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(1), {x[0]}};
+                           std::vector<Acc<S>> losses(rows);
+                           cross_entropy(losses.data(), out.gradients[0].data(), targets.data(),
+                                         !c.empty(), c.empty() ? 0 : double(c[0]), rows, V);
+                           for (auto loss : losses) out.y[0] += S(loss);
+                           return out;
+                       });
+}
+
+// One junction with everything that this one has; x is r_prev, b, then the parameters.
+Row check_junction(const std::string& name, Junction j, NormType type, bool weights, bool biases) {
+    const int rows = 5, C = 11;
+    j.in_scale = 0.7;
+    if (j.branch) j.skip = 1.3;
+    std::vector<Doubles> x = {random_values(rows * C, "r_prev"), random_values(rows * C, "b", 0.5)};
+    JunctionParams at; // offsets are in units of tensors: x[offset]
+    auto add = [&](const char* what, size_t n, double mean) {
+        x.push_back(random_values(n, what, mean, 0.4));
+        return int64_t(x.size() - 1);
+    };
+    auto norm = [&](bool has, NormParams& p) {
+        if (has && weights) p.weight = add("w", C, 1);
+        if (has && biases) p.bias = add("bias", C, 0);
+    };
+    norm(j.branch_norm, at.branch), norm(j.out_norm, at.out), norm(j.in_norm, at.in);
+    if (j.gamma != Gamma::none) at.gamma = add("gamma", j.gamma == Gamma::vector ? C : 1, 0.5);
+    if (j.gate) at.gate = add("gate", 1, 0.5);
+
+    const Doubles r_prev = x[0];
+    Doubles frozen; // what stop() saw before any x was moved
+    return check_layer(
+        "junction: " + name, x, [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) mutable {
+            auto pointers = [&](auto& tensors, auto kind) {
+                using P = std::remove_pointer_t<decltype(kind)>;
+                JunctionPointers<P> p;
+                auto get = [&](int64_t i) -> P* { return i < 0 ? nullptr : tensors[i].data(); };
+                p.branch_weight = get(at.branch.weight), p.branch_bias = get(at.branch.bias);
+                p.out_weight = get(at.out.weight), p.out_bias = get(at.out.bias);
+                p.in_weight = get(at.in.weight), p.in_bias = get(at.in.bias);
+                p.gamma = get(at.gamma), p.gate = get(at.gate);
+                return p;
+            };
+            LayerResult<S> out;
+            for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
+            std::vector<S> r(rows * C), u(rows * C), stop;
+            std::vector<JunctionStats<S>> stats(rows);
+            auto p = pointers(x, (const S*)nullptr);
+            if (j.gate && !frozen.empty()) stop = as<S>(frozen);
+            junction_forward(j, type, 1e-5, x[0].data(), x[1].data(), p, r.data(), u.data(),
+                             stats.data(), stop.empty() ? nullptr : stop.data(), rows, C);
+            if (j.gate && frozen.empty()) {
+                frozen = r_prev;
+                if (!j.gate_on_skip)
+                    for (size_t i = 0; i < r.size(); i++)
+                        frozen[i] = double(r[i]) / (1 - silu(double(*p.gate)));
+            }
+            out.y = r;
+            if (j.in_norm) out.y.insert(out.y.end(), u.begin(), u.end());
+            if (c.empty()) return out;
+            std::vector<S> dr(c.begin(), c.begin() + rows * C), du(rows * C);
+            if (j.in_norm) std::copy(c.begin() + rows * C, c.end(), du.begin());
+            std::vector<Acc<S>> scratch(max_chunks * (7 * C + 1));
+            junction_backward(j, type, x[0].data(), x[1].data(), r.data(), p, stats.data(),
+                              du.data(), dr.data(), out.gradients[1].data(),
+                              pointers(out.gradients, (Acc<S>*)nullptr), scratch.data(), rows, C);
+            out.gradients[0] = dr;
+            return out;
+        });
+}
+
+// Matrix products of every form, gemm() in float and the plain loops, against the definition.
+Row check_gemm() {
+    Row row{"matrix products, all forms", {}, {}, ""};
+    double worst = 0, worst_plain = 0;
+    for (auto [m, n, k] : {std::array{1, 1, 1}, {3, 5, 7}, {65, 130, 257}, {33, 64, 19}})
+        for (int form = 0; form < 16; form++) {
+            const bool ta = form & 1, tb = form & 2, accumulate = form & 4;
+            const bool has_bias = (form & 8) && !accumulate;
+            Doubles a = random_values(m * k, "a"), b = random_values(k * n, "b"),
+                    out = random_values(m * n, "out"), bias = random_values(n, "bias");
+            std::vector<float> af = as<float>(a), bf = as<float>(b), outf = as<float>(out),
+                               biasf = as<float>(bias), plain = outf;
+            gemm(ta, tb, m, n, k, af.data(), bf.data(), outf.data(), accumulate,
+                 has_bias ? biasf.data() : nullptr);
+            plain_gemm(ta, tb, m, n, k, af.data(), bf.data(), plain.data(), accumulate,
+                       has_bias ? (const float*)biasf.data() : nullptr);
+            for (int i = 0; i < m; i++)
+                for (int j = 0; j < n; j++) {
+                    double sum = accumulate ? out[i * n + j] : has_bias ? bias[j] : 0;
+                    for (int p = 0; p < k; p++)
+                        sum += a[ta ? p * m + i : i * k + p] * b[tb ? j * k + p : p * n + j];
+                    out[i * n + j] = sum;
+                }
+            worst = std::max(worst, relative_error(outf, out, 0));
+            worst_plain = std::max(worst_plain, relative_error(plain, out, 0));
+        }
+    row.add("gemm", worst, 1e-6); // float rounding, 6e-8 · sqrt(k)
+    row.add("plain", worst_plain, 1e-6);
+    return row;
+}
+
+Row check_exp() {
+    Row row{"exp in float, units in the last place", {}, {}, ""};
+    double worst = 0;
+    for (int i = 0; i <= 200000; i++) {
+        float x = -87.0f + 175.0f * float(i) / 200000;
+        double exact = std::exp(double(x));
+        double unit = std::ldexp(1.0, std::ilogb(exact) - 23);
+        worst = std::max(worst, std::fabs(double(exp_(x)) - exact) / unit);
+    }
+    row.add("ulp", worst, 2);
+    if (!std::isnan(exp_(std::nanf("")))) row.note = "exp of NaN is not NaN";
+    if (!(exp_(-1e9f) < 2e-38f) || !(exp_(1e9f) > 1e38f)) row.note = "exp does not saturate";
+    return row;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Models
+
+struct TestModel {
+    std::string architecture;
+    Config config;
+    int B = 2, T = 7;
+};
+
+Config small_config(const std::string& architecture_name) {
+    const bool gqa = architecture_name == "llama-gqa";
+    Config c = architecture(gqa ? "llama" : architecture_name);
+    c.vocab_size = 23;
+    c.layers = 3;
+    c.heads = gqa || c.model_type == "qwen2" ? 4 : 3;
+    c.kv_heads = gqa || c.model_type == "qwen2" ? 2 : 3;
+    c.width = c.heads * 4;
+    c.mlp_width = 13;
+    c.positions = 9;
+    c.tied = c.model_type == "gpt2" || c.model_type == "qwen2";
+    return c;
+}
+
+const std::vector<std::string> architectures = {"gpt2",  "llama", "llama-gqa",
+                                                "qwen2", "olmo",  "olmo2"};
+
+// Every row of the table, Mix-LN at both ends and between, and each with a gate.
+std::vector<std::string> all_schemes() {
+    std::vector<std::string> names;
+    for (const SchemeRow& row : scheme_table()) {
+        std::string name = row.name;
+        if (row.out_norm == Layers::first_k) name += ":1";
+        names.push_back(name);
+        names.push_back(name + "+gpas");
+        if (row.depth == DepthScale::none) names.push_back(name + "+scaled-init");
+    }
+    return names;
+}
+
+bool has_scheme(const Config& c) {
+    return c.norm_weight || c.scheme.row->depth != DepthScale::init_weight;
+}
+
+// Values that are not special: norm weights around 1, biases and gates away from 0.
+Doubles test_values(const Param& p) {
+    const size_t n = size_t(p.size());
+    auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
+    if (p.decay) return random_values(n, p.name, 0, 1 / std::sqrt(double(p.shape[1])));
+    if (named("_gate")) return random_values(n, p.name, 0.1, 0.3); // silu(g) = 1 would end r
+    if (named("_gamma")) return random_values(n, p.name, 0.6, 0.3);
+    if (named("norm") || named("ln_")) return random_values(n, p.name, named("bias") ? 0 : 1, 0.3);
+    return random_values(n, p.name, 0, 0.3);
+}
+
+template <class S> void fill_parameters(CpuModel<S>& model) {
+    for (const Param& p : model.registry.params) {
+        Doubles values = test_values(p);
+        for (size_t i = 0; i < values.size(); i++)
+            model.parameters[p.offset + i] = S(float(values[i]));
+    }
+}
+
+void test_batch(const Config& c, int n, std::vector<int>& inputs, std::vector<int>& targets,
+                bool masked) {
+    inputs.resize(n), targets.resize(n);
+    for (int i = 0; i < n; i++) {
+        inputs[i] = int(random_below(c.vocab_size, 1, 1, i));
+        targets[i] = masked && i % 4 == 1 ? -1 : int(random_below(c.vocab_size, 1, 2, i));
+    }
+}
+
+// The gradient of p; all tensors of one number (gates, SkipInit's γ) count as one tensor, since
+// alone one of them may be 0 but for rounding: the last gate scales what the final norm norms.
+template <class S> std::map<std::string, Doubles> gradients_of(const CpuModel<S>& model) {
+    std::map<std::string, Doubles> all;
+    for (const Param& p : model.registry.params) {
+        Doubles& g = all[p.size() == 1 ? "numbers" : p.name];
+        for (int64_t i = 0; i < p.size(); i++) g.push_back(double(model.gradients[p.offset + i]));
+    }
+    return all;
+}
+
+double compare_gradients(const std::map<std::string, Doubles>& a,
+                         const std::map<std::string, Doubles>& b, double floor_share) {
+    double all = 0, worst = 0;
+    for (const auto& [name, g] : b) all += norm(g) * norm(g);
+    for (const auto& [name, g] : b)
+        worst = std::max(worst, relative_error(a.at(name), g, floor_share * std::sqrt(all)));
+    return worst;
+}
+
+// Finite differences of the loss by every parameter, and float against double.
+Row check_model(const std::string& architecture_name, const std::string& scheme, int B, int T,
+                bool masked) {
+    Config c = small_config(architecture_name);
+    c.scheme = parse_scheme(scheme);
+    c.scheme.lns_power = 0.7;
+    complete_config(c);
+    Row row{architecture_name + "  " + scheme, {}, {}, ""};
+    if (B != 2 || T != 7) row.name += cat("  B=", B, " T=", T);
+
+    std::vector<int> inputs, targets;
+    test_batch(c, B * T, inputs, targets, masked);
+    CpuModel<double> model(c, B, T, true);
+    fill_parameters(model);
+    const double scale = 1.0 / double(B * T);
+    const double loss = model.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
+
+    // What stop() sees stays as it is at the point of the gradient.
+    std::vector<Doubles> frozen(2 * c.layers + 1);
+    for (int k = 1; k <= 2 * c.layers; k++) {
+        Junction j = junction(c.scheme, c.layers, k);
+        if (!j.gate) continue;
+        const double* r = model.residual(j.gate_on_skip ? k - 1 : k);
+        frozen[k].assign(r, r + model.rows() * c.width);
+        const double gate = silu(model.parameters[model.registry.junctions[k].gate]);
+        if (!j.gate_on_skip)
+            for (double& value : frozen[k]) value /= 1 - gate;
+        model.stopped[k] = frozen[k].data();
+    }
+    auto objective = [&] { return scale * model.loss(inputs.data(), targets.data(), B, T); };
+    std::map<std::string, Quotients> quotients;
+    for (const Param& p : model.registry.params) {
+        const Doubles g(model.gradients + p.offset, model.gradients + p.offset + p.size());
+        measure(quotients[p.size() == 1 ? "numbers" : p.name], model.parameters + p.offset,
+                g.data(), g.size(), objective);
+    }
+    double worst = 0;
+    for (const auto& [name, q] : quotients)
+        worst = std::max(worst, relative_error(q.expected, q.measured,
+                                               quotient_floor(scale * loss, q.measured.size())));
+    row.add("differences", worst, finite_difference_tolerance);
+    return row;
+}
+
+// gemm() in float may be oneDNN, whose primitives run on one thread at a time; so this is apart.
+void check_float(Row& row, const std::string& architecture_name, const std::string& scheme, int B,
+                 int T, bool masked) {
+    Config c = small_config(architecture_name);
+    c.scheme = parse_scheme(scheme);
+    c.scheme.lns_power = 0.7;
+    complete_config(c);
+    std::vector<int> inputs, targets;
+    test_batch(c, B * T, inputs, targets, masked);
+    CpuModel<double> exact(c, B, T, true);
+    CpuModel<float> model(c, B, T, true);
+    fill_parameters(exact), fill_parameters(model);
+    const double scale = 1.0 / double(B * T);
+    const double loss = exact.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
+    const double rounded = model.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
+    // Float resolves 6e-8 of the largest terms; a tensor far below the others is compared to 1e-3
+    // of the whole gradient.
+    double error = compare_gradients(gradients_of(model), gradients_of(exact), 1e-3);
+    row.add("float", std::max(error, std::fabs(rounded - loss) / loss), float_tolerance);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Against PyTorch: dev/reference/fixtures, made by dev/reference/make_fixtures.py
+
+Config fixture_config(const nlohmann::json& j) {
+    const std::string name = j["architecture"];
+    Config c = architecture(name == "llama-gqa" ? "llama" : name);
+    c.vocab_size = j["vocab_size"], c.width = j["hidden_size"], c.layers = j["num_hidden_layers"];
+    c.heads = j["num_attention_heads"], c.kv_heads = j["num_key_value_heads"];
+    c.mlp_width = j["intermediate_size"], c.positions = j["max_position_embeddings"];
+    c.norm_eps = j["norm_eps"], c.tied = j["tie_word_embeddings"];
+    if (c.rope) c.rope_theta = j["rope_theta"];
+    return c;
+}
+
+// From the file's layout to memory's.
+Doubles from_file(const Param& p, const Doubles& values) {
+    if (!p.transposed) return values;
+    Doubles out(values.size());
+    const int64_t rows = p.shape[0], columns = p.shape[1];
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) out[i * columns + j] = values[j * rows + i];
+    return out;
+}
+
+template <class S>
+double fixture_error(const Safetensors& file, const Config& c, const std::string& scheme) {
+    auto tensor = [&](const std::string& name) {
+        const TensorView& view = file.at(name);
+        Doubles values(view.bytes / dtype_bytes(view.dtype));
+        file.read_f64(view, values.data());
+        return values;
+    };
+    auto tokens = [&](const std::string& name) {
+        const TensorView& view = file.at(name);
+        std::vector<int> values(view.bytes / sizeof(int));
+        std::memcpy(values.data(), view.data, view.bytes);
+        return values;
+    };
+    const std::vector<int> inputs = tokens("inputs"), targets = tokens("targets");
+    const int B = int(file.at("inputs").shape[0]), T = int(file.at("inputs").shape[1]);
+    const auto count = std::count_if(targets.begin(), targets.end(), [](int t) { return t >= 0; });
+
+    CpuModel<S> model(c, B, T, true);
+    for (const Param& p : model.registry.params) {
+        Doubles values = from_file(p, tensor("param." + p.name));
+        for (int64_t i = 0; i < p.size(); i++) model.parameters[p.offset + i] = S(values[i]);
+    }
+    const double sum =
+        model.loss_and_gradients(inputs.data(), targets.data(), B, T, 1.0 / double(count));
+    std::vector<float> logits(size_t(B) * T * c.vocab_size);
+    model.logits(inputs.data(), B, T, false, logits.data());
+
+    std::map<std::string, Doubles> expected;
+    for (const Param& p : model.registry.params) {
+        Doubles g = from_file(p, tensor(scheme + "/grad." + p.name));
+        Doubles& all = expected[p.size() == 1 ? "numbers" : p.name];
+        all.insert(all.end(), g.begin(), g.end());
+    }
+    const double loss = tensor(scheme + "/loss")[0];
+    return std::max({std::fabs(sum / double(count) - loss) / loss,
+                     relative_error(logits, tensor(scheme + "/logits"), 0),
+                     compare_gradients(gradients_of(model), expected, 0)});
+}
+
+std::vector<Row> check_fixtures(const std::string& filter) {
+    std::vector<Row> rows;
+    for (const std::string& name : architectures) {
+        Safetensors file("dev/reference/fixtures/" + name + ".safetensors");
+        Config c = fixture_config(nlohmann::json::parse(file.metadata().at("config")));
+        for (const std::string scheme : nlohmann::json::parse(file.metadata().at("schemes"))) {
+            Row row{"PyTorch: " + name + "  " + scheme, {}, {}, ""};
+            if (row.name.find(filter) == std::string::npos) continue;
+            c.scheme = parse_scheme(scheme);
+            complete_config(c);
+            row.add("float", fixture_error<float>(file, c, scheme), torch_tolerance);
+            // In double only the rounding of the stored float32 values is left.
+            row.add("double", fixture_error<double>(file, c, scheme), 1e-6);
+            rows.push_back(row);
+        }
+    }
+    return rows;
+}
+
+// ---------------------------------------------------------------------------------------------
+// What makes a scheme that scheme
+
+template <class S> struct Pass {
+    double loss;
+    std::vector<float> logits;
+    std::vector<Acc<S>> gradients;
+};
+
+template <class S>
+Pass<S> pass(CpuModel<S>& model, int B, int T, const std::vector<int>& inputs,
+             const std::vector<int>& targets) {
+    Pass<S> out;
+    model.zero_gradients();
+    out.loss = model.loss_and_gradients(inputs.data(), targets.data(), B, T, 0.1);
+    out.gradients.assign(model.gradients + 0, model.gradients + model.registry.size);
+    out.logits.resize(size_t(B) * T * model.config.vocab_size);
+    model.logits(inputs.data(), B, T, false, out.logits.data());
+    return out;
+}
+
+Pass<float> pass_of(Config c, const std::string& scheme, double lns_power = 0.5) {
+    c.scheme = parse_scheme(scheme);
+    c.scheme.lns_power = lns_power;
+    complete_config(c);
+    std::vector<int> inputs, targets;
+    test_batch(c, 14, inputs, targets, true);
+    CpuModel<float> model(c, 2, 7, true);
+    fill_parameters(model);
+    return pass(model, 2, 7, inputs, targets);
+}
+
+// 0 if the two are equal to the bit, else 1.
+double bits_differ(const Pass<float>& a, const Pass<float>& b) {
+    auto same = [](const std::vector<float>& x, const std::vector<float>& y) {
+        return x.size() == y.size() &&
+               std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
+    };
+    return same(a.logits, b.logits) && same(a.gradients, b.gradients) && a.loss == b.loss ? 0 : 1;
+}
+
+Row check_same(const std::string& architecture_name, const std::string& a, double power,
+               const std::string& b) {
+    Config c = small_config(architecture_name);
+    Row row{cat("claim: ", architecture_name, "  ", a, power == 0 ? " --lns-power 0" : "", " is ",
+                b, ", to the bit"),
+            {},
+            {},
+            ""};
+    row.add("differ", bits_differ(pass_of(c, a, power), pass_of(c, b)), 0);
+    return row;
+}
+
+// The scale of LNS multiplied into the norms' weights and biases: the same model under pre.
+Row check_folded(const std::string& architecture_name) {
+    Row row{
+        "claim: " + architecture_name + "  lns folded into its norm weights is pre", {}, {}, ""};
+    Config c = small_config(architecture_name);
+    c.scheme = parse_scheme("lns");
+    complete_config(c);
+    std::vector<int> inputs, targets;
+    test_batch(c, 14, inputs, targets, true);
+    CpuModel<double> lns(c, 2, 7, true);
+    fill_parameters(lns);
+    c.scheme = parse_scheme("pre");
+    CpuModel<double> folded(c, 2, 7, true);
+    fill_parameters(folded);
+    for (int k = 0; k <= 2 * c.layers; k++) {
+        const double scale = junction(lns.config.scheme, c.layers, k).in_scale;
+        const NormParams& p = folded.registry.junctions[k].in;
+        for (int64_t at : {p.weight, p.bias})
+            for (int i = 0; i < c.width && at >= 0; i++) folded.parameters[at + i] *= scale;
+    }
+    Pass<double> a = pass(folded, 2, 7, inputs, targets), b = pass(lns, 2, 7, inputs, targets);
+    row.add("logits", relative_error(a.logits, Doubles(b.logits.begin(), b.logits.end()), 0), 1e-7);
+    row.add("loss", std::fabs(a.loss - b.loss) / b.loss, 1e-13);
+    return row;
+}
+
+// The scale is 1/sqrt(layer) on both norms of a layer, and 1 on the final norm.
+Row check_lns_scales() {
+    Row row{"claim: lns scales by 1/sqrt(1), 1/sqrt(1), 1/sqrt(2), 1/sqrt(2), ..., final 1",
+            {},
+            {},
+            ""};
+    Scheme scheme = parse_scheme("lns");
+    double worst = 0;
+    for (int k = 0; k < 24; k++)
+        worst = std::max(worst,
+                         std::fabs(junction(scheme, 12, k).in_scale - 1 / std::sqrt(k / 2 + 1.0)));
+    worst = std::max(worst, std::fabs(junction(scheme, 12, 24).in_scale - 1));
+    row.add("scale", worst, 1e-15);
+    scheme.lns_mlp = false;
+    if (junction(scheme, 12, 5).in_scale != 1 || junction(scheme, 12, 4).in_scale == 1)
+        row.note = "--lns-sites attn does not leave the MLP's norms alone";
+    return row;
+}
+
+Row check_causal(const std::string& architecture_name) {
+    Row row{"claim: " + architecture_name + "  a token does not see those after it", {}, {}, ""};
+    Config c = small_config(architecture_name);
+    complete_config(c);
+    std::vector<int> inputs, targets;
+    test_batch(c, 7, inputs, targets, false);
+    CpuModel<double> model(c, 1, 7, false);
+    fill_parameters(model);
+    const int V = c.vocab_size;
+    std::vector<float> before(7 * V), after(7 * V), last(V);
+    model.logits(inputs.data(), 1, 7, false, before.data());
+    model.logits(inputs.data(), 1, 7, true, last.data());
+    inputs[4] = (inputs[4] + 1) % V;
+    model.logits(inputs.data(), 1, 7, false, after.data());
+    row.add("differ", !std::equal(before.begin(), before.begin() + 4 * V, after.begin()), 0);
+    if (std::equal(before.begin() + 4 * V, before.begin() + 5 * V, after.begin() + 4 * V))
+        row.note = "a token does not see itself";
+    if (!std::equal(last.begin(), last.end(), before.begin() + 6 * V))
+        row.note = "the last position's logits differ when they alone are asked for";
+    return row;
+}
+
+// Two micro-batches with masked targets are one batch of both.
+Row check_accumulation() {
+    Row row{"claim: micro-batches add up to the batch", {}, {}, ""};
+    Config c = small_config("llama");
+    complete_config(c);
+    std::vector<int> inputs, targets;
+    test_batch(c, 14, inputs, targets, true);
+    CpuModel<double> whole(c, 2, 7, true), parts(c, 2, 7, true);
+    fill_parameters(whole), fill_parameters(parts);
+    const double a = whole.loss_and_gradients(inputs.data(), targets.data(), 2, 7, 0.1);
+    const double b = parts.loss_and_gradients(inputs.data(), targets.data(), 1, 7, 0.1) +
+                     parts.loss_and_gradients(inputs.data() + 7, targets.data() + 7, 1, 7, 0.1);
+    row.add("loss", std::fabs(a - b) / a, 1e-13);
+    row.add("gradients", compare_gradients(gradients_of(parts), gradients_of(whole), 0), 1e-12);
+    return row;
+}
+
+// A second pass with the same numbers gives the same bits, on any number of threads in double.
+Row check_deterministic() {
+    Row row{"claim: a pass repeats to the bit", {}, {}, ""};
+    Config c = small_config("llama");
+    row.add("differ", bits_differ(pass_of(c, "sandwich+gpas"), pass_of(c, "sandwich+gpas")), 0);
+    return row;
+}
+
+// Three steps of AdamW against the formula, written out once more.
+Row check_adamw() {
+    Row row{"AdamW against its formula, decay on matrices only", {}, {}, ""};
+    Config c = small_config("qwen2");
+    complete_config(c);
+    CpuModel<double> model(c, 1, 1, true);
+    fill_parameters(model);
+    double worst = 0;
+    for (const Param& p : model.registry.params) {
+        if (p.decay != (p.shape.size() == 2)) row.note = "decay is on for " + p.name;
+    }
+    Doubles w(model.parameters + 0, model.parameters + model.registry.size);
+    Doubles m(w.size()), v(w.size());
+    for (int step = 1; step <= 3; step++) {
+        for (const Param& p : model.registry.params) {
+            Doubles g = random_values(size_t(p.size()), cat(p.name, step));
+            for (int64_t i = p.offset, n = 0; n < p.size(); i++, n++) {
+                model.gradients[i] = g[n];
+                const double clipped = 0.5 * g[n];
+                m[i] = 0.9 * m[i] + 0.1 * clipped;
+                v[i] = 0.95 * v[i] + 0.05 * clipped * clipped;
+                const double mhat = m[i] / (1 - std::pow(0.9, step));
+                const double vhat = v[i] / (1 - std::pow(0.95, step));
+                const double decay = p.shape.size() == 2 ? 0.1 : 0;
+                w[i] -= 0.01 * (mhat / (std::sqrt(vhat) + 1e-3) + decay * w[i]);
+            }
+        }
+        model.update({.lr = 0.01,
+                      .beta1 = 0.9,
+                      .beta2 = 0.95,
+                      .eps = 1e-3,
+                      .weight_decay = 0.1,
+                      .step = step,
+                      .grad_scale = 0.5});
+    }
+    Doubles updated(model.parameters + 0, model.parameters + model.registry.size);
+    worst = relative_error(updated, w, 0);
+    row.add("weights", worst, 1e-12);
+    return row;
+}
+
+// Every matrix starts with the standard deviation of the design's table. For a sample of n normal
+// numbers the relative error of that is about 1/sqrt(2n).
+Row check_initialization(const std::string& scheme) {
+    Row row{"initialization: " + scheme, {}, {}, ""};
+    Config c = preset_config("llama-9m");
+    c.vocab_size = 500;
+    c.scheme = parse_scheme(scheme);
+    c.embed_std = 0.5;
+    check_config(c);
+    CpuModel<float> model(c, 1, 1, false);
+    model.initialize(42);
+    const double L = c.layers;
+    double worst = 0;
+    for (const Param& p : model.registry.params) {
+        const float* w = model.parameters + p.offset;
+        auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
+        if (!p.decay) {
+            double expected = named("gamma")  ? (c.scheme.row->gamma == Gamma::vector ? 0.1 : 0.001)
+                              : named("gate") ? 0
+                                              : 1;
+            if (scheme == "lns-init" && named("layers."))
+                expected = 1 / std::sqrt(1 + std::stod(p.name.substr(p.name.find("layers.") + 7)));
+            for (int64_t i = 0; i < p.size(); i++)
+                if (std::fabs(double(w[i]) - expected) > 1e-7)
+                    row.note = cat(p.name, " starts at ", w[i], ", expected ", expected);
+            continue;
+        }
+        double expected = 0.02, out = double(p.shape[0]), in = double(p.shape[1]);
+        if (named("embed_tokens"))
+            expected = 0.5;
+        else if (scheme.rfind("deepnorm", 0) == 0 && !named("lm_head")) {
+            double gain =
+                std::pow(8 * L, scheme.find("published") == std::string::npos ? -0.25 : 0.25);
+            if (named("q_proj") || named("k_proj")) gain = 1;
+            expected = gain * std::sqrt(2 / (in + out));
+        }
+        if (c.scheme.scaled_init && (named("o_proj") || named("down_proj")))
+            expected = 0.02 / std::sqrt(2 * L);
+        double sum = 0, square = 0;
+        for (int64_t i = 0; i < p.size(); i++) sum += w[i], square += double(w[i]) * w[i];
+        const double n = double(p.size()), tolerance = 5 / std::sqrt(2 * n);
+        worst = std::max(worst, std::fabs(std::sqrt(square / n) / expected - 1) / tolerance);
+        worst = std::max(worst, std::fabs(sum / n) / expected / (5 / std::sqrt(n)));
+    }
+    row.add("5 sigma", worst, 1);
+    return row;
+}
+
+// Philox's known answers, of the Random123 distribution's kat_vectors.
+Row check_random() {
+    Row row{"random numbers: Philox4x32-10, normal moments", {}, {}, ""};
+    const auto zero = philox(0, 0, 0);
+    const auto ones = philox(~0ull, ~0ull, ~0ull);
+    const std::array<uint32_t, 4> zero_known = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
+    const std::array<uint32_t, 4> ones_known = {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd};
+    row.add("known answers", zero != zero_known || ones != ones_known, 0);
+    double moments[5] = {};
+    const int n = 200000;
+    for (int i = 0; i < n; i++) {
+        const double x = random_normal(7, 7, i);
+        for (int k = 1; k <= 4; k++) moments[k] += std::pow(x, k) / n;
+    }
+    row.add("moments",
+            std::max({std::fabs(moments[1]), std::fabs(moments[2] - 1), std::fabs(moments[3]),
+                      std::fabs(moments[4] - 3)}),
+            0.05);
+    return row;
+}
+
+// ---------------------------------------------------------------------------------------------
+
+std::vector<Row> all_rows(const std::string& filter) {
+    std::vector<Row> rows;
+    auto wanted = [&](const std::string& name) { return name.find(filter) != std::string::npos; };
+    auto keep = [&](Row row) {
+        if (wanted(row.name)) rows.push_back(std::move(row));
+    };
+    if (filter.rfind("PyTorch", 0) == 0) return check_fixtures(filter);
+
+    keep(check_random()), keep(check_exp()), keep(check_gemm()), keep(check_embedding());
+    keep(check_linear(5, 7, 9)), keep(check_linear(1, 3, 70));
+    for (NormType type : {NormType::rms, NormType::layer}) {
+        const std::string norm = type == NormType::rms ? " RMSNorm" : " LayerNorm";
+        for (const std::string& name : all_schemes()) {
+            if (name.find("scaled-init") != std::string::npos) continue;
+            // Layer 2 of 4, where mix:1 and mix:3 differ: its attention's junction.
+            keep(check_junction(name + norm, junction(parse_scheme(name), 4, 3), type, true,
+                                type == NormType::layer));
+        }
+        keep(check_junction("mix:3" + norm, junction(parse_scheme("mix:3"), 4, 3), type, true,
+                            true));
+        keep(check_junction("peri's embedding" + norm, junction(parse_scheme("peri"), 4, 0), type,
+                            true, true));
+        keep(check_junction("sandwich, no parameters" + norm,
+                            junction(parse_scheme("sandwich"), 4, 3), type, false, false));
+    }
+    keep(check_rope()), keep(check_qk_norm());
+    for (AttentionShape a : {AttentionShape{1, 1, 1, 1, 4},
+                             {2, 7, 3, 3, 5},
+                             {1, 9, 4, 2, 6},
+                             {1, 35, 2, 1, 4},
+                             {1, 64, 2, 2, 2}})
+        keep(check_attention(a));
+    keep(check_gelu()), keep(check_swiglu()), keep(check_cross_entropy()), keep(check_adamw());
+
+    for (const char* scheme : {"pre", "lns", "lns-init", "post", "deepnorm", "deepnorm-published",
+                               "mix", "sandwich", "peri", "olmo2", "layerscale", "skipinit",
+                               "lns+gpas+scaled-init", "deepnorm+scaled-init"})
+        keep(check_initialization(scheme));
+    for (const std::string& name : architectures) {
+        keep(check_same(name, "lns", 0, "pre"));
+        keep(check_same(name, "mix:0", 0.5, "pre"));
+        keep(check_same(name, "mix:3", 0.5, "post"));
+        keep(check_same(name, "mix:3+gpas", 0.5, "post+gpas"));
+        if (small_config(name).norm_weight) keep(check_folded(name)); // OLMo has none to fold into
+        keep(check_causal(name));
+    }
+    keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
+
+    struct Case {
+        std::string architecture, scheme;
+        int B, T;
+    };
+    std::vector<Case> cases;
+    for (const std::string& name : architectures) {
+        for (const std::string& scheme : all_schemes()) cases.push_back({name, scheme, 2, 7});
+        for (auto [B, T] : {std::pair{1, 1}, {1, 9}, {3, 2}}) cases.push_back({name, "lns", B, T});
+    }
+    std::erase_if(cases, [&](const Case& c) {
+        Config config = small_config(c.architecture);
+        config.scheme = parse_scheme(c.scheme);
+        return !has_scheme(config) || !wanted(c.architecture + "  " + c.scheme);
+    });
+    const size_t first = rows.size();
+    rows.resize(first + cases.size());
+    // Models are independent of each other: one thread each.
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < cases.size(); i++)
+        rows[first + i] = check_model(cases[i].architecture, cases[i].scheme, cases[i].B,
+                                      cases[i].T, cases[i].T > 1);
+    for (size_t i = 0; i < cases.size(); i++)
+        check_float(rows[first + i], cases[i].architecture, cases[i].scheme, cases[i].B, cases[i].T,
+                    cases[i].T > 1);
+
+    for (Row& row : check_fixtures(filter)) rows.push_back(std::move(row));
+    return rows;
+}
+
+int run_tests(int argc, char** argv) {
+    std::string filter;
+    if (argc == 3 && std::string(argv[1]) == "-k")
+        filter = argv[2];
+    else if (argc != 1)
+        fail("expected no arguments or -k NAME, found '", argv[1], "'");
+
+    int failed = 0, passed = 0;
+    for (const Row& row : all_rows(filter)) {
+        (row.passed() ? passed : failed)++;
+        std::printf("%-4s %-66s", row.passed() ? "ok" : "FAIL", row.name.c_str());
+        for (size_t i = 0; i < row.errors.size(); i++)
+            std::printf("  %s %.1e%s", row.errors[i].first.c_str(), row.errors[i].second,
+                        row.errors[i].second <= row.tolerances[i]
+                            ? ""
+                            : cat(" (at most ", row.tolerances[i], ")").c_str());
+        std::printf("%s%s\n", row.note.empty() ? "" : "  ", row.note.c_str());
+    }
+    if (passed + failed == 0) fail("no check's name contains '", filter, "'");
+    std::printf("\n%d passed, %d failed\n", passed, failed);
+    return failed ? 1 : 0;
+}
+
+} // namespace lns
+
+int main(int argc, char** argv) {
+    try {
+        return lns::run_tests(argc, argv);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "test_gpt: %s\n", error.what());
+        return 1;
+    }
+}
