@@ -1,0 +1,144 @@
+#include "gpt/banner.h"
+
+#include <cmath>
+#include <cstdio>
+
+#include "gpt/build.h"
+#include "gpt/error.h"
+#include "gpt/terminal.h"
+
+namespace lns {
+
+namespace {
+
+std::string number(const char* format, double x) {
+    char text[64];
+    std::snprintf(text, sizeof text, format, x);
+    return text;
+}
+
+// "model.layers.3.mlp.up_proj.weight" as "model.layers.*.mlp.up_proj.weight".
+std::string kind_of(const std::string& name) {
+    for (const char* layers : {"model.layers.", "transformer.h."})
+        if (size_t n = std::string(layers).size(); name.rfind(layers, 0) == 0)
+            return name.substr(0, n) + "*" + name.substr(name.find('.', n));
+    return name;
+}
+
+std::string plural(int64_t n, const char* what) { return cat(n, " ", what, n == 1 ? "" : "s"); }
+
+} // namespace
+
+std::string describe_machine(int threads, const Ranks& ranks, double peak) {
+    const BuildInfo& build = build_info();
+    std::string with;
+    for (const auto& [name, value] : build.features)
+        with += (with.empty() ? "" : ", ") + name + " " + value;
+    std::string text = cat("train_gpt  ", build.version, ", ", with, "\n");
+    text += cat("machine    ", cpu_features(), "\n");
+    text += cat("           ", plural(threads, "thread"),
+                ranks.size > 1 ? cat(" on each of ", ranks.size, " ranks") : "");
+    if (peak > 0) text += number("; measured peak %.0f GFLOP/s in float32", peak / 1e9);
+    return text + "\n";
+}
+
+std::string describe_model(const Config& c, int B, int T) {
+    Registry registry = make_registry(c);
+    Table table;
+    table.headers = {"parameter", "shape", "times", "count"};
+    std::vector<int64_t> times, counts;
+    for (const Param& p : registry.params) {
+        std::string kind = kind_of(p.name), shape;
+        for (int64_t d : p.shape) shape += (shape.empty() ? "" : " x ") + std::to_string(d);
+        size_t row = 0;
+        while (row < table.rows.size() &&
+               (table.rows[row][0] != kind || table.rows[row][1] != shape))
+            row++;
+        if (row == table.rows.size()) {
+            table.rows.push_back({kind, shape});
+            times.push_back(0), counts.push_back(0);
+        }
+        times[row]++, counts[row] += p.size();
+    }
+    for (size_t row = 0; row < table.rows.size(); row++) {
+        table.rows[row].push_back(std::to_string(times[row]));
+        table.rows[row].push_back(format_count(double(counts[row])));
+    }
+
+    const Scheme& s = c.scheme;
+    std::string scheme = s.name();
+    if (s.row->depth != DepthScale::none)
+        scheme += cat(" (power ", s.lns_power, ", sites ", s.sites(), ")");
+    std::string text =
+        cat("model      ", c.preset.empty() ? c.model_type : c.preset + ", " + c.model_type, ", ",
+            plural(c.layers, "layer"), ", width ", c.width, ", ", plural(c.heads, "head"),
+            c.kv_heads != c.heads ? cat(" (", c.kv_heads, " of keys and values)") : "", ", MLP ",
+            c.mlp_width, ", vocabulary ", c.vocab_size, ", norm scheme ", scheme, "\n\n");
+    for (const std::string& note : c.notes) text += "note: " + note + "\n";
+    text += table.text();
+    MemoryPlan m = plan_cpu_memory(c, B, T, true);
+    double flops = flops_per_token(c, T);
+    text += cat("\nparameters ", format_count(double(registry.count())), "; ", format_count(flops),
+                " FLOPs a token to train, at ", T, " tokens a sequence\n");
+    text +=
+        cat("memory     ", format_bytes(double(m.total())), ": parameters ",
+            format_bytes(double(m.parameters)), ", gradients ", format_bytes(double(m.gradients)),
+            ", optimizer ", format_bytes(double(m.optimizer)), ", activations ",
+            format_bytes(double(m.activations)), " for ", B, " x ", T, " tokens\n");
+    return text;
+}
+
+std::string describe_data(const Data& data, const Loader& train, const Loader& val,
+                          double windows) {
+    auto line = [](const Loader& loader) {
+        std::string text = loader.source->describe();
+        if (loader.source->size() != TokenSource::endless)
+            text += cat(", ", format_count(double(loader.source->size())), " tokens, ",
+                        format_count(double(loader.windows_per_epoch())), " sequences");
+        return text;
+    };
+    std::string text = cat("data       ", line(train), "\n");
+    if (train.source->size() != TokenSource::endless)
+        text += cat("           seen ", number("%.3g", windows / double(train.windows_per_epoch())),
+                    " times\n");
+    text += cat("validation ", line(val), "\n");
+    text += cat("tokenizer  ",
+                data.id.vocab_size ? cat(data.id.kind, ", ", data.id.vocab_size, " tokens")
+                                   : "not known",
+                data.tokenizer ? "" : "; samples are token ids (name it with --tokenizer)", "\n");
+    return text;
+}
+
+std::string describe_schedule(const Schedule& s, const Options& o, int64_t tokens_per_step,
+                              int64_t micro_batches) {
+    std::string text =
+        cat("run        ", plural(s.steps, "step"), " of ", tokens_per_step, " tokens",
+            micro_batches > 1 ? cat(" (", micro_batches, " micro-batches a rank)") : "", ", ",
+            format_count(double(s.steps) * double(tokens_per_step)), " tokens\n");
+    text +=
+        cat("optimizer  ", o.weight_decay > 0 ? cat("AdamW, decay ", o.weight_decay) : "Adam",
+            ", betas ", o.beta1, " ", o.beta2, ", eps ", o.eps,
+            o.grad_clip > 0 ? cat(", gradient clipped to ", o.grad_clip) : ", no clipping", "\n");
+    text += cat("schedule   ", s.kind, ", peak ", s.peak, " after ", s.warmup, " steps of warmup");
+    if (s.kind != "constant") text += cat(", ", s.peak * s.final_fraction, " at the end");
+    text += "\n";
+    if (s.warmup >= s.steps && s.steps > 0)
+        text += "note: the warmup is as long as the run, so the learning rate never falls\n";
+    if (o.recipe == "paper")
+        text += "note: the paper trained in pure bf16, parameters and moments too; this build has "
+                "float32 only, so its results are those of the recipe without that\n";
+    return text;
+}
+
+std::string describe_variance(const std::vector<double>& variance) {
+    double max = 0;
+    for (double v : variance) max = std::max(max, v);
+    Table table;
+    table.headers = {"layer", "variance of its output", ""};
+    for (size_t l = 0; l < variance.size(); l++)
+        table.rows.push_back({l == 0 ? "embed" : std::to_string(l), number("%.4g", variance[l]),
+                              bar(variance[l], max, 40)});
+    return table.text();
+}
+
+} // namespace lns

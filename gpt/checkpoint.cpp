@@ -1,0 +1,241 @@
+#include "gpt/checkpoint.h"
+
+#include <nlohmann/json.hpp>
+
+#include <filesystem>
+#include <set>
+
+#include "gpt/error.h"
+#include "gpt/files.h"
+#include "gpt/rundir.h"
+
+namespace lns {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+// (rows, columns) to (columns, rows).
+void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++) out[c * rows + r] = in[r * columns + c];
+}
+
+// A parameter's values as they lie in a file.
+void read_file_layout(Model& model, Buffer buffer, const Param& p, std::vector<float>& out) {
+    out.resize(p.size());
+    model.read(buffer, p, out.data());
+    if (!p.transposed) return;
+    std::vector<float> values = out;
+    transpose(values.data(), p.shape[0], p.shape[1], out.data());
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+    std::string text;
+    for (int64_t d : shape) text += (text.empty() ? "" : " x ") + std::to_string(d);
+    return "(" + text + ")";
+}
+
+// Number or null: JSON has no NaN.
+json number(double x) { return std::isfinite(x) ? json(x) : json(); }
+double number(const json& j) { return j.is_number() ? j.get<double>() : NAN; }
+
+json to_json(const TrainerState& s) {
+    return {{"step", s.step},
+            {"tokens", s.tokens},
+            {"seconds", s.seconds},
+            {"epoch", s.loader.epoch},
+            {"index", s.loader.index},
+            {"windows", s.windows},
+            {"val_loss", number(s.val_loss)},
+            {"best_val_loss", number(s.best_val_loss)},
+            {"flags", s.flags},
+            {"tokenizer",
+             {{"kind", s.tokenizer.kind},
+              {"vocab_size", s.tokenizer.vocab_size},
+              {"eot", s.tokenizer.eot},
+              {"fingerprint", s.tokenizer.fingerprint}}}};
+}
+
+// The files of a directory's weights: one, or the shards that an index names.
+struct Weights {
+    std::vector<std::unique_ptr<Safetensors>> files;
+
+    explicit Weights(const std::string& path) {
+        std::string index = path + "/model.safetensors.index.json";
+        if (!fs::is_directory(path)) {
+            files.push_back(std::make_unique<Safetensors>(path));
+        } else if (fs::exists(path + "/model.safetensors") || !fs::exists(index)) {
+            files.push_back(std::make_unique<Safetensors>(path + "/model.safetensors"));
+        } else {
+            json j = json::parse(read_file(index), nullptr, false);
+            if (!j.is_object() || !j["weight_map"].is_object())
+                fail(index, ": not an index of weights, expected an object with a 'weight_map'");
+            std::set<std::string> names;
+            for (const json& name : j["weight_map"]) names.insert(name.get<std::string>());
+            for (const std::string& name : names)
+                files.push_back(std::make_unique<Safetensors>(path + "/" + name));
+        }
+    }
+    // Null if there is none. GPT-2's own files leave "transformer." out.
+    std::pair<const Safetensors*, const TensorView*> find(const std::string& name) const {
+        for (const auto& file : files) {
+            const TensorView* view = file->find(name);
+            if (!view && name.rfind("transformer.", 0) == 0) view = file->find(name.substr(12));
+            if (view) return {file.get(), view};
+        }
+        return {nullptr, nullptr};
+    }
+};
+
+void load_tensors(Model& model, Buffer buffer, const std::string& prefix, const Weights& weights) {
+    std::vector<float> values, transposed;
+    for (const Param& p : model.registry.params) {
+        auto [file, view] = weights.find(prefix + p.name);
+        if (!view)
+            fail(weights.files[0]->path(), ": the tensor '", prefix, p.name,
+                 "' is missing: this is not a whole checkpoint of this model");
+        if (view->shape != p.file_shape())
+            fail(file->path(), ": the tensor '", view->name, "' is ", shape_text(view->shape),
+                 ", expected ", shape_text(p.file_shape()));
+        values.resize(p.size());
+        file->read_f32(*view, values.data());
+        if (p.transposed) {
+            transposed.resize(p.size());
+            transpose(values.data(), p.shape[1], p.shape[0], transposed.data());
+            std::swap(values, transposed);
+        }
+        model.write(buffer, p, values.data());
+    }
+}
+
+// Every tensor must be a parameter, but for what Hugging Face files have beside them: attention
+// masks, rotary frequencies, and a tied head a second time.
+void check_no_others(const Model& model, const Weights& weights) {
+    auto ends = [](const std::string& name, const std::string& end) {
+        return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
+    };
+    for (const auto& file : weights.files)
+        for (const TensorView& view : file->tensors()) {
+            const std::string& name = view.name;
+            if (model.registry.find(name) || model.registry.find("transformer." + name)) continue;
+            if (ends(name, ".attn.bias") || ends(name, ".masked_bias") ||
+                ends(name, ".rotary_emb.inv_freq") ||
+                (name == "lm_head.weight" && model.config.tied))
+                continue;
+            fail(file->path(), ": the tensor '", name,
+                 "' is no parameter of this model: its config.json and its weights do not belong "
+                 "together");
+        }
+}
+
+} // namespace
+
+TensorOut param_tensor(Model& model, Buffer buffer, const Param& param, const std::string& name) {
+    return {name, "F32", param.file_shape(), [&model, buffer, &param](const TensorSink& sink) {
+                std::vector<float> values;
+                read_file_layout(model, buffer, param, values);
+                sink(values.data(), values.size() * sizeof(float));
+            }};
+}
+
+void save_checkpoint(const std::string& dir, Model& model, const TrainerState& state,
+                     const Tokenizer* tokenizer) {
+    AtomicDirectory directory(dir);
+    const std::string& at = directory.temporary();
+    std::vector<TensorOut> weights, moments;
+    for (const Param& p : model.registry.params)
+        weights.push_back(param_tensor(model, Buffer::parameters, p, p.name));
+    for (auto [buffer, prefix] : {std::pair{Buffer::moment1, "m."}, {Buffer::moment2, "v."}})
+        for (const Param& p : model.registry.params)
+            moments.push_back(param_tensor(model, buffer, p, prefix + p.name));
+    write_safetensors(at + "/model.safetensors", weights, {{"format", "pt"}});
+    write_safetensors(at + "/optimizer.safetensors", moments);
+    write_file_atomic(at + "/config.json", config_to_json(model.config));
+    write_file_atomic(at + "/trainer_state.json", to_json(state).dump(2) + "\n");
+    if (tokenizer) tokenizer->save(at);
+    directory.commit();
+}
+
+int64_t checkpoint_bytes(const Registry& registry) {
+    // Headers name every tensor with its shape and offsets: below 512 bytes each.
+    return 3 * (4 * registry.count() + 512 * int64_t(registry.params.size())) + 65536;
+}
+
+std::string find_checkpoint(const std::string& path) {
+    if (!fs::exists(path))
+        fail("there is no '", path, "': expected a run's directory, a checkpoint, or a Hugging ",
+             "Face directory");
+    if (!fs::is_directory(path) || fs::exists(path + "/config.json")) return path;
+    return latest_checkpoint(path);
+}
+
+std::string newest_checkpoint(const std::string& run) {
+    if (fs::exists(run + "/config.json"))
+        fail(run, " is a checkpoint: -o names the run's directory, which holds it");
+    try {
+        return latest_checkpoint(run);
+    } catch (const Error&) {
+        return "";
+    }
+}
+
+Config checkpoint_config(const std::string& path) {
+    std::string at = find_checkpoint(path);
+    if (fs::is_directory(at)) at += "/config.json";
+    if (at.size() > 5 && at.substr(at.size() - 5) == ".json")
+        return config_from_json(read_file(at), at);
+    Safetensors file(at);
+    auto config = file.metadata().find("config");
+    if (config == file.metadata().end())
+        fail(at, " does not say what model it is of ('config' in its metadata): name the directory "
+                 "that holds it and its config.json");
+    return config_from_json(config->second, at);
+}
+
+void load_weights(Model& model, const std::string& path) {
+    const std::string at = find_checkpoint(path);
+    if (std::string difference = config_difference(checkpoint_config(at), model.config);
+        !difference.empty())
+        fail(at, " is of another model than asked for: ", difference);
+    Weights weights(at);
+    if (fs::is_directory(at)) check_no_others(model, weights);
+    load_tensors(model, Buffer::parameters, "", weights);
+}
+
+TrainerState read_trainer_state(const std::string& path) {
+    const std::string where = find_checkpoint(path) + "/trainer_state.json";
+    json j = json::parse(read_file(where), nullptr, false);
+    if (!j.is_object()) fail(where, ": not a JSON object, expected a trainer's state");
+    try {
+        TrainerState s;
+        s.step = j.at("step");
+        s.tokens = j.at("tokens");
+        s.seconds = j.at("seconds");
+        s.loader = {j.at("epoch"), j.at("index")};
+        s.windows = j.at("windows");
+        s.val_loss = number(j.at("val_loss"));
+        s.best_val_loss = number(j.at("best_val_loss"));
+        s.flags = j.at("flags");
+        const json& t = j.at("tokenizer");
+        s.tokenizer = {t.at("kind"), t.at("vocab_size"), t.at("eot"), t.at("fingerprint")};
+        return s;
+    } catch (const json::exception& error) {
+        fail(where, ": ", error.what());
+    }
+}
+
+TrainerState load_checkpoint(Model& model, const std::string& path) {
+    const std::string at = find_checkpoint(path);
+    load_weights(model, at);
+    if (!fs::exists(at + "/optimizer.safetensors"))
+        fail(at, " has no optimizer.safetensors, so training cannot go on from it exactly: start "
+                 "from its weights with --init-from");
+    Weights moments(at + "/optimizer.safetensors");
+    load_tensors(model, Buffer::moment1, "m.", moments);
+    load_tensors(model, Buffer::moment2, "v.", moments);
+    return read_trainer_state(at);
+}
+
+} // namespace lns

@@ -1,0 +1,58 @@
+// Checkpoints: directories that Hugging Face tools understand, and that a run goes on from.
+//
+//   config.json            the model, Hugging Face's fields and ours
+//   model.safetensors      its parameters, under Hugging Face names and in Hugging Face's layout:
+//                          GPT-2's matrices lie transposed, as (in, out)
+//   optimizer.safetensors  m.NAME and v.NAME, Adam's moments, laid out alike
+//   trainer_state.json     everything else that the next step depends on
+//   and the tokenizer's files
+#pragma once
+
+#include <cmath>
+#include <map>
+#include <string>
+
+#include "gpt/loader.h"
+#include "gpt/model.h"
+#include "gpt/safetensors.h"
+#include "gpt/tokenizer.h"
+
+namespace lns {
+
+struct TrainerState {
+    int64_t step = 0, tokens = 0; // done so far
+    double seconds = 0;           // of training
+    LoaderState loader;
+    uint64_t windows = 0;                       // of the data's epoch
+    double val_loss = NAN, best_val_loss = NAN; // NaN: not measured yet
+    std::map<std::string, std::string> flags;   // Options::flags
+    TokenizerId tokenizer;                      // of the data
+};
+
+// Writes dir whole or not at all. A checkpoint that stands there is replaced.
+void save_checkpoint(const std::string& dir, Model& model, const TrainerState& state,
+                     const Tokenizer* tokenizer);
+// An upper bound on its bytes, the tokenizer's files apart.
+int64_t checkpoint_bytes(const Registry& registry);
+
+// Where the weights are: path itself if it is a checkpoint, a Hugging Face directory, a config.json
+// or a --dump-state file; the newest checkpoint if it is a run's directory. Throws if nothing.
+std::string find_checkpoint(const std::string& path);
+
+// The newest checkpoint of a run's directory, "" if there is none yet, or no directory.
+std::string newest_checkpoint(const std::string& run);
+
+// The model that lies there.
+Config checkpoint_config(const std::string& path);
+
+// The parameters. Throws, and says what differs, if they are of another model than this one.
+void load_weights(Model& model, const std::string& path);
+
+// The parameters and moments, to go on training.
+TrainerState load_checkpoint(Model& model, const std::string& path);
+TrainerState read_trainer_state(const std::string& path);
+
+// A parameter's value or gradient as a tensor of a file, read from the model while it is written.
+TensorOut param_tensor(Model& model, Buffer buffer, const Param& param, const std::string& name);
+
+} // namespace lns

@@ -1,0 +1,425 @@
+#include "gpt/options.h"
+
+#include <CLI/CLI.hpp>
+
+#include <charconv>
+#include <cmath>
+#include <iostream>
+#include <limits>
+
+#include "gpt/build.h"
+#include "gpt/error.h"
+#include "gpt/params.h"
+#include "gpt/schedule.h"
+#include "gpt/setup.h"
+#include "gpt/suggest.h"
+#include "gpt/terminal.h"
+
+namespace lns {
+
+namespace {
+
+// What a resumed run does with a flag that it is given and that the run did not begin with.
+enum class Change {
+    once,  // belongs to one call of the program: not saved
+    free,  // takes the new value
+    noted, // takes it, and says so: the rest of the run differs from one never stopped
+    fixed  // refuses: it would be another run
+};
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr int64_t most = std::numeric_limits<int32_t>::max();
+
+// Declares flags of one app, group by group.
+struct Flags {
+    CLI::App& app;
+    std::map<const CLI::Option*, Change>& changes;
+    const char* group = "";
+    Change change = Change::once;
+
+    CLI::Option* add(CLI::Option* option, const char* type) {
+        changes[option] = change;
+        return option->group(group)->type_name(type)->capture_default_str();
+    }
+    CLI::Option* text(const char* names, std::string& value, const char* type, const char* help) {
+        return add(app.add_option(names, value, help), type);
+    }
+    void flag(const char* names, bool& value, const char* help) {
+        add(app.add_flag(names, value, help), "");
+    }
+    void choice(const char* names, std::string& value, const std::vector<std::string>& known,
+                const char* help) {
+        auto check = [known](std::string& text) {
+            if (std::find(known.begin(), known.end(), text) != known.end()) return std::string();
+            return cat("'", text, "' is not one of ", join(known), ".", did_you_mean(text, known));
+        };
+        text(names, value, "NAME", help)->check(CLI::Validator(check, ""));
+    }
+    // A whole number from low to high, that may be written as 10M, 64k or 1e6.
+    void count(const char* names, int64_t& value, int64_t low, int64_t high, const char* help) {
+        auto check = [low, high](std::string& text) -> std::string {
+            try {
+                int64_t n = parse_count(text);
+                if (n < low || n > high)
+                    return cat(text, " is out of range, expected ", low, " to ", high);
+                text = std::to_string(n);
+                return "";
+            } catch (const Error& error) {
+                return error.what();
+            }
+        };
+        add(app.add_option(names, value, help), "N")->transform(CLI::Validator(check, ""));
+    }
+    // low ≤ number ≤ high, or low < number where `above`.
+    void number(const char* names, double& value, double low, double high, const char* help,
+                bool above = false) {
+        auto check = [=](std::string& text) -> std::string {
+            char* end;
+            double x = std::strtod(text.c_str(), &end);
+            if (text.empty() || *end || std::isnan(x)) return "'" + text + "' is not a number";
+            if (x >= low && x <= high && !(above && x == low) && std::isfinite(x)) {
+                char shortest[32]; // so that 1e-3 and 0.001 are the same to a resumed run
+                text.assign(shortest, std::to_chars(shortest, shortest + 32, x).ptr);
+                return "";
+            }
+            return cat(text, " is out of range, expected ", above ? "above " : "at least ", low,
+                       high < infinity ? cat(" and at most ", high) : "");
+        };
+        add(app.add_option(names, value, help), "X")->transform(CLI::Validator(check, ""));
+    }
+};
+
+void add_sampling(Flags& f, Options& o) {
+    f.text("--prompt", o.prompt, "TEXT", "what a sample continues; none: the start of a text");
+    f.number("--temperature", o.temperature, 0, 1000, "0: always the likeliest token");
+    f.count("--top-k", o.top_k, 0, most, "draw from the k likeliest tokens; 0: from all");
+    f.number("--top-p", o.top_p, 0, 1, "draw from the likeliest tokens of probability p together",
+             true);
+}
+
+void add_machine(Flags& f, Options& o) {
+    f.choice("--dtype", o.dtype, {"auto", "float32", "bf16"},
+             "auto, float32 or bf16: how to hold numbers");
+    f.choice("--device", o.device, {"auto", "cpu", "cuda"}, "auto, cpu or cuda: where to compute");
+    f.count("--threads", o.threads, 0, 4096, "0: as many as this process may use");
+}
+
+void add_tokenizer(Flags& f, Options& o) {
+    f.text("--tokenizer", o.tokenizer, "SPEC",
+           "bytes, gpt2:DIR, FILE.model or a saved directory; default: what lies beside the data");
+}
+
+void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change>& changes) {
+    std::vector<std::string> names_of_schemes;
+    for (const SchemeRow& row : scheme_table()) names_of_schemes.push_back(row.name);
+
+    Flags f{app, changes, "Model", Change::fixed};
+    f.text("-m,--model", o.model, "NAME",
+           ("a preset: " + join(preset_names()) + "; or a Hugging Face config.json or its folder")
+               .c_str());
+    f.text("-n,--norm", o.norm, "SCHEME",
+           ("the norm scheme: " + join(names_of_schemes) +
+            "; mix:K; any with +gpas, +scaled-init. Default: the model's own, pre for most")
+               .c_str());
+    f.number("--lns-power", o.lns_power, 0, 10, "p of the factor layer^-p of -n lns");
+    f.text("--lns-sites", o.lns_sites, "SITES", "where -n lns scales: attn, mlp or attn,mlp");
+    f.text("--arch", o.arch, "NAME", "gpt2, llama, qwen2, olmo or olmo2, instead of the model's");
+    f.count("--layers", o.layers, 1, 100000, "instead of the model's, as are the next six");
+    f.count("--width", o.width, 1, 1000000, "channels of the residual stream");
+    f.count("--heads", o.heads, 1, 100000, "attention heads");
+    f.count("--kv-heads", o.kv_heads, 1, 100000, "heads of keys and values");
+    f.count("--mlp-width", o.mlp_width, 1, 10000000, "channels inside the MLP");
+    f.count("--vocab", o.vocab, 1, 100000000, "tokens the model knows");
+    f.count("--positions", o.positions, 1, 100000000, "the longest sequence it can take");
+    f.number("--init-std", o.init_std, 0, 100, "of the weights at the start", true);
+    f.number("--embed-std", o.embed_std, 0, 100, "of the token embedding at the start", true);
+    f.text("--init-from", o.init_from, "PATH",
+           "start from these weights: a run, a checkpoint, a Hugging Face folder, a --dump-state");
+
+    f.group = "Data";
+    f.change = Change::noted;
+    f.text("-i,--train", o.train, "GLOB", "token shards; none: endless synthetic stories");
+    f.text("-j,--val", o.val, "GLOB", "shards to validate on; default: *_val_* beside *_train_*");
+    f.change = Change::fixed;
+    add_tokenizer(f, o);
+    f.change = Change::noted;
+    f.count("-b,--batch", o.batch, 1, 1000000, "sequences of a micro-batch, on each rank");
+    f.change = Change::fixed;
+    f.count("-t,--seq-len", o.seq_len, 1, 100000000, "tokens of a sequence");
+    f.count("-d,--total-batch", o.total_batch, 0, most,
+            "tokens of a step, over all ranks; 0: one micro-batch on each");
+    f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(),
+            "of the weights, the order of the data and the samples");
+    f.flag("--overfit-batch", o.overfit_batch, "train on the first batch again and again");
+
+    f.group = "Optimizer";
+    f.choice("--recipe", o.recipe, {"paper"},
+             "paper: batch, length, Adam, schedule and embeddings of arXiv 2502.05795");
+    f.change = Change::noted;
+    f.count("-x,--steps", o.steps, 0, std::numeric_limits<int64_t>::max(), "of the whole run");
+    f.number("-l,--lr", o.lr, 0, infinity, "learning rate at its peak");
+    f.choice("--lr-schedule", o.lr_schedule, schedule_kinds,
+             "cosine, linear, wsd (constant, then down over the last fifth) or constant");
+    auto warmup = [](std::string& text) -> std::string {
+        try {
+            Options o;
+            o.warmup = text;
+            o.warmup_steps();
+            return "";
+        } catch (const Error& error) {
+            return error.what();
+        }
+    };
+    f.text("-u,--warmup", o.warmup, "N|P%", "steps, or a part of them, until the peak")
+        ->check(CLI::Validator(warmup, ""));
+    f.number("-q,--final-lr-frac", o.final_lr_frac, 0, 1, "the last learning rate, of the peak");
+    f.number("-c,--weight-decay", o.weight_decay, 0, 100, "of matrices, decoupled");
+    f.number("--grad-clip", o.grad_clip, 0, infinity, "largest norm of the gradient; 0: any");
+    f.number("--beta1", o.beta1, 0, 0.999999, "Adam's average of gradients");
+    f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's average of their squares");
+    f.number("--eps", o.eps, 0, 1, "added to the square root of the latter");
+
+    f.group = "Validation and samples";
+    f.change = Change::free;
+    f.count("-v,--val-every", o.val_every, 0, most, "steps; 0: only at the end");
+    f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "validate on so many");
+    f.count("-s,--sample-every", o.sample_every, 0, most, "steps; 0: only at the end");
+    f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "length of a sample; 0: none");
+    add_sampling(f, o);
+
+    f.group = "Run";
+    f.change = Change::once;
+    f.text("-o,--out", o.out, "DIR", "the run's directory; default: runs/MODEL-SCHEME, -2, -3 …");
+    f.change = Change::free;
+    f.count("--save-every", o.save_every, 0, most, "steps; 0: only at the end");
+    f.count("--keep", o.keep, 0, most, "so many of the newest checkpoints; 0: all");
+    f.change = Change::once;
+    f.flag("--dry-run", o.dry_run, "print parameters, memory and FLOPs, and stop");
+    f.text("--dump-state", o.dump_state, "FILE",
+           "write one forward and backward pass as safetensors, and stop");
+    f.change = Change::free;
+    add_machine(f, o);
+}
+
+// "-x,--steps" as CLI11 has it: the long name.
+std::string long_name(const CLI::Option* option) {
+    return option->get_lnames().empty() ? option->get_name() : "--" + option->get_lnames()[0];
+}
+
+// A group's heading, then a line for each flag, its help broken into lines of 100 columns.
+std::string help_text(const CLI::App& app) {
+    const size_t column = 30, width = 100;
+    std::string out = app.get_description() + "\n";
+    std::vector<std::string> groups = app.get_groups(); // --help and --config come last
+    std::rotate(groups.begin(), groups.begin() + 1, groups.end());
+    for (const std::string& group : groups) {
+        out += "\n" + (group == groups.back() ? "Other" : group) + ":\n";
+        for (const CLI::Option* o :
+             app.get_options([&](const CLI::Option* o) { return o->get_group() == group; })) {
+            std::string name = o->get_positional() ? o->get_name(true) : o->get_name(false, true);
+            size_t comma = name.find(',');
+            if (comma != std::string::npos) name.insert(comma + 1, " ");
+            std::string type = o->get_type_name(), standard = o->get_default_str();
+            std::string line = std::string("  ") + (name[1] == '-' ? "    " : "") + name;
+            if (!type.empty() && !o->get_positional()) line += " " + type;
+            if (line.size() > column - 2) out += line + "\n", line.clear();
+            line.resize(column, ' ');
+            if (!type.empty() && !standard.empty() && standard != "0")
+                standard = "[" + standard + "]";
+            else
+                standard.clear();
+            std::istringstream words(o->get_description() + " " + standard);
+            std::string word;
+            while (words >> word) {
+                if (line.size() + word.size() + 1 > width) {
+                    out += line + "\n";
+                    line.assign(column, ' ');
+                }
+                line += (line.size() > column ? " " : "") + word;
+            }
+            out += line + "\n";
+        }
+    }
+    return out + app.get_footer();
+}
+
+// The paper's recipe as flags (arXiv 2502.05795, section 4.1 and its released code), by the model's
+// parameters. The paper has no runs below 130m: the 10,000 steps there are ours.
+std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) {
+    struct Row {
+        double parameters;
+        const char *steps, *lr, *warmup;
+    };
+    const Row rows[] = {{120e6, "10000", "0.001", "10%"},
+                        {200e6, "20000", "0.001", "10%"},
+                        {300e6, "40000", "0.001", "10%"},
+                        {600e6, "60000", "0.0005", "10%"},
+                        {infinity, "100000", "0.0005", "1000"}};
+    const Row* row = rows;
+    double parameters = double(make_registry(model_config(o)).count());
+    while (parameters > row->parameters) row++;
+    return {{"--seq-len", "256"},       {"--total-batch", "131072"},
+            {"--beta1", "0.9"},         {"--beta2", "0.999"},
+            {"--eps", "1e-08"},         {"--weight-decay", "0"},
+            {"--grad-clip", "0"},       {"--lr-schedule", "cosine"},
+            {"--final-lr-frac", "0.1"}, {"--lr", row->lr},
+            {"--steps", row->steps},    {"--warmup", row->warmup},
+            {"--val-tokens", "10M"},    {"--embed-std", "0.632455532034"}};
+}
+
+// A sentence for what CLI11 found wrong.
+[[noreturn]] void fail_parse(const CLI::ParseError& error) {
+    std::string what = error.what();
+    if (dynamic_cast<const CLI::ArgumentMismatch*>(&error))
+        fail("the flag ", what.substr(0, what.find(':')), " needs a value; see --help");
+    if (dynamic_cast<const CLI::RequiredError*>(&error)) fail(what, "; see --help");
+    fail(what);
+}
+
+[[noreturn]] void fail_unknown(const CLI::App& app, std::string name) {
+    name = name.substr(0, name.find('='));
+    std::vector<std::string> known;
+    for (const CLI::Option* option : app.get_options()) {
+        for (const std::string& s : option->get_snames()) known.push_back("-" + s);
+        for (const std::string& l : option->get_lnames()) known.push_back("--" + l);
+    }
+    if (name[0] == '-')
+        fail("there is no flag ", name, ".", name.size() > 2 ? did_you_mean(name, known) : "",
+             " All flags: --help");
+    fail("did not expect '", name, "'.", did_you_mean(name, {"sample", "eval"}),
+         " The commands are `sample` and `eval`, each with a checkpoint, and none to train; see "
+         "--help");
+}
+
+} // namespace
+
+int64_t Options::warmup_steps() const {
+    if (warmup.empty() || warmup.back() != '%') return parse_count(warmup);
+    char* end;
+    double percent = std::strtod(warmup.c_str(), &end);
+    if (end != &warmup.back() || !(percent >= 0 && percent <= 100))
+        fail("'", warmup, "' is not a number of steps, nor a part of them from 0% to 100%");
+    return int64_t(std::llround(percent / 100 * double(steps)));
+}
+
+Options parse_options(int argc, const char* const* argv, const SavedFlags& saved) {
+    Options o;
+    o.argv.assign(argv, argv + argc);
+    bool version = false;
+    std::map<const CLI::Option*, Change> changes;
+    CLI::App app("Trains a GPT or LLaMA language model.\n\n"
+                 "  train_gpt [flags]                       train\n"
+                 "  train_gpt sample CHECKPOINT [flags]     write text with a trained model\n"
+                 "  train_gpt eval CHECKPOINT [flags]       measure its loss\n\n"
+                 "Counts may be written as 10M, 64k or 1e6.");
+    app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+    app.footer("\nExit status: 0 done, 1 an error, 130 stopped by SIGINT or SIGTERM (saved; -y "
+               "goes on).\n");
+    add_training(app, o, changes);
+    std::string resume;
+    CLI::Option* y = app.add_option("-y,--resume", resume,
+                                    "go on with the run in -o, whose flags need not be repeated; "
+                                    "-y 0: do not")
+                         ->expected(0, 1)
+                         ->type_name("[0|1]")
+                         ->group("Run");
+    app.add_flag("--version", version, "the version, what was built in, and stop");
+    app.set_config("--config", "", "flags from a file, as lines `long-name = value`")
+        ->type_name("FILE");
+
+    CLI::App* sample = app.add_subcommand("sample", "Writes text with a trained model.");
+    CLI::App* eval = app.add_subcommand("eval", "Measures the loss of a trained model.");
+    for (CLI::App* sub : {sample, eval}) {
+        sub->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+        Flags f{*sub, changes, "Flags"};
+        f.text("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
+            ->required();
+        add_tokenizer(f, o);
+        if (sub == sample) {
+            add_sampling(f, o);
+            f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "length of the sample");
+            f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(), "of the sample");
+            f.flag("--ignore-eot", o.ignore_eot, "go on behind an end of text");
+        } else {
+            f.text("-j,--val", o.val, "GLOB", "token shards; default: those of the run");
+            f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "measure on so many");
+            f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
+            f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
+        }
+        add_machine(f, o);
+    }
+    // Unknown flags and keys are collected, for a better sentence than CLI11's.
+    for (CLI::App* a : {&app, sample, eval}) {
+        a->allow_extras();
+        a->allow_config_extras(CLI::config_extras_mode::capture);
+    }
+
+    o.command = Options::Command::stop;
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::CallForHelp&) {
+        std::cout << help_text(sample->parsed() ? *sample : eval->parsed() ? *eval : app);
+        return o;
+    } catch (const CLI::ParseError& error) {
+        fail_parse(error);
+    }
+    const CLI::App& used = sample->parsed() ? *sample : eval->parsed() ? *eval : app;
+    if (std::vector<std::string> extras = app.remaining(true); !extras.empty())
+        fail_unknown(used, extras[0]);
+    if (version) {
+        std::cout << "train_gpt " << build_info().version << " (" << build_info().compiler << ")\n";
+        for (const auto& [name, value] : build_info().features)
+            std::cout << "  " << name << ": " << value << "\n";
+        return o;
+    }
+    if (resume != "" && resume != "0" && resume != "1")
+        fail("--resume is ", resume, ", expected nothing, 1 or 0");
+    o.resume = y->count() > 0 && resume != "0";
+    if (o.resume && o.out.empty()) fail("--resume: say which run to go on with, by -o DIR");
+    o.command = sample->parsed() ? Options::Command::sample
+                : eval->parsed() ? Options::Command::eval
+                                 : Options::Command::train;
+    if (o.command != Options::Command::train) {
+        if (!eval->parsed()) return o;
+        if (eval->count("--seq-len") == 0) o.seq_len = 0;
+        if (eval->count("--val-tokens") == 0) o.val_tokens = 0;
+        return o;
+    }
+
+    auto set_default = [&](const std::string& name, const std::string& value) {
+        CLI::Option* option = app.get_option_no_throw(name);
+        if (!option || option->count() > 0) return; // a flag of another version, or given
+        option->add_result(value);
+        option->run_callback();
+    };
+    o.model_given = app.count("--model") > 0;
+    for (const auto& [name, value] : saved) {
+        CLI::Option* option = app.get_option_no_throw(name);
+        if (option && option->count() > 0 && option->as<std::string>() != value) {
+            std::string now = option->as<std::string>();
+            if (changes[option] == Change::fixed)
+                fail(name, " was ", value.empty() ? "not given" : value,
+                     " when this run began and is now ", now,
+                     ": leave it out to go on, or start another run with another -o");
+            if (changes[option] == Change::noted)
+                o.changes.push_back(cat(name, " was ", value.empty() ? "not given" : value,
+                                        " until now and is ", now, " from here on"));
+        }
+        if (option && value != option->get_default_str()) set_default(name, value);
+    }
+    if (saved.empty()) {
+        if (o.recipe == "paper")
+            for (const auto& [name, value] : paper_recipe(o)) set_default(name, value);
+        else if (o.model == "tiny") {
+            set_default("--seq-len", "128");
+            set_default("--val-tokens", "32768");
+        }
+    }
+    for (const CLI::Option* option : app.get_options())
+        if (changes.count(option) && changes[option] != Change::once)
+            o.flags[long_name(option)] =
+                option->count() > 0 ? option->as<std::string>() : option->get_default_str();
+    return o;
+}
+
+} // namespace lns

@@ -1,0 +1,195 @@
+#include "gpt/program.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <iostream>
+#include <new>
+#include <unistd.h>
+
+#include "gpt/checkpoint.h"
+#include "gpt/error.h"
+#include "gpt/options.h"
+#include "gpt/ranks.h"
+#include "gpt/sample.h"
+#include "gpt/setup.h"
+#include "gpt/terminal.h"
+#include "gpt/train.h"
+
+namespace lns {
+
+namespace {
+
+// A checkpoint to sample from or to measure, and the flags of the run that made it, if one did.
+struct Trained {
+    std::string path;
+    Config config;
+    TrainerState state;
+
+    explicit Trained(const std::string& name)
+        : path(find_checkpoint(name)), config(checkpoint_config(path)) {
+        if (std::filesystem::exists(path + "/trainer_state.json")) state = read_trainer_state(path);
+    }
+    std::string flag(const std::string& name) const {
+        auto found = state.flags.find(name);
+        return found == state.flags.end() ? "" : found->second;
+    }
+    // The flag's number, or `otherwise` if no run says.
+    int64_t count(const std::string& name, int64_t otherwise) const {
+        std::string text = flag(name);
+        return text.empty() ? otherwise : parse_count(text);
+    }
+    // The longest sequence that it was trained on.
+    int length() const {
+        return int(std::min<int64_t>(count("--seq-len", 1024), config.positions));
+    }
+};
+
+// Writes text as it grows, but never a part of a character.
+struct Stream {
+    size_t written = 0;
+    bool terminal = isatty(STDOUT_FILENO);
+
+    void show(const std::string& text, bool all) {
+        size_t end = text.size();
+        if (!all) { // a character's first byte has the top bits 11, the others 10
+            while (end > written && (text[end - 1] & 0xC0) == 0x80) end--;
+            if (end > written && (text[end - 1] & 0xC0) == 0xC0) end--;
+        }
+        if (end <= written) return;
+        std::string part = text.substr(written, end - written);
+        std::cout << (terminal ? printable(part) : part) << std::flush;
+        written = end;
+    }
+};
+
+int sample(const Options& o) {
+    check_machine(o);
+    use_threads(o.threads);
+    Trained trained(o.checkpoint);
+    std::unique_ptr<Tokenizer> tokenizer;
+    if (!o.tokenizer.empty()) {
+        tokenizer = find_tokenizer(o.tokenizer, "", trained.state.tokenizer);
+    } else {
+        try {
+            tokenizer = load_tokenizer(trained.path);
+        } catch (const Error& error) {
+            fail("no tokenizer lies with the weights (", error.what(),
+                 "): name one with --tokenizer");
+        }
+    }
+    std::vector<int> tokens = tokenizer->encode(o.prompt);
+    if (tokens.empty()) {
+        if (tokenizer->eot() < 0)
+            fail("this tokenizer has no end of text to start behind: give a --prompt");
+        tokens = {tokenizer->eot()};
+    }
+    for (int token : tokens)
+        if (token >= trained.config.vocab_size)
+            fail("token ", token, " of the prompt is not in the model's vocabulary of ",
+                 trained.config.vocab_size, ": the tokenizer is not the model's");
+
+    const int context = trained.length();
+    std::unique_ptr<Model> model = make_cpu_model(trained.config, 1, context, false);
+    load_weights(*model, trained.path);
+    Stream stream;
+    std::string text = o.prompt;
+    stream.show(text, true);
+    std::vector<int> made;
+    generate(*model, tokens, int(o.sample_tokens), context,
+             {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed)}, [&](int token) {
+                 if (token == tokenizer->eot() && !o.ignore_eot) return false;
+                 made.push_back(token);
+                 stream.show(text = o.prompt + tokenizer->decode(made), false);
+                 return true;
+             });
+    stream.show(text, true);
+    std::cout << std::endl;
+    return 0;
+}
+
+int eval(const Options& o, const Ranks& ranks) {
+    check_machine(o);
+    use_threads(o.threads);
+    Trained trained(o.checkpoint);
+    const bool run_on_stories = !trained.state.flags.empty() && trained.flag("--train").empty();
+    if (o.val.empty() && trained.state.flags.empty())
+        fail(trained.path, " does not say what it was validated on: name token shards with -j");
+    const std::string pattern =
+        !o.val.empty() || run_on_stories
+            ? o.val
+            : validation_pattern(trained.flag("--train"), trained.flag("--val"));
+    auto source = open_validation(pattern, trained.count("--seed", 0));
+    if (TokenizerId made = source->id(), known = trained.state.tokenizer;
+        made.vocab_size && known.vocab_size && made != known)
+        fail("the model was trained on tokens of another tokenizer (", known.kind, " of ",
+             known.vocab_size, ") than these (", made.kind, " of ", made.vocab_size,
+             "): tokenize them with the model's");
+    source->check_tokens(trained.config.vocab_size);
+    const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
+    check_length(T, trained.config);
+    const int64_t wanted =
+        o.val_tokens > 0 ? o.val_tokens : trained.count("--val-tokens", 10000000);
+
+    Loader loader(source, T, 0, false);
+    std::unique_ptr<Model> model = make_cpu_model(trained.config, int(o.batch), T, false);
+    load_weights(*model, trained.path);
+    Evaluation e = evaluate(*model, loader, ranks, int(o.batch), T, wanted);
+    if (ranks.first())
+        std::printf("loss %.6f  perplexity %.4f  tokens %lld\n", e.loss, std::exp(e.loss),
+                    (long long)e.tokens);
+    return 0;
+}
+
+// -y takes the run's own flags where none are given.
+Options options_of(int argc, char** argv) {
+    Options o = parse_options(argc, argv);
+    if (o.command != Options::Command::train || !o.resume) return o;
+    std::string checkpoint = newest_checkpoint(o.out);
+    if (checkpoint.empty()) return o;
+    return parse_options(argc, argv, read_trainer_state(checkpoint).flags);
+}
+
+int dispatch(int argc, char** argv, const Ranks& ranks) {
+    Options o = options_of(argc, argv);
+    switch (o.command) {
+    case Options::Command::train:
+        return train(std::move(o), ranks);
+    case Options::Command::sample:
+        return ranks.first() ? sample(o) : 0;
+    case Options::Command::eval:
+        return eval(o, ranks);
+    case Options::Command::stop:
+        return 0;
+    }
+    return 0;
+}
+
+int report(const Ranks* ranks, const std::string& sentence) {
+    std::cout << std::flush;
+    const bool alone = !ranks || ranks->size == 1;
+    // What every rank finds is told by the first alone: it ends the others while they wait.
+    if (!alone && !ranks->first()) sleep(2);
+    std::cerr << "train_gpt: " << (alone || ranks->first() ? "" : cat("rank ", ranks->rank, ": "))
+              << sentence << std::endl;
+    if (!alone) ranks->abort(1);
+    return 1;
+}
+
+} // namespace
+
+int run_program(int argc, char** argv) {
+    std::unique_ptr<Ranks> ranks;
+    try {
+        ranks = std::make_unique<Ranks>();
+        return dispatch(argc, argv, *ranks);
+    } catch (const std::bad_alloc&) {
+        return report(ranks.get(), "not enough memory: lower --batch, --seq-len or the model's "
+                                   "size; --dry-run says what is needed");
+    } catch (const std::exception& error) {
+        return report(ranks.get(), error.what());
+    }
+}
+
+} // namespace lns

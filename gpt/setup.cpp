@@ -1,0 +1,186 @@
+#include "gpt/setup.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "gpt/checkpoint.h"
+#include "gpt/error.h"
+#include "gpt/stories.h"
+#include "gpt/suggest.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace lns {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+Config base_config(const Options& o) {
+    if (!o.model_given && !o.init_from.empty()) return checkpoint_config(o.init_from);
+    const std::vector<std::string> presets = preset_names();
+    const bool preset = std::find(presets.begin(), presets.end(), o.model) != presets.end();
+    const bool is_path = o.model.find('/') != std::string::npos || fs::exists(o.model);
+    return !preset && is_path ? checkpoint_config(o.model) : preset_config(o.model);
+}
+
+bool sizes_given(const Options& o) {
+    return o.layers || o.width || o.heads || o.kv_heads || o.mlp_width || !o.arch.empty();
+}
+
+} // namespace
+
+Config model_config(const Options& o) {
+    Config c = base_config(o);
+    if (!o.arch.empty() && o.arch != c.model_type) {
+        Config other = architecture(o.arch);
+        other.vocab_size = c.vocab_size;
+        other.width = c.width;
+        other.layers = c.layers;
+        other.heads = c.heads;
+        other.kv_heads = c.kv_heads;
+        other.head_size = c.head_size;
+        other.positions = c.positions;
+        if (other.gated_mlp == c.gated_mlp) other.mlp_width = c.mlp_width;
+        c = other;
+    }
+    // Sizes that follow from the ones given, unless they are given too.
+    if (o.width || o.heads) c.head_size = 0;
+    if (o.heads) c.kv_heads = 0;
+    if (o.width) c.mlp_width = 0;
+    for (auto [given, size] : {std::pair{o.layers, &c.layers},
+                               {o.width, &c.width},
+                               {o.heads, &c.heads},
+                               {o.kv_heads, &c.kv_heads},
+                               {o.mlp_width, &c.mlp_width},
+                               {o.vocab, &c.vocab_size},
+                               {o.positions, &c.positions}})
+        if (given) *size = int(given);
+    if (sizes_given(o)) c.preset = "";
+
+    const Options standard;
+    if (!o.norm.empty()) c.scheme = parse_scheme(o.norm);
+    if (o.lns_power != standard.lns_power) c.scheme.lns_power = o.lns_power;
+    if (o.lns_sites != standard.lns_sites) parse_sites(o.lns_sites, c.scheme);
+    if (o.init_std > 0) c.init_std = o.init_std;
+    if (o.embed_std > 0) c.embed_std = o.embed_std;
+    complete_config(c);
+    return c;
+}
+
+namespace {
+
+// PREFIX of PREFIX_train_000000.bin, from the first file of the pattern; "" if it has no such name.
+std::string shard_prefix(const std::string& pattern) {
+    std::string path = glob_paths(pattern)[0];
+    size_t name = path.rfind('/') == std::string::npos ? 0 : path.rfind('/') + 1;
+    for (const char* part : {"_train_", "_val_"})
+        if (size_t at = path.rfind(part); at != std::string::npos && at >= name)
+            return path.substr(0, at);
+    return "";
+}
+
+std::shared_ptr<TokenSource> open_tokens(const std::string& pattern, uint64_t seed) {
+    if (pattern.empty()) return std::make_shared<StorySource>(seed);
+    return std::make_shared<ShardSource>(pattern);
+}
+
+} // namespace
+
+std::string validation_pattern(const std::string& train, const std::string& val) {
+    if (!val.empty() || train.empty()) return val;
+    const std::string prefix = shard_prefix(train);
+    const std::string beside = prefix + "_val_*.bin";
+    try {
+        if (!prefix.empty() && !glob_paths(beside).empty()) return beside;
+    } catch (const Error&) { // there are none
+    }
+    fail("-i '", train,
+         "' was given without -j, and there is no *_val_*.bin beside it: name "
+         "shards to validate on with -j, or make some with data/tokenize --val-fraction");
+}
+
+std::shared_ptr<TokenSource> open_validation(const std::string& pattern, int64_t seed) {
+    return open_tokens(pattern, uint64_t(seed) + 1000000);
+}
+
+std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::string& pattern,
+                                          const TokenizerId& id) {
+    std::string from = spec;
+    if (from.empty() && !pattern.empty()) {
+        std::string beside = shard_prefix(pattern) + "_tokenizer";
+        if (fs::is_directory(beside)) from = beside;
+    }
+    if (from.empty() && id.kind == "bytes") from = "bytes";
+    if (from.empty()) return nullptr;
+    std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(from);
+    if (id.vocab_size && tokenizer->id() != id)
+        fail("the tokenizer '", from, "' (", tokenizer->id().kind, ", ", tokenizer->vocab_size(),
+             " tokens) is not the one that made the tokens (", id.kind, ", ", id.vocab_size,
+             " tokens",
+             tokenizer->id().kind == id.kind && tokenizer->vocab_size() == id.vocab_size
+                 ? ", of other contents"
+                 : "",
+             "): name that one with --tokenizer");
+    return tokenizer;
+}
+
+Data open_data(const Options& o) {
+    Data data;
+    if (o.train.empty() && !o.val.empty())
+        fail("-j '", o.val, "' was given without -i: name shards to train on with -i");
+    const std::string val = validation_pattern(o.train, o.val);
+    data.train = open_tokens(o.train, uint64_t(o.seed));
+    data.val = open_validation(val, o.seed);
+    data.id = data.train->id();
+    TokenizerId val_id = data.val->id();
+    if (data.id.vocab_size && val_id.vocab_size && data.id != val_id)
+        fail("the shards to train on were made by another tokenizer than those to validate on: '",
+             o.train, "' by ", data.id.kind, " of ", data.id.vocab_size, " tokens, '", val, "' by ",
+             val_id.kind, " of ", val_id.vocab_size, ": tokenize both with one");
+    if (!data.id.vocab_size) data.id = val_id;
+    data.tokenizer = find_tokenizer(o.tokenizer, o.train, data.id);
+    if (data.tokenizer) data.id = data.tokenizer->id();
+    return data;
+}
+
+void fit_vocabulary(const Options& o, Data& data, Config& config) {
+    const bool free = o.vocab == 0 && o.init_from.empty() && data.id.vocab_size > 0 &&
+                      (config.preset == "tiny" || (config.preset.empty() && !o.model_given));
+    if (free) config.vocab_size = data.id.vocab_size;
+    if (data.id.vocab_size > config.vocab_size)
+        fail("the data has a vocabulary of ", data.id.vocab_size, " tokens (", data.id.kind,
+             "), the model only ", config.vocab_size, ": give --vocab ", data.id.vocab_size,
+             ", or tokenize for the model");
+    data.train->check_tokens(config.vocab_size);
+    data.val->check_tokens(config.vocab_size);
+}
+
+void check_length(int64_t T, const Config& config) {
+    if (T > config.positions)
+        fail("--seq-len ", T, " is longer than the model's ", config.positions,
+             " positions: shorten it, or raise --positions");
+}
+
+void check_machine(const Options& o) {
+    if (o.dtype == "bf16")
+        fail("--dtype bf16 is not in this build yet: only float32 is, leave --dtype out");
+    if (o.device == "cuda")
+        fail("--device cuda: this build has no CUDA; leave --device out to train on the CPU");
+}
+
+int use_threads(int64_t threads) {
+#ifdef _OPENMP
+    // Of the cores that this process may use: a launcher binds its ranks to some of them.
+    if (threads == 0) threads = omp_get_num_procs();
+    omp_set_num_threads(int(threads));
+    return int(threads);
+#else
+    (void)threads;
+    return 1;
+#endif
+}
+
+} // namespace lns

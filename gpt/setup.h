@@ -1,0 +1,50 @@
+// From options to what they name: the model's configuration, the data, the tokenizer.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "gpt/config.h"
+#include "gpt/loader.h"
+#include "gpt/options.h"
+#include "gpt/tokenizer.h"
+
+namespace lns {
+
+// The preset, the config.json or the checkpoint of --init-from, with what the flags say otherwise.
+Config model_config(const Options& options);
+
+struct Data {
+    std::shared_ptr<TokenSource> train, val;
+    std::unique_ptr<Tokenizer> tokenizer; // null if nobody knows it: text is then token ids
+    TokenizerId id;                       // of the data; vocab_size 0 if not known
+};
+
+// Throws unless training and validation tokens are of one tokenizer.
+Data open_data(const Options& options);
+
+// -j, or if that is "" the shards beside those of -i. "" if both are: stories.
+std::string validation_pattern(const std::string& train, const std::string& val);
+
+// Shards, or if the pattern is "" stories of a run of that seed, others than it trains on.
+std::shared_ptr<TokenSource> open_validation(const std::string& pattern, int64_t seed);
+
+// --tokenizer, or what is saved beside the shards that `pattern` names ("" if none), or what `id`
+// says by itself; null if none of them. Throws if it is not the one that made the tokens.
+std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::string& pattern,
+                                          const TokenizerId& id);
+
+// Takes the data's vocabulary where neither a preset nor --vocab says one, and throws if the
+// data's tokens do not fit the model's.
+void fit_vocabulary(const Options& options, Data& data, Config& config);
+
+// Sequences of T tokens must fit the model's positions.
+void check_length(int64_t T, const Config& config);
+
+// Throws for what this build cannot do: --dtype bf16, --device cuda.
+void check_machine(const Options& options);
+
+// Sets OpenMP's threads and returns how many.
+int use_threads(int64_t threads);
+
+} // namespace lns

@@ -1,0 +1,434 @@
+#include "gpt/train.h"
+
+#include <nlohmann/json.hpp>
+
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <optional>
+
+#include "gpt/banner.h"
+#include "gpt/checkpoint.h"
+#include "gpt/error.h"
+#include "gpt/files.h"
+#include "gpt/peak.h"
+#include "gpt/rundir.h"
+#include "gpt/sample.h"
+#include "gpt/schedule.h"
+#include "gpt/setup.h"
+#include "gpt/terminal.h"
+
+namespace lns {
+
+namespace {
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+std::string number(const char* format, double x) {
+    char text[64];
+    std::snprintf(text, sizeof text, format, x);
+    return text;
+}
+
+// Everything that a run holds.
+struct Run {
+    Options o;
+    const Ranks& ranks;
+    Run(Options options, const Ranks& ranks) : o(std::move(options)), ranks(ranks) {}
+
+    Config config;
+    Data data;
+    std::optional<Loader> loader, val_loader;
+    Schedule schedule;
+    int B = 0, T = 0, micro_batches = 0; // of this rank, a step
+    int64_t tokens_per_step = 0;         // over all micro-batches and ranks
+    int threads = 1;                     // of this rank
+    double peak = 0, flops = 0;          // FLOP/s of all ranks; FLOPs to train on one token
+    std::unique_ptr<Model> model;
+
+    TrainerState state;
+    std::vector<int> inputs, targets;      // (micro_batches, B, T), of this rank
+    std::optional<RunDirectory> directory; // of rank 0
+    std::string last_checkpoint;           // "": none yet
+    Progress progress;
+
+    void print(const std::string& text) {
+        if (ranks.first()) progress.message(text);
+    }
+};
+
+struct Step {
+    double loss = 0, lr = 0, grad_norm = 0, seconds = 0;
+};
+
+int64_t checked_total_batch(const Options& o, const Ranks& ranks) {
+    const int64_t micro = o.batch * o.seq_len * ranks.size;
+    if (micro > INT32_MAX)
+        fail("--batch ", o.batch, " x --seq-len ", o.seq_len,
+             " are more tokens than a step can "
+             "hold: lower --batch");
+    int64_t total = o.total_batch > 0 ? o.total_batch : micro;
+    if (total % micro)
+        fail("--total-batch ", total, " is not a multiple of the ", micro, " tokens that --batch ",
+             o.batch, " x --seq-len ", o.seq_len,
+             ranks.size > 1 ? cat(" x ", ranks.size, " ranks") : "", " give: ",
+             total > micro ? cat("try ", total / micro * micro, " or ", (total / micro + 1) * micro)
+                           : cat("lower --batch"));
+    return total;
+}
+
+[[noreturn]] void fail_nonfinite(Run& run, const std::string& what) {
+    std::string first = run.model->first_nonfinite();
+    fail("step ", run.state.step + 1, ": ", what, " is not finite",
+         first.empty() ? "" : "; the first tensor that is not: " + first,
+         ". This step's weights were not saved; ",
+         run.last_checkpoint.empty() ? "there is no checkpoint yet"
+                                     : "the last good checkpoint is " + run.last_checkpoint,
+         ". Lower --lr, or raise --warmup");
+}
+
+// The tokens of a whole step: every rank takes its B windows of each micro-batch.
+void draw_batch(Run& run) {
+    const size_t n = size_t(run.B) * run.T;
+    for (int m = 0; m < run.micro_batches; m++) {
+        run.loader->skip(uint64_t(run.ranks.rank) * run.B);
+        run.loader->next(run.B, &run.inputs[m * n], &run.targets[m * n]);
+        run.loader->skip(uint64_t(run.ranks.size - 1 - run.ranks.rank) * run.B);
+    }
+}
+
+Step train_step(Run& run) {
+    const Options& o = run.o;
+    const double start = now();
+    Model& model = *run.model;
+    Step step;
+
+    // 1. The tokens, and how many of them count.
+    if (!o.overfit_batch) draw_batch(run);
+    double valid = 0;
+    for (int target : run.targets) valid += target >= 0;
+    valid = run.ranks.sum(valid);
+    if (valid == 0)
+        fail("step ", run.state.step + 1,
+             ": none of its tokens has a target, so there is no loss "
+             "to lower: check the training data");
+
+    // 2. The gradient of the mean loss, over all micro-batches and ranks.
+    model.zero_gradients();
+    const size_t n = size_t(run.B) * run.T;
+    for (int m = 0; m < run.micro_batches; m++)
+        step.loss += model.loss_and_gradients(&run.inputs[m * n], &run.targets[m * n], run.B, run.T,
+                                              1 / valid);
+    step.loss = run.ranks.sum(step.loss) / valid;
+    run.ranks.sum(model.host_gradients(), model.registry.size);
+
+    // 3. Its norm, and the step down it.
+    step.grad_norm = model.gradient_norm();
+    if (!std::isfinite(step.loss)) fail_nonfinite(run, "the loss");
+    if (!std::isfinite(step.grad_norm)) fail_nonfinite(run, "the gradient");
+    run.state.step++;
+    run.state.tokens += run.tokens_per_step;
+    AdamW adam;
+    adam.lr = step.lr = learning_rate(run.schedule, run.state.step);
+    adam.beta1 = o.beta1, adam.beta2 = o.beta2, adam.eps = o.eps;
+    adam.weight_decay = o.weight_decay;
+    adam.step = run.state.step;
+    if (o.grad_clip > 0 && step.grad_norm > o.grad_clip)
+        adam.grad_scale = o.grad_clip / step.grad_norm;
+    model.update(adam);
+
+    step.seconds = now() - start;
+    run.state.seconds += step.seconds;
+    return step;
+}
+
+double validate(Run& run) {
+    double loss =
+        evaluate(*run.model, *run.val_loader, run.ranks, run.B, run.T, run.o.val_tokens).loss;
+    if (!std::isfinite(loss)) fail_nonfinite(run, "after it, the validation loss");
+    run.state.val_loss = loss;
+    if (!(run.state.best_val_loss <= loss)) run.state.best_val_loss = loss;
+    return loss;
+}
+
+std::string sample_text(Run& run) {
+    const Options& o = run.o;
+    const Tokenizer* tokenizer = run.data.tokenizer.get();
+    std::vector<int> prompt;
+    if (!o.prompt.empty() && tokenizer) prompt = tokenizer->encode(o.prompt);
+    if (prompt.empty()) prompt = {std::max(run.data.id.eot, 0)};
+    std::vector<int> tokens = generate(*run.model, prompt, int(o.sample_tokens), run.T,
+                                       {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed)});
+    if (tokenizer) return o.prompt + printable(tokenizer->decode(tokens));
+    std::string text = "token ids";
+    for (int token : tokens) text += " " + std::to_string(token);
+    return text;
+}
+
+// On rank 0. Until the new checkpoint stands whole under its name, no older one is touched.
+void save(Run& run) {
+    run.state.loader = run.loader->state();
+    run.state.flags = run.o.flags;
+    run.state.tokenizer = run.data.id;
+    run.state.windows = run.loader->windows_per_epoch();
+    std::string path = run.directory->checkpoint_path(run.state.step);
+    save_checkpoint(path, *run.model, run.state, run.data.tokenizer.get());
+    run.last_checkpoint = path;
+    run.directory->keep_last(int(run.o.keep));
+}
+
+// One forward and backward pass on the first batch, for other implementations to compare with.
+void dump_state(Run& run) {
+    Model& model = *run.model;
+    draw_batch(run);
+    const int B = run.B, T = run.T, V = run.config.vocab_size;
+    const size_t n = size_t(B) * T;
+    double valid = 0;
+    for (size_t i = 0; i < n; i++) valid += run.targets[i] >= 0;
+    if (valid == 0) fail("none of the first batch's tokens has a target");
+    model.zero_gradients();
+    const float loss = float(
+        model.loss_and_gradients(run.inputs.data(), run.targets.data(), B, T, 1 / valid) / valid);
+    std::vector<float> logits(n * V);
+    model.logits(run.inputs.data(), B, T, false, logits.data());
+
+    std::vector<TensorOut> tensors;
+    tensors.push_back(tensor_out({"inputs", "I32", {B, T}, run.inputs.data(), n * 4}));
+    tensors.push_back(tensor_out({"targets", "I32", {B, T}, run.targets.data(), n * 4}));
+    tensors.push_back(tensor_out({"loss", "F32", {}, &loss, 4}));
+    tensors.push_back(tensor_out({"logits", "F32", {B, T, V}, logits.data(), n * V * 4}));
+    for (const Param& p : model.registry.params)
+        tensors.push_back(param_tensor(model, Buffer::parameters, p, p.name));
+    for (const Param& p : model.registry.params)
+        tensors.push_back(param_tensor(model, Buffer::gradients, p, "grad." + p.name));
+    write_safetensors(run.o.dump_state, tensors, {{"config", config_to_json(run.config)}});
+    std::printf("wrote %s: loss %.6f on %d x %d tokens\n", run.o.dump_state.c_str(), loss, B, T);
+}
+
+// What the options name, read and checked, before anything is allocated or written.
+void prepare(Run& run, const std::string& resume_from) {
+    Options& o = run.o;
+    check_machine(o);
+    run.threads = use_threads(o.threads);
+    run.config = resume_from.empty() ? model_config(o) : checkpoint_config(resume_from);
+    run.data = open_data(o);
+    fit_vocabulary(o, run.data, run.config);
+    check_length(o.seq_len, run.config);
+    run.tokens_per_step = checked_total_batch(o, run.ranks);
+    o.flags["--total-batch"] = std::to_string(run.tokens_per_step);
+    run.B = int(o.batch), run.T = int(o.seq_len);
+    run.micro_batches = int(run.tokens_per_step / (o.batch * o.seq_len * run.ranks.size));
+    run.inputs.resize(size_t(run.micro_batches) * run.B * run.T);
+    run.targets.resize(run.inputs.size());
+    run.loader.emplace(run.data.train, run.T, uint64_t(o.seed), true);
+    run.val_loader.emplace(run.data.val, run.T, 0, false);
+    run.schedule = {o.lr_schedule, o.lr, o.steps, o.warmup_steps(), o.final_lr_frac};
+    run.flops = flops_per_token(run.config, run.T);
+}
+
+// The banner.
+void describe(Run& run) {
+    run.print(describe_machine(run.threads, run.ranks, run.peak) +
+              describe_model(run.config, run.B, run.T) +
+              describe_data(run.data, *run.loader, *run.val_loader,
+                            double(run.o.steps) * double(run.tokens_per_step / run.T)) +
+              describe_schedule(run.schedule, run.o, run.tokens_per_step, run.micro_batches));
+}
+
+// The run's directory, locked; the disk must have room for a checkpoint.
+void open_directory(Run& run, bool goes_on) {
+    Options& o = run.o;
+    if (o.out.empty()) {
+        const Config& c = run.config;
+        o.out = default_run_path("runs/" + (c.preset.empty() ? c.model_type : c.preset) + "-" +
+                                 c.scheme.name());
+    }
+    bool exists = goes_on && std::filesystem::is_directory(o.out);
+    run.directory = exists ? RunDirectory::resume(o.out) : RunDirectory::create(o.out);
+    check_writable(o.out, uint64_t(checkpoint_bytes(run.model->registry)));
+    run.directory->truncate_log_after(run.state.step);
+    std::vector<const char*> argv;
+    for (const std::string& word : o.argv) argv.push_back(word.c_str());
+    run.directory->record(int(argv.size()), argv.data(),
+                          {{"ranks", std::to_string(run.ranks.size)},
+                           {"threads", std::to_string(run.threads)},
+                           {"from_step", std::to_string(run.state.step)}});
+}
+
+// Weights, moments and the place in the data, of a new run or of one that goes on.
+void start(Run& run, const std::string& resume_from) {
+    run.model = make_cpu_model(run.config, run.B, run.T, true);
+    run.model->initialize(uint64_t(run.o.seed));
+    if (!run.o.init_from.empty() && resume_from.empty()) load_weights(*run.model, run.o.init_from);
+    if (run.o.overfit_batch) draw_batch(run);
+    if (resume_from.empty()) return;
+
+    run.state = load_checkpoint(*run.model, resume_from);
+    if (run.state.windows != run.loader->windows_per_epoch() ||
+        (run.state.tokenizer.vocab_size && run.state.tokenizer != run.data.id))
+        fail("the training data is not what this run began with (",
+             run.state.windows == run.loader->windows_per_epoch()
+                 ? "another tokenizer made it"
+                 : cat(run.loader->windows_per_epoch(), " sequences, it had ", run.state.windows),
+             "): to go on with other data, start another run with --init-from ", run.o.out);
+    run.loader->restore(run.state.loader);
+    run.last_checkpoint = resume_from;
+    for (const std::string& change : run.o.changes) run.print("note: " + change);
+    run.print(cat("going on from ", resume_from, " (step ", run.state.step, ")"));
+}
+
+std::string log_line(const Run& run, const Step& step, double val_loss) {
+    auto number = [](double x) { return std::isfinite(x) ? nlohmann::json(x) : nlohmann::json(); };
+    double tokens_per_s = double(run.tokens_per_step) / step.seconds;
+    nlohmann::ordered_json line = {{"step", run.state.step}, {"loss", step.loss}};
+    if (std::isfinite(val_loss)) line["val_loss"] = val_loss;
+    line["lr"] = step.lr;
+    line["grad_norm"] = step.grad_norm;
+    line["tokens"] = run.state.tokens;
+    line["tokens_per_s"] = tokens_per_s;
+    line["mfu"] = number(run.flops * tokens_per_s / run.peak);
+    line["seconds"] = run.state.seconds;
+    return line.dump();
+}
+
+// "step 120/500  loss 2.104  lr 9.8e-04  |g| 0.52  12.3K tok/s  MFU 34%  1m20s left"
+std::string progress_line(const Run& run, const Step& step, double seconds_a_step) {
+    double tokens_per_s = double(run.tokens_per_step) / seconds_a_step;
+    return cat("step ", run.state.step, "/", run.o.steps, number("  loss %.3f", step.loss),
+               number("  lr %.1e", step.lr), number("  |g| %.3g", step.grad_norm), "  ",
+               format_count(tokens_per_s), " tok/s",
+               number("  MFU %.0f%%", 100 * run.flops * tokens_per_s / run.peak), "  ",
+               format_duration(seconds_a_step * double(run.o.steps - run.state.step)), " left");
+}
+
+// What a stopped or finished run tells at its end.
+std::string how_to_go_on(const Run& run, bool finished) {
+    const std::string program = run.o.argv.empty() ? "./train_gpt" : run.o.argv[0];
+    const char* words[] = {run.o.out.c_str()};
+    const std::string dir = shell_quoted(1, words);
+    std::string launcher = run.ranks.size > 1 ? cat("mpirun -np ", run.ranks.size, " ") : "";
+    if (!finished) return cat("go on with:    ", launcher, program, " -o ", dir, " -y");
+    return cat("run directory: ", run.o.out, "\nsample it:     ", program, " sample ", dir,
+               " --prompt TEXT\ntrain longer:  ", launcher, program, " -o ", dir, " -y -x ",
+               2 * run.o.steps);
+}
+
+// Steps until the last, or until a signal. False if stopped by one.
+bool loop(Run& run) {
+    const Options& o = run.o;
+    double seconds_a_step = 0;
+    bool stop = false, log_broken = false;
+    while (!stop && run.state.step < o.steps) {
+        Step step = train_step(run);
+        const int64_t n = run.state.step;
+        auto due = [&](int64_t every) { return every > 0 && n % every == 0; };
+        const bool last = n == o.steps;
+        stop = run.ranks.any(stop_requested()) && !last;
+        // A running average; the first steps are slower.
+        seconds_a_step =
+            seconds_a_step == 0 ? step.seconds : 0.9 * seconds_a_step + 0.1 * step.seconds;
+        double val_loss = NAN;
+        if (last || (due(o.val_every) && !stop)) val_loss = validate(run);
+
+        if (!run.ranks.first()) continue; // the rest is telling and saving
+        try {
+            run.directory->append(log_line(run, step, val_loss));
+        } catch (const Error& error) {
+            if (!log_broken) run.print(cat("WARNING: ", error.what(), ". Training goes on"));
+            log_broken = true;
+        }
+        run.progress.update(progress_line(run, step, seconds_a_step), last || stop);
+        if (std::isfinite(val_loss))
+            run.print(cat("step ", n, number("  validation loss %.4f", val_loss),
+                          number("  perplexity %.2f", std::exp(val_loss))));
+        if (o.sample_tokens > 0 && (last || (due(o.sample_every) && !stop)))
+            run.print(cat("step ", n, "  sample:\n", sample_text(run), "\n"));
+        if (last || stop || due(o.save_every)) {
+            if (std::string bad = run.model->first_nonfinite(); !bad.empty())
+                fail_nonfinite(run, "after it, " + bad);
+            try {
+                save(run);
+            } catch (const Error& error) { // a full disk may have room again next time
+                if (last || stop) throw;
+                run.print(cat("WARNING: no checkpoint at step ", n, ": ", error.what(),
+                              "; training goes on, ",
+                              run.last_checkpoint.empty() ? "nothing is saved yet"
+                                                          : "saved is " + run.last_checkpoint));
+            }
+        }
+    }
+    return !stop;
+}
+
+} // namespace
+
+Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int T,
+                    int64_t tokens) {
+    const uint64_t wanted = uint64_t(tokens + T - 1) / T;
+    const uint64_t windows = std::min(std::max<uint64_t>(wanted, 1), loader.windows_per_epoch());
+    std::vector<int> inputs(size_t(B) * T), targets(inputs.size());
+    double sums[2] = {0, 0}; // loss, targets
+    for (uint64_t w = uint64_t(ranks.rank) * B; w < windows; w += uint64_t(ranks.size) * B) {
+        int b = int(std::min<uint64_t>(B, windows - w));
+        loader.restore({0, w});
+        loader.next(b, inputs.data(), targets.data());
+        sums[0] += model.loss(inputs.data(), targets.data(), b, T);
+        for (size_t i = 0; i < size_t(b) * T; i++) sums[1] += targets[i] >= 0;
+    }
+    ranks.sum(sums, 2);
+    if (sums[1] == 0) fail("no token of the validation data has a target");
+    return {sums[0] / sums[1], int64_t(sums[1])};
+}
+
+int train(Options options, const Ranks& ranks) {
+    Run run(std::move(options), ranks);
+    const Options& o = run.o;
+    std::string resume_from;
+    if (o.resume) resume_from = newest_checkpoint(o.out);
+    prepare(run, resume_from);
+    if (!o.dry_run) run.peak = ranks.sum(measured_peak_flops(run.threads));
+    describe(run);
+    if (o.dry_run) {
+        double step = run.flops * double(run.tokens_per_step);
+        run.print(cat("compute    ", format_count(run.flops), " FLOPs a token, ",
+                      format_count(step), " FLOPs a step, ", format_count(step * double(o.steps)),
+                      " FLOPs in all"));
+        return 0;
+    }
+
+    start(run, resume_from);
+    if (!o.dump_state.empty()) {
+        if (ranks.first()) dump_state(run);
+        return 0;
+    }
+    if (o.resume && resume_from.empty())
+        run.print(cat("there is no checkpoint in ", o.out, " yet: starting from the beginning"));
+    if (run.state.step > 0 && run.state.step >= o.steps) {
+        run.print(cat("all ", o.steps, " steps are done\n", how_to_go_on(run, true)));
+        return 0;
+    }
+    if (ranks.first()) open_directory(run, o.resume);
+    run.print("");
+    install_stop_handlers();
+    const bool finished = loop(run);
+    if (o.steps == 0 && ranks.first()) save(run); // the weights that a run would start from
+    run.progress.finish();
+    if (!finished) {
+        run.print(cat("stopped by a signal after step ", run.state.step, ", saved as ",
+                      run.last_checkpoint, "\n", how_to_go_on(run, false)));
+        return 130;
+    }
+    if (ranks.first()) {
+        run.val_loader->restore({});
+        run.val_loader->next(run.B, run.inputs.data(), run.targets.data());
+        run.model->loss(run.inputs.data(), run.targets.data(), run.B, run.T);
+        run.print("\n" + describe_variance(run.model->residual_variance()) + "\n" +
+                  how_to_go_on(run, true));
+    }
+    return 0;
+}
+
+} // namespace lns
