@@ -1,0 +1,120 @@
+#!/bin/bash
+# The Makefile keeps variants apart, dev/deps.sh asks for what is missing and nothing else, and
+# dev/run_tests.sh counts right.
+unset MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES OPENMP ONEDNN MPI CUDA SANITIZE MARCH BUILD V
+here=$PWD
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+check() { # NAME CONDITION...
+    local name=$1
+    shift
+    if "$@"; then
+        ((passed++))
+    else
+        ((failed++))
+        echo "FAILED: $name: $*"
+    fi
+}
+says() { grep -qF -- "$2" <<<"$1"; }
+silent_on() { ! says "$1" "$2"; }
+
+# A small program in a tree of its own.
+mkdir -p "$dir/tree/dev" "$dir/tree/gpt"
+cp Makefile "$dir/tree/"
+cp dev/probe.in dev/run_tests.sh "$dir/tree/dev/"
+cp gpt/build.h gpt/build.cpp "$dir/tree/gpt/"
+cat >"$dir/tree/train_gpt.cpp" <<'END'
+#include "gpt/build.h"
+#include <cstdio>
+#ifdef _OPENMP
+const char* openmp = "with OpenMP";
+#else
+const char* openmp = "without OpenMP";
+#endif
+int main() { std::printf("%s\n%s\n", openmp, lns::build_info().flags.c_str()); }
+END
+cd "$dir/tree" || exit 1
+out=$(make MARCH= 2>&1)
+check "the first build says what it found" says "$out" "SentencePiece"
+out=$(make MARCH= 2>&1)
+check "a second build has nothing to do" silent_on "$out" CXX
+check "the program says its flags" says "$(./train_gpt)" "-std=c++20"
+check "OpenMP is in where it is found" says "$(./train_gpt)" "with OpenMP"
+out=$(make MARCH= OPENMP=0 2>&1)
+check "an option compiles everything again" says "$out" "CXX   gpt/build.cpp"
+check "what is left out is named" says "$out" "without OpenMP: one thread only"
+check "an option takes effect" says "$(./train_gpt)" "without OpenMP"
+out=$(make MARCH= 2>&1)
+check "switching back compiles nothing" silent_on "$out" CXX
+check "switching back takes effect" says "$(./train_gpt)" "with OpenMP"
+touch -d '+1 minute' gpt/build.h
+out=$(make MARCH= 2>&1)
+check "a changed header compiles its users" says "$out" "CXX   train_gpt.cpp"
+sed -i '/CLI11/d' dev/probe.in
+out=$(make MARCH=x86-64 BUILD=other 2>&1)
+check "a missing library is a sentence" says "$out" "missing: run make deps"
+out=$(make CXX=no-such-compiler 2>&1)
+check "a missing compiler is a sentence" says "$out" "no C++ compiler no-such-compiler"
+
+# A machine with nothing but apt, played by small scripts: $dir/state is what it has installed.
+mkdir "$dir/bin" "$dir/state"
+for tool in bash cut sed awk grep id env; do ln -s "$(command -v $tool)" "$dir/bin/$tool"; done
+cat >"$dir/bin/apt-get" <<END
+#!$(command -v bash)
+echo "\$*" >>"$dir/apt.log"
+for word in "\$@"; do
+    [[ \$word == "\$UNAVAILABLE" ]] && exit 100
+done
+for word in "\$@"; do
+    [[ \$word == -* || \$word == install || \$word == *Lock* ]] || : >"$dir/state/\$word"
+done
+END
+cat >"$dir/bin/dpkg-query" <<END
+#!$(command -v bash)
+[[ -e "$dir/state/\${!#}" ]] && echo installed
+END
+printf '#!%s\necho "  Candidate: 1.0"\n' "$(command -v bash)" >"$dir/bin/apt-cache"
+# shellcheck disable=SC2016
+printf '#!%s\nexec "$@"\n' "$(command -v bash)" >"$dir/bin/sudo"
+chmod +x "$dir"/bin/{apt-get,dpkg-query,apt-cache,sudo}
+deps() { PATH=$dir/bin UNAVAILABLE=$1 bash "$here/dev/deps.sh" 2>&1; }
+
+out=$(deps)
+check "a bare machine gets everything" test $? -eq 0
+check "what is installed is told" says "$out" "for fast matrix products"
+check "with one command" test "$(grep -c install "$dir/apt.log")" -eq 1
+check "and no update" test "$(grep -c update "$dir/apt.log")" -eq 0
+: >"$dir/apt.log"
+check "the second time nothing is done" says "$(deps)" "everything is here already"
+check "the second time apt is not asked" test ! -s "$dir/apt.log"
+rm "$dir/state/libdnnl-dev" "$dir/state/libcli11-dev"
+out=$(deps libdnnl-dev)
+check "without an optional package the rest is installed" test $? -eq 0
+check "the feature lost is named" says "$out" "there will be no fast matrix products"
+check "only what is missing is asked for" silent_on "$(cat "$dir/apt.log")" "g++"
+rm "$dir/state/libcli11-dev"
+out=$(deps libcli11-dev)
+check "without a required package it fails" test $? -eq 1
+check "and says why" says "$out" "libcli11-dev could not be installed"
+rm "$dir/bin/apt-get"
+printf '#!%s\n' "$(command -v bash)" >"$dir/bin/dnf" && chmod +x "$dir/bin/dnf"
+out=$(deps)
+check "elsewhere it only says what to install" test $? -eq 1
+check "under that system's names" says "$out" "dnf install gcc-c++ cli11-devel"
+
+# The summary of tests.
+cd "$dir" || exit 1
+test_that() { printf '#!/bin/bash\n%s\n' "$2" >"$1" && chmod +x "$1"; }
+test_that numbers 'echo "3 passed, 2 failed"; exit 1'
+test_that silent 'exit 0'
+test_that crash 'echo "5 passed, 0 failed"; kill -SEGV $$'
+test_that gtest 'echo "[  FAILED  ] A.b (0 ms)"; echo "[  PASSED  ] 7 tests."; exit 1'
+out=$("$here/dev/run_tests.sh" numbers silent crash gtest)
+check "failures are a failure" test $? -eq 1
+check "all are counted" test "$(tail -1 <<<"$out")" = "16 passed, 4 failed"
+out=$("$here/dev/run_tests.sh" silent)
+check "success is a success" test $? -eq 0
+
+echo "$passed passed, $failed failed"
+((failed == 0))
