@@ -1,0 +1,267 @@
+// The program data/tokenize, run as a user runs it.
+#include "dev/test/data_helpers.h"
+#include "gpt/loader.h"
+#include "gpt/random.h"
+#include "gpt/tokenizer.h"
+
+#include <csignal>
+#include <gtest/gtest.h>
+#include <thread>
+
+using namespace lns;
+using namespace lns::test;
+namespace fs = std::filesystem;
+
+namespace {
+
+// LNS_TOKENIZE or the one that make builds. The sanitizers' build makes the tests alone.
+struct TokenizeProgram : testing::Test {
+    TemporaryDirectory dir;
+    std::string program =
+        std::getenv("LNS_TOKENIZE") ? std::getenv("LNS_TOKENIZE") : "data/tokenize";
+    void SetUp() override {
+        if (fs::exists(program)) return;
+#ifdef __SANITIZE_ADDRESS__
+        GTEST_SKIP() << "data/tokenize is not built here";
+#else
+        FAIL() << "there is no " << program << ": run make data/tokenize first";
+#endif
+    }
+    Finished tokenize(const std::string& arguments) {
+        return run("cd '" + dir.path + "' && '" + fs::absolute(program).string() + "' " +
+                   arguments);
+    }
+    // Runs and expects success.
+    std::string tokenized(const std::string& arguments) {
+        Finished finished = tokenize(arguments);
+        EXPECT_EQ(finished.status, 0) << finished.output;
+        return finished.output;
+    }
+    std::string failed(const std::string& arguments) {
+        Finished finished = tokenize(arguments);
+        EXPECT_EQ(finished.status, 1) << finished.output;
+        return finished.output;
+    }
+    std::vector<int> tokens(const std::string& pattern) {
+        ShardSource source(dir / pattern);
+        std::vector<int> all(source.size());
+        source.read(0, all.size(), all.data());
+        return all;
+    }
+    std::vector<std::string> names() {
+        std::vector<std::string> found;
+        for (const auto& entry : fs::directory_iterator(dir.path))
+            found.push_back(entry.path().filename().string());
+        std::sort(found.begin(), found.end());
+        return found;
+    }
+};
+
+const std::string fixtures = fs::absolute("dev/test/fixtures/tokenizers").string();
+
+std::vector<int> bytes_of(const std::string& text) { return load_tokenizer("bytes")->encode(text); }
+
+std::vector<int> operator+(std::vector<int> a, const std::vector<int>& b) {
+    a.insert(a.end(), b.begin(), b.end());
+    return a;
+}
+
+// Lines of words, seeded, n bytes or a little more.
+std::string prose(size_t n, uint64_t seed = 1) {
+    const char* words[] = {"the", "fox", "said", "it's", "12345", "naïve", "中文", "!", "--", "x"};
+    std::string text;
+    for (uint64_t i = 0; text.size() < n; i++) {
+        text += words[random_below(10, seed, 0, i)];
+        uint32_t after = random_below(12, seed, 1, i);
+        text += after == 0 ? "\n" : after == 1 ? "\n\n" : after == 2 ? "  " : " ";
+    }
+    return text;
+}
+
+} // namespace
+
+TEST_F(TokenizeProgram, AFileIsOneDocumentAndItsEndIsForValidation) {
+    std::string text;
+    for (int i = 0; i < 1000; i++) text += cat("line ", i, "\n");
+    write_bytes(dir / "text.txt", text);
+    std::string summary = tokenized("text.txt -o out --val-fraction 0.1");
+    EXPECT_TRUE(says(summary, {"1 document, 8890 bytes, 8891 tokens", "out_train_000000.bin"}));
+    EXPECT_EQ(names(), (std::vector<std::string>{"out_tokenizer", "out_train_000000.bin",
+                                                 "out_val_000000.bin", "text.txt"}));
+    std::vector<int> train = tokens("out_train_*.bin"), val = tokens("out_val_*.bin");
+    EXPECT_EQ(train + val, bytes_of(text) + std::vector<int>{256});
+    EXPECT_NEAR(double(val.size()), 889, 10);
+    EXPECT_EQ(train.back(), '\n'); // between lines
+    auto tokenizer = load_tokenizer(dir / "out_tokenizer");
+    EXPECT_EQ(ShardSource(dir / "out_val_*.bin").id(), tokenizer->id());
+    EXPECT_EQ(tokenizer->decode(val), text.substr(train.size()));
+
+    tokenized("text.txt -o out --val-fraction 0");
+    EXPECT_EQ(tokens("out_train_*.bin"), bytes_of(text) + std::vector<int>{256});
+    EXPECT_FALSE(fs::exists(dir / "out_val_000000.bin")); // it was of the run before
+}
+
+TEST_F(TokenizeProgram, DocumentsEndAtSeparatorLines) {
+    // Not at a line that only begins or ends so, and at one without a newline at the end.
+    std::string text =
+        "one\ntwo\n<|end|>\nthree <|end|>\n<|end|> four\n\n<|end|>\r\n<|end|>\nfive\n<|end|>";
+    write_bytes(dir / "text.txt", text);
+    write_bytes(dir / "more.txt", "<|end|>\nsix\n<|end");
+    std::string summary =
+        tokenized("text.txt more.txt -o out --doc-separator '<|end|>' --val-fraction 0");
+    std::vector<int> eot = {256};
+    EXPECT_EQ(tokens("out_train_*.bin"),
+              bytes_of("one\ntwo\n") + eot + bytes_of("three <|end|>\n<|end|> four\n\n") + eot +
+                  bytes_of("five\n") + eot + bytes_of("six\n<|end") + eot);
+    EXPECT_TRUE(says(summary, {"4 documents"}));
+}
+
+TEST_F(TokenizeProgram, WholeDocumentsAreSpreadOverValidation) {
+    std::string text;
+    for (int i = 0; i < 2000; i++) text += cat("document ", 10000 + i, "\n===\n");
+    write_bytes(dir / "text.txt", text);
+    tokenized("text.txt -o out --doc-separator === --val-fraction 0.1");
+    std::vector<int> val = tokens("out_val_*.bin"), train = tokens("out_train_*.bin");
+    EXPECT_EQ(val.size(), 200u * 16);
+    EXPECT_EQ(train.size(), 1800u * 16);
+    for (size_t i = 0; i < val.size(); i += 16) {
+        std::string document = load_tokenizer("bytes")->decode(&val[i], 16);
+        int number = std::stoi(document.substr(9)) - 10000;
+        EXPECT_NEAR(number, int(i) / 16 * 10, 10); // all along the text
+    }
+    write_bytes(dir / "two.txt", "one\n===\ntwo\n");
+    tokenized("two.txt -o two --doc-separator === --val-fraction 0.01");
+    EXPECT_EQ(tokens("two_val_*.bin"), bytes_of("two\n") + std::vector<int>{256});
+}
+
+TEST_F(TokenizeProgram, ShardsAreFullAndOldOnesGo) {
+    std::string text = prose(10'000);
+    write_bytes(dir / "text.txt", text);
+    tokenized("text.txt -o out --val-fraction 0 --shard-tokens 1k");
+    for (int i = 0; i < 10; i++)
+        EXPECT_EQ(Shard(dir / cat("out_train_00000", i, ".bin")).tokens, 1000u);
+    EXPECT_EQ(tokens("out_train_*.bin"), bytes_of(text) + std::vector<int>{256});
+
+    write_bytes(dir / "out_train_notes.bin", "mine");
+    write_bytes(dir / "out_trainer_000009.bin", "mine");
+    std::string output = tokenized("text.txt -o out --val-fraction 0 --shard-tokens 4k");
+    EXPECT_TRUE(says(output, {"removed 8 shards"}));
+    EXPECT_EQ(names(), (std::vector<std::string>{"out_tokenizer", "out_train_000000.bin",
+                                                 "out_train_000001.bin", "out_train_000002.bin",
+                                                 "out_train_notes.bin", "out_trainer_000009.bin",
+                                                 "text.txt"}));
+}
+
+// The tokens are those of the whole text at once, however it comes and is cut.
+TEST_F(TokenizeProgram, TheTokensAreThoseOfTheWholeText) {
+    std::string text = prose(1'200'000);
+    write_bytes(dir / "text.txt", text);
+    std::vector<std::string> specs = {"bytes"};
+#ifdef LNS_PCRE2
+    specs.push_back("gpt2:" + fixtures + "/gpt2-subset");
+#endif
+#ifdef LNS_SENTENCEPIECE
+    specs.push_back(fixtures + "/exact.model");
+#endif
+    for (const std::string& spec : specs) {
+        auto tokenizer = load_tokenizer(spec);
+        std::vector<int> expected = tokenizer->encode(text) + std::vector<int>{tokenizer->eot()};
+        std::string flags = " -q --tokenizer " + spec + " ";
+        tokenized(flags + "text.txt -o a --val-fraction 0 --threads 1");
+        EXPECT_EQ(tokens("a_train_*.bin"), expected) << spec;
+        tokenized(flags + "text.txt -o b --val-fraction 0 --threads 5");
+        EXPECT_EQ(tokens("b_train_*.bin"), expected) << spec;
+        tokenized(flags + "text.txt -o c --val-fraction 0.3");
+        EXPECT_EQ(tokens("c_train_*.bin") + tokens("c_val_*.bin"), expected) << spec;
+        // A separator that never comes changes nothing; nor does a pipe in small pieces.
+        run("cd '" + dir.path + "' && dd if=text.txt bs=997 status=none | '" +
+            fs::absolute(program).string() + "' -o d --doc-separator '#' --val-fraction 0" + flags);
+        EXPECT_EQ(tokens("d_train_*.bin"), expected) << spec;
+    }
+}
+
+TEST_F(TokenizeProgram, APipeOfUnknownLengthIsSplitIntoBlocks) {
+    std::string text = prose(6'000'000);
+    write_bytes(dir / "text.txt", text);
+    std::string command =
+        "cat text.txt | " + fs::absolute(program).string() + " --val-fraction 0.1 -o ";
+    for (const char* threads : {"a --threads 1", "b --threads 3"})
+        EXPECT_EQ(run("cd '" + dir.path + "' && " + command + threads).status, 0);
+    std::vector<int> val = tokens("a_val_*.bin"), train = tokens("a_train_*.bin");
+    EXPECT_EQ(val.size() + train.size(), text.size() + 1);
+    EXPECT_NEAR(double(val.size()) / double(text.size()), 0.1, 0.02);
+    EXPECT_EQ(tokens("b_val_*.bin"), val);
+    EXPECT_EQ(tokens("b_train_*.bin"), train);
+    EXPECT_NE(train, bytes_of(text.substr(0, train.size())));
+    // A short one is treated as a file.
+    run("cd '" + dir.path + "' && head -c 100000 text.txt > short.txt");
+    tokenized("short.txt -o file");
+    tokenized("-o pipe < short.txt");
+    EXPECT_EQ(run("cd '" + dir.path + "' && cat short.txt | " + fs::absolute(program).string() +
+                  " - -o pipe")
+                  .status,
+              0);
+    EXPECT_EQ(tokens("file_val_*.bin"), tokens("pipe_val_*.bin"));
+    EXPECT_EQ(tokens("file_train_*.bin"), tokens("pipe_train_*.bin"));
+}
+
+TEST_F(TokenizeProgram, TextWithNoPlaceToCut) {
+#ifdef LNS_PCRE2
+    std::string text(2'500'000, 'z');
+    write_bytes(dir / "text.txt", text);
+    std::string output =
+        tokenized("text.txt -o out --val-fraction 0 --tokenizer gpt2:" + fixtures + "/gpt2-subset");
+    EXPECT_TRUE(says(output, {"had no place to cut"}));
+    EXPECT_EQ(load_tokenizer(dir / "out_tokenizer")->decode(tokens("out_train_*.bin")), text);
+#endif
+}
+
+TEST_F(TokenizeProgram, BadInputIsASentence) {
+    write_bytes(dir / "text.txt", "some text\n");
+    write_bytes(dir / "empty.txt", "");
+    EXPECT_TRUE(says(failed("text.txt"), {"tokenize: --out is required"}));
+    EXPECT_TRUE(says(failed("none.txt -o out"), {"cannot open none.txt: No such file"}));
+    EXPECT_TRUE(says(failed(". -o out"), {". is a directory"}));
+    EXPECT_TRUE(says(failed("empty.txt -o out"), {"no text in the input"}));
+    EXPECT_TRUE(says(failed("text.txt -o out --tokenizer what"), {"no tokenizer 'what'"}));
+    EXPECT_TRUE(says(failed("text.txt -o out --shard-tokens many"), {"'many' is no count"}));
+    EXPECT_TRUE(says(failed("text.txt -o out --shard-tokens 0"), {"'0' is no count"}));
+    EXPECT_TRUE(says(failed("text.txt -o out --shard-tokens 3G"), {"at most 2147483647"}));
+    EXPECT_TRUE(says(failed("text.txt -o out --val-fraction 1"), {"--val-fraction", "0.99"}));
+    EXPECT_TRUE(says(failed("text.txt -o out --frob"), {"--frob"}));
+    EXPECT_TRUE(says(failed("text.txt -o text.txt/out"), {"text.txt"}));
+    EXPECT_TRUE(says(failed("text.txt -o dir/"), {"names no file"}));
+    EXPECT_TRUE(
+        says(failed("text.txt -o out --doc-separator \"$(printf 'a\\nb')\""), {"--doc-separator"}));
+    fs::remove_all(dir / "dir");
+    EXPECT_EQ(names(), (std::vector<std::string>{"empty.txt", "text.txt"})); // nothing was left
+    tokenized("text.txt -o out -q");
+    EXPECT_TRUE(says(failed("out_train_000000.bin -o again"), {"is a shard of tokens already"}));
+    run("gzip -k " + dir / "text.txt");
+    EXPECT_TRUE(says(failed("text.txt.gz -o again"), {"is compressed", "gzip -dc"}));
+}
+
+TEST_F(TokenizeProgram, AFullDiskLeavesTheShardsOfBefore) {
+    write_bytes(dir / "small.txt", "some text\n");
+    tokenized("small.txt -o out");
+    std::string before = read_bytes(dir / "out_train_000000.bin");
+    write_bytes(dir / "text.txt", prose(8'000'000));
+    // A limit on file sizes (in KiB) stands in for a full disk.
+    Finished full = run("cd '" + dir.path + "' && ulimit -f 1000 && " +
+                        fs::absolute(program).string() + " text.txt -o out --shard-tokens 1M");
+    EXPECT_EQ(full.status, 1);
+    EXPECT_TRUE(says(full.output, {"tokenize: cannot write", "Nothing is left of it"}));
+    EXPECT_EQ(read_bytes(dir / "out_train_000000.bin"), before);
+    EXPECT_EQ(names(), (std::vector<std::string>{"out_tokenizer", "out_train_000000.bin",
+                                                 "out_val_000000.bin", "small.txt", "text.txt"}));
+}
+
+TEST_F(TokenizeProgram, CtrlCLeavesNothing) {
+    // It waits for more of the pipe when the signal comes.
+    Finished finished =
+        run("cd '" + dir.path + "' && { yes 'some text' | head -c 9000000; sleep 1.2; } | " +
+            "timeout --preserve-status -s INT 0.7 " + fs::absolute(program).string() +
+            " -o out; echo exit $?");
+    EXPECT_TRUE(says(finished.output, {"tokenize: interrupted", "exit 1"}));
+    EXPECT_EQ(names(), (std::vector<std::string>{}));
+}
