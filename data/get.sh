@@ -1,0 +1,257 @@
+#!/bin/bash
+# Fetches a data set from its public home and makes token shards of it. Downloads go on where they
+# stopped: run the same command again.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+Usage: data/get.sh NAME [DIR] [--tokenizer SPEC] [--files N]
+
+  tinyshakespeare   1 MB of plays, bytes by default
+  tinystories       2.2 GB of stories that GPT-4 wrote, GPT-2's tokenizer by default
+  fineweb-10B       10 billion tokens of the web as ready shards (GPT-2's tokenizer), 200 MB each;
+                    --files N of 103, by default 10
+  c4                the colossal clean crawled corpus (English), 320 MB packed a file, T5's
+                    tokenizer by default; --files N of 1024, by default 1
+
+DIR (by default data/NAME) gets NAME_train_*.bin and NAME_val_*.bin. SPEC: bytes, gpt2, t5 (both
+are fetched too), or what data/tokenize takes.
+
+Environment: LNS_MIRROR=URL fetches URL/HOST/PATH in place of https://HOST/PATH;
+LNS_TOKENIZE names the program (by default data/tokenize); LNS_RETRY_SECONDS (by default 5).
+END
+}
+
+fail() {
+    echo "get.sh: $*" >&2
+    exit 1
+}
+
+name='' dir='' tokenizer='' files=''
+while (($#)); do
+    case $1 in
+    -h | --help) usage && exit ;;
+    --tokenizer | --files)
+        (($# > 1)) || fail "$1 needs a value"
+        [[ $1 == --files ]] && files=$2 || tokenizer=$2
+        shift
+        ;;
+    -*) fail "unknown option $1. See data/get.sh --help" ;;
+    *)
+        if [[ ! $name ]]; then
+            name=$1
+        elif [[ ! $dir ]]; then
+            dir=$1
+        else
+            fail "one name and one directory are expected, found '$1' besides. See data/get.sh --help"
+        fi
+        ;;
+    esac
+    shift
+done
+[[ $name ]] || { usage >&2 && exit 1; }
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+dir=${dir:-$here/$name}
+tokenize=${LNS_TOKENIZE:-$here/tokenize}
+retry_seconds=${LNS_RETRY_SECONDS:-5}
+hub=https://huggingface.co
+
+need() {
+    local program
+    for program; do
+        command -v "$program" >/dev/null ||
+            fail "$program is missing. Install it (Debian and Ubuntu: apt install $program)"
+    done
+}
+need_tokenize() {
+    [[ -x $tokenize ]] || fail "there is no $tokenize. Build it first: make data/tokenize"
+}
+
+# space MB: says how much room is needed and refuses if there is less.
+space() {
+    local free
+    free=$(df -Pk "$dir" | awk 'NR == 2 { print int($4 / 1000) }')
+    echo "$name: needs about $1 MB in $dir, where $free MB are free"
+    ((free >= $1)) || [[ ${LNS_MIRROR:-} ]] ||
+        fail "there is too little room. Name another directory: data/get.sh $name DIR"
+}
+
+check_sum() { # FILE SHA256
+    local found
+    found=$(sha256sum "$1" | cut -d' ' -f1)
+    [[ $found == "$2" ]] && return
+    rm -f "$1"
+    fail "$1 has the SHA-256 $found, expected $2. It was removed; run the command again, and if it" \
+        "stays so, do not use what the server sends"
+}
+
+# download URL FILE [SHA256]: FILE is whole or not there; what has come so far is FILE.part.
+download() {
+    local url=$1 file=$2 sum=${3:-} part=$2.part headers=$2.headers
+    local try code status linked size
+    [[ ${LNS_MIRROR:-} ]] && url=$LNS_MIRROR/${url#https://}
+    if [[ -f $file ]]; then
+        [[ $sum ]] && check_sum "$file" "$sum"
+        echo "  have $file"
+        return
+    fi
+    echo "  $url"
+    for ((try = 1; ; try++)); do
+        status=0
+        code=$(curl --location --fail "${curl_progress[@]}" --continue-at - --output "$part" \
+            --dump-header "$headers" --write-out '%{http_code}' --connect-timeout 20 \
+            --speed-limit 1000 --speed-time 60 "$url") || status=$?
+        # Hugging Face names the SHA-256 of large files; the sum is of what this answer is part of.
+        linked=$(sed -nE 's/^x-linked-etag: *"?([0-9a-f]{64})"?.*/\1/Ip' "$headers" 2>/dev/null | tail -1)
+        size=$(sed -nE 's,^content-range: *bytes \*/([0-9]+).*,\1,Ip' "$headers" 2>/dev/null | tail -1)
+        rm -f "$headers"
+        ((status == 0)) && break
+        ((try < 6)) || fail "$url did not arrive in $try tries (curl: $status, HTTP: $code)." \
+            "What came is kept in $part; run the command again to go on"
+        if [[ $code == 416 ]]; then
+            # Nothing is left to send: all has come, or what has come is of another file.
+            [[ $size && $size == "$(wc -c <"$part")" ]] && break
+            rm -f "$part"
+        elif ((status == 33)); then
+            rm -f "$part" # the server cannot send the rest alone
+        elif [[ $code == 4?? && $code != 408 && $code != 429 ]]; then
+            fail "$url is refused (HTTP $code). The file may have moved, or need an account"
+        else
+            sleep "$((retry_seconds * try))"
+        fi
+    done
+    sum=${sum:-$linked}
+    [[ $sum ]] && check_sum "$part" "$sum"
+    mv "$part" "$file"
+}
+
+# A tokenizer's name becomes what data/tokenize takes.
+fetch_tokenizer() {
+    local home=https://openaipublic.blob.core.windows.net/gpt-2/encodings/main
+    case $tokenizer in
+    gpt2)
+        mkdir -p "$dir/gpt2"
+        download $home/encoder.json "$dir/gpt2/encoder.json" \
+            196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
+        download $home/vocab.bpe "$dir/gpt2/vocab.bpe" \
+            1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
+        tokenizer=gpt2:$dir/gpt2
+        ;;
+    t5)
+        download $hub/google-t5/t5-base/resolve/main/spiece.model "$dir/t5.model"
+        tokenizer=$dir/t5.model
+        ;;
+    esac
+}
+
+# One text for training and another for validation: the second's shards get the first's prefix.
+rename_validation() {
+    local shard
+    for shard in "$dir/${name}-valid_train_"*.bin; do
+        mv "$shard" "$dir/${name}_val_${shard##*_train_}"
+    done
+    rm -rf "$dir/${name}-valid_tokenizer"
+}
+
+tinyshakespeare() {
+    tokenizer=${tokenizer:-bytes}
+    need_tokenize
+    space 10
+    fetch_tokenizer
+    download https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt \
+        "$dir/tinyshakespeare.txt" 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed
+    "$tokenize" --tokenizer "$tokenizer" -o "$dir/$name" "$dir/tinyshakespeare.txt"
+}
+
+tinystories() {
+    tokenizer=${tokenizer:-gpt2}
+    need_tokenize
+    space 7000
+    fetch_tokenizer
+    local kind home=$hub/datasets/roneneldan/TinyStories/resolve/main
+    for kind in valid train; do
+        download "$home/TinyStoriesV2-GPT4-$kind.txt" "$dir/TinyStoriesV2-GPT4-$kind.txt"
+    done
+    local flags=(--tokenizer "$tokenizer" --doc-separator '<|endoftext|>' --val-fraction 0)
+    "$tokenize" "${flags[@]}" -o "$dir/$name" "$dir/TinyStoriesV2-GPT4-train.txt"
+    "$tokenize" "${flags[@]}" -q -o "$dir/$name-valid" "$dir/TinyStoriesV2-GPT4-valid.txt"
+    rename_validation
+}
+
+# Ready shards are checked for what llm.c's header says: magic, version, length.
+check_shard() {
+    local magic version count size
+    read -r magic version count < <(od -An -td4 -N12 "$1")
+    size=$(wc -c <"$1")
+    [[ $magic == 20240520 && $version == 1 && $size == $((1024 + 2 * count)) ]] && return
+    rm -f "$1"
+    fail "$1 is no shard: it starts with ${magic:-nothing}, ${version:-nothing}, and has $size bytes." \
+        "Expected 20240520, 1 and 1024 bytes and 2 for each token. It was removed; run the command again"
+}
+
+fineweb-10B() {
+    [[ ! $tokenizer || $tokenizer == gpt2 ]] ||
+        fail "fineweb-10B comes as shards of GPT-2's tokenizer, so --tokenizer $tokenizer cannot be had"
+    count_files 10 103
+    space $((200 * (files + 1)))
+    local i shard
+    for ((i = 0; i <= files; i++)); do
+        shard=$(printf 'fineweb_%s_%06d.bin' "$( ((i)) && echo train || echo val)" "$i")
+        download "$hub/datasets/kjj0/fineweb10B-gpt2/resolve/main/$shard" "$dir/${shard/fineweb/$name}"
+        check_shard "$dir/${shard/fineweb/$name}"
+    done
+    tokenizer=gpt2 fetch_tokenizer # for samples
+    mkdir -p "$dir/${name}_tokenizer"
+    cp "$dir/gpt2/encoder.json" "$dir/${name}_tokenizer/vocab.json"
+    cp "$dir/gpt2/vocab.bpe" "$dir/${name}_tokenizer/merges.txt"
+}
+
+c4() {
+    tokenizer=${tokenizer:-t5}
+    need gzip jq
+    need_tokenize
+    count_files 1 1024
+    space $((1000 * files + 200))
+    fetch_tokenizer
+    local i train=() home=$hub/datasets/allenai/c4/resolve/main/en
+    for ((i = 0; i < files; i++)); do
+        train+=("$(printf '%s/c4-train.%05d-of-01024.json.gz' "$dir" "$i")")
+        download "$home/${train[i]##*/}" "${train[i]}"
+    done
+    local validation=$dir/c4-validation.00000-of-00008.json.gz
+    download "$home/${validation##*/}" "$validation"
+    tokenize_json "$dir/$name" "${train[@]}"
+    tokenize_json "$dir/$name-valid" "$validation" -q
+    rename_validation
+}
+
+tokenize_json() { # PREFIX FILE.json.gz... [-q]
+    local prefix=$1 quiet=()
+    shift
+    [[ ${!#} == -q ]] && quiet=(-q) && set -- "${@:1:$#-1}"
+    gzip -dc "$@" | jq -r '.text + "\n<|endoftext|>"' |
+        "$tokenize" --tokenizer "$tokenizer" --doc-separator '<|endoftext|>' --val-fraction 0 \
+            "${quiet[@]}" -o "$prefix" || {
+        rm -f "$prefix"_train_*.bin # of what came before the damage
+        fail "no shards were made of $*. If a file is damaged, remove it and run the command again"
+    }
+}
+
+count_files() { # DEFAULT MOST
+    files=${files:-$1}
+    if ! [[ $files =~ ^[1-9][0-9]{0,4}$ ]] || ((files > $2)); then
+        fail "--files $files is not a number of 1 to $2"
+    fi
+}
+
+case $name in
+tinyshakespeare | tinystories | fineweb-10B | c4) ;;
+*) fail "there is no data set '$name', expected tinyshakespeare, tinystories, fineweb-10B or c4" ;;
+esac
+need curl sha256sum
+mkdir -p "$dir"
+curl_progress=(--silent --show-error)
+[[ -t 2 ]] && curl_progress=(--progress-bar)
+"$name"
+echo "Train on it: ./train_gpt -i '$dir/${name}_train_*.bin' -j '$dir/${name}_val_*.bin'"
