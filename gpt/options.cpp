@@ -276,13 +276,18 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
     fail(what);
 }
 
-[[noreturn]] void fail_unknown(const CLI::App& app, std::string name) {
+[[noreturn]] void fail_unknown(const CLI::App& app, std::string name,
+                               const std::vector<std::string>& argv) {
+    const bool in_file = std::find(argv.begin(), argv.end(), name) == argv.end();
     name = name.substr(0, name.find('='));
     std::vector<std::string> known;
     for (const CLI::Option* option : app.get_options()) {
         for (const std::string& s : option->get_snames()) known.push_back("-" + s);
         for (const std::string& l : option->get_lnames()) known.push_back("--" + l);
     }
+    if (in_file)
+        fail("the --config file has '", name, "', and there is no such flag.",
+             did_you_mean("--" + name, known), " Its lines are `long-name = value`");
     if (name[0] == '-')
         fail("there is no flag ", name, ".", name.size() > 2 ? did_you_mean(name, known) : "",
              " All flags: --help");
@@ -297,7 +302,7 @@ int64_t Options::warmup_steps() const {
     if (warmup.empty() || warmup.back() != '%') return parse_count(warmup);
     char* end;
     double percent = std::strtod(warmup.c_str(), &end);
-    if (end != &warmup.back() || !(percent >= 0 && percent <= 100))
+    if (end == warmup.c_str() || end != &warmup.back() || !(percent >= 0 && percent <= 100))
         fail("'", warmup, "' is not a number of steps, nor a part of them from 0% to 100%");
     return int64_t(std::llround(percent / 100 * double(steps)));
 }
@@ -365,7 +370,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
     }
     const CLI::App& used = sample->parsed() ? *sample : eval->parsed() ? *eval : app;
     if (std::vector<std::string> extras = app.remaining(true); !extras.empty())
-        fail_unknown(used, extras[0]);
+        fail_unknown(used, extras[0], o.argv);
     if (version) {
         std::cout << "train_gpt " << build_info().version << " (" << build_info().compiler << ")\n";
         for (const auto& [name, value] : build_info().features)

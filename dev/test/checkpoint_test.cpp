@@ -1,0 +1,254 @@
+#include "gpt/checkpoint.h"
+
+#include "dev/test/data_helpers.h"
+
+#include <cstring>
+#include <nlohmann/json.hpp>
+
+using namespace lns;
+using namespace lns::test;
+namespace fs = std::filesystem;
+
+namespace {
+
+// Holds parameters and moments, and computes nothing.
+struct Holder : Model {
+    std::vector<float> held[4];
+    explicit Holder(const Config& c) : Model(c) {
+        for (auto& buffer : held) buffer.assign(registry.size, 0);
+    }
+    std::string device() const override { return "cpu"; }
+    std::string dtype() const override { return "float32"; }
+    void initialize(uint64_t seed) override {
+        for (const Param& p : registry.params)
+            for (int b = 0; b < 4; b++)
+                for (int64_t i = 0; i < p.size(); i++)
+                    held[b][p.offset + i] = float(random_normal(seed + b, fnv1a(p.name), i));
+    }
+    double loss(const int*, const int*, int, int) override { return 0; }
+    double loss_and_gradients(const int*, const int*, int, int, double) override { return 0; }
+    void logits(const int*, int, int, bool, float*) override {}
+    void zero_gradients() override {}
+    double gradient_norm() override { return 0; }
+    void update(const AdamW&) override {}
+    void read(Buffer buffer, const Param& p, float* out) override {
+        std::memcpy(out, &held[int(buffer)][p.offset], p.size() * sizeof(float));
+    }
+    void write(Buffer buffer, const Param& p, const float* values) override {
+        std::memcpy(&held[int(buffer)][p.offset], values, p.size() * sizeof(float));
+    }
+    std::vector<double> residual_variance() override { return {}; }
+    std::string first_nonfinite() override { return ""; }
+    int64_t bytes() const override { return 0; }
+};
+
+Config small(const std::string& model_type, const std::string& scheme = "lns") {
+    Config c = architecture(model_type);
+    c.vocab_size = 13, c.width = 8, c.layers = 2, c.heads = 2, c.positions = 16;
+    c.scheme = parse_scheme(scheme);
+    complete_config(c);
+    return c;
+}
+
+TrainerState some_state() {
+    TrainerState s;
+    s.step = 12, s.tokens = 3456, s.seconds = 7.5, s.loader = {2, 77}, s.windows = 100;
+    s.best_val_loss = 1.25;
+    s.flags = {{"--lr", "0.001"}, {"--train", "it's \"a\".bin"}};
+    s.tokenizer = {"gpt2", 50257, 50256, 0xfedcba9876543210};
+    return s;
+}
+
+// A saved checkpoint to spoil.
+struct Saved {
+    TemporaryDirectory dir;
+    std::string path = dir / "step-000012";
+    Holder model{small("llama")};
+    Saved() {
+        model.initialize(1);
+        save_checkpoint(path, model, some_state(), load_tokenizer("bytes").get());
+    }
+    std::string load_error(const Config& config = small("llama")) const {
+        Holder other(config);
+        return error_of([&] { load_checkpoint(other, path); });
+    }
+    // Writes model.safetensors again, as `change` leaves it.
+    template <class Change> void rewrite(Change change) {
+        std::vector<TensorOut> tensors;
+        for (const Param& p : model.registry.params)
+            tensors.push_back(param_tensor(model, Buffer::parameters, p, p.name));
+        change(tensors);
+        write_safetensors(path + "/model.safetensors", tensors);
+    }
+};
+
+} // namespace
+
+TEST(Checkpoint, GivesBackWhatWasSaved) {
+    for (const char* type : {"llama", "gpt2", "qwen2", "olmo", "olmo2"}) {
+        TemporaryDirectory dir;
+        Holder model(small(type, "sandwich+gpas")), other(model.config);
+        model.initialize(3);
+        save_checkpoint(dir / "c", model, some_state(), nullptr);
+        TrainerState s = load_checkpoint(other, dir / "c"), t = some_state();
+        for (Buffer b : {Buffer::parameters, Buffer::moment1, Buffer::moment2})
+            for (const Param& p : model.registry.params)
+                for (int64_t i = 0; i < p.size(); i++)
+                    ASSERT_EQ(other.held[int(b)][p.offset + i], model.held[int(b)][p.offset + i])
+                        << type << " " << p.name << " " << i;
+        EXPECT_EQ(s.step, t.step);
+        EXPECT_EQ(s.tokens, t.tokens);
+        EXPECT_EQ(s.seconds, t.seconds);
+        EXPECT_EQ(s.loader, t.loader);
+        EXPECT_EQ(s.windows, t.windows);
+        EXPECT_EQ(s.flags, t.flags);
+        EXPECT_EQ(s.tokenizer, t.tokenizer);
+        EXPECT_TRUE(std::isnan(s.val_loss));
+        EXPECT_EQ(s.best_val_loss, t.best_val_loss);
+        EXPECT_LE(fs::file_size(dir / "c/model.safetensors") +
+                      fs::file_size(dir / "c/optimizer.safetensors"),
+                  uint64_t(checkpoint_bytes(model.registry)));
+    }
+}
+
+TEST(Checkpoint, Gpt2MatricesLieAsHuggingFaceHasThem) {
+    TemporaryDirectory dir;
+    Holder model(small("gpt2"));
+    model.initialize(5);
+    save_checkpoint(dir / "c", model, some_state(), nullptr);
+    Safetensors file(dir / "c/model.safetensors");
+    const std::string name = "transformer.h.0.attn.c_attn.weight";
+    const TensorView& view = file.at(name);
+    EXPECT_EQ(view.shape, (std::vector<int64_t>{8, 24})); // (in, out)
+    std::vector<float> values(8 * 24);
+    file.read_f32(view, values.data());
+    const Param* p = model.registry.find(name);
+    EXPECT_EQ(values[3 * 24 + 20], model.held[0][p->offset + 20 * 8 + 3]);
+    EXPECT_EQ(file.at("transformer.wte.weight").shape, (std::vector<int64_t>{13, 8}));
+}
+
+TEST(Checkpoint, IsFoundByItsNameAndTheRuns) {
+    Saved saved;
+    EXPECT_EQ(find_checkpoint(saved.path), saved.path);
+    EXPECT_EQ(find_checkpoint(saved.dir.path), saved.path);
+    EXPECT_EQ(newest_checkpoint(saved.dir.path), saved.path);
+    EXPECT_EQ(newest_checkpoint(saved.dir / "none"), "");
+    EXPECT_TRUE(says(error_of([&] { newest_checkpoint(saved.path); }), {"is a checkpoint", "-o"}));
+    EXPECT_TRUE(says(error_of([&] { find_checkpoint("/none"); }), {"/none", "checkpoint"}));
+    EXPECT_EQ(load_tokenizer(saved.path)->id().kind, "bytes");
+    EXPECT_EQ(saved.load_error(), "");
+}
+
+TEST(Checkpoint, TruncatedIsRefused) {
+    for (const char* name :
+         {"model.safetensors", "optimizer.safetensors", "config.json", "trainer_state.json"}) {
+        Saved saved;
+        const std::string file = saved.path + "/" + name;
+        fs::resize_file(file, fs::file_size(file) / 2);
+        EXPECT_TRUE(says(saved.load_error(), {name})) << saved.load_error();
+        fs::resize_file(file, 0);
+        EXPECT_TRUE(says(saved.load_error(), {name})) << saved.load_error();
+    }
+}
+
+TEST(Checkpoint, MissingExtraAndMisshapenTensors) {
+    Saved saved;
+    saved.rewrite([](auto& tensors) { tensors.erase(tensors.begin() + 2); });
+    EXPECT_TRUE(says(saved.load_error(),
+                     {"model.safetensors", saved.model.registry.params[2].name, "is missing"}));
+
+    saved.rewrite([](auto& tensors) { std::swap(tensors[0].shape[0], tensors[0].shape[1]); });
+    EXPECT_TRUE(says(saved.load_error(), {"embed_tokens", "(8 x 13)", "expected (13 x 8)"}));
+
+    const float one = 1;
+    saved.rewrite([&](auto& tensors) {
+        tensors.push_back(tensor_out({"model.layers.7.oh.weight", "F32", {1}, &one, 4}));
+    });
+    EXPECT_TRUE(says(saved.load_error(), {"model.layers.7.oh.weight", "no parameter"}));
+
+    // What Hugging Face files have beside the parameters is no error.
+    saved.rewrite([&](auto& tensors) {
+        tensors.push_back(
+            tensor_out({"model.layers.0.self_attn.rotary_emb.inv_freq", "F32", {1}, &one, 4}));
+    });
+    EXPECT_EQ(saved.load_error(), "");
+
+    fs::remove(saved.path + "/optimizer.safetensors");
+    EXPECT_TRUE(says(saved.load_error(), {"no optimizer.safetensors", "--init-from"}));
+}
+
+TEST(Checkpoint, OfAnotherModelIsRefused) {
+    Saved saved;
+    EXPECT_TRUE(says(saved.load_error(small("qwen2")), {saved.path, "another model", "llama"}));
+    EXPECT_TRUE(says(saved.load_error(small("llama", "pre")), {"norm scheme", "lns", "pre"}));
+    Config wide = small("llama");
+    wide.vocab_size = 14;
+    EXPECT_TRUE(says(saved.load_error(wide), {"vocabulary", "13", "14"}));
+}
+
+TEST(Checkpoint, TrainerStateWithAMissingField) {
+    Saved saved;
+    const std::string file = saved.path + "/trainer_state.json";
+    auto state = nlohmann::json::parse(read_bytes(file));
+    state.erase("index");
+    write_bytes(file, state.dump());
+    EXPECT_TRUE(says(saved.load_error(), {"trainer_state.json", "index"}));
+}
+
+TEST(Checkpoint, WeightsFromSeveralFiles) {
+    Saved saved;
+    const auto& params = saved.model.registry.params;
+    nlohmann::json index;
+    for (int part : {0, 1}) {
+        std::vector<TensorOut> tensors;
+        std::string name = "model-" + std::to_string(part) + ".safetensors";
+        for (size_t i = part; i < params.size(); i += 2) {
+            tensors.push_back(
+                param_tensor(saved.model, Buffer::parameters, params[i], params[i].name));
+            index["weight_map"][params[i].name] = name;
+        }
+        write_safetensors(saved.path + "/" + name, tensors);
+    }
+    fs::remove(saved.path + "/model.safetensors");
+    write_bytes(saved.path + "/model.safetensors.index.json", index.dump());
+    Holder other(small("llama"));
+    load_weights(other, saved.path);
+    for (const Param& p : params)
+        EXPECT_EQ(other.held[0][p.offset], saved.model.held[0][p.offset]) << p.name;
+    write_bytes(saved.path + "/model.safetensors.index.json", "{");
+    EXPECT_TRUE(says(saved.load_error(), {"index.json"}));
+}
+
+TEST(Checkpoint, Gpt2FilesWithoutTheRootName) {
+    TemporaryDirectory dir;
+    Holder model(small("gpt2", "pre")), other(model.config);
+    model.initialize(5);
+    std::vector<TensorOut> tensors;
+    const float one = 1;
+    for (const Param& p : model.registry.params)
+        tensors.push_back(param_tensor(model, Buffer::parameters, p, p.name.substr(12)));
+    tensors.push_back(tensor_out({"h.0.attn.bias", "F32", {1, 1, 1, 1}, &one, 4}));
+    write_safetensors(dir / "model.safetensors", tensors);
+    write_bytes(dir / "config.json", config_to_json(model.config));
+    load_weights(other, dir.path);
+    for (const Param& p : model.registry.params)
+        EXPECT_EQ(other.held[0][p.offset + 1], model.held[0][p.offset + 1]) << p.name;
+}
+
+TEST(Checkpoint, SavingLeavesTheOldOneWhereItFails) {
+    Saved saved;
+    const std::string before = read_bytes(saved.path + "/model.safetensors");
+    struct Broken : Holder {
+        using Holder::Holder;
+        void read(Buffer buffer, const Param& p, float* out) override {
+            if (buffer == Buffer::moment2) fail("the device is gone");
+            Holder::read(buffer, p, out);
+        }
+    } broken(saved.model.config);
+    EXPECT_TRUE(says(error_of([&] { save_checkpoint(saved.path, broken, {}, nullptr); }),
+                     {"the device is gone"}));
+    EXPECT_EQ(read_bytes(saved.path + "/model.safetensors"), before);
+    EXPECT_EQ(saved.load_error(), "");
+    // nothing half-written is left
+    EXPECT_EQ(std::distance(fs::directory_iterator(saved.dir.path), {}), 1);
+}
