@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <iostream>
 #include <new>
@@ -183,6 +184,8 @@ int run_program(int argc, char** argv) {
     std::unique_ptr<Ranks> ranks;
     try {
         ranks = std::make_unique<Ranks>();
+        // mpirun gives a pseudo-terminal even where its own output is a file: plain lines then.
+        if (ranks->size > 1) setenv("TERM", "dumb", 1);
         return dispatch(argc, argv, *ranks);
     } catch (const std::bad_alloc&) {
         return report(ranks.get(), "not enough memory: lower --batch, --seq-len or the model's "

@@ -319,7 +319,7 @@ std::string how_to_go_on(const Run& run, bool finished) {
 // Steps until the last, or until a signal. False if stopped by one.
 bool loop(Run& run) {
     const Options& o = run.o;
-    double seconds_a_step = 0;
+    double seconds = 0, steps = 0; // averages over about the last ten seconds
     bool stop = false, log_broken = false;
     while (!stop && run.state.step < o.steps) {
         Step step = train_step(run);
@@ -327,9 +327,9 @@ bool loop(Run& run) {
         auto due = [&](int64_t every) { return every > 0 && n % every == 0; };
         const bool last = n == o.steps;
         stop = run.ranks.any(stop_requested()) && !last;
-        // A running average; the first steps are slower.
-        seconds_a_step =
-            seconds_a_step == 0 ? step.seconds : 0.9 * seconds_a_step + 0.1 * step.seconds;
+        const double fade = std::exp(-step.seconds / 10);
+        seconds = seconds * fade + step.seconds;
+        steps = steps * fade + 1;
         double val_loss = NAN;
         if (last || (due(o.val_every) && !stop)) val_loss = validate(run);
 
@@ -340,7 +340,7 @@ bool loop(Run& run) {
             if (!log_broken) run.print(cat("WARNING: ", error.what(), ". Training goes on"));
             log_broken = true;
         }
-        run.progress.update(progress_line(run, step, seconds_a_step), last || stop);
+        run.progress.update(progress_line(run, step, seconds / steps), last || stop);
         if (std::isfinite(val_loss))
             run.print(cat("step ", n, number("  validation loss %.4f", val_loss),
                           number("  perplexity %.2f", std::exp(val_loss))));
@@ -389,6 +389,7 @@ int train(Options options, const Ranks& ranks) {
     std::string resume_from;
     if (o.resume) resume_from = newest_checkpoint(o.out);
     prepare(run, resume_from);
+    ranks.barrier(); // the peak is that of all at once
     if (!o.dry_run) run.peak = ranks.sum(measured_peak_flops(run.threads));
     describe(run);
     if (o.dry_run) {

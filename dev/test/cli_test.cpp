@@ -1,0 +1,206 @@
+// Bad input: a sentence, status 1, nothing lost.
+#include "dev/test/program_helpers.h"
+
+#include "gpt/config.h"
+
+#include <nlohmann/json.hpp>
+#include <sys/mount.h>
+#include <unistd.h>
+
+using namespace lns;
+using namespace lns::test;
+namespace fs = std::filesystem;
+
+namespace {
+
+// A directory with shards to train on.
+struct Shards : TemporaryDirectory {
+    std::string train = path + "/text_train_000000.bin", val = path + "/text_val_000000.bin";
+    Shards() {
+        write_shard(train, 1000);
+        write_shard(val, 200);
+    }
+    // That the arguments fail with such a sentence, and that no run directory is left.
+    testing::AssertionResult fails(const std::string& arguments,
+                                   const std::vector<std::string>& parts) const {
+        auto result = fails_with(
+            small_model + "-x 3 -o " + path + "/run -i " + train + " " + arguments, parts);
+        if (result && fs::exists(path + "/run/log.jsonl"))
+            return testing::AssertionFailure() << "a run was begun";
+        return result;
+    }
+};
+
+} // namespace
+
+TEST(Program, HelpAndVersion) {
+    NEEDS_PROGRAM();
+    for (const char* arguments : {"--help", "-h", "sample --help", "eval -h"}) {
+        Finished f = train_gpt(arguments);
+        EXPECT_EQ(f.status, 0) << arguments;
+        EXPECT_TRUE(says(f.output, {"--threads", "--help"}));
+    }
+    std::string help = train_gpt("--help").output;
+    EXPECT_TRUE(says(help, {"-i, --train",
+                            "-j, --val",
+                            "-o, --out",
+                            "-b, --batch",
+                            "-t, --seq-len",
+                            "-d, --total-batch",
+                            "-x, --steps",
+                            "-l, --lr",
+                            "-u, --warmup",
+                            "-q, --final-lr-frac",
+                            "-c, --weight-decay",
+                            "-v, --val-every",
+                            "-s, --sample-every",
+                            "-g, --sample-tokens",
+                            "-y, --resume",
+                            "-n, --norm",
+                            "-m, --model",
+                            "--lr-schedule",
+                            "--grad-clip",
+                            "--beta1",
+                            "--beta2",
+                            "--eps",
+                            "--val-tokens",
+                            "--save-every",
+                            "--keep",
+                            "--seed",
+                            "--init-std",
+                            "--embed-std",
+                            "--dtype",
+                            "--device",
+                            "--prompt",
+                            "--temperature",
+                            "--top-k",
+                            "--top-p",
+                            "--init-from",
+                            "--dump-state",
+                            "--overfit-batch",
+                            "--dry-run",
+                            "--recipe",
+                            "--config"}));
+    for (size_t begin = 0, end; (end = help.find('\n', begin)) != std::string::npos;
+         begin = end + 1)
+        EXPECT_LE(end - begin, 102u) << help.substr(begin, end - begin); // bytes, for 100 columns
+    EXPECT_TRUE(says(train_gpt("--version").output, {"train_gpt ", "OpenMP"}));
+}
+
+TEST(BadInput, Flags) {
+    NEEDS_PROGRAM();
+    EXPECT_TRUE(fails_with("--layrs 3", {"--layrs", "'--layers'"}));
+    EXPECT_TRUE(fails_with("-b x", {"--batch", "'x'"}));
+    EXPECT_TRUE(fails_with("-n pree", {"'pree'", "'pre'"}));
+    EXPECT_TRUE(fails_with("-m tinny", {"'tinny'", "'tiny'"}));
+    EXPECT_TRUE(fails_with("--dtype bf16", {"bf16", "float32"}));
+    EXPECT_TRUE(fails_with("--device cuda", {"cuda", "no CUDA"}));
+    EXPECT_TRUE(fails_with("--width 10 --heads 3", {"10", "3 heads"}));
+    EXPECT_TRUE(fails_with("--heads 4 --kv-heads 3", {"4 heads", "3 kv heads"}));
+    EXPECT_TRUE(fails_with("-t 1025", {"1025", "1024 positions"}));
+    EXPECT_TRUE(fails_with("-d 100 -b 2 -t 16", {"100", "32", "96 or 128"}));
+    EXPECT_TRUE(fails_with("-d 16 -b 2 -t 16", {"16", "32", "--batch"}));
+    EXPECT_TRUE(fails_with("-j x.bin", {"-j", "-i"}));
+}
+
+TEST(BadInput, Shards) {
+    NEEDS_PROGRAM();
+    Shards s;
+    std::string whole = read_bytes(s.train);
+    EXPECT_TRUE(s.fails("-i " + s / "none.bin", {"none.bin"}));
+    write_bytes(s.train, "");
+    EXPECT_TRUE(s.fails("", {s.train, "empty"}));
+    write_bytes(s.train, whole.substr(0, whole.size() - 100));
+    EXPECT_TRUE(s.fails("", {s.train, "1000"}));
+    write_bytes(s.train, "GIF89a" + whole.substr(6));
+    EXPECT_TRUE(s.fails("", {s.train, "not a shard"}));
+    write_bytes(s.train, whole);
+    EXPECT_TRUE(s.fails("--vocab 100", {"257", "100", "--vocab"}));
+    write_shard(s.train, 1000, {});
+    write_shard(s.val, 200, {});
+    EXPECT_TRUE(s.fails("--vocab 100", {s.train, "100"})); // a token beyond it
+    write_shard(s.val, 16, {});
+    EXPECT_TRUE(s.fails("", {"text_val_", "17"}));
+    fs::remove(s.val);
+    EXPECT_TRUE(s.fails("", {"-j", "_val_"}));
+    write_bytes(s.train, whole);
+    write_shard(s.val, 200, {"gpt2", 50257, 50256, 1});
+    EXPECT_TRUE(s.fails("", {"another tokenizer", "bytes", "gpt2"}));
+    EXPECT_TRUE(s.fails("-j " + s.train + " --tokenizer gpt2:" + s / "none", {"none"}));
+}
+
+TEST(BadInput, ConfigJson) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    auto config = nlohmann::json::parse(config_to_json(preset_config("llama-9m")));
+    config.erase("num_hidden_layers");
+    write_bytes(dir / "config.json", config.dump());
+    EXPECT_TRUE(fails_with("-m " + dir.path, {dir / "config.json", "num_hidden_layers"}));
+    write_bytes(dir / "config.json", "{");
+    EXPECT_TRUE(fails_with("-m " + dir.path, {dir / "config.json", "JSON"}));
+    EXPECT_TRUE(fails_with("-m " + dir / "none", {"none"}));
+}
+
+TEST(BadInput, Checkpoints) {
+    NEEDS_PROGRAM();
+    Shards s;
+    Finished f = train_gpt(small_model + "-n lns -x 2 -o " + s / "lns -i " + s.train);
+    ASSERT_EQ(f.status, 0) << f.output;
+    const std::string c = s / "lns/step-000002", from = "--init-from " + c;
+    EXPECT_TRUE(s.fails(from + " -n pre", {"norm scheme", "lns", "pre"}));
+    EXPECT_TRUE(s.fails(from + " --arch gpt2", {"architecture", "llama", "gpt2"}));
+    EXPECT_TRUE(s.fails(from + " --layers 3", {"layers", "2", "3"}));
+    EXPECT_TRUE(s.fails("--init-from " + s / "none", {"none"}));
+    EXPECT_TRUE(fails_with("-y -n pre -o " + s / "lns", {"--norm was lns", "pre"}));
+    EXPECT_TRUE(fails_with("-y -o " + c, {c, "is a checkpoint"}));
+    EXPECT_TRUE(fails_with("-o " + s / "lns -x 1 " + small_model, {"already holds a run", "-y"}));
+    write_shard(s.train, 900);
+    EXPECT_TRUE(fails_with("-y -x 3 -o " + s / "lns", {"training data", "--init-from"}));
+
+    const std::string weights = c + "/model.safetensors";
+    fs::resize_file(weights, fs::file_size(weights) - 10);
+    EXPECT_TRUE(s.fails(from, {weights}));
+    write_shard(s.train, 1000);
+    EXPECT_TRUE(fails_with("-y -x 3 -o " + s / "lns", {weights}));
+    EXPECT_TRUE(fails_with("sample " + s / "lns", {weights}));
+    EXPECT_TRUE(fails_with("eval " + s / "lns", {weights}));
+    EXPECT_TRUE(fails_with("eval " + s / "none", {"none"}));
+}
+
+TEST(BadInput, DirectoriesThatCannotBeWritten) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    write_bytes(dir / "file", "mine");
+    EXPECT_TRUE(fails_with(small_model + "-x 1 -o " + dir / "file", {dir / "file"}));
+    EXPECT_TRUE(fails_with(small_model + "-x 1 -o " + dir / "file/run", {dir / "file/run"}));
+    EXPECT_EQ(read_bytes(dir / "file"), "mine");
+    if (geteuid() != 0) {
+        fs::create_directory(dir / "locked");
+        fs::permissions(dir / "locked", fs::perms::owner_read | fs::perms::owner_exec);
+        EXPECT_TRUE(fails_with(small_model + "-x 1 -o " + dir / "locked/run", {"locked"}));
+    }
+}
+
+TEST(BadInput, AFullDiskIsFoundBeforeTraining) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    if (mount("none", dir.path.c_str(), "tmpfs", 0, "size=64k") != 0)
+        GTEST_SKIP() << "mounting a small file system needs root";
+    auto result = fails_with(small_model + "-x 3 -o " + dir / "run", {"run", "free"});
+    bool trained = fs::exists(dir / "run/log.jsonl") && fs::file_size(dir / "run/log.jsonl") > 0;
+    umount(dir.path.c_str());
+    EXPECT_TRUE(result);
+    EXPECT_FALSE(trained);
+}
+
+TEST(BadInput, TwoRunsIntoOneDirectory) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    const std::string arguments = small_model + "-x 1000000 -o " + dir / "run";
+    Finished f =
+        run("./train_gpt " + arguments + " >/dev/null 2>&1 & first=$!\n" + "until [ -s " +
+            dir / "run/log.jsonl" + " ]; do sleep 0.05; done\n" + "./train_gpt " + arguments +
+            " >/dev/null; echo status $?\n" + "./train_gpt -y" + arguments +
+            " >/dev/null; echo status $?\n" + "kill -INT $first; wait $first; echo first $?");
+    EXPECT_TRUE(says(f.output, {"another run", dir / "run", "status 1", "first 130"})) << f.output;
+}

@@ -1,0 +1,323 @@
+// The training program as a whole, run as a user runs it.
+#include "dev/test/program_helpers.h"
+
+#include "gpt/checkpoint.h"
+
+#include <nlohmann/json.hpp>
+#include <thread>
+
+using namespace lns;
+using namespace lns::test;
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+std::vector<json> log_of(const std::string& run) {
+    std::istringstream in(read_bytes(run + "/log.jsonl"));
+    std::vector<json> lines;
+    for (std::string line; std::getline(in, line);) lines.push_back(json::parse(line));
+    return lines;
+}
+
+// What does not depend on how fast the machine is.
+std::vector<json> without_times(std::vector<json> lines) {
+    for (json& line : lines)
+        for (const char* key : {"tokens_per_s", "mfu", "seconds"}) line.erase(key);
+    return lines;
+}
+
+#define ASSERT_RUNS(arguments)                                                                     \
+    {                                                                                              \
+        Finished finished = train_gpt(arguments);                                                  \
+        ASSERT_EQ(finished.status, 0) << finished.output;                                          \
+    }
+
+void expect_same_checkpoint(const std::string& a, const std::string& b) {
+    for (const char* name : {"/model.safetensors", "/optimizer.safetensors", "/config.json"})
+        EXPECT_TRUE(read_bytes(a + name) == read_bytes(b + name)) << name << " differs";
+}
+
+} // namespace
+
+TEST(Train, LearnsLogsAndTells) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    Finished f = train_gpt(small_model + "-n lns -x 20 -l 0.01 -v 10 -s 10 -o " + dir / "run");
+    ASSERT_EQ(f.status, 0) << f.output;
+    EXPECT_TRUE(says(
+        f.output, {"machine", "peak", "model.layers.*.mlp.up_proj.weight", "FLOPs", "memory",
+                   "data", "step 20/20", "tok/s", "MFU", "validation loss", "perplexity", "sample:",
+                   "variance", "run directory: " + dir / "run", "./train_gpt sample", "-y -x 40"}));
+    std::vector<json> log = log_of(dir / "run");
+    ASSERT_EQ(log.size(), 20u);
+    for (size_t i = 0; i < log.size(); i++) {
+        EXPECT_EQ(log[i]["step"], i + 1);
+        EXPECT_EQ(log[i]["tokens"], (i + 1) * 32);
+        EXPECT_EQ(log[i].contains("val_loss"), (i + 1) % 10 == 0);
+        for (const char* key : {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"})
+            EXPECT_TRUE(log[i][key].is_number()) << key;
+    }
+    EXPECT_NEAR(log[0]["loss"], std::log(257.), 0.2);
+    EXPECT_LT(log[19]["val_loss"], log[9]["val_loss"]);
+    EXPECT_EQ(log[1]["lr"], 0.01);
+    EXPECT_NEAR(log[19]["lr"], 0.001, 1e-12);
+
+    // eval measures what training measured
+    f = train_gpt("eval " + dir / "run --threads 1");
+    double loss = 0, perplexity = 0;
+    long long tokens = 0;
+    ASSERT_EQ(std::sscanf(f.output.c_str(), "loss %lf  perplexity %lf  tokens %lld", &loss,
+                          &perplexity, &tokens),
+              3)
+        << f.output;
+    EXPECT_NEAR(loss, log[19]["val_loss"], 1e-5);
+    EXPECT_NEAR(perplexity, std::exp(loss), 0.01);
+    EXPECT_EQ(tokens, 64);
+
+    // sample repeats itself, begins with the prompt, and is as long as asked for
+    const std::string sample = "sample " + dir / "run --prompt 'It was' -g 30 --ignore-eot";
+    f = train_gpt(sample);
+    EXPECT_EQ(f.status, 0);
+    EXPECT_EQ(f.output.rfind("It was", 0), 0u) << f.output;
+    EXPECT_EQ(f.output, train_gpt(sample).output);
+    EXPECT_NE(f.output, train_gpt(sample + " --seed 2").output);
+    EXPECT_LE(f.output.size(), 6 + 30 + 1u);
+    EXPECT_GT(f.output.size(), 6 + 20u);
+}
+
+TEST(Train, AResumedRunIsTheSameToTheBit) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    write_shard(dir / "t_train_000000.bin", 900); // 56 sequences: 30 steps of 4 see them twice
+    write_shard(dir / "t_val_000000.bin", 100);
+    ASSERT_RUNS(small_model + "-d 64 -x 30 -v 7 --save-every 13 --keep 0 -i '" +
+                dir / "t_train_*'" + " -o " + dir / "straight");
+    fs::create_directory(dir / "resumed");
+    fs::copy(dir / "straight/step-000013", dir / "resumed/step-000013");
+    fs::copy(dir / "straight/log.jsonl", dir / "resumed/log.jsonl");
+    std::ofstream(dir / "resumed/log.jsonl", std::ios::app) << "{\"step\":31,\"lo"; // cut short
+    Finished f = train_gpt("-y -o " + dir / "resumed");
+    ASSERT_EQ(f.status, 0) << f.output;
+    EXPECT_TRUE(says(f.output, {"going on from", "step 13"}));
+    expect_same_checkpoint(dir / "straight/step-000030", dir / "resumed/step-000030");
+    EXPECT_EQ(without_times(log_of(dir / "straight")), without_times(log_of(dir / "resumed")));
+
+    f = train_gpt("-y -o " + dir / "resumed");
+    EXPECT_EQ(f.status, 0);
+    EXPECT_TRUE(says(f.output, {"all 30 steps are done"}));
+    f = train_gpt("-y -x 32 -o " + dir / "resumed");
+    EXPECT_TRUE(says(f.output, {"--steps was 30 until now and is 32", "step 32/32"}));
+    EXPECT_EQ(log_of(dir / "resumed").size(), 32u);
+}
+
+TEST(Train, ResumeWhereNothingIsYetBegins) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    Finished f = train_gpt(small_model + "-x 2 -y -o " + dir / "run");
+    EXPECT_EQ(f.status, 0);
+    EXPECT_TRUE(says(f.output, {"no checkpoint", "from the beginning", "step 2/2"}));
+}
+
+TEST(Train, TheSameCommandGivesTheSameBits) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    const std::string arguments = small_model + "-n mix+gpas --arch gpt2 --threads 2 -x 5 -o ";
+    ASSERT_RUNS(arguments + dir / "a");
+    ASSERT_RUNS(arguments + dir / "b");
+    expect_same_checkpoint(dir / "a/step-000005", dir / "b/step-000005");
+    EXPECT_EQ(without_times(log_of(dir / "a")), without_times(log_of(dir / "b")));
+    ASSERT_RUNS(arguments + dir / "c --seed 2");
+    EXPECT_NE(log_of(dir / "a")[0]["loss"], log_of(dir / "c")[0]["loss"]);
+}
+
+TEST(Train, InitialWeightsDoNotDependOnTheThreads) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    ASSERT_RUNS(small_model + "-x 0 --threads 1 -o " + dir / "a");
+    ASSERT_RUNS(small_model + "-x 0 --threads 2 -o " + dir / "b");
+    expect_same_checkpoint(dir / "a/step-000000", dir / "b/step-000000");
+}
+
+TEST(Train, MicroBatchesAddUp) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    ASSERT_RUNS(small_model + "-b 4 -d 64 -x 5 -o " + dir / "a");
+    ASSERT_RUNS(small_model + "-b 1 -d 64 -x 5 -o " + dir / "b");
+    std::vector<json> a = log_of(dir / "a"), b = log_of(dir / "b");
+    for (size_t i = 0; i < 5; i++) {
+        EXPECT_NEAR(a[i]["loss"], b[i]["loss"], 1e-4) << i;
+        EXPECT_NEAR(a[i]["grad_norm"], b[i]["grad_norm"], 1e-3) << i;
+    }
+}
+
+TEST(Train, RanksAddUp) {
+    NEEDS_PROGRAM();
+    if (run("command -v mpirun").status != 0) GTEST_SKIP() << "there is no mpirun";
+    if (train_gpt("--version").output.find("MPI: no") != std::string::npos)
+        GTEST_SKIP() << "this build has no MPI";
+    TemporaryDirectory dir;
+    const std::string root = geteuid() == 0 ? "--allow-run-as-root " : "";
+    const std::string mpirun = "mpirun " + root + "--oversubscribe -np 2 ./train_gpt ";
+    ASSERT_RUNS(small_model + "-b 4 -x 6 -v 3 --val-tokens 100 -o " + dir / "one");
+    Finished f = run(mpirun + small_model + "-b 2 -x 6 -v 3 --val-tokens 100 -o " + dir / "two");
+    ASSERT_EQ(f.status, 0) << f.output;
+    EXPECT_EQ(f.output.find("machine"), f.output.rfind("machine")) << "said twice: " << f.output;
+    std::vector<json> one = log_of(dir / "one"), two = log_of(dir / "two");
+    ASSERT_EQ(two.size(), 6u);
+    for (size_t i = 0; i < 6; i++) {
+        for (const char* key : {"loss", "grad_norm"})
+            EXPECT_NEAR(one[i][key], two[i][key], 1e-4 * double(one[i][key])) << i << key;
+        EXPECT_EQ(one[i]["tokens"], two[i]["tokens"]);
+        if (i % 3 == 2) {
+            EXPECT_NEAR(one[i]["val_loss"], two[i]["val_loss"], 1e-4);
+        }
+    }
+    // An error is told once, and ends both.
+    f = run(mpirun + "-n pree");
+    EXPECT_EQ(f.status, 1);
+    EXPECT_EQ(f.output.find("'pree'"), f.output.rfind("'pree'")) << f.output;
+    const std::string out = dir / "stopped";
+    f = run(mpirun + small_model + "-x 10000000 -o " + out + " & pid=$!\n" + "until [ -s " + out +
+            "/log.jsonl ]; do sleep 0.05; done; kill -INT $pid; wait $pid");
+    EXPECT_TRUE(says(f.output, {"stopped by a signal", "mpirun -np 2 ./train_gpt", "-y"}));
+}
+
+TEST(Train, ASignalSavesAndSaysHowToGoOn) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    for (const char* signal : {"INT", "TERM"}) {
+        const std::string out = dir / signal;
+        Finished f = run("./train_gpt " + small_model + "-x 10000000 -o " + out + " & pid=$!\n" +
+                         "until [ -s " + out + "/log.jsonl ]; do sleep 0.05; done\n" + "kill -" +
+                         signal + " $pid; wait $pid");
+        EXPECT_EQ(f.status, 130) << f.output;
+        EXPECT_TRUE(says(f.output, {"stopped by a signal after step", "saved as " + out,
+                                    "./train_gpt -o " + out + " -y"}));
+        std::string checkpoint = newest_checkpoint(out);
+        ASSERT_NE(checkpoint, "");
+        EXPECT_EQ(read_trainer_state(checkpoint).step, int64_t(log_of(out).size()));
+    }
+}
+
+TEST(Train, ASecondSignalExitsAtOnce) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    // A validation that takes for ever, after a first step.
+    Finished f = run("./train_gpt " + small_model + "-x 1 --val-tokens 100M -o " + dir / "run" +
+                     " >/dev/null & pid=$!\n" + "until [ -s " + dir / "run/run.json" +
+                     " ]; do sleep 0.05; done; sleep 0.5\n" +
+                     "kill -INT $pid; sleep 0.3; kill -0 $pid && echo still there\n" +
+                     "kill -INT $pid; wait $pid; echo status $?");
+    EXPECT_TRUE(says(f.output, {"still there", "status 130"})) << f.output;
+}
+
+TEST(Train, AFullDiskWhileTrainingLosesNothing) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    // A limit on the size of a file stands for the full disk: a checkpoint's files are larger.
+    auto limited = [&](const std::string& arguments) {
+        return run("trap '' XFSZ; ulimit -f 8; ./train_gpt " + arguments + " -o " + dir / "run");
+    };
+    ASSERT_RUNS(small_model + "-x 4 -o " + dir / "run");
+    const std::string before = read_bytes(dir / "run/step-000004/model.safetensors");
+    Finished f = limited("-y -x 8 --save-every 2 --keep 1");
+    EXPECT_EQ(f.status, 1) << f.output; // the last one must be saved
+    EXPECT_TRUE(says(f.output, {"WARNING: no checkpoint at step 6", "training goes on",
+                                "saved is " + dir / "run/step-000004", "train_gpt: cannot write"}));
+    EXPECT_EQ(read_bytes(dir / "run/step-000004/model.safetensors"), before);
+    EXPECT_EQ(newest_checkpoint(dir / "run"), dir / "run/step-000004");
+    ASSERT_RUNS("-y -x 8 -o " + dir / "run");
+    EXPECT_EQ(newest_checkpoint(dir / "run"), dir / "run/step-000008");
+}
+
+TEST(Train, KeepsTheNewestCheckpoints) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    ASSERT_RUNS(small_model + "-x 9 --save-every 2 --keep 2 -o " + dir / "run");
+    EXPECT_FALSE(fs::exists(dir / "run/step-000006"));
+    EXPECT_TRUE(fs::exists(dir / "run/step-000008"));
+    EXPECT_TRUE(fs::exists(dir / "run/step-000009"));
+}
+
+TEST(Train, WhatIsNotFiniteStopsTheRun) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    // Every weight moves by 1e30 in the fourth step; a checkpoint stands at the second.
+    ASSERT_RUNS(small_model + "-n pre -x 3 --save-every 2 -o " + dir / "run");
+    Finished f =
+        train_gpt("-y -x 9 --save-every 1 --lr-schedule constant -u 0 -l 1e30 -o " + dir / "run");
+    EXPECT_EQ(f.status, 1) << f.output;
+    EXPECT_TRUE(says(f.output, {"train_gpt: step ", "is not finite", "first tensor", "--lr",
+                                "last good checkpoint is " + dir / "run/step-"}))
+        << f.output;
+    Safetensors file(newest_checkpoint(dir / "run") + "/model.safetensors");
+    for (const TensorView& view : file.tensors()) {
+        std::vector<float> values(view.bytes / sizeof(float));
+        file.read_f32(view, values.data());
+        for (float x : values) ASSERT_TRUE(std::isfinite(x)) << view.name;
+    }
+}
+
+TEST(Train, OverfitsOneBatch) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    ASSERT_RUNS(small_model + "--overfit-batch -x 60 -l 0.02 -o " + dir / "run");
+    EXPECT_LT(log_of(dir / "run").back()["loss"], 1.0);
+}
+
+TEST(Train, DryRunWritesNothing) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    Finished f = train_gpt("--dry-run -m llama-7b -o " + dir / "run");
+    EXPECT_EQ(f.status, 0);
+    EXPECT_TRUE(says(f.output, {"6.74B", "memory", "FLOPs a token", "FLOPs a step", "in all"}));
+    EXPECT_FALSE(fs::exists(dir / "run"));
+    f = train_gpt("--dry-run --recipe paper -m llama-130m");
+    EXPECT_TRUE(says(f.output,
+                     {"20000 steps of 131072 tokens", "32 micro-batches", "bf16", "no clipping"}));
+}
+
+TEST(Train, DumpStateHoldsAPass) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    const std::string file = dir / "state.safetensors";
+    ASSERT_RUNS(small_model + "--arch gpt2 -n lns --dump-state " + file);
+    Safetensors state(file);
+    const Config config = config_from_json(state.metadata().at("config"), file);
+    EXPECT_EQ(config.scheme.name(), "lns");
+    EXPECT_EQ(state.at("inputs").shape, (std::vector<int64_t>{2, 16}));
+    EXPECT_EQ(state.at("inputs").dtype, "I32");
+    EXPECT_EQ(state.at("targets").shape, (std::vector<int64_t>{2, 16}));
+    const TensorView& logits = state.at("logits");
+    ASSERT_EQ(logits.shape, (std::vector<int64_t>{2, 16, 257}));
+    std::vector<float> values(2 * 16 * 257);
+    state.read_f32(logits, values.data());
+
+    // the loss is the mean over the targets of what the logits say
+    const int* targets = static_cast<const int*>(state.at("targets").data);
+    double sum = 0;
+    for (int i = 0; i < 32; i++) {
+        double z = 0;
+        for (int v = 0; v < 257; v++) z += std::exp(double(values[i * 257 + v]));
+        sum += std::log(z) - values[i * 257 + targets[i]];
+    }
+    float loss;
+    state.read_f32(state.at("loss"), &loss);
+    EXPECT_NEAR(loss, sum / 32, 1e-5);
+
+    const Registry registry = make_registry(config);
+    EXPECT_EQ(state.tensors().size(), 4 + 2 * registry.params.size());
+    for (const Param& p : registry.params) {
+        EXPECT_EQ(state.at(p.name).shape, p.file_shape());
+        EXPECT_EQ(state.at("grad." + p.name).shape, p.file_shape());
+    }
+
+    // and a run starts from it
+    ASSERT_RUNS("--threads 1 -b 2 -t 16 -v 0 -s 0 -g 0 -x 0 --val-tokens 64 --init-from " + file +
+                " -o " + dir / "run");
+    Safetensors weights(dir / "run/step-000000/model.safetensors");
+    for (const Param& p : registry.params)
+        EXPECT_EQ(std::string((const char*)weights.at(p.name).data, size_t(p.size()) * 4),
+                  std::string((const char*)state.at(p.name).data, size_t(p.size()) * 4));
+}
