@@ -397,7 +397,6 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         option->add_result(value);
         option->run_callback();
     };
-    o.model_given = app.count("--model") > 0;
     for (const auto& [name, value] : saved) {
         CLI::Option* option = app.get_option_no_throw(name);
         if (option && option->count() > 0 && option->as<std::string>() != value) {
@@ -412,6 +411,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         }
         if (option && value != option->get_default_str()) set_default(name, value);
     }
+    o.model_given = app.count("--model") > 0;
     if (saved.empty()) {
         if (o.recipe == "paper")
             for (const auto& [name, value] : paper_recipe(o)) set_default(name, value);

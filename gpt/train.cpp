@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -68,8 +69,7 @@ int64_t checked_total_batch(const Options& o, const Ranks& ranks) {
     const int64_t micro = o.batch * o.seq_len * ranks.size;
     if (micro > INT32_MAX)
         fail("--batch ", o.batch, " x --seq-len ", o.seq_len,
-             " are more tokens than a step can "
-             "hold: lower --batch");
+             " are more tokens than a step can hold: lower --batch");
     int64_t total = o.total_batch > 0 ? o.total_batch : micro;
     if (total % micro)
         fail("--total-batch ", total, " is not a multiple of the ", micro, " tokens that --batch ",
@@ -80,9 +80,9 @@ int64_t checked_total_batch(const Options& o, const Ranks& ranks) {
     return total;
 }
 
-[[noreturn]] void fail_nonfinite(Run& run, const std::string& what) {
+[[noreturn]] void fail_nonfinite(Run& run, int64_t step, const std::string& what) {
     std::string first = run.model->first_nonfinite();
-    fail("step ", run.state.step + 1, ": ", what, " is not finite",
+    fail("step ", step, ": ", what, " is not finite",
          first.empty() ? "" : "; the first tensor that is not: " + first,
          ". This step's weights were not saved; ",
          run.last_checkpoint.empty() ? "there is no checkpoint yet"
@@ -113,8 +113,7 @@ Step train_step(Run& run) {
     valid = run.ranks.sum(valid);
     if (valid == 0)
         fail("step ", run.state.step + 1,
-             ": none of its tokens has a target, so there is no loss "
-             "to lower: check the training data");
+             ": none of its tokens has a target, so there is no loss to lower: check the data");
 
     // 2. The gradient of the mean loss, over all micro-batches and ranks.
     model.zero_gradients();
@@ -127,8 +126,8 @@ Step train_step(Run& run) {
 
     // 3. Its norm, and the step down it.
     step.grad_norm = model.gradient_norm();
-    if (!std::isfinite(step.loss)) fail_nonfinite(run, "the loss");
-    if (!std::isfinite(step.grad_norm)) fail_nonfinite(run, "the gradient");
+    if (!std::isfinite(step.loss)) fail_nonfinite(run, run.state.step + 1, "the loss");
+    if (!std::isfinite(step.grad_norm)) fail_nonfinite(run, run.state.step + 1, "the gradient");
     run.state.step++;
     run.state.tokens += run.tokens_per_step;
     AdamW adam;
@@ -148,7 +147,7 @@ Step train_step(Run& run) {
 double validate(Run& run) {
     double loss =
         evaluate(*run.model, *run.val_loader, run.ranks, run.B, run.T, run.o.val_tokens).loss;
-    if (!std::isfinite(loss)) fail_nonfinite(run, "after it, the validation loss");
+    if (!std::isfinite(loss)) fail_nonfinite(run, run.state.step, "the validation loss");
     run.state.val_loss = loss;
     if (!(run.state.best_val_loss <= loss)) run.state.best_val_loss = loss;
     return loss;
@@ -214,6 +213,7 @@ void prepare(Run& run, const std::string& resume_from) {
     check_machine(o);
     run.threads = use_threads(o.threads);
     run.config = resume_from.empty() ? model_config(o) : checkpoint_config(resume_from);
+    if (!resume_from.empty()) o.vocab = run.config.vocab_size; // the data cannot change it now
     run.data = open_data(o);
     fit_vocabulary(o, run.data, run.config);
     check_length(o.seq_len, run.config);
@@ -243,8 +243,9 @@ void open_directory(Run& run, bool goes_on) {
     Options& o = run.o;
     if (o.out.empty()) {
         const Config& c = run.config;
-        o.out = default_run_path("runs/" + (c.preset.empty() ? c.model_type : c.preset) + "-" +
-                                 c.scheme.name());
+        std::string name = (c.preset.empty() ? c.model_type : c.preset) + "-" + c.scheme.name();
+        std::replace(name.begin(), name.end(), ':', '-');
+        o.out = default_run_path("runs/" + name);
     }
     bool exists = goes_on && std::filesystem::is_directory(o.out);
     run.directory = exists ? RunDirectory::resume(o.out) : RunDirectory::create(o.out);
@@ -311,7 +312,9 @@ std::string how_to_go_on(const Run& run, bool finished) {
     const std::string dir = shell_quoted(1, words);
     std::string launcher = run.ranks.size > 1 ? cat("mpirun -np ", run.ranks.size, " ") : "";
     if (!finished) return cat("go on with:    ", launcher, program, " -o ", dir, " -y");
-    return cat("run directory: ", run.o.out, "\nsample it:     ", program, " sample ", dir,
+    return cat(format_count(double(run.state.tokens)), " tokens in ",
+               format_duration(run.state.seconds), " of training\nrun directory: ", run.o.out,
+               "\nsample it:     ", program, " sample ", dir,
                " --prompt TEXT\ntrain longer:  ", launcher, program, " -o ", dir, " -y -x ",
                2 * run.o.steps);
 }
@@ -347,8 +350,8 @@ bool loop(Run& run) {
         if (o.sample_tokens > 0 && (last || (due(o.sample_every) && !stop)))
             run.print(cat("step ", n, "  sample:\n", sample_text(run), "\n"));
         if (last || stop || due(o.save_every)) {
-            if (std::string bad = run.model->first_nonfinite(); !bad.empty())
-                fail_nonfinite(run, "after it, " + bad);
+            if (!run.model->first_nonfinite().empty())
+                fail_nonfinite(run, n, "the model that it left");
             try {
                 save(run);
             } catch (const Error& error) { // a full disk may have room again next time
@@ -395,7 +398,7 @@ int train(Options options, const Ranks& ranks) {
     if (o.dry_run) {
         double step = run.flops * double(run.tokens_per_step);
         run.print(cat("compute    ", format_count(run.flops), " FLOPs a token, ",
-                      format_count(step), " FLOPs a step, ", format_count(step * double(o.steps)),
+                      format_count(step), " FLOPs a step, ", number("%.3g", step * double(o.steps)),
                       " FLOPs in all"));
         return 0;
     }

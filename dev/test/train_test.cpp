@@ -111,6 +111,16 @@ TEST(Train, AResumedRunIsTheSameToTheBit) {
     EXPECT_EQ(log_of(dir / "resumed").size(), 32u);
 }
 
+TEST(Train, ResumeKeepsAVocabularyLargerThanTheDatas) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    ASSERT_RUNS(small_model + "--vocab 300 -x 0 -o " + dir / "first");
+    ASSERT_RUNS("-m " + dir / "first/step-000000" +
+                " --threads 1 -b 2 -t 16 --val-tokens 64 -g 0 -x 1 -o " + dir / "run");
+    ASSERT_RUNS("-y -x 2 -o " + dir / "run");
+    EXPECT_EQ(checkpoint_config(dir / "run").vocab_size, 300);
+}
+
 TEST(Train, ResumeWhereNothingIsYetBegins) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
@@ -312,6 +322,17 @@ TEST(Train, DumpStateHoldsAPass) {
         EXPECT_EQ(state.at(p.name).shape, p.file_shape());
         EXPECT_EQ(state.at("grad." + p.name).shape, p.file_shape());
     }
+
+    // a run's first step sees the same
+    ASSERT_RUNS(small_model + "--arch gpt2 -n lns -x 1 -o " + dir / "first");
+    double squares = 0;
+    for (const Param& p : registry.params) {
+        std::vector<float> grad(p.size());
+        state.read_f32(state.at("grad." + p.name), grad.data());
+        for (float g : grad) squares += double(g) * g;
+    }
+    EXPECT_NEAR(log_of(dir / "first")[0]["loss"], loss, 1e-5);
+    EXPECT_NEAR(log_of(dir / "first")[0]["grad_norm"], std::sqrt(squares), 1e-5);
 
     // and a run starts from it
     ASSERT_RUNS("--threads 1 -b 2 -t 16 -v 0 -s 0 -g 0 -x 0 --val-tokens 64 --init-from " + file +
