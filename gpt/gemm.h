@@ -8,35 +8,47 @@
 
 namespace lns {
 
-// One MR × NR tile: c += or = Σ_p a(i, p) · b(p, ·). t stays in vector registers.
-template <int MR, int NR, class S>
+// The widest vector registers of the CPU that this is compiled for. The compilers' vector types
+// (GCC's and Clang's) keep the tiles below in registers, on any CPU.
+#if defined(__AVX512F__)
+const int vector_bytes = 64, tile_rows = 8;
+#elif defined(__AVX__)
+const int vector_bytes = 32, tile_rows = 4;
+#else
+const int vector_bytes = 16, tile_rows = 4;
+#endif
+
+// One tile of MR rows and N vectors of Bytes: c += or = Σ_p a(i, p) · b(p, ·).
+template <int MR, int N, int Bytes, class S>
 inline void gemm_tile(int64_t k, const S* a, int64_t a_row, int64_t a_column, const S* b,
                       int64_t b_row, S* c, int64_t c_row, bool accumulate) {
-    S t[MR][NR];
+    typedef S Vector __attribute__((vector_size(Bytes)));
+    typedef S Unaligned __attribute__((vector_size(Bytes), aligned(sizeof(S)), may_alias));
+    const int width = Bytes / sizeof(S);
+    Vector t[MR][N] = {};
+    if (accumulate)
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < N; j++) t[i][j] = *(const Unaligned*)(c + i * c_row + j * width);
+    for (int64_t p = 0; p < k; p++) {
+        Vector x[N];
+        for (int j = 0; j < N; j++) x[j] = *(const Unaligned*)(b + p * b_row + j * width);
+        for (int i = 0; i < MR; i++)
+            for (int j = 0; j < N; j++) t[i][j] += a[i * a_row + p * a_column] * x[j];
+    }
     for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NR; j++) t[i][j] = accumulate ? c[i * c_row + j] : S(0);
-    for (int64_t p = 0; p < k; p++)
-        for (int i = 0; i < MR; i++) {
-            S x = a[i * a_row + p * a_column];
-            for (int j = 0; j < NR; j++) t[i][j] += x * b[p * b_row + j];
-        }
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NR; j++) c[i * c_row + j] = t[i][j];
+        for (int j = 0; j < N; j++) *(Unaligned*)(c + i * c_row + j * width) = t[i][j];
 }
 
-template <int NR, class S>
+template <int N, int Bytes, class S>
 inline void gemm_columns(int64_t m, int64_t k, const S* a, int64_t a_row, int64_t a_column,
                          const S* b, int64_t b_row, S* c, int64_t c_row, bool accumulate) {
     int64_t i = 0;
-    for (; i + 8 <= m; i += 8)
-        gemm_tile<8, NR>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row,
-                         accumulate);
-    for (; i + 2 <= m; i += 2)
-        gemm_tile<2, NR>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row,
-                         accumulate);
+    for (; i + tile_rows <= m; i += tile_rows)
+        gemm_tile<tile_rows, N, Bytes>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row,
+                                       c_row, accumulate);
     for (; i < m; i++)
-        gemm_tile<1, NR>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row,
-                         accumulate);
+        gemm_tile<1, N, Bytes>(k, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row,
+                               accumulate);
 }
 
 // c (m, n) = a (m, k) · b (k, n), or c += …, by one thread. Strides are in elements: a(i, p) is
@@ -44,14 +56,16 @@ inline void gemm_columns(int64_t m, int64_t k, const S* a, int64_t a_row, int64_
 template <class S>
 void small_gemm(int64_t m, int64_t n, int64_t k, const S* a, int64_t a_row, int64_t a_column,
                 const S* b, int64_t b_row, S* c, int64_t c_row, bool accumulate) {
-    const int W = 128 / sizeof(S); // two vectors of 64 bytes
     int64_t j = 0;
-    for (; j + W <= n; j += W)
-        gemm_columns<W>(m, k, a, a_row, a_column, b + j, b_row, c + j, c_row, accumulate);
-    for (; j + W / 4 <= n; j += W / 4)
-        gemm_columns<W / 4>(m, k, a, a_row, a_column, b + j, b_row, c + j, c_row, accumulate);
-    for (; j < n; j++)
-        gemm_columns<1>(m, k, a, a_row, a_column, b + j, b_row, c + j, c_row, accumulate);
+    auto columns = [&]<int N, int Bytes>() {
+        for (const int64_t width = N * Bytes / sizeof(S); j + width <= n; j += width)
+            gemm_columns<N, Bytes>(m, k, a, a_row, a_column, b + j, b_row, c + j, c_row,
+                                   accumulate);
+    };
+    columns.template operator()<2, vector_bytes>();
+    columns.template operator()<1, vector_bytes>();
+    columns.template operator()<1, 16>();
+    columns.template operator()<1, sizeof(S)>();
 }
 
 // out (m, n) = op(a) · op(b) + bias, or out += …; op(a) is (m, k), stored (k, m) if a_transposed;
