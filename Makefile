@@ -54,7 +54,7 @@ cuda := $(if $(nvcc),$(shell $(nvcc) --version | sed -n 's/.*release \([0-9.]*\)
 cuda_source := $(if $(cuda),$(wildcard train_gpt.cu))
 
 # Compiler and linker
-warnings := -Wall -Wextra $(if $(call yes,$(WERROR)),-Werror)
+warnings := -Wall -Wextra $(if $(openmp),,-Wno-unknown-pragmas) $(if $(call yes,$(WERROR)),-Werror)
 # g++ 12 and 13 warn wrongly about overlapping copies in std::string (GCC bug 105651).
 warnings += $(if $(findstring clang,$(shell $(CXX) --version 2>/dev/null)),,-Wno-restrict)
 ifneq ($(call yes,$(SANITIZE)),)

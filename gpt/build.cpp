@@ -2,17 +2,38 @@
 
 #include "build_info.h" // written by the Makefile
 
+#include <algorithm>
 #include <fstream>
-#include <sched.h>
 #include <set>
 #include <sstream>
 #include <thread>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 namespace lns {
 
 const BuildInfo& build_info() {
     static const BuildInfo info = {LNS_VERSION, LNS_COMPILER, LNS_FLAGS, {LNS_FEATURES}};
     return info;
+}
+
+const std::vector<int>& usable_cores() {
+    static const std::vector<int> cores = [] {
+        std::vector<int> numbers;
+#ifdef __linux__
+        cpu_set_t allowed;
+        if (sched_getaffinity(0, sizeof allowed, &allowed) == 0)
+            for (int core = 0; core < CPU_SETSIZE; core++)
+                if (CPU_ISSET(core, &allowed)) numbers.push_back(core);
+#endif
+        const int all = std::max(1, int(std::thread::hardware_concurrency()));
+        if (numbers.empty())
+            for (int core = 0; core < all; core++) numbers.push_back(core);
+        return numbers;
+    }();
+    return cores;
 }
 
 std::string cpu_features() {
@@ -36,10 +57,7 @@ std::string cpu_features() {
 #endif
     if (model.empty()) model = "unknown processor";
 
-    int cores = int(std::thread::hardware_concurrency());
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) cores = CPU_COUNT(&allowed);
-
+    const size_t cores = usable_cores().size();
     std::string text = model + ", " + std::to_string(cores) + (cores == 1 ? " core" : " cores");
     const std::pair<const char*, const char*> known[] = {
         {"avx2", "AVX2"},         {"fma", "FMA"},

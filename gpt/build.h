@@ -16,6 +16,9 @@ struct BuildInfo {
 
 const BuildInfo& build_info();
 
+// Numbers of the cores that this process might use when it first asked; later it pins its threads.
+const std::vector<int>& usable_cores();
+
 // "Intel(R) Xeon(R) Processor, 2 cores: AVX2 FMA AVX-512 AVX512-BF16 AMX-BF16": the cores are
 // those this process may use, the features those that matter to matrix products.
 std::string cpu_features();

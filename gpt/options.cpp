@@ -417,6 +417,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
             for (const auto& [name, value] : paper_recipe(o)) set_default(name, value);
         else if (o.model == "tiny") {
             set_default("--seq-len", "128");
+            set_default("--lr", "0.003");
             set_default("--val-tokens", "32768");
         }
     }

@@ -1,8 +1,10 @@
 #include "gpt/setup.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 
+#include "gpt/build.h"
 #include "gpt/checkpoint.h"
 #include "gpt/error.h"
 #include "gpt/stories.h"
@@ -10,6 +12,9 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __linux__
+#include <sched.h>
 #endif
 
 namespace lns {
@@ -171,11 +176,34 @@ void check_machine(const Options& o) {
         fail("--device cuda: this build has no CUDA; leave --device out to train on the CPU");
 }
 
+namespace {
+
+// One thread to each core, unless the user chose (OMP_PROC_BIND). Left alone, Linux may for seconds
+// keep two threads that wait for each other on one core: the tiny model then trained at 900 to
+// 12,000 tokens/s from run to run, on 2 cores, and at 12,000 in every run with threads pinned.
+void pin_threads() {
+#if defined(_OPENMP) && defined(__linux__)
+    if (std::getenv("OMP_PROC_BIND") || std::getenv("GOMP_CPU_AFFINITY")) return;
+    const std::vector<int>& cores = usable_cores();
+#pragma omp parallel
+    {
+        cpu_set_t mine;
+        CPU_ZERO(&mine);
+        CPU_SET(cores[size_t(omp_get_thread_num()) % cores.size()], &mine);
+        sched_setaffinity(0, sizeof mine, &mine);
+    }
+#endif
+}
+
+} // namespace
+
 int use_threads(int64_t threads) {
 #ifdef _OPENMP
     // Of the cores that this process may use: a launcher binds its ranks to some of them.
-    if (threads == 0) threads = omp_get_num_procs();
+    const int64_t cores = int64_t(usable_cores().size());
+    if (threads == 0) threads = cores;
     omp_set_num_threads(int(threads));
+    if (threads == cores) pin_threads();
     return int(threads);
 #else
     (void)threads;
