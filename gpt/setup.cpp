@@ -181,7 +181,7 @@ namespace {
 // One thread to each core, unless the user chose (OMP_PROC_BIND). Left alone, Linux may for seconds
 // keep two threads that wait for each other on one core: the tiny model then trained at 900 to
 // 12,000 tokens/s from run to run, on 2 cores, and at 12,000 in every run with threads pinned.
-void pin_threads() {
+[[maybe_unused]] void pin_threads() {
 #if defined(_OPENMP) && defined(__linux__)
     if (std::getenv("OMP_PROC_BIND") || std::getenv("GOMP_CPU_AFFINITY")) return;
     const std::vector<int>& cores = usable_cores();
