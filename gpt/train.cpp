@@ -52,6 +52,7 @@ struct Run {
 
     TrainerState state;
     std::vector<int> inputs, targets;      // (micro_batches, B, T), of this rank
+    std::vector<double> variance;          // of the residual stream, at the last validation
     std::optional<RunDirectory> directory; // of rank 0
     std::string last_checkpoint;           // "": none yet
     Progress progress;
@@ -149,6 +150,7 @@ double validate(Run& run) {
         evaluate(*run.model, *run.val_loader, run.ranks, run.B, run.T, run.o.val_tokens).loss;
     if (!std::isfinite(loss)) fail_nonfinite(run, run.state.step, "the validation loss");
     run.state.val_loss = loss;
+    run.variance = run.model->residual_variance(); // on the last of the validation batches
     if (!(run.state.best_val_loss <= loss)) run.state.best_val_loss = loss;
     return loss;
 }
@@ -285,7 +287,8 @@ std::string log_line(const Run& run, const Step& step, double val_loss) {
     auto number = [](double x) { return std::isfinite(x) ? nlohmann::json(x) : nlohmann::json(); };
     double tokens_per_s = double(run.tokens_per_step) / step.seconds;
     nlohmann::ordered_json line = {{"step", run.state.step}, {"loss", step.loss}};
-    if (std::isfinite(val_loss)) line["val_loss"] = val_loss;
+    if (std::isfinite(val_loss))
+        line["val_loss"] = val_loss, line["residual_variance"] = run.variance;
     line["lr"] = step.lr;
     line["grad_norm"] = step.grad_norm;
     line["tokens"] = run.state.tokens;
@@ -425,13 +428,8 @@ int train(Options options, const Ranks& ranks) {
                       run.last_checkpoint, "\n", how_to_go_on(run, false)));
         return 130;
     }
-    if (ranks.first()) {
-        run.val_loader->restore({});
-        run.val_loader->next(run.B, run.inputs.data(), run.targets.data());
-        run.model->loss(run.inputs.data(), run.targets.data(), run.B, run.T);
-        run.print("\n" + describe_variance(run.model->residual_variance()) + "\n" +
-                  how_to_go_on(run, true));
-    }
+    if (!run.variance.empty()) run.print("\n" + describe_variance(run.variance));
+    run.print("\n" + how_to_go_on(run, true));
     return 0;
 }
 
