@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""Draws runs side by side: the variance of the residual stream after each layer, and the
+validation loss as training went on.
+
+    scripts/picture.py RUN_PRE RUN_LNS -o scripts/lns.svg [--png FILE.png]
+
+RUN is a directory that ./train_gpt -o wrote to its end. The same runs give the same bytes, with
+the same version of Matplotlib.
+"""
+
+import argparse
+import os
+import sys
+
+from runs import Run, RunError
+
+try:
+    import matplotlib
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
+except ImportError:
+    sys.exit(
+        "picture.py: Matplotlib is missing: install it with `pip install matplotlib`, or on Debian "
+        "and Ubuntu with `apt install python3-matplotlib`"
+    )
+
+# Okabe and Ito's colours: told apart by colour-blind eyes too.
+COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"]
+TEXT, GRID = "#222222", "#DDDDDD"
+MONO = "DejaVu Sans Mono"  # in which "lns" is not "Ins"; it comes with Matplotlib too
+FONT_SIZE = 12  # points; at its own width the picture fits a README's column
+WIDTH, HEIGHT = 8.6, 3.7  # inches
+STYLE = {
+    "svg.hashsalt": "lns.cpp",  # ids in the SVG are random otherwise
+    "font.family": "DejaVu Sans",  # comes with Matplotlib
+    "font.size": FONT_SIZE,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.spines.left": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+LOG_RATIO = 30  # of the largest variance to the smallest, from where on the axis is logarithmic
+
+
+def labels_of(runs):
+    """The schemes; the directories' names where one scheme occurs twice."""
+    schemes = [run.scheme for run in runs]
+    if len(set(schemes)) == len(schemes):
+        return schemes
+    return [os.path.basename(os.path.abspath(run.path)) for run in runs]
+
+
+def check(run):
+    if run.variances is None:
+        raise RunError(
+            f"{run.path}/log.jsonl does not end with a line that has residual_variance: the run "
+            f"has not come to its end. Go on with it: ./train_gpt -o {run.path} -y"
+        )
+    if len(run.validations) < 2:
+        raise RunError(
+            f"{run.path} was validated fewer than 2 times, which makes no curve: train with a "
+            "smaller --val-every"
+        )
+
+
+def warn_of_differences(runs):
+    """A comparison means something where only the scheme differs."""
+    harmless = {"--norm", "--threads", "--device", "--keep", "--save-every", "--batch"}
+    harmless |= {"--sample-every", "--sample-tokens", "--prompt", "--temperature"}
+    harmless |= {"--top-k", "--top-p"}
+    for run in runs[1:]:
+        names = (set(run.flags) | set(runs[0].flags)) - harmless
+        differ = sorted(n for n in names if run.flags.get(n) != runs[0].flags.get(n))
+        if differ:
+            print(
+                f"picture.py: note: {runs[0].path} and {run.path} differ in {', '.join(differ)}",
+                file=sys.stderr,
+            )
+
+
+def count(n):
+    """2097152 -> "2.1M"."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:.2g}{name}" if n < 100 * unit else f"{n / unit:.0f}{name}"
+    return f"{n:.0f}"
+
+
+def spread(heights, gap, low):
+    """The heights, moved so that no two are nearer than gap and none is below low."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = [heights[i] for i in order]
+    for _ in range(100):
+        placed[0] = max(placed[0], low)
+        for i in range(1, len(placed)):
+            lack = gap - (placed[i] - placed[i - 1])
+            if lack > 0:
+                placed[i - 1] -= lack / 2
+                placed[i] += lack / 2
+    result = [0.0] * len(heights)
+    for i, height in zip(order, placed):
+        result[i] = height
+    return result
+
+
+def label_ends(axes, ends, labels):
+    """Writes each label to the right of its line's last point, in the line's colour."""
+    figure = axes.figure
+    figure.canvas.draw()  # fixes the axes, so that points can be placed in pixels
+    pixels = [axes.transData.transform(end) for end in ends]
+    gap = 1.25 * FONT_SIZE * figure.dpi / 72
+    heights = spread([y for _, y in pixels], gap, axes.bbox.y0 + gap / 2)
+    for (x, _), height, label, colour in zip(pixels, heights, labels, COLOURS):
+        place = axes.transData.inverted().transform((x + 0.5 * gap, height))
+        axes.text(*place, label, color=colour, va="center", family=MONO, fontweight="bold")
+
+
+def plot(axes, curves):
+    """Lines of (xs, ys). Where many may lie on each other, the later are thinner."""
+    for i, (xs, ys) in enumerate(curves):
+        width = 2.2 if len(curves) < 3 else 3.6 - 2 * i / (len(curves) - 1)
+        axes.plot(xs, ys, color=COLOURS[i], linewidth=width)
+
+
+def draw_variance(axes, runs, labels):
+    # From the first layer on: the embedding's variance, a thousand times smaller, is no layer's
+    # doing, and would press the lines together.
+    curves = [run.variances[1:] for run in runs]
+    plot(axes, [(range(1, len(curve) + 1), curve) for curve in curves])
+    low, high = min(map(min, curves)), max(map(max, curves))
+    if low > 0 and high > LOG_RATIO * low:
+        axes.set_yscale("log")
+        steps = (1, 2, 5) if high < 300 * low else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_title("Variance of the residual stream", loc="left", fontweight="bold", fontsize=FONT_SIZE)
+    axes.set_xlabel("after layer")
+    layers = max(map(len, curves))
+    axes.set_xlim(1, layers)
+    step = max(1, round(layers / 4))
+    axes.set_xticks([1, *range(max(step, 2), layers + 1, step)])
+    label_ends(axes, [(len(c), c[-1]) for c in curves], labels)
+
+
+def draw_losses(axes, runs, labels):
+    curves = [run.validations for run in runs]
+    plot(axes, [tuple(zip(*curve)) for curve in curves])
+    axes.set_title("Validation loss", loc="left", fontweight="bold", fontsize=FONT_SIZE)
+    axes.set_xlabel("training tokens")
+    axes.set_xlim(0, max(curve[-1][0] for curve in curves))
+    # Every loss falls from about log(vocabulary) in the first steps; what differs comes after.
+    low = min(loss for curve in curves for _, loss in curve)
+    high = max(curve[len(curve) // 8][1] for curve in curves)
+    if high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.locator_params(axis="x", nbins=4)
+    axes.xaxis.set_major_formatter(lambda tokens, _: count(tokens))
+    ends = [curve[-1] for curve in curves]
+    label_ends(axes, ends, [f"{label} {loss:.2f}" for label, (_, loss) in zip(labels, ends)])
+
+
+def subject(runs):
+    """What all the runs have in common, in a line."""
+    facts = {(run.preset, run.layers, run.tokens) for run in runs}
+    if len(facts) > 1:
+        return ""
+    preset, layers, tokens = facts.pop()
+    return f"The model {preset}, {layers} layers, after training on {count(tokens)} tokens"
+
+
+def draw(runs):
+    labels = labels_of(runs)
+    figure = pyplot.figure(figsize=(WIDTH, HEIGHT), facecolor="white")
+    # Each panel leaves room for its labels: an em is FONT_SIZE points, a letter 0.6 of it.
+    letter = 0.602 * FONT_SIZE / 72 / WIDTH
+    longest = max(map(len, labels))
+    room_left, room_right = (longest + 2) * letter, (longest + 7) * letter
+    axis = 0.065  # the numbers beside a panel
+    width = (1 - 2 * axis - room_left - room_right) / 2
+    bottom, height = 0.15, 0.65
+    left = figure.add_axes((axis, bottom, width, height))
+    right = figure.add_axes((2 * axis + width + room_left, bottom, width, height))
+    for axes in (left, right):
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, pad=6)
+    draw_variance(left, runs, labels)
+    draw_losses(right, runs, labels)
+    figure.text(axis, 0.97, subject(runs), va="top")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+")
+    parser.add_argument("-o", "--out", metavar="FILE.svg", default="runs.svg")
+    parser.add_argument("--png", metavar="FILE.png", help="the same as pixels, to look at")
+    args = parser.parse_args()
+    if len(args.runs) > len(COLOURS):
+        raise RunError(f"{len(args.runs)} runs are too many to tell apart, at most {len(COLOURS)}")
+    runs = [Run(path) for path in args.runs]
+    for run in runs:
+        check(run)
+    warn_of_differences(runs)
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(STYLE)
+    figure = draw(runs)
+    try:
+        figure.savefig(args.out, metadata={"Date": None})
+        if args.png:
+            figure.savefig(args.png, dpi=100)
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot write {args.out}: {error}") from None
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RunError as error:
+        sys.exit(f"picture.py: {error}")
