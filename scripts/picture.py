@@ -39,6 +39,9 @@ STYLE = {
     "axes.edgecolor": TEXT,
     "xtick.color": TEXT,
     "ytick.color": TEXT,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": FONT_SIZE,
     "axes.spines.left": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -140,7 +143,7 @@ def draw_variance(axes, runs, labels):
         axes.minorticks_off()
     else:
         axes.set_ylim(bottom=0)
-    axes.set_title("Variance of the residual stream", loc="left", fontweight="bold", fontsize=FONT_SIZE)
+    axes.set_title("Variance of the residual stream")
     axes.set_xlabel("after layer")
     layers = max(map(len, curves))
     axes.set_xlim(1, layers)
@@ -152,7 +155,7 @@ def draw_variance(axes, runs, labels):
 def draw_losses(axes, runs, labels):
     curves = [run.validations for run in runs]
     plot(axes, [tuple(zip(*curve)) for curve in curves])
-    axes.set_title("Validation loss", loc="left", fontweight="bold", fontsize=FONT_SIZE)
+    axes.set_title("Validation loss")
     axes.set_xlabel("training tokens")
     axes.set_xlim(0, max(curve[-1][0] for curve in curves))
     # Every loss falls from about log(vocabulary) in the first steps; what differs comes after.
