@@ -176,17 +176,18 @@ template <class Run> Row check_layer(const std::string& name, std::vector<Double
 Row check_embedding() {
     const int B = 2, T = 5, C = 19, V = 7;
     const std::vector<int> tokens = {3, 1, 3, 6, 0, 2, 2, 3, 5, 6};
-    return check_layer(
-        "embedding", {random_values(V * C, "wte"), random_values(T * C, "wpe")},
-        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-            LayerResult<S> out{std::vector<S>(B * T * C),
-                               {std::vector<S>(V * C), std::vector<S>(T * C)}};
-            embedding_forward(out.y.data(), tokens.data(), x[0].data(), x[1].data(), B, T, C);
-            if (!c.empty())
-                embedding_backward<S>(out.gradients[0].data(), out.gradients[1].data(),
-                                      tokens.data(), c.data(), B, T, C);
-            return out;
-        });
+    return check_layer("embedding", {random_values(V * C, "wte"), random_values(T * C, "wpe")},
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(B * T * C),
+                                              {std::vector<S>(V * C), std::vector<S>(T * C)}};
+                           embedding_forward(out.y.data(), tokens.data(), x[0].data(), x[1].data(),
+                                             0, B * T, T, C);
+                           if (!c.empty())
+                               embedding_backward<S>(out.gradients[0].data(),
+                                                     out.gradients[1].data(), tokens.data(),
+                                                     c.data(), B, T, C);
+                           return out;
+                       });
 }
 
 Row check_linear(int rows, int C, int OC) {
@@ -762,6 +763,33 @@ Row check_causal(const std::string& architecture_name) {
     return row;
 }
 
+// Logits asked for token by token, as text is generated, where each call goes on from the last one,
+// equal those of the whole sequence at once; so they do when the sequence turns elsewhere.
+Row check_continuation(const std::string& architecture_name) {
+    Row row{"claim: " + architecture_name + "  generating goes on where it was", {}, {}, ""};
+    Config c = small_config(architecture_name);
+    complete_config(c);
+    std::vector<int> inputs, targets;
+    test_batch(c, 9, inputs, targets, false);
+    CpuModel<double> whole(c, 1, 9, false), parts(c, 1, 9, false);
+    fill_parameters(whole), fill_parameters(parts);
+    const int V = c.vocab_size;
+    std::vector<float> expected(V), found(V);
+    double worst = 0;
+    for (int t : {2, 3, 4, 9, 5, 6, 3}) {
+        if (t == 5) inputs[3] = (inputs[3] + 1) % V; // another continuation
+        whole.continues = false;
+        whole.logits(inputs.data(), 1, t, true, expected.data());
+        parts.logits(inputs.data(), 1, t, true, found.data());
+        worst =
+            std::max(worst, relative_error(found, Doubles(expected.begin(), expected.end()), 0));
+        if (whole.first != 0) row.note = "the whole sequence was not computed";
+        if (t == 9 && parts.first != 4) row.note = cat("position ", parts.first, " was the first");
+    }
+    row.add("logits", worst, 1e-7);
+    return row;
+}
+
 // Two micro-batches with masked targets are one batch of both.
 Row check_accumulation() {
     Row row{"claim: micro-batches add up to the batch", {}, {}, ""};
@@ -942,7 +970,7 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_same(name, "mix:3", 0.5, "post"));
         keep(check_same(name, "mix:3+gpas", 0.5, "post+gpas"));
         if (small_config(name).norm_weight) keep(check_folded(name)); // OLMo has none to fold into
-        keep(check_causal(name));
+        keep(check_causal(name)), keep(check_continuation(name));
     }
     keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
 

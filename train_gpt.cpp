@@ -2,14 +2,14 @@
 // Large Language Models" (arXiv 2502.05795). This file is the whole model on the CPU, forward and
 // backward, in the order in which data flows: each backward stands directly below its forward.
 // The program around it (flags, data, training loop, checkpoints) is in gpt/ and knows only the
-// interface gpt/model.h. train_gpt.cu has the same sections under the same names.
+// interface gpt/model.h.
 //
 // Sizes: B sequences of T tokens; V vocabulary; C width; L layers; NH heads of q and KVH of k and
 // v, of HS channels each; H width of the MLP. Arrays are row-major, a row is a token.
 // S is the scalar in which tensors are stored, Acc<S> the one in which sums are taken; gradients of
 // parameters are sums and stored as Acc<S>.
 // Gradients: a backward function writes the gradients of activations and adds those of parameters.
-// Sums run in an order that does not depend on the number of threads.
+// Sums run in an order that does not depend on the number of threads (oneDNN's own aside).
 
 #include <algorithm>
 #include <bit>
@@ -98,14 +98,15 @@ const int64_t max_chunks = 32;
 
 // ---------------------------------------------------------------------------------------------
 // Embedding: out[row] = wte[token] + wpe[t]. Gathering the gradient goes by channel, so that no two
-// threads meet.
+// threads meet. The first row is at position `first`, which is 0 unless B is 1.
 
 template <class S>
-void embedding_forward(S* out, const int* tokens, const S* wte, const S* wpe, int B, int T, int C) {
+void embedding_forward(S* out, const int* tokens, const S* wte, const S* wpe, int first,
+                       int64_t rows, int T, int C) {
 #pragma omp parallel for
-    for (int64_t row = 0; row < int64_t(B) * T; row++) {
+    for (int64_t row = 0; row < rows; row++) {
         const S* token = wte + int64_t(tokens[row]) * C;
-        const S* position = wpe ? wpe + row % T * C : nullptr;
+        const S* position = wpe ? wpe + (first + row) % T * C : nullptr;
         for (int i = 0; i < C; i++)
             out[row * C + i] = position ? S(Acc<S>(token[i]) + Acc<S>(position[i])) : token[i];
     }
@@ -385,6 +386,7 @@ void linear_backward(S* din, Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* 
 
 struct AttentionShape {
     int B, T, NH, KVH, HS;
+    int first = 0; // what comes before this position is there already; 0 unless B is 1
     int64_t rows() const { return int64_t(B) * T; }
     int q_width() const { return NH * HS; }
     int kv_width() const { return KVH * HS; }
@@ -398,7 +400,7 @@ void qk_norm_forward(S* qkv, S* raw, NormStats<Acc<S>>* stats, const S* q_weight
     const int Q = a.q_width(), K = a.kv_width();
     const S* none = nullptr;
 #pragma omp parallel for
-    for (int64_t row = 0; row < a.rows(); row++) {
+    for (int64_t row = a.first; row < a.rows(); row++) {
         S *x = raw + row * (Q + K), *y = qkv + row * a.row();
         std::copy(y, y + Q + K, x);
         stats[2 * row] = norm_stats<Acc<S>>(NormType::rms, Acc<S>(eps), x, Q);
@@ -447,7 +449,7 @@ template <class S>
 void rope(S* qkv, const CosSin<Acc<S>>* table, int direction, const AttentionShape& a) {
     const int half = a.HS / 2;
 #pragma omp parallel for
-    for (int64_t row = 0; row < a.rows(); row++) {
+    for (int64_t row = a.first; row < a.rows(); row++) {
         const CosSin<Acc<S>>* turn = table + row % a.T * half;
         for (int head = 0; head < a.NH + a.KVH; head++) {
             S* x = qkv + row * a.row() + head * a.HS;
@@ -489,7 +491,7 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
             pack(kt, rows + (a.NH + kv) * HS, a.row(), T, HS, A(1), true);
             pack(v, rows + (a.NH + a.KVH + kv) * HS, a.row(), T, HS, A(1), false);
             for (int h = kv * group; h < (kv + 1) * group; h++)
-                for (int t0 = 0; t0 < T; t0 += R) {
+                for (int t0 = a.first; t0 < T; t0 += R) {
                     const int n = std::min(R, T - t0), seen = t0 + n;
                     pack(q, rows + int64_t(t0) * a.row() + h * HS, a.row(), n, HS, scale, false);
                     small_gemm(n, seen, HS, q, HS, 1, kt, T, p, T, false);
@@ -683,7 +685,8 @@ template <class S> struct Activations {
     Array<S> input;                    // (slots, rows, C): u, where a junction has an in-norm
     Array<S> branch;                   // (slots, rows, C): b
     Array<JunctionStats<S>> stats;     // (2L + 1, rows)
-    Array<S> qkv, qk_raw, attended;    // (L, rows, (NH + 2·KVH)·HS | (NH + KVH)·HS | NH·HS)
+    Array<S> qkv;                      // (L, rows, (NH + 2·KVH)·HS), of every layer always
+    Array<S> qk_raw, attended;         // (L, rows, (NH + KVH)·HS | NH·HS)
     Array<NormStats<Acc<S>>> qk_stats; // (L, rows, 2)
     Array<Acc<S>> lse;                 // (L, rows, NH)
     Array<S> hidden, activated;        // (L, rows, H or 2·H), (L, rows, H)
@@ -713,7 +716,7 @@ template <class S> struct Activations {
         make(input, std::max(in_slots, 1) * rows * C);
         make(branch, branch_slots * rows * C);
         make(stats, (2 * L + 1) * rows);
-        make(qkv, kept * rows * c.qkv_width());
+        make(qkv, L * rows * c.qkv_width());
         make(qk_raw, c.qk_norm ? kept * rows * (c.q_width() + c.kv_width()) : 0);
         make(qk_stats, c.qk_norm ? kept * rows * 2 : 0);
         make(attended, kept * rows * c.q_width());
@@ -742,6 +745,8 @@ template <class S> struct CpuModel : Model {
     Array<CosSin<A>> rope_table;
     std::vector<int> tokens; // of the last pass
     int B = 0, T = 0;        // of the last pass
+    int first = 0;           // rows before this one were not computed anew in the last pass
+    bool continues = false;  // whether the next pass may go on where the last one ended
     int64_t held = 0;        // bytes
 
     // What stop() returns at junction k, null for its argument; only gradient checks set it.
@@ -775,39 +780,47 @@ template <class S> struct CpuModel : Model {
     std::string dtype() const override { return sizeof(S) == 8 ? "float64" : "float32"; }
     int64_t bytes() const override { return held; }
 
-    // Tensors of the last pass. k counts junctions from 0, l layers from 0.
-    int64_t rows() const { return int64_t(B) * T; }
+    // Tensors of the last pass, from row `first` on. k counts junctions from 0, l layers from 0.
+    int64_t rows() const { return int64_t(B) * T - first; }
     int64_t slot(int l) const { return acts.training ? l : 0; }
-    S* residual(int k) { return acts.residual + k * acts.rows * config.width; }
+    int64_t row(int64_t slot) const { return slot * acts.rows + first; }
+    S* residual(int k) { return acts.residual + row(k) * config.width; }
     S* input(int k) { // u: what the sublayer after junction k sees
         int s = acts.in_slot[k];
-        return s < 0 ? residual(k) : acts.input + s * acts.rows * config.width;
+        return s < 0 ? residual(k) : acts.input + row(s) * config.width;
     }
-    S* branch(int k) { return acts.branch + acts.branch_slot[k] * acts.rows * config.width; }
-    S* embedded() { return acts.embedded.size ? acts.embedded : residual(0); }
+    S* branch(int k) { return acts.branch + row(acts.branch_slot[k]) * config.width; }
+    S* embedded() {
+        return acts.embedded.size ? acts.embedded + row(0) * config.width : residual(0);
+    }
     S* before(int k) { return k == 0 ? embedded() : residual(k - 1); } // r_prev
-    JunctionStats<S>* stats(int k) { return acts.stats + k * acts.rows; }
-    S* qkv(int l) { return acts.qkv + slot(l) * acts.rows * config.qkv_width(); }
+    JunctionStats<S>* stats(int k) { return acts.stats + row(k); }
+    S* hidden(int l) { return acts.hidden + row(slot(l)) * config.mlp_in_width(); }
+    S* activated(int l) { return acts.activated + row(slot(l)) * config.mlp_width; }
+
+    // Those of attention, from row 0 on.
+    S* qkv(int l) { return acts.qkv + l * acts.rows * config.qkv_width(); }
     S* qk_raw(int l) {
         return acts.qk_raw + slot(l) * acts.rows * (config.q_width() + config.kv_width());
     }
     NormStats<A>* qk_stats(int l) { return acts.qk_stats + slot(l) * acts.rows * 2; }
     S* attended(int l) { return acts.attended + slot(l) * acts.rows * config.q_width(); }
     A* lse(int l) { return acts.lse + slot(l) * acts.rows * config.heads; }
-    S* hidden(int l) { return acts.hidden + slot(l) * acts.rows * config.mlp_in_width(); }
-    S* activated(int l) { return acts.activated + slot(l) * acts.rows * config.mlp_width; }
     AttentionShape attention() const {
-        return {B, T, config.heads, config.kv_heads, config.head_size};
+        return {B, T, config.heads, config.kv_heads, config.head_size, first};
     }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
     A* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
 
-    void forward(const int* inputs, int b, int t) {
+    // Positions before `from` keep what the last pass left there.
+    void forward(const int* inputs, int b, int t, int from = 0) {
         check_tokens(inputs, b, t);
-        tokens.assign(inputs, inputs + rows());
+        first = from;
+        continues = false;
+        tokens.assign(inputs, inputs + int64_t(B) * T);
 
-        embedding_forward(embedded(), inputs, weight(registry.token_embedding),
-                          weight(registry.position_embedding), B, T, config.width);
+        embedding_forward(embedded(), inputs + first, weight(registry.token_embedding),
+                          weight(registry.position_embedding), first, rows(), T, config.width);
         join_forward(0);
         for (int l = 0; l < config.layers; l++) {
             attention_sublayer_forward(l);
@@ -851,15 +864,16 @@ template <class S> struct CpuModel : Model {
     // branch(2l + 1) = attention of input(2l)
     void attention_sublayer_forward(int l) {
         const LayerParams& p = registry.layers[l];
-        linear_forward(qkv(l), input(2 * l), weight(p.qkv), weight(p.qkv_bias), rows(),
-                       config.width, config.qkv_width());
+        linear_forward(qkv(l) + first * config.qkv_width(), input(2 * l), weight(p.qkv),
+                       weight(p.qkv_bias), rows(), config.width, config.qkv_width());
         if (config.qk_norm)
             qk_norm_forward(qkv(l), qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
                             config.norm_eps, attention());
         if (config.rope) rope(qkv(l), (const CosSin<A>*)rope_table, 1, attention());
         attention_forward(attended(l), lse(l), qkv(l), attention());
-        linear_forward(branch(2 * l + 1), attended(l), weight(p.attn_out), weight(p.attn_out_bias),
-                       rows(), config.q_width(), config.width);
+        linear_forward(branch(2 * l + 1), attended(l) + first * config.q_width(),
+                       weight(p.attn_out), weight(p.attn_out_bias), rows(), config.q_width(),
+                       config.width);
     }
 
     // From dbranch to dinput.
@@ -944,17 +958,24 @@ template <class S> struct CpuModel : Model {
         return sum;
     }
 
+    // If the tokens continue those of the last call, as in generating text, only the new positions
+    // are computed: every layer's k and v are still there.
     void logits(const int* inputs, int b, int t, bool last_only, float* out) override {
-        forward(inputs, b, t);
+        int from = 0;
+        if (continues && last_only && b == 1)
+            while (from < std::min(t - 1, T) && inputs[from] == tokens[from]) from++;
+        forward(inputs, b, t, from);
         const int V = config.vocab_size, C = config.width;
         const S* final_input = input(2 * config.layers);
         const int64_t step = last_only ? 1 : acts.head_rows;
-        for (int64_t row = last_only ? T - 1 : 0; row < rows(); row += last_only ? T : step) {
+        for (int64_t row = last_only ? T - 1 - first : 0; row < rows();
+             row += last_only ? T : step) {
             const int64_t n = std::min(step, rows() - row);
             linear_forward((S*)acts.logits, final_input + row * C, weight(registry.head),
                            (const S*)nullptr, n, C, V);
             for (int64_t i = 0; i < n * V; i++) *out++ = float(acts.logits[i]);
         }
+        continues = b == 1;
     }
 
     void check_tokens(const int* inputs, int b, int t) {
@@ -964,7 +985,7 @@ template <class S> struct CpuModel : Model {
             fail("a sequence of ", t, " tokens was given to a model of ", config.positions,
                  " positions");
         B = b, T = t;
-        for (int64_t i = 0; i < rows(); i++)
+        for (int64_t i = 0; i < int64_t(B) * T; i++)
             if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
                 fail("token ", inputs[i], " is not in the model's vocabulary of ",
                      config.vocab_size);
@@ -977,6 +998,7 @@ template <class S> struct CpuModel : Model {
     }
 
     void initialize(uint64_t seed) override {
+        continues = false;
         for (const Param& p : registry.params) lns::initialize(p, seed, parameters + p.offset);
         for (Array<A>* array : {&gradients, &moment1, &moment2})
             std::fill(*array + 0, *array + array->size, A(0));
@@ -1007,6 +1029,7 @@ template <class S> struct CpuModel : Model {
     // m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
     // w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
     void update(const AdamW& o) override {
+        continues = false;
         const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
         const A correction1 = A(1 / (1 - std::pow(o.beta1, double(o.step))));
         const A correction2 = A(1 / (1 - std::pow(o.beta2, double(o.step))));
@@ -1037,6 +1060,7 @@ template <class S> struct CpuModel : Model {
     }
 
     void write(Buffer buffer, const Param& p, const float* values) override {
+        continues = false;
         A* to = buffer == Buffer::gradients ? gradients
                 : buffer == Buffer::moment1 ? moment1
                                             : moment2;
