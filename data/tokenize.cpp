@@ -575,7 +575,11 @@ void run(const Options& options) {
             "word or line there may be two\n",
             static_cast<unsigned long long>(forced_cuts));
     if (options.val_fraction > 0 && sets[1].tokens == 0)
-        std::fprintf(stderr, "tokenize: the text is too short for validation tokens\n");
+        std::fprintf(stderr, "tokenize: %s\n",
+                     !options.separator.empty() && documents == 1
+                         ? "the text is one document, with no line of --doc-separator in it, so "
+                           "there are no validation tokens"
+                         : "the text is too short for validation tokens");
     if (options.quiet) return;
     std::ostringstream out;
     out << std::fixed << std::setprecision(2);
@@ -622,7 +626,13 @@ int main(int argc, char** argv) {
                    "Part of the text for validation: with separators whole documents, evenly "
                    "spread; else the end of the text; of a pipe above 4 MiB, blocks of 64 KiB, "
                    "evenly spread")
-        ->check(CLI::Range(0.0, 0.99));
+        ->check([](const std::string& text) -> std::string {
+            char* end;
+            double x = std::strtod(text.c_str(), &end);
+            if (!text.empty() && !*end && x >= 0 && x <= 0.99) return "";
+            return lns::cat("'", text, "' is not a number from 0 to 0.99");
+        })
+        ->type_name("X");
     app.add_option("--shard-tokens", shard_tokens, "Tokens a shard, as 5000000, 500k, 100M")
         ->type_name("N");
     app.add_option("--threads", options.threads, "Threads that encode; the result is the same")
