@@ -98,6 +98,7 @@ std::string temporary_name(const std::string& path) {
 }
 
 AtomicFile::AtomicFile(const std::string& path) : path_(path), temporary_(temporary_name(path)) {
+    if (fs::is_directory(path)) fail("cannot write ", path, ": it is a directory");
     file_ = Fd(open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
     if (!file_) fail("cannot write ", path, ": ", reason(errno));
 }

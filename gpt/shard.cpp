@@ -69,7 +69,7 @@ Shard::Shard(const std::string& path) : path(path) {
         ~File() {
             if (fd >= 0) close(fd);
         }
-    } file{open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+    } file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)}; // a pipe would block
     if (file.fd < 0)
         fail("cannot open the shard ", path, ": ", std::strerror(errno),
              ". Shards are made with data/tokenize");
