@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <cmath>
 #include <set>
 
 #include "gpt/error.h"
@@ -137,6 +138,12 @@ void check_config(const Config& c) {
         if (size.value < 1)
             fail("the model's ", size.name, " is ", size.value, ", expected at least 1: set ",
                  size.flag);
+    const double parameters =
+        2. * c.vocab_size * c.width + 3. * c.layers * c.width * c.mlp_width +
+        2. * c.layers * c.width * (double(c.heads) + c.kv_heads) * c.head_size;
+    if (c.layers > 100000 || parameters > 1e15)
+        fail("a model of ", c.layers, " layers, width ", c.width, ", MLP width ", c.mlp_width,
+             " and vocabulary ", c.vocab_size, " fits no machine: check its sizes");
     if (c.heads % c.kv_heads)
         fail("the ", c.heads, " heads are not a multiple of the ", c.kv_heads,
              " kv heads: choose --heads and --kv-heads so that they are");
@@ -167,7 +174,6 @@ const std::set<std::string> harmless = {"_name_or_path",
                                         "torch_dtype",
                                         "transformers_version",
                                         "use_cache",
-                                        "initializer_range",
                                         "model_type",
                                         "max_window_layers",
                                         "pretraining_tp",
@@ -185,13 +191,9 @@ const std::set<std::string> harmless = {"_name_or_path",
                                         "unk_token_id",
                                         "sep_token_id",
                                         "decoder_start_token_id",
-                                        "sliding_window",
                                         "_attn_implementation",
-                                        "hidden_act",
                                         "lns_cpp",
-                                        "quantization_config_none",
-                                        "num_labels",
-                                        "vocab_size"};
+                                        "num_labels"};
 
 // Typed access to the fields, with errors that name the file and the field.
 struct Fields {
@@ -210,15 +212,16 @@ struct Fields {
             if (otherwise >= 0) return otherwise;
             fail(where, ": the field '", key, "' is missing");
         }
-        if (!value->is_number_integer() || value->get<double>() < 1 || value->get<double>() > 1e9)
+        if (!value->is_number_integer() || value->get<double>() < 1 || value->get<double>() > 1e8)
             fail(where, ": the field '", key, "' is ", value->dump(),
-                 ", expected a whole number from 1 to 1e9");
+                 ", expected a whole number from 1 to 1e8");
         return value->get<int>();
     }
     double number(const char* key, double otherwise) {
         const json* value = find(key);
         if (!value) return otherwise;
-        if (!value->is_number() || !(value->get<double>() > 0))
+        if (!value->is_number() || !(value->get<double>() > 0) ||
+            !std::isfinite(value->get<double>()))
             fail(where, ": the field '", key, "' is ", value->dump(),
                  ", expected a number above 0");
         return value->get<double>();
@@ -278,12 +281,16 @@ void read_llama_family(Fields& f, Config& c) {
     c.mlp_width = f.integer("intermediate_size");
     c.positions = f.integer("max_position_embeddings", 2048);
     if (const json* head_dim = f.find("head_dim"); head_dim) c.head_size = f.integer("head_dim");
+    // What transformers assumes when a field is absent.
     if (c.norm == NormType::rms)
-        c.norm_eps = f.number("rms_norm_eps", c.norm_eps);
+        c.norm_eps = f.number("rms_norm_eps", c.model_type == "olmo2" ? 1e-5 : 1e-6);
     else
         f.find("rms_norm_eps");
-    c.rope_theta = f.number("rope_theta", c.rope_theta);
+    c.rope_theta = f.number("rope_theta", 10000);
     if (const json* rope = f.find("rope_parameters")) { // transformers 5
+        if (!rope->is_object())
+            fail(f.where, ": the field 'rope_parameters' is ", rope->dump(),
+                 ", expected an object");
         for (const auto& [key, value] : rope->items()) {
             if (key == "rope_theta" && value.is_number())
                 c.rope_theta = value;
@@ -320,7 +327,9 @@ Config config_from_json(const std::string& text, const std::string& where) {
     Fields f{json::parse(text, nullptr, false), where, {}};
     if (!f.object.is_object()) fail(where, ": not a JSON object, expected a model's config.json");
     const json* type = f.find("model_type");
-    if (!type || !type->is_string()) fail(where, ": the field 'model_type' is missing");
+    if (!type) fail(where, ": the field 'model_type' is missing");
+    if (!type->is_string())
+        fail(where, ": the field 'model_type' is ", type->dump(), ", expected a string");
     std::string model_type = type->get<std::string>();
     const json* ours = f.find("lns_cpp");
     if (ours && model_type.rfind("lns-", 0) == 0) model_type = model_type.substr(4);
@@ -337,17 +346,30 @@ Config config_from_json(const std::string& text, const std::string& where) {
     bool tied = model_type == "gpt2"; // what transformers assumes when the field is absent
     c.tied = f.boolean("tie_word_embeddings", tied);
 
+    c.init_std = f.number("initializer_range", c.init_std);
+
     if (ours) {
         Fields o{*ours, where + ", lns_cpp", {}};
-        c.scheme = parse_scheme(o.text("scheme", c.scheme.name()));
-        parse_sites(o.text("lns_sites", "attn,mlp"), c.scheme);
+        if (!ours->is_object()) fail(o.where, ": not an object but ", ours->dump());
+        try {
+            c.scheme = parse_scheme(o.text("scheme", c.scheme.name()));
+            parse_sites(o.text("lns_sites", "attn,mlp"), c.scheme);
+        } catch (const Error& error) {
+            fail(o.where, ": ", error.what());
+        }
         const json* power = o.find("lns_power");
-        if (power && !power->is_number())
-            fail(o.where, ": the field 'lns_power' is ", power->dump(), ", expected a number");
+        if (power &&
+            !(power->is_number() && power->get<double>() >= 0 && power->get<double>() <= 10))
+            fail(o.where, ": the field 'lns_power' is ", power->dump(),
+                 ", expected a number from 0 to 10");
         if (power) c.scheme.lns_power = *power;
         c.preset = o.text("preset", "");
         c.init_std = o.number("init_std", c.init_std);
         c.embed_std = o.number("embed_std", c.init_std);
+        for (const auto& [key, value] : ours->items())
+            if (!o.used.count(key))
+                fail(o.where, ": the field '", key, "' (", value.dump(),
+                     ") is not known to this program: a newer one wrote it");
     }
     for (const auto& [key, value] : f.object.items())
         if (!f.used.count(key) && !harmless.count(key) && !value.is_null() && value != false)
