@@ -73,7 +73,9 @@ std::string describe_model(const Config& c, int B, int T) {
         cat("model      ", c.preset.empty() ? c.model_type : c.preset + ", " + c.model_type, ", ",
             plural(c.layers, "layer"), ", width ", c.width, ", ", plural(c.heads, "head"),
             c.kv_heads != c.heads ? cat(" (", c.kv_heads, " of keys and values)") : "", ", MLP ",
-            c.mlp_width, ", vocabulary ", c.vocab_size, ", norm scheme ", scheme, "\n\n");
+            c.mlp_width, ", vocabulary ", c.vocab_size, ", norm scheme ", scheme, "\n");
+    if (!c.scheme.warning().empty()) text += "WARNING: " + c.scheme.warning() + "\n";
+    text += "\n";
     for (const std::string& note : c.notes) text += "note: " + note + "\n";
     text += table.text();
     MemoryPlan m = plan_cpu_memory(c, B, T, true);
@@ -93,8 +95,7 @@ std::string describe_data(const Data& data, const Loader& train, const Loader& v
     auto line = [](const Loader& loader) {
         std::string text = loader.source->describe();
         if (loader.source->size() != TokenSource::endless)
-            text += cat(", ", format_count(double(loader.source->size())), " tokens, ",
-                        format_count(double(loader.windows_per_epoch())), " sequences");
+            text += cat(", ", format_count(double(loader.windows_per_epoch())), " sequences");
         return text;
     };
     std::string text = cat("data       ", line(train), "\n");
@@ -102,10 +103,14 @@ std::string describe_data(const Data& data, const Loader& train, const Loader& v
         text += cat("           seen ", number("%.3g", windows / double(train.windows_per_epoch())),
                     " times\n");
     text += cat("validation ", line(val), "\n");
-    text += cat("tokenizer  ",
-                data.id.vocab_size ? cat(data.id.kind, ", ", data.id.vocab_size, " tokens")
-                                   : "not known",
-                data.tokenizer ? "" : "; samples are token ids (name it with --tokenizer)", "\n");
+    text += cat(
+        "tokenizer  ",
+        data.id.vocab_size ? cat(data.id.kind, ", ", data.id.vocab_size, " tokens") : "not known",
+        data.tokenizer                  ? ""
+        : data.why_no_tokenizer.empty() ? "; samples are token ids (name it with "
+                                          "--tokenizer)"
+                                        : "; samples are token ids: " + data.why_no_tokenizer,
+        "\n");
     return text;
 }
 
@@ -119,7 +124,8 @@ std::string describe_schedule(const Schedule& s, const Options& o, int64_t token
         cat("optimizer  ", o.weight_decay > 0 ? cat("AdamW, decay ", o.weight_decay) : "Adam",
             ", betas ", o.beta1, " ", o.beta2, ", eps ", o.eps,
             o.grad_clip > 0 ? cat(", gradient clipped to ", o.grad_clip) : ", no clipping", "\n");
-    text += cat("schedule   ", s.kind, ", peak ", s.peak, " after ", s.warmup, " steps of warmup");
+    text += cat("schedule   ", s.kind, ", peak ", s.peak, " after ", plural(s.warmup, "step"),
+                " of warmup");
     if (s.kind != "constant") text += cat(", ", s.peak * s.final_fraction, " at the end");
     text += "\n";
     if (s.warmup >= s.steps && s.steps > 0)

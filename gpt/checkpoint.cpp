@@ -174,6 +174,13 @@ std::string find_checkpoint(const std::string& path) {
 std::string newest_checkpoint(const std::string& run) {
     if (fs::exists(run + "/config.json"))
         fail(run, " is a checkpoint: -o names the run's directory, which holds it");
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(run, error))
+        if (entry.path().filename().string().rfind("step-", 0) == 0 && entry.is_directory() &&
+            !fs::exists(entry.path() / "config.json"))
+            fail(entry.path().string(),
+                 " has no config.json, so it is not a whole checkpoint: put "
+                 "it back, or remove the directory to go on from what else is there");
     try {
         return latest_checkpoint(run);
     } catch (const Error&) {

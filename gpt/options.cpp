@@ -41,8 +41,15 @@ struct Flags {
         changes[option] = change;
         return option->group(group)->type_name(type)->capture_default_str();
     }
-    CLI::Option* text(const char* names, std::string& value, const char* type, const char* help) {
-        return add(app.add_option(names, value, help), type);
+    // A prompt may be empty. Elsewhere that is a shell's variable that is not set, as in -i
+    // "$DATA".
+    CLI::Option* text(const char* names, std::string& value, const char* type, const char* help,
+                      bool may_be_empty = false) {
+        auto check = [](const std::string& text) {
+            return text.empty() ? "there is no value: name one, or leave the flag out" : "";
+        };
+        CLI::Option* option = add(app.add_option(names, value, help), type);
+        return may_be_empty ? option : option->check(CLI::Validator(check, ""));
     }
     void flag(const char* names, bool& value, const char* help) {
         add(app.add_flag(names, value, help), "");
@@ -90,7 +97,8 @@ struct Flags {
 };
 
 void add_sampling(Flags& f, Options& o) {
-    f.text("--prompt", o.prompt, "TEXT", "what a sample continues; none: the start of a text");
+    f.text("--prompt", o.prompt, "TEXT", "what a sample continues; none: the start of a text",
+           true);
     f.number("--temperature", o.temperature, 0, 1000, "0: always the likeliest token");
     f.count("--top-k", o.top_k, 0, most, "draw from the k likeliest tokens; 0: from all");
     f.number("--top-p", o.top_p, 0, 1, "draw from the likeliest tokens of probability p together",
@@ -273,6 +281,8 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
     if (dynamic_cast<const CLI::ArgumentMismatch*>(&error))
         fail("the flag ", what.substr(0, what.find(':')), " needs a value; see --help");
     if (dynamic_cast<const CLI::RequiredError*>(&error)) fail(what, "; see --help");
+    if (dynamic_cast<const CLI::FileError*>(&error))
+        fail("the --config file cannot be read: ", what);
     fail(what);
 }
 
@@ -291,6 +301,7 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
     if (name[0] == '-')
         fail("there is no flag ", name, ".", name.size() > 2 ? did_you_mean(name, known) : "",
              " All flags: --help");
+    if (name == "sample" || name == "eval") fail("`", name, "` stands behind another command");
     fail("did not expect '", name, "'.", did_you_mean(name, {"sample", "eval"}),
          " The commands are `sample` and `eval`, each with a checkpoint, and none to train; see "
          "--help");
@@ -354,6 +365,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         add_machine(f, o);
     }
     // Unknown flags and keys are collected, for a better sentence than CLI11's.
+    app.require_subcommand(0, 1);
     for (CLI::App* a : {&app, sample, eval}) {
         a->allow_extras();
         a->allow_config_extras(CLI::config_extras_mode::capture);
@@ -377,6 +389,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
             std::cout << "  " << name << ": " << value << "\n";
         return o;
     }
+    if (resume == "true" || resume == "false") resume = resume == "true" ? "1" : "0"; // --config
     if (resume != "" && resume != "0" && resume != "1")
         fail("--resume is ", resume, ", expected nothing, 1 or 0");
     o.resume = y->count() > 0 && resume != "0";
@@ -385,6 +398,12 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                 : eval->parsed() ? Options::Command::eval
                                  : Options::Command::train;
     if (o.command != Options::Command::train) {
+        if (app.count("--config") == 0)
+            for (const CLI::Option* option : app.get_options())
+                if (option->count() > 0)
+                    fail(long_name(option), " stands before `", used.get_name(),
+                         "`, where the flags of training are: put those of `", used.get_name(),
+                         "` behind it");
         if (!eval->parsed()) return o;
         if (eval->count("--seq-len") == 0) o.seq_len = 0;
         if (eval->count("--val-tokens") == 0) o.val_tokens = 0;
@@ -401,13 +420,13 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         CLI::Option* option = app.get_option_no_throw(name);
         if (option && option->count() > 0 && option->as<std::string>() != value) {
             std::string now = option->as<std::string>();
+            std::string was = value.empty() || value == "0" ? "not given" : value;
             if (changes[option] == Change::fixed)
-                fail(name, " was ", value.empty() ? "not given" : value,
-                     " when this run began and is now ", now,
+                fail(name, " was ", was, " when this run began and is now ", now,
                      ": leave it out to go on, or start another run with another -o");
             if (changes[option] == Change::noted)
-                o.changes.push_back(cat(name, " was ", value.empty() ? "not given" : value,
-                                        " until now and is ", now, " from here on"));
+                o.changes.push_back(
+                    cat(name, " was ", was, " until now and is ", now, " from here on"));
         }
         if (option && value != option->get_default_str()) set_default(name, value);
     }
@@ -418,6 +437,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         else if (o.model == "tiny") {
             set_default("--seq-len", "128");
             set_default("--lr", "0.003");
+            set_default("--steps", "800");
             set_default("--val-tokens", "32768");
         }
     }
@@ -425,6 +445,9 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         if (changes.count(option) && changes[option] != Change::once)
             o.flags[long_name(option)] =
                 option->count() > 0 ? option->as<std::string>() : option->get_default_str();
+    for (const auto& [name, value] : o.flags) // checkpoints hold them as JSON
+        if (!is_utf8(value))
+            fail(name, " '", printable(value), "' is not UTF-8, and a checkpoint cannot name it");
     return o;
 }
 

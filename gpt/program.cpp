@@ -13,6 +13,7 @@
 #include "gpt/error.h"
 #include "gpt/options.h"
 #include "gpt/ranks.h"
+#include "gpt/rundir.h"
 #include "gpt/sample.h"
 #include "gpt/setup.h"
 #include "gpt/terminal.h"
@@ -129,7 +130,7 @@ int eval(const Options& o, const Ranks& ranks) {
              "): tokenize them with the model's");
     source->check_tokens(trained.config.vocab_size);
     const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
-    check_length(T, trained.config);
+    check_length(o.batch, T, trained.config);
     const int64_t wanted =
         o.val_tokens > 0 ? o.val_tokens : trained.count("--val-tokens", 10000000);
 
@@ -148,8 +149,9 @@ Options options_of(int argc, char** argv) {
     Options o = parse_options(argc, argv);
     if (o.command != Options::Command::train || !o.resume) return o;
     std::string checkpoint = newest_checkpoint(o.out);
-    if (checkpoint.empty()) return o;
-    return parse_options(argc, argv, read_trainer_state(checkpoint).flags);
+    SavedFlags saved =
+        checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
+    return saved.empty() ? o : parse_options(argc, argv, saved);
 }
 
 int dispatch(int argc, char** argv, const Ranks& ranks) {

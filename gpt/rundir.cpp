@@ -112,7 +112,8 @@ void RunDirectory::open_log() {
 }
 
 void RunDirectory::record(int argc, const char* const* argv,
-                          const std::map<std::string, std::string>& more) {
+                          const std::map<std::string, std::string>& more,
+                          const std::map<std::string, std::string>& options) {
     std::string name = (fs::path(path_) / "run.json").string();
     ordered_json record = {{"starts", ordered_json::array()}};
     if (fs::exists(name)) {
@@ -137,6 +138,7 @@ void RunDirectory::record(int argc, const char* const* argv,
     for (const auto& [feature, value] : build.features) start["features"][feature] = value;
     for (const auto& [key, value] : more) start[key] = value;
     record["starts"].push_back(start);
+    if (!options.empty()) record["options"] = options;
     // A path in the command need not be UTF-8.
     using Handler = ordered_json::error_handler_t;
     write_file_atomic(name, record.dump(2, ' ', false, Handler::replace) + "\n");
@@ -206,6 +208,16 @@ std::string latest_checkpoint(const std::string& path) {
     if (found.empty())
         fail(path, " holds no checkpoint: expected a config.json, or directories step-….");
     return found.back().second;
+}
+
+std::map<std::string, std::string> recorded_flags(const std::string& path) {
+    const std::string name = (fs::path(path) / "run.json").string();
+    if (!fs::is_regular_file(name)) return {};
+    try {
+        return nlohmann::json::parse(read_file(name)).at("options");
+    } catch (const nlohmann::json::exception&) {
+        return {};
+    }
 }
 
 std::string shell_quoted(int argc, const char* const* argv) {

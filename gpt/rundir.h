@@ -27,7 +27,8 @@ class RunDirectory {
     // Adds an entry to run.json: this command line, quoted for a shell, the working directory, the
     // time, the host, the build, and whatever else the caller knows.
     void record(int argc, const char* const* argv,
-                const std::map<std::string, std::string>& more = {});
+                const std::map<std::string, std::string>& more = {},
+                const std::map<std::string, std::string>& options = {});
 
     // Appends a line to log.jsonl, whole or not at all.
     void append(std::string_view json_line);
@@ -55,6 +56,9 @@ std::string default_run_path(const std::string& prefix);
 // The checkpoint that path names: path itself if it holds a config.json, else the last one of the
 // run directory path.
 std::string latest_checkpoint(const std::string& path);
+
+// The options that the run at path was last started with; empty if nothing says.
+std::map<std::string, std::string> recorded_flags(const std::string& path);
 
 // The words as a POSIX shell reads them back.
 std::string shell_quoted(int argc, const char* const* argv);

@@ -112,7 +112,7 @@ std::shared_ptr<TokenSource> open_validation(const std::string& pattern, int64_t
 }
 
 std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::string& pattern,
-                                          const TokenizerId& id) {
+                                          const TokenizerId& id, std::string* why_none) {
     std::string from = spec;
     if (from.empty() && !pattern.empty()) {
         std::string beside = shard_prefix(pattern) + "_tokenizer";
@@ -120,7 +120,14 @@ std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::st
     }
     if (from.empty() && id.kind == "bytes") from = "bytes";
     if (from.empty()) return nullptr;
-    std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(from);
+    std::unique_ptr<Tokenizer> tokenizer;
+    try {
+        tokenizer = load_tokenizer(from);
+    } catch (const Error& error) {
+        if (!spec.empty() || !why_none) throw;
+        *why_none = error.what();
+        return nullptr;
+    }
     if (id.vocab_size && tokenizer->id() != id)
         fail("the tokenizer '", from, "' (", tokenizer->id().kind, ", ", tokenizer->vocab_size(),
              " tokens) is not the one that made the tokens (", id.kind, ", ", id.vocab_size,
@@ -136,8 +143,8 @@ Data open_data(const Options& o) {
     Data data;
     if (o.train.empty() && !o.val.empty())
         fail("-j '", o.val, "' was given without -i: name shards to train on with -i");
+    data.train = open_tokens(o.train, uint64_t(o.seed)); // first: what is no shard says what it is
     const std::string val = validation_pattern(o.train, o.val);
-    data.train = open_tokens(o.train, uint64_t(o.seed));
     data.val = open_validation(val, o.seed);
     data.id = data.train->id();
     TokenizerId val_id = data.val->id();
@@ -146,14 +153,14 @@ Data open_data(const Options& o) {
              o.train, "' by ", data.id.kind, " of ", data.id.vocab_size, " tokens, '", val, "' by ",
              val_id.kind, " of ", val_id.vocab_size, ": tokenize both with one");
     if (!data.id.vocab_size) data.id = val_id;
-    data.tokenizer = find_tokenizer(o.tokenizer, o.train, data.id);
+    data.tokenizer = find_tokenizer(o.tokenizer, o.train, data.id, &data.why_no_tokenizer);
     if (data.tokenizer) data.id = data.tokenizer->id();
     return data;
 }
 
 void fit_vocabulary(const Options& o, Data& data, Config& config) {
     const bool free = o.vocab == 0 && o.init_from.empty() && data.id.vocab_size > 0 &&
-                      (config.preset == "tiny" || (config.preset.empty() && !o.model_given));
+                      (config.preset == "tiny" || o.model == "tiny");
     if (free) config.vocab_size = data.id.vocab_size;
     if (data.id.vocab_size > config.vocab_size)
         fail("the data has a vocabulary of ", data.id.vocab_size, " tokens (", data.id.kind,
@@ -163,10 +170,14 @@ void fit_vocabulary(const Options& o, Data& data, Config& config) {
     data.val->check_tokens(config.vocab_size);
 }
 
-void check_length(int64_t T, const Config& config) {
+void check_length(int64_t B, int64_t T, const Config& config) {
     if (T > config.positions)
         fail("--seq-len ", T, " is longer than the model's ", config.positions,
-             " positions: shorten it, or raise --positions");
+             " positions: shorten it, or train a model of more --positions");
+    const int64_t width = std::max({config.width, config.mlp_width, config.q_width()});
+    if (double(B) * double(T) * config.layers * double(width) > 1e15)
+        fail("--batch ", B, " x --seq-len ", T, " tokens in ", config.layers, " layers of width ",
+             width, " fit no machine's memory: lower one of them");
 }
 
 void check_machine(const Options& o) {

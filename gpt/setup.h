@@ -17,6 +17,7 @@ Config model_config(const Options& options);
 struct Data {
     std::shared_ptr<TokenSource> train, val;
     std::unique_ptr<Tokenizer> tokenizer; // null if nobody knows it: text is then token ids
+    std::string why_no_tokenizer;         // of one that lies beside the data and cannot be loaded
     TokenizerId id;                       // of the data; vocab_size 0 if not known
 };
 
@@ -31,15 +32,16 @@ std::shared_ptr<TokenSource> open_validation(const std::string& pattern, int64_t
 
 // --tokenizer, or what is saved beside the shards that `pattern` names ("" if none), or what `id`
 // says by itself; null if none of them. Throws if it is not the one that made the tokens.
+// Where `why_none` is given, one beside the shards that this build cannot load is told there.
 std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::string& pattern,
-                                          const TokenizerId& id);
+                                          const TokenizerId& id, std::string* why_none = nullptr);
 
 // Takes the data's vocabulary where neither a preset nor --vocab says one, and throws if the
 // data's tokens do not fit the model's.
 void fit_vocabulary(const Options& options, Data& data, Config& config);
 
-// Sequences of T tokens must fit the model's positions.
-void check_length(int64_t T, const Config& config);
+// Sequences of T tokens must fit the model's positions, and B of them any machine at all.
+void check_length(int64_t B, int64_t T, const Config& config);
 
 // Throws for what this build cannot do: --dtype bf16, --device cuda.
 void check_machine(const Options& options);

@@ -186,6 +186,15 @@ std::string printable(std::string_view text) {
     return out;
 }
 
+bool is_utf8(std::string_view text) {
+    for (size_t i = 0; i < text.size();) {
+        int length = decode(text, i).length;
+        if (length == 0) return false;
+        i += size_t(length);
+    }
+    return true;
+}
+
 bool locale_is_utf8() {
     for (const char* name : {"LC_ALL", "LC_CTYPE", "LANG"}) {
         const char* value = std::getenv(name);

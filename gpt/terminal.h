@@ -28,6 +28,7 @@ int display_width(std::string_view text);
 // Text from a model or a file as a terminal may show it: invalid UTF-8 becomes U+FFFD, control
 // characters but newline and tab become ^X.
 std::string printable(std::string_view text);
+bool is_utf8(std::string_view text);
 bool locale_is_utf8();
 // A terminal on which a line can be redrawn.
 bool is_interactive(FILE* out);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <filesystem>
 #include <optional>
+#include <unistd.h>
 
 #include "gpt/banner.h"
 #include "gpt/checkpoint.h"
@@ -218,17 +219,26 @@ void prepare(Run& run, const std::string& resume_from) {
     if (!resume_from.empty()) o.vocab = run.config.vocab_size; // the data cannot change it now
     run.data = open_data(o);
     fit_vocabulary(o, run.data, run.config);
-    check_length(o.seq_len, run.config);
+    check_length(o.batch, o.seq_len, run.config);
     run.tokens_per_step = checked_total_batch(o, run.ranks);
     o.flags["--total-batch"] = std::to_string(run.tokens_per_step);
     run.B = int(o.batch), run.T = int(o.seq_len);
     run.micro_batches = int(run.tokens_per_step / (o.batch * o.seq_len * run.ranks.size));
-    run.inputs.resize(size_t(run.micro_batches) * run.B * run.T);
-    run.targets.resize(run.inputs.size());
     run.loader.emplace(run.data.train, run.T, uint64_t(o.seed), true);
     run.val_loader.emplace(run.data.val, run.T, 0, false);
     run.schedule = {o.lr_schedule, o.lr, o.steps, o.warmup_steps(), o.final_lr_frac};
     run.flops = flops_per_token(run.config, run.T);
+}
+
+// Throws if training needs more memory than this machine has: it would be killed without a word.
+void check_memory(int B, int T, const Config& config) {
+#ifdef _SC_PHYS_PAGES
+    const double has = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
+    const double needs = double(plan_cpu_memory(config, B, T, true).total());
+    if (has > 0 && needs > has)
+        fail("training needs ", format_bytes(needs), " of memory and this machine has ",
+             format_bytes(has), ": lower --batch, --seq-len or the model's size");
+#endif
 }
 
 // The banner.
@@ -258,11 +268,15 @@ void open_directory(Run& run, bool goes_on) {
     run.directory->record(int(argv.size()), argv.data(),
                           {{"ranks", std::to_string(run.ranks.size)},
                            {"threads", std::to_string(run.threads)},
-                           {"from_step", std::to_string(run.state.step)}});
+                           {"from_step", std::to_string(run.state.step)}},
+                          o.flags);
 }
 
 // Weights, moments and the place in the data, of a new run or of one that goes on.
 void start(Run& run, const std::string& resume_from) {
+    check_memory(run.B, run.T, run.config);
+    run.inputs.resize(size_t(run.micro_batches) * run.B * run.T);
+    run.targets.resize(run.inputs.size());
     run.model = make_cpu_model(run.config, run.B, run.T, true);
     run.model->initialize(uint64_t(run.o.seed));
     if (!run.o.init_from.empty() && resume_from.empty()) load_weights(*run.model, run.o.init_from);
@@ -298,14 +312,15 @@ std::string log_line(const Run& run, const Step& step, double val_loss) {
     return line.dump();
 }
 
-// "step 120/500  loss 2.104  lr 9.8e-04  |g| 0.52  12.3K tok/s  MFU 34%  1m20s left"
+// "step 120/500  loss 2.104  12.3K tok/s  MFU 34%  1m20s left  lr 9.8e-04  |g| 0.52": a narrow
+// terminal cuts the end off.
 std::string progress_line(const Run& run, const Step& step, double seconds_a_step) {
     double tokens_per_s = double(run.tokens_per_step) / seconds_a_step;
-    return cat("step ", run.state.step, "/", run.o.steps, number("  loss %.3f", step.loss),
-               number("  lr %.1e", step.lr), number("  |g| %.3g", step.grad_norm), "  ",
+    return cat("step ", run.state.step, "/", run.o.steps, number("  loss %.3f", step.loss), "  ",
                format_count(tokens_per_s), " tok/s",
                number("  MFU %.0f%%", 100 * run.flops * tokens_per_s / run.peak), "  ",
-               format_duration(seconds_a_step * double(run.o.steps - run.state.step)), " left");
+               format_duration(seconds_a_step * double(run.o.steps - run.state.step)), " left",
+               number("  lr %.1e", step.lr), number("  |g| %.3g", step.grad_norm));
 }
 
 // What a stopped or finished run tells at its end.
@@ -319,7 +334,7 @@ std::string how_to_go_on(const Run& run, bool finished) {
                format_duration(run.state.seconds), " of training\nrun directory: ", run.o.out,
                "\nsample it:     ", program, " sample ", dir,
                " --prompt TEXT\ntrain longer:  ", launcher, program, " -o ", dir, " -y -x ",
-               2 * run.o.steps);
+               2 * std::max({run.o.steps, run.state.step, int64_t(1)}));
 }
 
 // Steps until the last, or until a signal. False if stopped by one.
@@ -358,7 +373,10 @@ bool loop(Run& run) {
             try {
                 save(run);
             } catch (const Error& error) { // a full disk may have room again next time
-                if (last || stop) throw;
+                if (last || stop)
+                    fail(error.what(), ". Step ", n, " is not saved; ",
+                         run.last_checkpoint.empty() ? "there is no checkpoint"
+                                                     : "-y goes on from " + run.last_checkpoint);
                 run.print(cat("WARNING: no checkpoint at step ", n, ": ", error.what(),
                               "; training goes on, ",
                               run.last_checkpoint.empty() ? "nothing is saved yet"

@@ -5,6 +5,8 @@
 
 #include <nlohmann/json.hpp>
 #include <sys/mount.h>
+#include <sys/stat.h>
+#include <tuple>
 #include <unistd.h>
 
 using namespace lns;
@@ -92,6 +94,15 @@ TEST(BadInput, Flags) {
     EXPECT_TRUE(fails_with("--layrs 3", {"--layrs", "'--layers'"}));
     EXPECT_TRUE(fails_with("-b x", {"--batch", "'x'"}));
     EXPECT_TRUE(fails_with("-n pree", {"'pree'", "'pre'"}));
+    EXPECT_TRUE(fails_with("-n lsn", {"'lsn'", "Did you mean 'lns'"}));
+    EXPECT_TRUE(fails_with("-i ''", {"--train", "no value"}));
+    EXPECT_TRUE(fails_with("--config /none", {"--config", "/none"}));
+    EXPECT_TRUE(fails_with("--prompt \"$(printf '\\377')\"", {"--prompt", "UTF-8"}));
+    EXPECT_TRUE(fails_with("--prompt x sample /none", {"--prompt", "before `sample`"}));
+    EXPECT_TRUE(fails_with("sample /none eval /none", {"`eval`"}));
+    EXPECT_TRUE(fails_with("--width 1000000 --layers 100000", {"fits no machine"}));
+    EXPECT_TRUE(fails_with("-b 1000000 -t 1000 --layers 100", {"memory", "--batch"}));
+    EXPECT_TRUE(fails_with(small_model + "--dump-state /tmp", {"/tmp", "directory"}));
     EXPECT_TRUE(fails_with("-m tinny", {"'tinny'", "'tiny'"}));
     EXPECT_TRUE(fails_with("--dtype bf16", {"bf16", "float32"}));
     EXPECT_TRUE(fails_with("--device cuda", {"cuda", "no CUDA"}));
@@ -108,6 +119,11 @@ TEST(BadInput, Shards) {
     Shards s;
     std::string whole = read_bytes(s.train);
     EXPECT_TRUE(s.fails("-i " + s / "none.bin", {"none.bin"}));
+    EXPECT_TRUE(s.fails("-i " + s.path, {s.path, "directory"}));
+    write_bytes(s / "text.txt", "Once upon a time\n");
+    EXPECT_TRUE(s.fails("-i " + s / "text.txt", {"text.txt", "data/tokenize"}));
+    ASSERT_EQ(mkfifo((s / "pipe").c_str(), 0600), 0);
+    EXPECT_TRUE(s.fails("-i " + s / "pipe", {"pipe", "not a regular file"}));
     write_bytes(s.train, "");
     EXPECT_TRUE(s.fails("", {s.train, "empty"}));
     write_bytes(s.train, whole.substr(0, whole.size() - 100));
@@ -136,6 +152,23 @@ TEST(BadInput, ConfigJson) {
     config.erase("num_hidden_layers");
     write_bytes(dir / "config.json", config.dump());
     EXPECT_TRUE(fails_with("-m " + dir.path, {dir / "config.json", "num_hidden_layers"}));
+    config = nlohmann::json::parse(config_to_json(preset_config("llama-9m")));
+    for (const auto& [key, value, told] :
+         std::vector<std::tuple<std::string, nlohmann::json, std::string>>{
+             {"rope_parameters", "x", "an object"},
+             {"initializer_range", "x", "a number"},
+             {"hidden_size", 1000000000, "1e8"},
+             {"lns_cpp", 3, "not an object"},
+             {"lns_cpp", {{"scheme", "lsn"}}, "'lns'"},
+             {"lns_cpp", {{"later", 1}}, "later"}}) {
+        auto other = config;
+        other[key] = value;
+        write_bytes(dir / "config.json", other.dump());
+        EXPECT_TRUE(fails_with("-m " + dir.path, {dir / "config.json", key, told}));
+    }
+    config.erase("lns_cpp");
+    config["initializer_range"] = 0.5;
+    EXPECT_EQ(config_from_json(config.dump(), "x").init_std, 0.5);
     write_bytes(dir / "config.json", "{");
     EXPECT_TRUE(fails_with("-m " + dir.path, {dir / "config.json", "JSON"}));
     EXPECT_TRUE(fails_with("-m " + dir / "none", {"none"}));

@@ -129,6 +129,24 @@ TEST(Train, ResumeWhereNothingIsYetBegins) {
     EXPECT_TRUE(says(f.output, {"no checkpoint", "from the beginning", "step 2/2"}));
 }
 
+TEST(Train, ARunKilledBeforeItsFirstCheckpointBeginsAgainAsItWas) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    const std::string out = dir / "run";
+    run("./train_gpt " + small_model + "-n post -x 10000000 --save-every 0 -o " + out +
+        " >/dev/null & pid=$!\nuntil [ -s " + out + "/log.jsonl ]; do sleep 0.05; done\n" +
+        "kill -KILL $pid; wait $pid");
+    Finished f = train_gpt("-y -x 2 -o " + out);
+    EXPECT_EQ(f.status, 0) << f.output;
+    EXPECT_TRUE(says(f.output, {"2 layers, width 16", "post", "no checkpoint", "step 2/2"}));
+    EXPECT_EQ(log_of(out).size(), 2u);
+
+    // What is left of a broken checkpoint is no reason to begin again.
+    fs::remove(out + "/step-000002/config.json");
+    EXPECT_TRUE(fails_with("-y -o " + out, {"step-000002", "config.json"}));
+    EXPECT_EQ(log_of(out).size(), 2u);
+}
+
 TEST(Train, TheSameCommandGivesTheSameBits) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
@@ -227,7 +245,7 @@ TEST(Train, AFullDiskWhileTrainingLosesNothing) {
     TemporaryDirectory dir;
     // A limit on the size of a file stands for the full disk: a checkpoint's files are larger.
     auto limited = [&](const std::string& arguments) {
-        return run("trap '' XFSZ; ulimit -f 8; ./train_gpt " + arguments + " -o " + dir / "run");
+        return run("trap '' XFSZ; ulimit -f 32; ./train_gpt " + arguments + " -o " + dir / "run");
     };
     ASSERT_RUNS(small_model + "-x 4 -o " + dir / "run");
     const std::string before = read_bytes(dir / "run/step-000004/model.safetensors");
