@@ -59,6 +59,14 @@ std::string Scheme::sites() const {
     return lns_attn && lns_mlp ? "attn,mlp" : lns_attn ? "attn" : "mlp";
 }
 
+std::string Scheme::warning() const {
+    if (row->depth == DepthScale::none || !scaled_init) return "";
+    return cat("the LNS paper (arXiv 2502.05795) found scaled initialization to conflict with ",
+               row->name,
+               ": it holds deep layers back twice. Leave out +scaled-init, unless that is "
+               "what you study");
+}
+
 std::string Scheme::name() const {
     std::string text = row->name;
     if (mix_layers >= 0) text += ":" + std::to_string(mix_layers);

@@ -51,8 +51,9 @@ struct Scheme {
     double lns_power = 0.5;               // p of ℓ^(−p)
     bool lns_attn = true, lns_mlp = true; // the sublayers whose in-norms are scaled
 
-    std::string name() const;  // as parse_scheme reads it
-    std::string sites() const; // "attn,mlp", as --lns-sites has it
+    std::string name() const;    // as parse_scheme reads it
+    std::string sites() const;   // "attn,mlp", as --lns-sites has it
+    std::string warning() const; // what a user of this combination should know, or ""
 };
 
 // Throws for an unknown name, with the near ones.
