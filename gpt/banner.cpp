@@ -73,7 +73,9 @@ std::string describe_model(const Config& c, int B, int T) {
         cat("model      ", c.preset.empty() ? c.model_type : c.preset + ", " + c.model_type, ", ",
             plural(c.layers, "layer"), ", width ", c.width, ", ", plural(c.heads, "head"),
             c.kv_heads != c.heads ? cat(" (", c.kv_heads, " of keys and values)") : "", ", MLP ",
-            c.mlp_width, ", vocabulary ", c.vocab_size, ", norm scheme ", scheme, "\n\n");
+            c.mlp_width, ", vocabulary ", c.vocab_size, ", norm scheme ", scheme, "\n");
+    if (!c.scheme.warning().empty()) text += "WARNING: " + c.scheme.warning() + "\n";
+    text += "\n";
     for (const std::string& note : c.notes) text += "note: " + note + "\n";
     text += table.text();
     MemoryPlan m = plan_cpu_memory(c, B, T, true);
