@@ -275,7 +275,8 @@ void junction_backward(const Junction& j, NormType type, const S* r_prev, const 
         A *in_weight = part(0, grads.in_weight), *in_bias = part(1, grads.in_bias),
           *out_weight = part(2, grads.out_weight), *out_bias = part(3, grads.out_bias),
           *branch_weight = part(4, grads.branch_weight), *branch_bias = part(5, grads.branch_bias);
-        A *gamma_sum = sums + 6 * C, *gate_sum = sums + 7 * C;
+        A* gamma_sum = sums + 6 * C;
+        double gate_sum = 0, scalar_gamma_sum = 0; // over all channels: much cancels
         A* dz = thread_scratch<A>(3 * C); // gradient of r, then of what came before, step by step
         A *z = dz + C, *y = dz + 2 * C;   // r before the out-norm; b after the branch norm
 
@@ -310,21 +311,21 @@ void junction_backward(const Junction& j, NormType type, const S* r_prev, const 
                 }
             }
             if (j.gate && !j.gate_on_skip) { // no out-norm; stop() passes no gradient: dz stays
-                A dot = 0;
+                double dot = 0;
 #pragma omp simd reduction(+ : dot)
-                for (int i = 0; i < C; i++) dot += dz[i] * z[i];
-                *gate_sum -= dgate * dot;
+                for (int i = 0; i < C; i++) dot += double(dz[i]) * double(z[i]);
+                gate_sum -= dgate * dot;
             }
             if (j.out_norm)
                 norm_row_backward(type, st.out, z, p.out_weight, dz, dz, out_weight, out_bias, C);
 
-            A dot = 0;
+            double dot = 0;
             for (int i = 0; i < C; i++) {
                 A d = skip * dz[i];
-                if (j.gate_on_skip) dot += d * A(r_prev[at + i]);
+                if (j.gate_on_skip) dot += double(d) * double(r_prev[at + i]);
                 dr[at + i] = S(d);
             }
-            if (j.gate_on_skip) *gate_sum -= dgate * dot;
+            gate_sum -= dgate * dot;
             if (!j.branch) continue;
 
             if (j.gamma == Gamma::vector)
@@ -334,7 +335,7 @@ void junction_backward(const Junction& j, NormType type, const S* r_prev, const 
                 }
             if (j.gamma == Gamma::scalar)
                 for (int i = 0; i < C; i++) {
-                    gamma_sum[0] += dz[i] * y[i];
+                    scalar_gamma_sum += double(dz[i]) * double(y[i]);
                     dz[i] *= A(*p.gamma);
                 }
             if (j.branch_norm)
@@ -342,6 +343,8 @@ void junction_backward(const Junction& j, NormType type, const S* r_prev, const 
                                   branch_bias, C);
             for (int i = 0; i < C; i++) db[at + i] = S(dz[i]);
         }
+        if (j.gamma == Gamma::scalar) gamma_sum[0] = A(scalar_gamma_sum);
+        sums[7 * C] = A(gate_sum);
     }
     auto gather = [&](A* grad, int64_t from, int64_t n) {
         for (int64_t chunk = 0; grad && chunk < chunks; chunk++)

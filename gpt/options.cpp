@@ -153,7 +153,7 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
     f.change = Change::noted;
     f.count("-b,--batch", o.batch, 1, 1000000, "sequences of a micro-batch, on each rank");
     f.change = Change::fixed;
-    f.count("-t,--seq-len", o.seq_len, 1, 100000000, "tokens of a sequence");
+    f.count("-t,--seq-len", o.seq_len, 1, 100000000, "tokens of a sequence; tiny's default is 128");
     f.count("-d,--total-batch", o.total_batch, 0, most,
             "tokens of a step, over all ranks; 0: one micro-batch on each");
     f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(),
@@ -165,7 +165,7 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
              "paper: batch, length, Adam, schedule and embeddings of arXiv 2502.05795");
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, std::numeric_limits<int64_t>::max(), "of the whole run");
-    f.number("-l,--lr", o.lr, 0, infinity, "learning rate at its peak");
+    f.number("-l,--lr", o.lr, 0, infinity, "learning rate at its peak; tiny's default is 0.003");
     f.choice("--lr-schedule", o.lr_schedule, schedule_kinds,
              "cosine, linear, wsd (constant, then down over the last fifth) or constant");
     auto warmup = [](std::string& text) -> std::string {
@@ -437,7 +437,6 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         else if (o.model == "tiny") {
             set_default("--seq-len", "128");
             set_default("--lr", "0.003");
-            set_default("--steps", "800");
             set_default("--val-tokens", "32768");
         }
     }
