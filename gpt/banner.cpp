@@ -11,12 +11,6 @@ namespace lns {
 
 namespace {
 
-std::string number(const char* format, double x) {
-    char text[64];
-    std::snprintf(text, sizeof text, format, x);
-    return text;
-}
-
 // "model.layers.3.mlp.up_proj.weight" as "model.layers.*.mlp.up_proj.weight".
 std::string kind_of(const std::string& name) {
     for (const char* layers : {"model.layers.", "transformer.h."})
@@ -38,7 +32,7 @@ std::string describe_machine(int threads, const Ranks& ranks, double peak) {
     text += cat("machine    ", cpu_features(), "\n");
     text += cat("           ", plural(threads, "thread"),
                 ranks.size > 1 ? cat(" on each of ", ranks.size, " ranks") : "");
-    if (peak > 0) text += number("; measured peak %.0f GFLOP/s in float32", peak / 1e9);
+    if (peak > 0) text += format_number("; measured peak %.0f GFLOP/s in float32", peak / 1e9);
     return text + "\n";
 }
 
@@ -100,8 +94,8 @@ std::string describe_data(const Data& data, const Loader& train, const Loader& v
     };
     std::string text = cat("data       ", line(train), "\n");
     if (train.source->size() != TokenSource::endless)
-        text += cat("           seen ", number("%.3g", windows / double(train.windows_per_epoch())),
-                    " times\n");
+        text += cat("           seen ",
+                    format_number("%.3g", windows / double(train.windows_per_epoch())), " times\n");
     text += cat("validation ", line(val), "\n");
     text += cat(
         "tokenizer  ",
@@ -142,8 +136,8 @@ std::string describe_variance(const std::vector<double>& variance) {
     Table table;
     table.headers = {"layer", "variance of its output", ""};
     for (size_t l = 0; l < variance.size(); l++)
-        table.rows.push_back({l == 0 ? "embed" : std::to_string(l), number("%.4g", variance[l]),
-                              bar(variance[l], max, 40)});
+        table.rows.push_back({l == 0 ? "embed" : std::to_string(l),
+                              format_number("%.4g", variance[l]), bar(variance[l], max, 40)});
     return table.text();
 }
 

@@ -13,15 +13,9 @@
 namespace lns {
 namespace {
 
-std::string printed(const char* format, double value) {
-    char text[64];
-    std::snprintf(text, sizeof text, format, value);
-    return text;
-}
-
 // Three significant digits: 1.23, 12.3, 123.
 std::string three_digits(double value) {
-    return printed(value < 9.995 ? "%.2f" : value < 99.95 ? "%.1f" : "%.0f", value);
+    return format_number(value < 9.995 ? "%.2f" : value < 99.95 ? "%.1f" : "%.0f", value);
 }
 
 // The code point at text[i], and its length in bytes; length 0 where it is not valid UTF-8.
@@ -78,10 +72,16 @@ volatile std::sig_atomic_t stop_flag = 0;
 
 } // namespace
 
+std::string format_number(const char* format, double value) {
+    char text[64];
+    std::snprintf(text, sizeof text, format, value);
+    return text;
+}
+
 std::string format_count(double count) {
-    if (!std::isfinite(count)) return printed("%g", count);
+    if (!std::isfinite(count)) return format_number("%g", count);
     if (count < 0) return "-" + format_count(-count);
-    if (count < 999.5) return printed("%.0f", count);
+    if (count < 999.5) return format_number("%.0f", count);
     const char* units[] = {"K", "M", "B", "T"};
     int unit = 0;
     for (count /= 1000; count >= 999.5 && unit < 3; unit++) count /= 1000;
@@ -89,8 +89,8 @@ std::string format_count(double count) {
 }
 
 std::string format_bytes(double bytes) {
-    if (!std::isfinite(bytes)) return printed("%g B", bytes);
-    if (bytes < 1023.5) return printed("%.0f B", bytes);
+    if (!std::isfinite(bytes)) return format_number("%g B", bytes);
+    if (bytes < 1023.5) return format_number("%.0f B", bytes);
     const char* units[] = {"KiB", "MiB", "GiB", "TiB"};
     int unit = 0;
     for (bytes /= 1024; bytes >= 1023.5 && unit < 3; unit++) bytes /= 1024;
@@ -99,7 +99,7 @@ std::string format_bytes(double bytes) {
 
 std::string format_duration(double seconds) {
     if (!std::isfinite(seconds) || seconds < 0) return "?";
-    if (seconds < 59.95) return printed("%.1fs", seconds);
+    if (seconds < 59.95) return format_number("%.1fs", seconds);
     if (seconds > 1e12) return "ages";
     auto two = [](int64_t big, const char* unit, int64_t small, const char* small_unit) {
         return cat(big, unit, small < 10 ? "0" : "", small, small_unit);

@@ -13,6 +13,9 @@
 
 namespace lns {
 
+// One number as printf's format has it, with what the format says around it.
+std::string format_number(const char* format, double value);
+
 // 1234567 -> 1.23M; below 1000 as it is. K, M, B, T are powers of 1000.
 std::string format_count(double count);
 // 1536 -> 1.50 KiB. Powers of 1024.

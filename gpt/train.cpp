@@ -29,12 +29,6 @@ double now() {
         .count();
 }
 
-std::string number(const char* format, double x) {
-    char text[64];
-    std::snprintf(text, sizeof text, format, x);
-    return text;
-}
-
 // Everything that a run holds.
 struct Run {
     Options o;
@@ -298,7 +292,7 @@ void start(Run& run, const std::string& resume_from) {
 }
 
 std::string log_line(const Run& run, const Step& step, double val_loss) {
-    auto number = [](double x) { return std::isfinite(x) ? nlohmann::json(x) : nlohmann::json(); };
+    auto finite = [](double x) { return std::isfinite(x) ? nlohmann::json(x) : nlohmann::json(); };
     double tokens_per_s = double(run.tokens_per_step) / step.seconds;
     nlohmann::ordered_json line = {{"step", run.state.step}, {"loss", step.loss}};
     if (std::isfinite(val_loss))
@@ -307,7 +301,7 @@ std::string log_line(const Run& run, const Step& step, double val_loss) {
     line["grad_norm"] = step.grad_norm;
     line["tokens"] = run.state.tokens;
     line["tokens_per_s"] = tokens_per_s;
-    line["mfu"] = number(run.flops * tokens_per_s / run.peak);
+    line["mfu"] = finite(run.flops * tokens_per_s / run.peak);
     line["seconds"] = run.state.seconds;
     return line.dump();
 }
@@ -316,11 +310,11 @@ std::string log_line(const Run& run, const Step& step, double val_loss) {
 // terminal cuts the end off.
 std::string progress_line(const Run& run, const Step& step, double seconds_a_step) {
     double tokens_per_s = double(run.tokens_per_step) / seconds_a_step;
-    return cat("step ", run.state.step, "/", run.o.steps, number("  loss %.3f", step.loss), "  ",
-               format_count(tokens_per_s), " tok/s",
-               number("  MFU %.0f%%", 100 * run.flops * tokens_per_s / run.peak), "  ",
+    return cat("step ", run.state.step, "/", run.o.steps, format_number("  loss %.3f", step.loss),
+               "  ", format_count(tokens_per_s), " tok/s",
+               format_number("  MFU %.0f%%", 100 * run.flops * tokens_per_s / run.peak), "  ",
                format_duration(seconds_a_step * double(run.o.steps - run.state.step)), " left",
-               number("  lr %.1e", step.lr), number("  |g| %.3g", step.grad_norm));
+               format_number("  lr %.1e", step.lr), format_number("  |g| %.3g", step.grad_norm));
 }
 
 // What a stopped or finished run tells at its end.
@@ -363,8 +357,8 @@ bool loop(Run& run) {
         }
         run.progress.update(progress_line(run, step, seconds / steps), last || stop);
         if (std::isfinite(val_loss))
-            run.print(cat("step ", n, number("  validation loss %.4f", val_loss),
-                          number("  perplexity %.2f", std::exp(val_loss))));
+            run.print(cat("step ", n, format_number("  validation loss %.4f", val_loss),
+                          format_number("  perplexity %.2f", std::exp(val_loss))));
         if (o.sample_tokens > 0 && (last || (due(o.sample_every) && !stop)))
             run.print(cat("step ", n, "  sample:\n", sample_text(run), "\n"));
         if (last || stop || due(o.save_every)) {
@@ -419,8 +413,8 @@ int train(Options options, const Ranks& ranks) {
     if (o.dry_run) {
         double step = run.flops * double(run.tokens_per_step);
         run.print(cat("compute    ", format_count(run.flops), " FLOPs a token, ",
-                      format_count(step), " FLOPs a step, ", number("%.3g", step * double(o.steps)),
-                      " FLOPs in all"));
+                      format_count(step), " FLOPs a step, ",
+                      format_number("%.3g", step * double(o.steps)), " FLOPs in all"));
         return 0;
     }
 
