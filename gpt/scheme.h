@@ -25,19 +25,18 @@ enum class Layers { none, all, first_k, after_k };   // the layers ℓ that have
 enum class Gamma { none, vector, scalar };           // a learned factor on the branch
 enum class DepthScale { none, output, init_weight }; // what ℓ^(−power) multiplies at the in-norm
 
-// One row. A function of L or ℓ that is null stands for the constant 1 (of init: for a normal).
+// One row. A function of L that is null stands for the constant 1; of init, for a plain normal.
 struct SchemeRow {
     const char* name;
     Layers branch_norm, out_norm, in_norm;
-    bool embed_norm;             // junction 0 has an out-norm
-    double (*skip)(int L);       // factor of r
-    DepthScale depth;            // LayerNorm Scaling
-    Gamma gamma;                 //
-    double (*gamma_init)(int L); // γ's initial value
-    double (*xavier_gain)(
-        int L);         // V, O and the MLP start Xavier-normal with this gain; Q, K with 1
-    const char* what;   // for --help and the README
-    const char* source; // the paper
+    bool embed_norm;              // junction 0 has an out-norm
+    double (*skip)(int L);        // factor of r
+    DepthScale depth;             // LayerNorm Scaling
+    Gamma gamma;                  // LayerScale, SkipInit
+    double (*gamma_init)(int L);  // γ's initial value
+    double (*xavier_gain)(int L); // V, O, MLP start Xavier-normal with this gain; Q and K with 1
+    const char* what;             // for --help and the README
+    const char* source;           // the paper
 };
 
 const std::vector<SchemeRow>& scheme_table();

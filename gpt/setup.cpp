@@ -69,6 +69,10 @@ Config model_config(const Options& o) {
     if (!o.norm.empty()) c.scheme = parse_scheme(o.norm);
     if (o.lns_power != standard.lns_power) c.scheme.lns_power = o.lns_power;
     if (o.lns_sites != standard.lns_sites) parse_sites(o.lns_sites, c.scheme);
+    const bool lns_flags = o.lns_power != standard.lns_power || o.lns_sites != standard.lns_sites;
+    if (lns_flags && c.scheme.row->depth == DepthScale::none)
+        fail("--lns-power and --lns-sites change only -n lns and -n lns-init, and the scheme is '",
+             c.scheme.name(), "': leave them out, or ask for one of the two");
     if (o.init_std > 0) c.init_std = o.init_std;
     if (o.embed_std > 0) c.embed_std = o.embed_std;
     complete_config(c);

@@ -2,6 +2,8 @@
 #include "dev/test/program_helpers.h"
 
 #include "gpt/config.h"
+#include "gpt/error.h"
+#include "gpt/files.h"
 
 #include <nlohmann/json.hpp>
 #include <sys/mount.h>
@@ -89,12 +91,20 @@ TEST(Program, HelpAndVersion) {
     EXPECT_TRUE(says(train_gpt("--version").output, {"train_gpt ", "OpenMP"}));
 }
 
+// The README's table of schemes and the program's.
+TEST(Readme, NamesEveryScheme) {
+    const std::string readme = read_file("README.md");
+    for (const SchemeRow& row : scheme_table())
+        EXPECT_NE(readme.find(cat("| `", row.name, "`")), std::string::npos) << row.name;
+}
+
 TEST(BadInput, Flags) {
     NEEDS_PROGRAM();
     EXPECT_TRUE(fails_with("--layrs 3", {"--layrs", "'--layers'"}));
     EXPECT_TRUE(fails_with("-b x", {"--batch", "'x'"}));
     EXPECT_TRUE(fails_with("-n pree", {"'pree'", "'pre'"}));
     EXPECT_TRUE(fails_with("-n lsn", {"'lsn'", "Did you mean 'lns'"}));
+    EXPECT_TRUE(fails_with("-n pre --lns-power 1", {"--lns-power", "'pre'"}));
     EXPECT_TRUE(fails_with("-i ''", {"--train", "no value"}));
     EXPECT_TRUE(fails_with("--config /none", {"--config", "/none"}));
     EXPECT_TRUE(fails_with("--prompt \"$(printf '\\377')\"", {"--prompt", "UTF-8"}));
