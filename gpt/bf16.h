@@ -1,5 +1,5 @@
-// bfloat16: float32's sign and exponent and the first 7 bits of its fraction, so 8 significant bits
-// and a relative error of at most 1/256 (half of that, rounded to nearest).
+// bfloat16: the sign and exponent of float32 and the first 7 bits of its fraction. With the leading
+// 1 that makes 8 significant bits, so rounding to nearest is off by at most 1/256.
 #pragma once
 
 #include <bit>
