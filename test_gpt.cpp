@@ -183,9 +183,8 @@ Row check_embedding() {
                            embedding_forward(out.y.data(), tokens.data(), x[0].data(), x[1].data(),
                                              0, B * T, T, C);
                            if (!c.empty())
-                               embedding_backward<S>(out.gradients[0].data(),
-                                                     out.gradients[1].data(), tokens.data(),
-                                                     c.data(), B, T, C);
+                               embedding_backward(out.gradients[0].data(), out.gradients[1].data(),
+                                                  tokens.data(), c.data(), B, T, C);
                            return out;
                        });
 }
@@ -199,9 +198,9 @@ Row check_linear(int rows, int C, int OC) {
             linear_forward(out.y.data(), x[0].data(), x[1].data(), x[2].data(), rows, C, OC);
             for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
             if (!c.empty())
-                linear_backward<S>(out.gradients[0].data(), out.gradients[1].data(),
-                                   out.gradients[2].data(), c.data(), x[0].data(), x[1].data(),
-                                   rows, C, OC);
+                linear_backward_input(out.gradients[0].data(), c.data(), x[1].data(), rows, C, OC),
+                    linear_backward_weight(out.gradients[1].data(), out.gradients[2].data(),
+                                           c.data(), x[0].data(), rows, C, OC, false);
             return out;
         });
 }
@@ -216,8 +215,7 @@ Row check_attention(AttentionShape a) {
             std::vector<Acc<S>> lse(a.rows() * a.NH);
             attention_forward(out.y.data(), lse.data(), x[0].data(), a);
             if (!c.empty())
-                attention_backward(out.gradients[0].data(), c.data(), x[0].data(), out.y.data(),
-                                   lse.data(), a);
+                attention_backward(out.gradients[0].data(), c.data(), x[0].data(), lse.data(), a);
             return out;
         });
 }
@@ -290,8 +288,9 @@ Row check_cross_entropy() {
                        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
                            LayerResult<S> out{std::vector<S>(1), {x[0]}};
                            std::vector<Acc<S>> losses(rows);
-                           cross_entropy(losses.data(), out.gradients[0].data(), targets.data(),
-                                         !c.empty(), c.empty() ? 0 : double(c[0]), rows, V);
+                           S* x0 = out.gradients[0].data();
+                           cross_entropy(losses.data(), x0, c.empty() ? nullptr : x0,
+                                         targets.data(), c.empty() ? 0 : double(c[0]), rows, V);
                            for (auto loss : losses) out.y[0] += S(loss);
                            return out;
                        });
@@ -507,7 +506,7 @@ Row check_model(const std::string& architecture_name, const std::string& scheme,
 
     std::vector<int> inputs, targets;
     test_batch(c, B * T, inputs, targets, masked);
-    CpuModel<double> model(c, B, T, true);
+    CpuModel<double> model(c, B, T, {});
     fill_parameters(model);
     const double scale = 1.0 / double(B * T);
     const double loss = model.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
@@ -548,8 +547,8 @@ void check_float(Row& row, const std::string& architecture_name, const std::stri
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, B * T, inputs, targets, masked);
-    CpuModel<double> exact(c, B, T, true);
-    CpuModel<float> model(c, B, T, true);
+    CpuModel<double> exact(c, B, T, {});
+    CpuModel<float> model(c, B, T, {});
     fill_parameters(exact), fill_parameters(model);
     const double scale = 1.0 / double(B * T);
     const double loss = exact.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
@@ -602,7 +601,7 @@ double fixture_error(const Safetensors& file, const Config& c, const std::string
     const int B = int(file.at("inputs").shape[0]), T = int(file.at("inputs").shape[1]);
     const auto count = std::count_if(targets.begin(), targets.end(), [](int t) { return t >= 0; });
 
-    CpuModel<S> model(c, B, T, true);
+    CpuModel<S> model(c, B, T, {});
     for (const Param& p : model.registry.params) {
         Doubles values = from_file(p, tensor("param." + p.name));
         for (int64_t i = 0; i < p.size(); i++) model.parameters[p.offset + i] = S(values[i]);
@@ -670,7 +669,7 @@ Pass<float> pass_of(Config c, const std::string& scheme, double lns_power = 0.5)
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 14, inputs, targets, true);
-    CpuModel<float> model(c, 2, 7, true);
+    CpuModel<float> model(c, 2, 7, {});
     fill_parameters(model);
     return pass(model, 2, 7, inputs, targets);
 }
@@ -705,10 +704,10 @@ Row check_folded(const std::string& architecture_name) {
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 14, inputs, targets, true);
-    CpuModel<double> lns(c, 2, 7, true);
+    CpuModel<double> lns(c, 2, 7, {});
     fill_parameters(lns);
     c.scheme = parse_scheme("pre");
-    CpuModel<double> folded(c, 2, 7, true);
+    CpuModel<double> folded(c, 2, 7, {});
     fill_parameters(folded);
     for (int k = 0; k <= 2 * c.layers; k++) {
         const double scale = junction(lns.config.scheme, c.layers, k).in_scale;
@@ -747,7 +746,7 @@ Row check_causal(const std::string& architecture_name) {
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 7, inputs, targets, false);
-    CpuModel<double> model(c, 1, 7, false);
+    CpuModel<double> model(c, 1, 7, {.training = false});
     fill_parameters(model);
     const int V = c.vocab_size;
     std::vector<float> before(7 * V), after(7 * V), last(V);
@@ -771,7 +770,7 @@ Row check_continuation(const std::string& architecture_name) {
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 9, inputs, targets, false);
-    CpuModel<double> whole(c, 1, 9, false), parts(c, 1, 9, false);
+    CpuModel<double> whole(c, 1, 9, {.training = false}), parts(c, 1, 9, {.training = false});
     fill_parameters(whole), fill_parameters(parts);
     const int V = c.vocab_size;
     std::vector<float> expected(V), found(V);
@@ -797,7 +796,7 @@ Row check_accumulation() {
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 14, inputs, targets, true);
-    CpuModel<double> whole(c, 2, 7, true), parts(c, 2, 7, true);
+    CpuModel<double> whole(c, 2, 7, {}), parts(c, 2, 7, {});
     fill_parameters(whole), fill_parameters(parts);
     const double a = whole.loss_and_gradients(inputs.data(), targets.data(), 2, 7, 0.1);
     const double b = parts.loss_and_gradients(inputs.data(), targets.data(), 1, 7, 0.1) +
@@ -820,7 +819,7 @@ Row check_adamw() {
     Row row{"AdamW against its formula, decay on matrices only", {}, {}, ""};
     Config c = small_config("qwen2");
     complete_config(c);
-    CpuModel<double> model(c, 1, 1, true);
+    CpuModel<double> model(c, 1, 1, {});
     fill_parameters(model);
     double worst = 0;
     for (const Param& p : model.registry.params) {
@@ -865,7 +864,7 @@ Row check_initialization(const std::string& scheme) {
     c.scheme = parse_scheme(scheme);
     c.embed_std = 0.5;
     check_config(c);
-    CpuModel<float> model(c, 1, 1, false);
+    CpuModel<float> model(c, 1, 1, {.training = false});
     model.initialize(42);
     const double L = c.layers;
     double worst = 0;

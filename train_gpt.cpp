@@ -6,10 +6,11 @@
 //
 // Sizes: B sequences of T tokens; V vocabulary; C width; L layers; NH heads of q and KVH of k and
 // v, of HS channels each; H width of the MLP. Arrays are row-major, a row is a token.
-// S is the scalar in which tensors are stored, Acc<S> the one in which sums are taken; gradients of
-// parameters are sums and stored as Acc<S>.
-// Gradients: a backward function writes the gradients of activations and adds those of parameters.
-// Sums run in an order that does not depend on the number of threads (oneDNN's own aside).
+// S is the scalar in which tensors are stored (double, float or bf16), Acc<S> the one in which sums
+// are taken (double, float, float). Gradients of parameters and of the residual stream are sums
+// over many layers or tokens, and stored as Acc<S>. Gradients: a backward function writes the
+// gradients of activations and adds those of parameters. Sums run in an order that does not depend
+// on the number of threads (oneDNN's own aside).
 
 #include <algorithm>
 #include <bit>
@@ -28,9 +29,11 @@
 #include <omp.h>
 #endif
 
+#include "gpt/bf16.h"
 #include "gpt/error.h"
 #include "gpt/gemm.h"
 #include "gpt/model.h"
+#include "gpt/random.h"
 
 namespace lns {
 
@@ -101,30 +104,29 @@ const int64_t max_chunks = 32;
 // threads meet. The first row is at position `first`, which is 0 unless B is 1.
 
 template <class S>
-void embedding_forward(S* out, const int* tokens, const S* wte, const S* wpe, int first,
+void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, int first,
                        int64_t rows, int T, int C) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const S* token = wte + int64_t(tokens[row]) * C;
         const S* position = wpe ? wpe + (first + row) % T * C : nullptr;
         for (int i = 0; i < C; i++)
-            out[row * C + i] = position ? S(Acc<S>(token[i]) + Acc<S>(position[i])) : token[i];
+            out[row * C + i] = Acc<S>(token[i]) + (position ? Acc<S>(position[i]) : Acc<S>(0));
     }
 }
 
-template <class S>
-void embedding_backward(Acc<S>* dwte, Acc<S>* dwpe, const int* tokens, const S* dout, int B, int T,
-                        int C) {
+template <class A>
+void embedding_backward(A* dwte, A* dwpe, const int* tokens, const A* dout, int B, int T, int C) {
     const int slice = 16; // channels
 #pragma omp parallel for
     for (int begin = 0; begin < C; begin += slice) {
         int end = std::min(C, begin + slice);
         for (int64_t row = 0; row < int64_t(B) * T; row++) {
-            Acc<S>* dtoken = dwte + int64_t(tokens[row]) * C;
-            for (int i = begin; i < end; i++) dtoken[i] += Acc<S>(dout[row * C + i]);
+            A* dtoken = dwte + int64_t(tokens[row]) * C;
+            for (int i = begin; i < end; i++) dtoken[i] += dout[row * C + i];
             if (!dwpe) continue;
-            Acc<S>* dposition = dwpe + row % T * C;
-            for (int i = begin; i < end; i++) dposition[i] += Acc<S>(dout[row * C + i]);
+            A* dposition = dwpe + row % T * C;
+            for (int i = begin; i < end; i++) dposition[i] += dout[row * C + i];
         }
     }
 }
@@ -203,13 +205,14 @@ template <class P> struct JunctionPointers {
 
 template <class S> struct JunctionStats { NormStats<Acc<S>> branch, out, in; };
 
-// r (rows, C) and, if the junction has an in-norm, u (rows, C) from r_prev and b (rows, C); keeps
-// the norms' statistics (rows). r may be r_prev. `stopped` (rows, C) is what stop() returns, null
-// for its argument: only a check of gradients by finite differences holds it fixed.
+// r (rows, C) and u (rows, C) from r_prev and b (rows, C); keeps the norms' statistics (rows). r
+// may be r_prev; u may be null if the junction has no in-norm, where it is r. `stopped` (rows, C)
+// is what stop() returns, null for its argument: only a check of gradients by finite differences
+// holds it fixed.
 template <class S>
-void junction_forward(const Junction& j, NormType type, double eps_, const S* r_prev, const S* b,
-                      const JunctionPointers<const S>& p, S* r, S* u, JunctionStats<S>* stats,
-                      const S* stopped, int64_t rows, int C) {
+void junction_forward(const Junction& j, NormType type, double eps_, const Acc<S>* r_prev,
+                      const S* b, const JunctionPointers<const S>& p, Acc<S>* r, S* u,
+                      JunctionStats<S>* stats, const Acc<S>* stopped, int64_t rows, int C) {
     using A = Acc<S>;
     const A eps = A(eps_), skip = A(j.skip), in_scale = A(j.in_scale);
     const A gate = j.gate ? silu(A(*p.gate)) : A(0);
@@ -219,7 +222,7 @@ void junction_forward(const Junction& j, NormType type, double eps_, const S* r_
         A* z = thread_scratch<A>(C);
         JunctionStats<S>& st = stats[row];
         if (!j.branch) {
-            for (int i = 0; i < C; i++) z[i] = A(r_prev[at + i]);
+            for (int i = 0; i < C; i++) z[i] = r_prev[at + i];
         } else {
             if (j.branch_norm) {
                 st.branch = norm_stats<A>(type, eps, b + at, C);
@@ -232,11 +235,10 @@ void junction_forward(const Junction& j, NormType type, double eps_, const S* r_
             if (j.gamma == Gamma::scalar)
                 for (int i = 0; i < C; i++) z[i] *= A(*p.gamma);
             if (j.gate_on_skip) {
-                const S* stop = stopped ? stopped : r_prev;
-                for (int i = 0; i < C; i++)
-                    z[i] += skip * (A(r_prev[at + i]) - gate * A(stop[at + i]));
+                const A* stop = stopped ? stopped : r_prev;
+                for (int i = 0; i < C; i++) z[i] += skip * (r_prev[at + i] - gate * stop[at + i]);
             } else {
-                for (int i = 0; i < C; i++) z[i] += skip * A(r_prev[at + i]);
+                for (int i = 0; i < C; i++) z[i] += skip * r_prev[at + i];
             }
         }
         if (j.out_norm) {
@@ -244,11 +246,13 @@ void junction_forward(const Junction& j, NormType type, double eps_, const S* r_
             norm_row_forward(st.out, z, p.out_weight, p.out_bias, A(1), z, C);
         }
         if (j.gate && !j.gate_on_skip)
-            for (int i = 0; i < C; i++) z[i] -= gate * (stopped ? A(stopped[at + i]) : z[i]);
-        for (int i = 0; i < C; i++) r[at + i] = S(z[i]);
+            for (int i = 0; i < C; i++) z[i] -= gate * (stopped ? stopped[at + i] : z[i]);
+        for (int i = 0; i < C; i++) r[at + i] = z[i];
         if (j.in_norm) {
             st.in = norm_stats<A>(type, eps, r + at, C);
             norm_row_forward(st.in, r + at, p.in_weight, p.in_bias, in_scale, u + at, C);
+        } else if (u) {
+            for (int i = 0; i < C; i++) u[at + i] = S(z[i]);
         }
     }
 }
@@ -257,10 +261,11 @@ void junction_forward(const Junction& j, NormType type, double eps_, const S* r_
 // later): db and, in place of dr, the gradient of r_prev. Adds the gradients of the parameters,
 // through partial sums in scratch (max_chunks, 7·C + 1).
 template <class S>
-void junction_backward(const Junction& j, NormType type, const S* r_prev, const S* b, const S* r,
-                       const JunctionPointers<const S>& p, const JunctionStats<S>* stats,
-                       const S* du, S* dr, S* db, const JunctionPointers<Acc<S>>& grads,
-                       Acc<S>* scratch, int64_t rows, int C) {
+void junction_backward(const Junction& j, NormType type, const Acc<S>* r_prev, const S* b,
+                       const Acc<S>* r, const JunctionPointers<const S>& p,
+                       const JunctionStats<S>* stats, const S* du, Acc<S>* dr, S* db,
+                       const JunctionPointers<Acc<S>>& grads, Acc<S>* scratch, int64_t rows,
+                       int C) {
     using A = Acc<S>;
     const A skip = A(j.skip), in_scale = A(j.in_scale);
     const A gate = j.gate ? silu(A(*p.gate)) : A(0);
@@ -286,15 +291,15 @@ void junction_backward(const Junction& j, NormType type, const S* r_prev, const 
             if (j.in_norm) {
                 for (int i = 0; i < C; i++) dz[i] = in_scale * A(du[at + i]);
                 norm_row_backward(type, st.in, r + at, p.in_weight, dz, dz, in_weight, in_bias, C);
-                for (int i = 0; i < C; i++) dz[i] += A(dr[at + i]);
+                for (int i = 0; i < C; i++) dz[i] += dr[at + i];
             } else {
-                for (int i = 0; i < C; i++) dz[i] = A(du[at + i]) + A(dr[at + i]);
+                for (int i = 0; i < C; i++) dz[i] = A(du[at + i]) + dr[at + i];
             }
 
             // What the forward pass had before the out-norm and the gate.
             if (j.keeps_branch()) {
                 if (!j.branch) {
-                    for (int i = 0; i < C; i++) z[i] = A(r_prev[at + i]);
+                    for (int i = 0; i < C; i++) z[i] = r_prev[at + i];
                 } else {
                     if (j.branch_norm)
                         norm_row_forward(st.branch, b + at, p.branch_weight, p.branch_bias, A(1), y,
@@ -306,7 +311,7 @@ void junction_backward(const Junction& j, NormType type, const S* r_prev, const 
                         A factor = j.gamma == Gamma::vector   ? A(p.gamma[i])
                                    : j.gamma == Gamma::scalar ? A(*p.gamma)
                                                               : A(1);
-                        z[i] = kept * A(r_prev[at + i]) + factor * y[i];
+                        z[i] = kept * r_prev[at + i] + factor * y[i];
                     }
                 }
             }
@@ -323,7 +328,7 @@ void junction_backward(const Junction& j, NormType type, const S* r_prev, const 
             for (int i = 0; i < C; i++) {
                 A d = skip * dz[i];
                 if (j.gate_on_skip) dot += double(d) * double(r_prev[at + i]);
-                dr[at + i] = S(d);
+                dr[at + i] = d;
             }
             gate_sum -= dgate * dot;
             if (!j.branch) continue;
@@ -360,17 +365,23 @@ void junction_backward(const Junction& j, NormType type, const S* r_prev, const 
 // ---------------------------------------------------------------------------------------------
 // Matrices: out (rows, OC) = in (rows, C) · wᵀ + bias, w (OC, C), bias (OC) or null.
 
-template <class S>
-void linear_forward(S* out, const S* in, const S* w, const S* bias, int64_t rows, int C, int OC) {
+template <class S, class Out>
+void linear_forward(Out* out, const S* in, const S* w, const Out* bias, int64_t rows, int C,
+                    int OC) {
     gemm(false, true, rows, OC, C, in, w, out, false, bias);
 }
 
-// Writes din if it is wanted; adds to dw and, if there is one, dbias.
+// din (rows, C) from dout (rows, OC).
 template <class S>
-void linear_backward(S* din, Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* in, const S* w,
-                     int64_t rows, int C, int OC) {
-    if (din) gemm(false, false, rows, C, OC, dout, w, din, false);
-    gemm(true, false, OC, C, rows, dout, in, dw, true);
+void linear_backward_input(S* din, const S* dout, const S* w, int64_t rows, int C, int OC) {
+    gemm(false, false, rows, C, OC, dout, w, din, false);
+}
+
+// Adds to dw, or writes it where `add` is false; adds to dbias if there is one.
+template <class S>
+void linear_backward_weight(Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* in, int64_t rows,
+                            int C, int OC, bool add) {
+    gemm(true, false, OC, C, rows, dout, in, dw, add);
     if (!dbias) return;
     const int slice = 64;
 #pragma omp parallel for
@@ -467,16 +478,25 @@ void rope(S* qkv, const CosSin<Acc<S>>* table, int direction, const AttentionSha
 }
 
 // Rows of queries that attend at once: their scores, (tile, T), are all of T × T that ever exists.
-const int attention_tile = 32;
+const int attention_tile = 64;
 
-// (n, HS) rows at a stride, times scale, into a dense matrix, (HS, n) if transposed.
-template <class S, class A>
-void pack(A* out, const S* in, int64_t stride, int n, int HS, A scale, bool transposed) {
-    for (int t = 0; t < n; t++)
-        for (int i = 0; i < HS; i++)
-            out[transposed ? int64_t(i) * n + t : int64_t(t) * HS + i] =
-                scale * A(in[t * stride + i]);
-}
+// A thread's memory for attention, one array behind the other, each aligned to a cache line.
+struct AttentionScratch {
+    char* at;
+
+    explicit AttentionScratch(int64_t bytes) {
+        at = thread_scratch<char>(bytes + 64);
+        at += 64 - reinterpret_cast<uintptr_t>(at) % 64;
+    }
+    template <class X> static int64_t bytes(int64_t n) {
+        return (n * int64_t(sizeof(X)) + 63) / 64 * 64;
+    }
+    template <class X> X* take(int64_t n) {
+        X* taken = reinterpret_cast<X*>(at);
+        at += bytes<X>(n);
+        return taken;
+    }
+};
 
 // out (B, T, NH·HS) = softmax(q kᵀ / sqrt(HS)) v, causal: position t sees 0 … t.
 // Keeps lse (B, NH, T), the logarithm of each softmax's denominator.
@@ -485,21 +505,29 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
     using A = Acc<S>;
     const int T = a.T, HS = a.HS, group = a.NH / a.KVH, R = attention_tile;
     const A scale = A(1) / std::sqrt(A(HS));
+    const int64_t packed_k = packed_size<S>(HS, T), packed_v = packed_size<S>(T, HS);
+    const int64_t bytes = AttentionScratch::bytes<S>(packed_k) +
+                          AttentionScratch::bytes<S>(packed_v) + AttentionScratch::bytes<S>(R * T) +
+                          AttentionScratch::bytes<A>(R * (T + HS));
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < a.B; b++)
         for (int kv = 0; kv < a.KVH; kv++) {
             const S* rows = qkv + int64_t(b) * T * a.row();
-            A* kt = thread_scratch<A>(int64_t(2 * T + 2 * R) * HS + int64_t(R) * T); // (HS, T)
-            A *v = kt + int64_t(T) * HS, *q = v + int64_t(T) * HS, *o = q + R * HS, *p = o + R * HS;
-            pack(kt, rows + (a.NH + kv) * HS, a.row(), T, HS, A(1), true);
-            pack(v, rows + (a.NH + a.KVH + kv) * HS, a.row(), T, HS, A(1), false);
+            AttentionScratch scratch(bytes);
+            S *kt = scratch.take<S>(packed_k), *v = scratch.take<S>(packed_v); // (HS, T), (T, HS)
+            S* p = scratch.take<S>(int64_t(R) * T);
+            A *scores = scratch.take<A>(int64_t(R) * T), *o = scratch.take<A>(int64_t(R) * HS);
+            pack(kt, HS, T, rows + (a.NH + kv) * HS, 1, a.row());
+            pack(v, T, HS, rows + (a.NH + a.KVH + kv) * HS, a.row(), 1);
             for (int h = kv * group; h < (kv + 1) * group; h++)
                 for (int t0 = a.first; t0 < T; t0 += R) {
                     const int n = std::min(R, T - t0), seen = t0 + n;
-                    pack(q, rows + int64_t(t0) * a.row() + h * HS, a.row(), n, HS, scale, false);
-                    small_gemm(n, seen, HS, q, HS, 1, kt, T, p, T, false);
+                    packed_gemm(n, seen, HS, rows + int64_t(t0) * a.row() + h * HS, a.row(), 1, kt,
+                                HS, T, scores, T, false);
+                    A inverse[R];
                     for (int i = 0; i < n; i++) {
-                        A* score = p + int64_t(i) * T;
+                        const A* score = scores + int64_t(i) * T;
+                        S* probability = p + int64_t(i) * T; // times the sum, until o
                         const int visible = t0 + i + 1;
                         A largest = score[0], sum = 0;
 #pragma omp simd reduction(max : largest)
@@ -507,18 +535,18 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                             largest = score[t] > largest ? score[t] : largest;
 #pragma omp simd reduction(+ : sum)
                         for (int t = 0; t < visible; t++) {
-                            score[t] = exp_(score[t] - largest);
-                            sum += score[t];
+                            const A e = exp_(scale * (score[t] - largest));
+                            probability[t] = S(e);
+                            sum += e;
                         }
-                        std::fill(score + visible, score + seen, A(0));
-                        const A inverse = A(1) / sum;
-                        for (int t = 0; t < visible; t++) score[t] *= inverse;
-                        lse[(int64_t(b) * a.NH + h) * T + t0 + i] = largest + std::log(sum);
+                        std::fill(probability + visible, probability + seen, S(0));
+                        inverse[i] = A(1) / sum;
+                        lse[(int64_t(b) * a.NH + h) * T + t0 + i] = scale * largest + std::log(sum);
                     }
-                    small_gemm(n, HS, seen, p, T, 1, v, HS, o, HS, false);
+                    packed_gemm(n, HS, seen, p, T, 1, v, T, HS, o, HS, false);
                     for (int i = 0; i < n; i++) {
                         S* row = out + (int64_t(b) * T + t0 + i) * a.q_width() + h * HS;
-                        for (int d = 0; d < HS; d++) row[d] = S(o[i * HS + d]);
+                        for (int d = 0; d < HS; d++) row[d] = S(inverse[i] * o[i * HS + d]);
                     }
                 }
         }
@@ -527,50 +555,66 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
 // dqkv (B, T, row) from dout (B, T, NH·HS). With P the softmax and O the output, of a query:
 // dP = dO Vᵀ; dS = P ⊙ (dP − dO · O); dQ = dS K / sqrt(HS); dK = dSᵀ Q / sqrt(HS); dV = Pᵀ dO.
 template <class S>
-void attention_backward(S* dqkv, const S* dout, const S* qkv, const S* out, const Acc<S>* lse,
+void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                         const AttentionShape& a) {
     using A = Acc<S>;
     const int T = a.T, HS = a.HS, group = a.NH / a.KVH, R = attention_tile;
     const A scale = A(1) / std::sqrt(A(HS));
+    const int64_t tall = packed_size<S>(T, HS), wide = packed_size<S>(HS, T);
+    const int64_t small = packed_size<S>(R, HS), scores = int64_t(R) * T, matrix = int64_t(T) * HS;
+    const int64_t bytes =
+        AttentionScratch::bytes<S>(tall) + 2 * AttentionScratch::bytes<S>(wide) +
+        2 * AttentionScratch::bytes<S>(small) + 2 * AttentionScratch::bytes<S>(scores) +
+        2 * AttentionScratch::bytes<A>(scores) + 2 * AttentionScratch::bytes<A>(matrix) +
+        AttentionScratch::bytes<A>(R * HS);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < a.B; b++)
         for (int kv = 0; kv < a.KVH; kv++) {
             const S* rows = qkv + int64_t(b) * T * a.row();
             S* drows = dqkv + int64_t(b) * T * a.row();
-            const int64_t matrix = int64_t(T) * HS, tile = int64_t(R) * HS;
-            A* kt = thread_scratch<A>(5 * matrix + 3 * tile + int64_t(2 * R) * T); // (HS, T)
-            A *vt = kt + matrix, *k = vt + matrix, *dk = k + matrix, *dv = dk + matrix;
-            A *q = dv + matrix, *dq = q + tile, *dO = dq + tile, *p = dO + tile;
-            A* dp = p + int64_t(R) * T;
-            pack(kt, rows + (a.NH + kv) * HS, a.row(), T, HS, A(1), true);
-            pack(k, rows + (a.NH + kv) * HS, a.row(), T, HS, A(1), false);
-            pack(vt, rows + (a.NH + a.KVH + kv) * HS, a.row(), T, HS, A(1), true);
-            std::fill(dk, dk + 2 * matrix, A(0));
+            AttentionScratch scratch(bytes);
+            S *k = scratch.take<S>(tall), *kt = scratch.take<S>(wide), *vt = scratch.take<S>(wide);
+            S *q = scratch.take<S>(small), *dO = scratch.take<S>(small);
+            S *p = scratch.take<S>(scores), *ds = scratch.take<S>(scores);
+            A *s = scratch.take<A>(scores), *dp = scratch.take<A>(scores);
+            A *dk = scratch.take<A>(matrix), *dv = scratch.take<A>(matrix);
+            A* dq = scratch.take<A>(R * HS);
+            pack(k, T, HS, rows + (a.NH + kv) * HS, a.row(), 1);
+            pack(kt, HS, T, rows + (a.NH + kv) * HS, 1, a.row());
+            pack(vt, HS, T, rows + (a.NH + a.KVH + kv) * HS, 1, a.row());
+            std::fill(dk, dk + matrix, A(0));
+            std::fill(dv, dv + matrix, A(0));
             for (int h = kv * group; h < (kv + 1) * group; h++)
                 for (int t0 = 0; t0 < T; t0 += R) {
                     const int n = std::min(R, T - t0), seen = t0 + n;
                     const int64_t at = (int64_t(b) * T + t0) * a.q_width() + h * HS;
-                    pack(q, rows + int64_t(t0) * a.row() + h * HS, a.row(), n, HS, scale, false);
-                    pack(dO, dout + at, a.q_width(), n, HS, A(1), false);
-                    small_gemm(n, seen, HS, q, HS, 1, kt, T, p, T, false);
-                    small_gemm(n, seen, HS, dO, HS, 1, vt, T, dp, T, false);
+                    const S* query = rows + int64_t(t0) * a.row() + h * HS;
+                    pack(q, n, HS, query, a.row(), 1);
+                    pack(dO, n, HS, dout + at, a.q_width(), 1);
+                    packed_gemm(n, seen, HS, query, a.row(), 1, kt, HS, T, s, T, false);
+                    packed_gemm(n, seen, HS, dout + at, a.q_width(), 1, vt, HS, T, dp, T, false);
                     for (int i = 0; i < n; i++) {
-                        A *probability = p + int64_t(i) * T, *ds = dp + int64_t(i) * T;
+                        A *score = s + int64_t(i) * T, *dprobability = dp + int64_t(i) * T;
+                        S *probability = p + int64_t(i) * T, *dscore = ds + int64_t(i) * T;
                         const int visible = t0 + i + 1;
                         const A normalizer = lse[(int64_t(b) * a.NH + h) * T + t0 + i];
+                        // dO · O = Σ P ⊙ dP, which unlike O has not been rounded.
                         A dot = 0;
-                        for (int d = 0; d < HS; d++)
-                            dot += dO[i * HS + d] * A(out[at + int64_t(i) * a.q_width() + d]);
+#pragma omp simd reduction(+ : dot)
                         for (int t = 0; t < visible; t++) {
-                            probability[t] = exp_(probability[t] - normalizer);
-                            ds[t] = probability[t] * (ds[t] - dot);
+                            score[t] = exp_(scale * score[t] - normalizer);
+                            probability[t] = S(score[t]);
+                            dot += score[t] * dprobability[t];
                         }
-                        std::fill(probability + visible, probability + seen, A(0));
-                        std::fill(ds + visible, ds + seen, A(0));
+#pragma omp simd
+                        for (int t = 0; t < visible; t++)
+                            dscore[t] = S(score[t] * (dprobability[t] - dot));
+                        std::fill(probability + visible, probability + seen, S(0));
+                        std::fill(dscore + visible, dscore + seen, S(0));
                     }
-                    small_gemm(n, HS, seen, dp, T, 1, k, HS, dq, HS, false);
-                    small_gemm(seen, HS, n, dp, 1, T, q, HS, dk, HS, true);
-                    small_gemm(seen, HS, n, p, 1, T, dO, HS, dv, HS, true);
+                    packed_gemm(n, HS, seen, ds, T, 1, k, T, HS, dq, HS, false);
+                    packed_gemm(seen, HS, n, ds, 1, T, q, n, HS, dk, HS, true);
+                    packed_gemm(seen, HS, n, p, 1, T, dO, n, HS, dv, HS, true);
                     for (int i = 0; i < n; i++)
                         for (int d = 0; d < HS; d++)
                             drows[int64_t(t0 + i) * a.row() + h * HS + d] =
@@ -578,7 +622,7 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const S* out, cons
                 }
             for (int t = 0; t < T; t++)
                 for (int d = 0; d < HS; d++) {
-                    drows[int64_t(t) * a.row() + (a.NH + kv) * HS + d] = S(dk[t * HS + d]);
+                    drows[int64_t(t) * a.row() + (a.NH + kv) * HS + d] = S(scale * dk[t * HS + d]);
                     drows[int64_t(t) * a.row() + (a.NH + a.KVH + kv) * HS + d] = S(dv[t * HS + d]);
                 }
         }
@@ -637,37 +681,40 @@ template <class S> void swiglu_backward(S* dh, const S* da, const S* h, int64_t 
 // ---------------------------------------------------------------------------------------------
 // Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
 
-// losses (rows). Overwrites logits (rows, V) by loss_scale × their gradient if that is wanted.
+// losses (rows) of logits (rows, V). Writes loss_scale × the logits' gradient to dlogits if that is
+// wanted; dlogits may be logits.
 template <class S>
-void cross_entropy(Acc<S>* losses, S* logits, const int* targets, bool gradient, double loss_scale,
-                   int64_t rows, int V) {
+void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* targets,
+                   double loss_scale, int64_t rows, int V) {
     using A = Acc<S>;
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
-        S* x = logits + row * V;
+        A* x = logits + row * V;
+        S* dx = dlogits ? dlogits + row * V : nullptr;
         const int target = targets[row];
         if (target < 0) {
             losses[row] = 0;
-            if (gradient) std::fill(x, x + V, S(0));
+            if (dx) std::fill(dx, dx + V, S(0));
             continue;
         }
-        A largest = A(x[0]), sum = 0;
+        A largest = x[0], sum = 0;
 #pragma omp simd reduction(max : largest)
-        for (int i = 1; i < V; i++) largest = A(x[i]) > largest ? A(x[i]) : largest;
-        const A at_target = A(x[target]);
-        if (!gradient) {
+        for (int i = 1; i < V; i++) largest = x[i] > largest ? x[i] : largest;
+        const A at_target = x[target];
+        if (!dx) {
 #pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < V; i++) sum += exp_(A(x[i]) - largest);
+            for (int i = 0; i < V; i++) sum += exp_(x[i] - largest);
         } else {
 #pragma omp simd reduction(+ : sum)
             for (int i = 0; i < V; i++) {
-                A e = exp_(A(x[i]) - largest);
-                x[i] = S(e);
-                sum += e;
+                x[i] = exp_(x[i] - largest);
+                sum += x[i];
             }
             const A factor = A(loss_scale) / sum;
-            for (int i = 0; i < V; i++) x[i] = S(A(x[i]) * factor);
-            x[target] = S(A(x[target]) - A(loss_scale));
+            const A at = x[target] * factor - A(loss_scale);
+#pragma omp simd
+            for (int i = 0; i < V; i++) dx[i] = S(x[i] * factor);
+            dx[target] = S(at);
         }
         losses[row] = largest + std::log(sum) - at_target;
     }
@@ -676,60 +723,106 @@ void cross_entropy(Acc<S>* losses, S* logits, const int* targets, bool gradient,
 // ---------------------------------------------------------------------------------------------
 // The model
 
-// What a pass computes and keeps, laid out once. A pass that is followed by a backward keeps every
-// layer's tensors; else layers share one slot.
+// One tensor of each layer, or of each junction: those that the backward pass will need have a slot
+// of their own, the others share one.
+template <class X> struct Slots {
+    Array<X> array;
+    std::vector<int> slot; // of each; −1: it has none
+    std::vector<bool> own;
+    int64_t stride = 0; // elements of a slot
+
+    // kept(i): whether the i-th of n has a slot of its own; made(i): whether there is one at all.
+    template <class Make, class Kept, class Made>
+    void layout(int n, int64_t elements, const Make& make, const Kept& kept, const Made& made) {
+        int slots = 0, shared = -1;
+        stride = elements;
+        for (int i = 0; i < n; i++) {
+            own.push_back(made(i) && kept(i));
+            if (made(i) && !own[i] && shared < 0) shared = slots++;
+            slot.push_back(!made(i) ? -1 : own[i] ? slots++ : shared);
+        }
+        make(array, slots * elements);
+    }
+    template <class Make, class Kept>
+    void layout(int n, int64_t elements, const Make& make, const Kept& kept) {
+        layout(n, elements, make, kept, [](int) { return true; });
+    }
+    bool keeps(int i) const { return own[i]; }
+    X* operator[](int i) const { return array + slot[i] * stride; }
+};
+
+// What a pass computes and keeps, laid out once. What a backward pass does not need, or computes
+// again, shares a slot.
 template <class S> struct Activations {
     int64_t rows = 0; // B·T at most
-    bool training = false;
-    std::vector<int> in_slot, branch_slot; // of junction k, −1: none
 
-    Array<S> embedded;                 // (rows, C), if junction 0 has a norm
-    Array<S> residual;                 // (2L + 1, rows, C): r after each junction
-    Array<S> input;                    // (slots, rows, C): u, where a junction has an in-norm
-    Array<S> branch;                   // (slots, rows, C): b
-    Array<JunctionStats<S>> stats;     // (2L + 1, rows)
-    Array<S> qkv;                      // (L, rows, (NH + 2·KVH)·HS), of every layer always
-    Array<S> qk_raw, attended;         // (L, rows, (NH + KVH)·HS | NH·HS)
-    Array<NormStats<Acc<S>>> qk_stats; // (L, rows, 2)
-    Array<Acc<S>> lse;                 // (L, rows, NH)
-    Array<S> hidden, activated;        // (L, rows, H or 2·H), (L, rows, H)
-    Array<S> logits;                   // (head_rows, V)
-    Array<Acc<S>> losses;              // (rows)
+    Array<Acc<S>> embedded;            // (rows, C), if junction 0 has a norm
+    Slots<Acc<S>> residual;            // (rows, C) of each junction: r
+    Slots<S> input;                    // (rows, C) of each junction: u, where it is not r itself
+    Slots<S> branch;                   // (rows, C) of each junction but the first: b
+    Slots<JunctionStats<S>> stats;     // (rows) of each junction
+    Slots<S> qkv;                      // (rows, (NH + 2·KVH)·HS) of each layer
+    Slots<S> qk_raw;                   // (rows, (NH + KVH)·HS), with OLMo 2's norm
+    Slots<NormStats<Acc<S>>> qk_stats; // (rows, 2)
+    Slots<S> attended;                 // (rows, NH·HS)
+    Slots<Acc<S>> lse;                 // (rows, NH)
+    Slots<S> hidden, activated;        // (rows, H or 2·H), (rows, H)
 
-    Array<S> dresidual, dinput, dbranch; // (rows, C)
-    Array<S> dwide, dnarrow;             // gradients of qkv or hidden, and of attended or activated
-    Array<Acc<S>> scratch;               // partial sums
+    int64_t logit_rows = 0, head_rows = 0; // rows of the head at once, forward and backward
+    Array<Acc<S>> logits;                  // (logit_rows, V)
+    Array<S> dlogits;                      // (head_rows, V)
+    Array<Acc<S>> losses;                  // (rows)
 
-    int64_t head_rows = 0; // rows whose logits exist at once
+    Array<Acc<S>> dresidual;  // (rows, C)
+    Array<S> dinput, dbranch; // (rows, C)
+    Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
+    Array<Acc<S>> scratch;    // partial sums
 
     // Calls make(array, elements) for every array.
-    template <class Make> void layout(const Config& c, int B, int T, bool train, Make make) {
-        const int64_t C = c.width, L = c.layers, kept = train ? L : 1;
+    template <class Make>
+    void layout(const Config& c, int B, int T, const ModelOptions& o, const Make& make) {
+        const int C = c.width, L = c.layers, K = 2 * L + 1, V = c.vocab_size;
+        const bool train = o.training, layers = o.recompute == Recompute::layers;
         rows = int64_t(B) * T;
-        training = train;
-        int in_slots = 0, branch_slots = 1; // slot 0 is shared by branches that are not kept
-        for (int k = 0; k <= 2 * L; k++) {
-            Junction j = junction(c.scheme, int(L), k);
-            in_slot.push_back(!j.in_norm ? -1 : train ? in_slots++ : 0);
-            branch_slot.push_back(!j.branch ? -1 : train && j.keeps_branch() ? branch_slots++ : 0);
-        }
-        const bool embed_norm = junction(c.scheme, int(L), 0).out_norm;
+        auto junction_of = [&](int k) { return junction(c.scheme, L, k); };
+        auto keep = [&](int) { return train && !layers; };
+        auto keep_light = [&](int) { return train && o.recompute == Recompute::none; };
+        const bool embed_norm = junction_of(0).out_norm;
         make(embedded, embed_norm ? rows * C : 0);
-        make(residual, (2 * L + 1) * rows * C);
-        make(input, std::max(in_slots, 1) * rows * C);
-        make(branch, branch_slots * rows * C);
-        make(stats, (2 * L + 1) * rows);
-        make(qkv, L * rows * c.qkv_width());
-        make(qk_raw, c.qk_norm ? kept * rows * (c.q_width() + c.kv_width()) : 0);
-        make(qk_stats, c.qk_norm ? kept * rows * 2 : 0);
-        make(attended, kept * rows * c.q_width());
-        make(lse, kept * rows * c.heads);
-        make(hidden, kept * rows * c.mlp_in_width());
-        make(activated, kept * rows * c.mlp_width);
-        head_rows = std::min(rows, std::max<int64_t>(256, (1 << 24) / c.vocab_size));
-        make(logits, head_rows * c.vocab_size);
+        // Of each layer its input is kept, from which the rest can be computed again.
+        residual.layout(K, rows * C, make, [&](int k) { return k % 2 == 0 || keep(k); });
+        input.layout(K, rows * C, make, keep_light,
+                     [&](int k) { return junction_of(k).in_norm || !std::is_same_v<S, Acc<S>>; });
+        // A layer computed again needs both its branches at once.
+        branch.layout(
+            layers ? 3 : K, rows * C, make,
+            [&](int k) { return train && (layers || junction_of(k).keeps_branch()); },
+            [&](int k) { return k > 0; });
+        stats.layout(K, rows, make, [&](int) { return true; });
+        // Generating text goes on from every layer's k and v.
+        qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
+        const int64_t qk = c.qk_norm ? rows : 0;
+        qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
+        qk_stats.layout(L, qk * 2, make, keep);
+        attended.layout(L, rows * c.q_width(), make, keep);
+        lse.layout(L, rows * c.heads, make, keep);
+        hidden.layout(L, rows * c.mlp_in_width(), make, keep);
+        activated.layout(L, rows * c.mlp_width, make, keep_light);
+
+        // Forward, so many rows that their logits stay near the CPU; backward, so many that adding
+        // to the head's gradient is seldom. Equal parts, of a multiple of 32 rows.
+        auto parts = [&](int64_t elements, int64_t all, int64_t least) {
+            const int64_t most = std::max<int64_t>(least, elements / V / 32 * 32);
+            const int64_t n = (all + most - 1) / most;
+            return std::min(all, ((all + n - 1) / n + 31) / 32 * 32);
+        };
+        head_rows = parts(int64_t(1) << 26, rows, 256);
+        logit_rows = parts(int64_t(1) << 24, train ? head_rows : rows, 256);
+        const bool in_place = train && std::is_same_v<S, Acc<S>>;
+        make(logits, in_place ? 0 : logit_rows * V);
         make(losses, rows);
         if (!train) return;
+        make(dlogits, head_rows * V);
         make(dresidual, rows * C);
         make(dinput, rows * C);
         make(dbranch, rows * C);
@@ -741,9 +834,15 @@ template <class S> struct Activations {
 
 template <class S> struct CpuModel : Model {
     using A = Acc<S>;
+    static constexpr bool exact = std::is_same_v<S, A>; // parameters need no master weights
 
+    ModelOptions options;
     Array<S> parameters;
-    Array<A> gradients, moment1, moment2;
+    Array<A> master; // of the parameters, if they are bf16 and it is wanted
+    Array<A> gradients;
+    Array<A> moment1, moment2;
+    Array<bf16> rounded_moment1, rounded_moment2; // instead, with moments in bf16
+    bool fresh = false; // the next backward pass writes the matrices' gradients and adds to none
     Activations<S> acts;
     Array<CosSin<A>> rope_table;
     std::vector<int> tokens; // of the last pass
@@ -753,20 +852,23 @@ template <class S> struct CpuModel : Model {
     int64_t held = 0;        // bytes
 
     // What stop() returns at junction k, null for its argument; only gradient checks set it.
-    std::vector<const S*> stopped;
+    std::vector<const A*> stopped;
 
-    CpuModel(const Config& c, int max_B, int max_T, bool training) : Model(c) {
+    CpuModel(const Config& c, int max_B, int max_T, const ModelOptions& o) : Model(c), options(o) {
         auto make = [&](auto& array, int64_t n) {
             array = std::remove_reference_t<decltype(array)>(n);
             held += n * int64_t(sizeof(array[0]));
         };
         make(parameters, registry.size);
-        if (training) {
+        if (o.training) {
+            const bool rounded = o.moments == DType::bf16;
+            make(master, exact || !o.master_weights ? 0 : registry.size);
             make(gradients, registry.size);
-            make(moment1, registry.size);
-            make(moment2, registry.size);
+            for (Array<A>* array : {&moment1, &moment2}) make(*array, rounded ? 0 : registry.size);
+            for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
+                make(*array, rounded ? registry.size : 0);
         }
-        acts.layout(c, max_B, max_T, training, make);
+        acts.layout(c, max_B, max_T, o, make);
         stopped.resize(2 * c.layers + 1);
         if (!c.rope) return;
         const int half = c.head_size / 2;
@@ -780,40 +882,74 @@ template <class S> struct CpuModel : Model {
     }
 
     std::string device() const override { return "cpu"; }
-    std::string dtype() const override { return sizeof(S) == 8 ? "float64" : "float32"; }
+    std::string dtype() const override {
+        return sizeof(S) == 8 ? "float64" : sizeof(S) == 4 ? "float32" : "bf16";
+    }
     int64_t bytes() const override { return held; }
 
     // Tensors of the last pass, from row `first` on. k counts junctions from 0, l layers from 0.
     int64_t rows() const { return int64_t(B) * T - first; }
-    int64_t slot(int l) const { return acts.training ? l : 0; }
-    int64_t row(int64_t slot) const { return slot * acts.rows + first; }
-    S* residual(int k) { return acts.residual + row(k) * config.width; }
+    A* residual(int k) { return acts.residual[k] + int64_t(first) * config.width; }
     S* input(int k) { // u: what the sublayer after junction k sees
-        int s = acts.in_slot[k];
-        return s < 0 ? residual(k) : acts.input + row(s) * config.width;
+        if constexpr (exact)
+            if (acts.input.slot[k] < 0) return residual(k);
+        return acts.input[k] + int64_t(first) * config.width;
     }
-    S* branch(int k) { return acts.branch + row(acts.branch_slot[k]) * config.width; }
-    S* embedded() {
-        return acts.embedded.size ? acts.embedded + row(0) * config.width : residual(0);
+    S* branch(int k) {
+        const bool layers = options.recompute == Recompute::layers;
+        return acts.branch[layers ? 2 - k % 2 : k] + int64_t(first) * config.width;
     }
-    S* before(int k) { return k == 0 ? embedded() : residual(k - 1); } // r_prev
-    JunctionStats<S>* stats(int k) { return acts.stats + row(k); }
-    S* hidden(int l) { return acts.hidden + row(slot(l)) * config.mlp_in_width(); }
-    S* activated(int l) { return acts.activated + row(slot(l)) * config.mlp_width; }
+    A* embedded() {
+        return acts.embedded.size ? acts.embedded + int64_t(first) * config.width : residual(0);
+    }
+    A* before(int k) { return k == 0 ? embedded() : residual(k - 1); } // r_prev
+    JunctionStats<S>* stats(int k) { return acts.stats[k] + first; }
+    S* hidden(int l) { return acts.hidden[l] + int64_t(first) * config.mlp_in_width(); }
+    S* activated(int l) { return acts.activated[l] + int64_t(first) * config.mlp_width; }
 
     // Those of attention, from row 0 on.
-    S* qkv(int l) { return acts.qkv + l * acts.rows * config.qkv_width(); }
-    S* qk_raw(int l) {
-        return acts.qk_raw + slot(l) * acts.rows * (config.q_width() + config.kv_width());
-    }
-    NormStats<A>* qk_stats(int l) { return acts.qk_stats + slot(l) * acts.rows * 2; }
-    S* attended(int l) { return acts.attended + slot(l) * acts.rows * config.q_width(); }
-    A* lse(int l) { return acts.lse + slot(l) * acts.rows * config.heads; }
+    S* qkv(int l) { return acts.qkv[l]; }
+    S* qk_raw(int l) { return acts.qk_raw[l]; }
+    NormStats<A>* qk_stats(int l) { return acts.qk_stats[l]; }
+    S* attended(int l) { return acts.attended[l]; }
+    A* lse(int l) { return acts.lse[l]; }
     AttentionShape attention() const {
         return {B, T, config.heads, config.kv_heads, config.head_size, first};
     }
+    A* logits() {
+        if constexpr (exact)
+            if (acts.logits.size == 0) return acts.dlogits;
+        return acts.logits;
+    }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
     A* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
+
+    // Books the time until the end of the scope. bytes: of activations and weights, each read or
+    // written once.
+    Timed timed(const char* group, const char* name, double bytes, double flops = 0) const {
+        return Timed(profile, group, name, flops, bytes);
+    }
+    double moved(double per_row) const { return double(rows()) * per_row * sizeof(S); }
+
+    void matrix_forward(const char* name, S* out, const S* in, int64_t w, int64_t bias, int C,
+                        int OC) {
+        Timed t = timed_matrix("forward", name, C, OC, sizeof(S));
+        linear_forward(out, in, weight(w), weight(bias), rows(), C, OC);
+    }
+    void matrix_backward(const char* name, S* din, const S* dout, const S* in, int64_t w,
+                         int64_t bias, int C, int OC) {
+        {
+            Timed t = timed_matrix("input gradient", name, C, OC, sizeof(S));
+            linear_backward_input(din, dout, weight(w), rows(), C, OC);
+        }
+        Timed t = timed_matrix("weight gradient", name, C, OC, fresh ? sizeof(A) : 2 * sizeof(A));
+        linear_backward_weight(gradient(w), gradient(bias), dout, in, rows(), C, OC, !fresh);
+    }
+    Timed timed_matrix(const char* group, const char* name, double C, double OC,
+                       double matrix_bytes) const {
+        return timed(group, name, moved(C + OC) + C * OC * matrix_bytes,
+                     2 * double(rows()) * C * OC);
+    }
 
     // Positions before `from` keep what the last pass left there.
     void forward(const int* inputs, int b, int t, int from = 0) {
@@ -821,9 +957,11 @@ template <class S> struct CpuModel : Model {
         first = from;
         continues = false;
         tokens.assign(inputs, inputs + int64_t(B) * T);
-
-        embedding_forward(embedded(), inputs + first, weight(registry.token_embedding),
-                          weight(registry.position_embedding), first, rows(), T, config.width);
+        {
+            Timed t = timed("forward", "embedding", moved(2 * config.width));
+            embedding_forward(embedded(), inputs + first, weight(registry.token_embedding),
+                              weight(registry.position_embedding), first, rows(), T, config.width);
+        }
         join_forward(0);
         for (int l = 0; l < config.layers; l++) {
             attention_sublayer_forward(l);
@@ -835,129 +973,231 @@ template <class S> struct CpuModel : Model {
 
     // From the gradient of the final norm's output, in dinput.
     void backward() {
-        std::fill(acts.dresidual + 0, acts.dresidual + rows() * config.width, S(0));
+        std::fill(acts.dresidual + 0, acts.dresidual + rows() * config.width, A(0));
         for (int l = config.layers - 1; l >= 0; l--) {
+            if (options.recompute == Recompute::layers) layer_again(l);
             join_backward(2 * l + 2);
             mlp_sublayer_backward(l);
             join_backward(2 * l + 1);
             attention_sublayer_backward(l);
         }
         join_backward(0);
+        Timed t = timed("backward", "embedding", moved(config.width) * 3 * sizeof(A) / sizeof(S));
         embedding_backward(gradient(registry.token_embedding),
                            gradient(registry.position_embedding), tokens.data(),
-                           (const S*)acts.dresidual, B, T, config.width);
+                           (const A*)acts.dresidual, B, T, config.width);
     }
 
     void join_forward(int k) {
-        junction_forward(junction(config.scheme, config.layers, k), config.norm, config.norm_eps,
-                         before(k), k == 0 ? nullptr : branch(k),
+        const Junction j = junction(config.scheme, config.layers, k);
+        Timed t =
+            timed("forward", "junctions", moved(config.width * (1.0 + 2 * j.branch + j.in_norm)));
+        junction_forward(j, config.norm, config.norm_eps, before(k), k == 0 ? nullptr : branch(k),
                          JunctionPointers<const S>(parameters, registry.junctions[k]), residual(k),
-                         input(k), stats(k), stopped[k], rows(), config.width);
+                         acts.input.slot[k] < 0 ? nullptr : input(k), stats(k), stopped[k], rows(),
+                         config.width);
     }
 
     void join_backward(int k) {
-        junction_backward(junction(config.scheme, config.layers, k), config.norm, before(k),
-                          k == 0 ? nullptr : branch(k), residual(k),
+        const Junction j = junction(config.scheme, config.layers, k);
+        Timed t = timed("backward", "junctions",
+                        moved(config.width * (2.0 + j.branch * (1 + 2 * j.keeps_branch()) +
+                                              2.0 * sizeof(A) / sizeof(S))));
+        junction_backward(j, config.norm, before(k), k == 0 ? nullptr : branch(k), residual(k),
                           JunctionPointers<const S>(parameters, registry.junctions[k]), stats(k),
-                          (const S*)acts.dinput, (S*)acts.dresidual, (S*)acts.dbranch,
+                          (const S*)acts.dinput, (A*)acts.dresidual, (S*)acts.dbranch,
                           JunctionPointers<A>(gradients, registry.junctions[k]), (A*)acts.scratch,
                           rows(), config.width);
+    }
+
+    // u of junction k once more, from r and its statistics, if it was not kept.
+    void input_again(int k) {
+        if (acts.input.slot[k] < 0 || acts.input.keeps(k)) return;
+        Timed t = timed("again", "junctions", moved(2 * config.width));
+        const Junction j = junction(config.scheme, config.layers, k);
+        const JunctionPointers<const S> p(parameters, registry.junctions[k]);
+        const int C = config.width;
+#pragma omp parallel for
+        for (int64_t row = 0; row < rows(); row++) {
+            const A* r = residual(k) + row * C;
+            S* u = input(k) + row * C;
+            if (j.in_norm)
+                norm_row_forward(stats(k)[row].in, r, p.in_weight, p.in_bias, A(j.in_scale), u, C);
+            else
+                for (int i = 0; i < C; i++) u[i] = S(r[i]);
+        }
+    }
+
+    // What of layer l was not kept, once more, from its input.
+    void layer_again(int l) {
+        input_again(2 * l);
+        attention_sublayer_forward(l);
+        join_forward(2 * l + 1);
+        mlp_sublayer_forward(l);
     }
 
     // branch(2l + 1) = attention of input(2l)
     void attention_sublayer_forward(int l) {
         const LayerParams& p = registry.layers[l];
-        linear_forward(qkv(l) + first * config.qkv_width(), input(2 * l), weight(p.qkv),
-                       weight(p.qkv_bias), rows(), config.width, config.qkv_width());
-        if (config.qk_norm)
+        matrix_forward("qkv", qkv(l) + first * config.qkv_width(), input(2 * l), p.qkv, p.qkv_bias,
+                       config.width, config.qkv_width());
+        if (config.qk_norm) {
+            Timed t = timed("forward", "q and k norm", moved(3.0 * config.qkv_width()));
             qk_norm_forward(qkv(l), qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
                             config.norm_eps, attention());
-        if (config.rope) rope(qkv(l), (const CosSin<A>*)rope_table, 1, attention());
-        attention_forward(attended(l), lse(l), qkv(l), attention());
-        linear_forward(branch(2 * l + 1), attended(l) + first * config.q_width(),
-                       weight(p.attn_out), weight(p.attn_out_bias), rows(), config.q_width(),
-                       config.width);
+        }
+        if (config.rope) {
+            Timed t = timed("forward", "rope", moved(2.0 * (config.q_width() + config.kv_width())));
+            rope(qkv(l), (const CosSin<A>*)rope_table, 1, attention());
+        }
+        {
+            Timed t = timed("forward", "attention", moved(config.qkv_width() + config.q_width()),
+                            attention_flops(2));
+            attention_forward(attended(l), lse(l), qkv(l), attention());
+        }
+        matrix_forward("attention out", branch(2 * l + 1), attended(l) + first * config.q_width(),
+                       p.attn_out, p.attn_out_bias, config.q_width(), config.width);
+    }
+    // Of so many products of queries with what they see, half of all: T²/2 of each head.
+    double attention_flops(int products) const {
+        return double(products) * double(rows()) * T * config.q_width();
     }
 
     // From dbranch to dinput.
     void attention_sublayer_backward(int l) {
         const LayerParams& p = registry.layers[l];
         S *dattended = acts.dnarrow, *dqkv = acts.dwide;
-        linear_backward(dattended, gradient(p.attn_out), gradient(p.attn_out_bias),
-                        (const S*)acts.dbranch, attended(l), weight(p.attn_out), rows(),
-                        config.q_width(), config.width);
-        attention_backward(dqkv, dattended, qkv(l), attended(l), lse(l), attention());
-        if (config.rope) rope(dqkv, (const CosSin<A>*)rope_table, -1, attention());
-        if (config.qk_norm)
+        input_again(2 * l);
+        matrix_backward("attention out", dattended, (const S*)acts.dbranch, attended(l), p.attn_out,
+                        p.attn_out_bias, config.q_width(), config.width);
+        {
+            Timed t =
+                timed("backward", "attention",
+                      moved(2.0 * config.qkv_width() + 2.0 * config.q_width()), attention_flops(5));
+            attention_backward(dqkv, dattended, qkv(l), lse(l), attention());
+        }
+        if (config.rope) {
+            Timed t =
+                timed("backward", "rope", moved(2.0 * (config.q_width() + config.kv_width())));
+            rope(dqkv, (const CosSin<A>*)rope_table, -1, attention());
+        }
+        if (config.qk_norm) {
+            Timed t = timed("backward", "q and k norm", moved(3.0 * config.qkv_width()));
             qk_norm_backward(dqkv, qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
                              gradient(p.q_norm), gradient(p.k_norm), (A*)acts.scratch, attention());
-        linear_backward((S*)acts.dinput, gradient(p.qkv), gradient(p.qkv_bias), dqkv, input(2 * l),
-                        weight(p.qkv), rows(), config.width, config.qkv_width());
+        }
+        matrix_backward("qkv", acts.dinput, dqkv, input(2 * l), p.qkv, p.qkv_bias, config.width,
+                        config.qkv_width());
     }
 
     // branch(2l + 2) = MLP of input(2l + 1)
     void mlp_sublayer_forward(int l) {
         const LayerParams& p = registry.layers[l];
+        matrix_forward("MLP in", hidden(l), input(2 * l + 1), p.mlp_in, p.mlp_in_bias, config.width,
+                       config.mlp_in_width());
+        activate(l, "forward");
+        matrix_forward("MLP out", branch(2 * l + 2), activated(l), p.mlp_out, p.mlp_out_bias,
+                       config.mlp_width, config.width);
+    }
+
+    void activate(int l, const char* group) {
         const int H = config.mlp_width;
-        linear_forward(hidden(l), input(2 * l + 1), weight(p.mlp_in), weight(p.mlp_in_bias), rows(),
-                       config.width, config.mlp_in_width());
+        Timed t =
+            timed(group, config.gated_mlp ? "swiglu" : "gelu", moved(config.mlp_in_width() + H));
         if (config.gated_mlp)
             swiglu_forward(activated(l), hidden(l), rows(), H);
         else
             gelu_forward(activated(l), hidden(l), rows() * H);
-        linear_forward(branch(2 * l + 2), activated(l), weight(p.mlp_out), weight(p.mlp_out_bias),
-                       rows(), H, config.width);
     }
 
     void mlp_sublayer_backward(int l) {
         const LayerParams& p = registry.layers[l];
         const int H = config.mlp_width;
         S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
-        linear_backward(dactivated, gradient(p.mlp_out), gradient(p.mlp_out_bias),
-                        (const S*)acts.dbranch, activated(l), weight(p.mlp_out), rows(), H,
-                        config.width);
-        if (config.gated_mlp)
-            swiglu_backward(dhidden, dactivated, hidden(l), rows(), H);
-        else
-            gelu_backward(dhidden, dactivated, hidden(l), rows() * H);
-        linear_backward((S*)acts.dinput, gradient(p.mlp_in), gradient(p.mlp_in_bias), dhidden,
-                        input(2 * l + 1), weight(p.mlp_in), rows(), config.width,
-                        config.mlp_in_width());
+        if (!acts.activated.keeps(l) && options.recompute == Recompute::activations)
+            activate(l, "again");
+        matrix_backward("MLP out", dactivated, (const S*)acts.dbranch, activated(l), p.mlp_out,
+                        p.mlp_out_bias, H, config.width);
+        {
+            Timed t = timed("backward", config.gated_mlp ? "swiglu" : "gelu",
+                            moved(2.0 * config.mlp_in_width() + H));
+            if (config.gated_mlp)
+                swiglu_backward(dhidden, dactivated, hidden(l), rows(), H);
+            else
+                gelu_backward(dhidden, dactivated, hidden(l), rows() * H);
+        }
+        input_again(2 * l + 1);
+        matrix_backward("MLP in", acts.dinput, dhidden, input(2 * l + 1), p.mlp_in, p.mlp_in_bias,
+                        config.width, config.mlp_in_width());
     }
 
-    // The head and its loss, some rows at a time, so that (rows, V) logits never exist.
-    double head(const int* targets, bool training, double loss_scale) {
-        const S* final_input = input(2 * config.layers);
+    // The head and its loss, some rows at a time, so that (rows, V) logits never exist; from a row
+    // `begin` on, n rows. Writes loss_scale × the logits' gradient to dlogits if that is wanted.
+    void head_forward(const int* targets, S* dlogits, double loss_scale, int64_t begin, int64_t n) {
         const int V = config.vocab_size, C = config.width;
-        const S* w = weight(registry.head);
-        for (int64_t row = 0; row < rows(); row += acts.head_rows) {
-            const int64_t n = std::min(acts.head_rows, rows() - row);
-            const S* x = final_input + row * C;
-            linear_forward((S*)acts.logits, x, w, (const S*)nullptr, n, C, V);
-            cross_entropy(acts.losses + row, (S*)acts.logits, targets + row, training, loss_scale,
-                          n, V);
-            if (training)
-                linear_backward(acts.dinput + row * C, gradient(registry.head), (A*)nullptr,
-                                (const S*)acts.logits, x, w, n, C, V);
+        for (int64_t row = begin; row < begin + n; row += acts.logit_rows) {
+            const int64_t part = std::min(acts.logit_rows, begin + n - row);
+            S* dpart = dlogits ? dlogits + (row - begin) * V : nullptr;
+            A* x = logits();
+            if constexpr (exact)
+                if (dpart) x = dpart;
+            {
+                Timed t = timed("forward", "head",
+                                double(part) * (C * sizeof(S) + V * sizeof(A)) +
+                                    double(V) * C * sizeof(S),
+                                2.0 * double(part) * C * V);
+                linear_forward(x, input(2 * config.layers) + row * C, weight(registry.head),
+                               (const A*)nullptr, part, C, V);
+            }
+            Timed t = timed("forward", "loss", double(part) * V * (sizeof(A) + sizeof(S)));
+            cross_entropy(acts.losses + row, x, dpart, targets + row, loss_scale, part, V);
         }
+    }
+
+    double sum_of_losses() const {
         double sum = 0;
         for (int64_t row = 0; row < rows(); row++) sum += double(acts.losses[row]);
         return sum;
     }
 
+    // With the gradients, of the final norm's output in dinput.
+    double head(const int* targets, double loss_scale) {
+        const int V = config.vocab_size, C = config.width;
+        S* dlogits = acts.dlogits;
+        for (int64_t row = 0; row < rows(); row += acts.head_rows) {
+            const int64_t n = std::min(acts.head_rows, rows() - row);
+            head_forward(targets, dlogits, loss_scale, row, n);
+            const bool add = !fresh || row > 0;
+            const double bytes = double(n) * (C + V) * sizeof(S);
+            const double flops = 2.0 * double(n) * C * V;
+            {
+                Timed t = timed("input gradient", "head", bytes + double(V) * C * sizeof(S), flops);
+                linear_backward_input(acts.dinput + row * C, dlogits, weight(registry.head), n, C,
+                                      V);
+            }
+            Timed t = timed("weight gradient", "head",
+                            bytes + (1.0 + add) * double(V) * C * sizeof(A), flops);
+            linear_backward_weight(gradient(registry.head), (A*)nullptr, dlogits,
+                                   input(2 * config.layers) + row * C, n, C, V, add);
+        }
+        return sum_of_losses();
+    }
+
     double loss(const int* inputs, const int* targets, int b, int t) override {
         forward(inputs, b, t);
         check_targets(targets);
-        return head(targets, false, 0);
+        head_forward(targets, nullptr, 0, 0, rows());
+        return sum_of_losses();
     }
 
     double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
                               double loss_scale) override {
-        if (!acts.training) fail("this model was made without gradients");
+        if (!options.training) fail("this model was made without gradients");
         forward(inputs, b, t);
         check_targets(targets);
-        double sum = head(targets, true, loss_scale);
+        const double sum = head(targets, loss_scale);
         backward();
+        fresh = false;
         return sum;
     }
 
@@ -970,13 +1210,14 @@ template <class S> struct CpuModel : Model {
         forward(inputs, b, t, from);
         const int V = config.vocab_size, C = config.width;
         const S* final_input = input(2 * config.layers);
-        const int64_t step = last_only ? 1 : acts.head_rows;
+        const int64_t step = last_only ? 1 : acts.logit_rows;
         for (int64_t row = last_only ? T - 1 - first : 0; row < rows();
              row += last_only ? T : step) {
             const int64_t n = std::min(step, rows() - row);
-            linear_forward((S*)acts.logits, final_input + row * C, weight(registry.head),
-                           (const S*)nullptr, n, C, V);
-            for (int64_t i = 0; i < n * V; i++) *out++ = float(acts.logits[i]);
+            A* logits = this->logits();
+            linear_forward(logits, final_input + row * C, weight(registry.head), (const A*)nullptr,
+                           n, C, V);
+            for (int64_t i = 0; i < n * V; i++) *out++ = float(logits[i]);
         }
         continues = b == 1;
     }
@@ -1002,17 +1243,60 @@ template <class S> struct CpuModel : Model {
 
     void initialize(uint64_t seed) override {
         continues = false;
-        for (const Param& p : registry.params) lns::initialize(p, seed, parameters + p.offset);
+        for (const Param& p : registry.params) {
+            if constexpr (exact) {
+                lns::initialize(p, seed, parameters + p.offset);
+            } else {
+                std::vector<A> values(size_t(p.size()));
+                lns::initialize(p, seed, values.data());
+                for (int64_t i = 0; i < p.size(); i++) set_parameter(p.offset + i, values[i]);
+            }
+        }
         for (Array<A>* array : {&gradients, &moment1, &moment2})
             std::fill(*array + 0, *array + array->size, A(0));
+        for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
+            std::fill(*array + 0, *array + array->size, bf16(0));
     }
 
+    void set_parameter(int64_t i, A value) {
+        parameters[i] = S(value);
+        if (master.size) master[i] = value;
+    }
+
+    // Matrices that a backward pass multiplies get their gradients written, not added to, by the
+    // first pass: only the others are set to 0 here.
     void zero_gradients() override {
-#pragma omp parallel for
-        for (int64_t i = 0; i < registry.size; i++) gradients[i] = 0;
+        Timed t = timed("update", "zero gradients", 0);
+        fresh = true;
+        each_param([&](const Param& p) { return !written_first(p); },
+                   [&](int64_t i, const Param&) { gradients[i] = 0; });
+    }
+    bool written_first(const Param& p) const {
+        if (p.offset == registry.head) return true;
+        return p.shape.size() == 2 && p.offset != registry.token_embedding &&
+               p.offset != registry.position_embedding;
+    }
+    // For whoever looks at the gradients before a pass has written them.
+    void write_fresh_zeros() {
+        if (!fresh || gradients.size == 0) return;
+        each_param([&](const Param& p) { return written_first(p); },
+                   [&](int64_t i, const Param&) { gradients[i] = 0; });
+        fresh = false;
+    }
+    // f(i, p) for every number i of the parameters p that are wanted, all threads at it.
+    template <class Wanted, class F> void each_param(const Wanted& wanted, const F& f) {
+#pragma omp parallel
+        for (const Param& p : registry.params) {
+            if (!wanted(p)) continue;
+            const int64_t end = p.offset + p.size();
+#pragma omp for nowait schedule(static)
+            for (int64_t i = p.offset; i < end; i++) f(i, p);
+        }
     }
 
     double gradient_norm() override {
+        Timed t = timed("update", "gradient norm", double(registry.size) * sizeof(A));
+        write_fresh_zeros();
         const int64_t block = 1 << 16, blocks = (registry.size + block - 1) / block;
         std::vector<double> sums(blocks);
 #pragma omp parallel for
@@ -1033,49 +1317,101 @@ template <class S> struct CpuModel : Model {
     // w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
     void update(const AdamW& o) override {
         continues = false;
+        write_fresh_zeros();
+        if (options.moments == DType::bf16)
+            update(o, (bf16*)rounded_moment1, (bf16*)rounded_moment2);
+        else
+            update(o, (A*)moment1, (A*)moment2);
+    }
+    template <class M> void update(const AdamW& o, M* moment1, M* moment2) {
+        const bool stochastic = options.stochastic_rounding && (!exact || !std::is_same_v<M, A>);
+        Timed t = timed("update", "AdamW",
+                        double(registry.size) *
+                            (sizeof(A) + 4 * sizeof(M) +
+                             (master.size ? 2 * sizeof(A) + sizeof(S) : 2 * sizeof(S))));
+        if (master.size)
+            stochastic ? update<true>(o, (A*)master, moment1, moment2)
+                       : update<false>(o, (A*)master, moment1, moment2);
+        else
+            stochastic ? update<true>(o, (S*)parameters, moment1, moment2)
+                       : update<false>(o, (S*)parameters, moment1, moment2);
+    }
+    // One pass over memory. weights: the master weights, or the parameters themselves.
+    template <bool stochastic, class W, class M>
+    void update(const AdamW& o, W* weights, M* moment1, M* moment2) {
         const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
         const A correction1 = A(1 / (1 - std::pow(o.beta1, double(o.step))));
         const A correction2 = A(1 / (1 - std::pow(o.beta2, double(o.step))));
         const A scale = A(o.grad_scale);
+        const A* gradients = this->gradients;
+        S* copy = master.size ? parameters + 0 : nullptr;
+        auto store = [](auto& x, A value, [[maybe_unused]] uint32_t random) {
+            using X = std::remove_reference_t<decltype(x)>;
+            if constexpr (stochastic && std::is_same_v<X, bf16>)
+                x = round_stochastic(float(value), random);
+            else
+                x = X(value);
+        };
 #pragma omp parallel
         for (const Param& p : registry.params) {
             const A decay = p.decay ? A(o.weight_decay) : A(0);
             const int64_t end = p.offset + p.size();
-#pragma omp for nowait schedule(static)
+#pragma omp for simd nowait schedule(static)
             for (int64_t i = p.offset; i < end; i++) {
+                // 16 random bits for each of the three, of (step, i).
+                uint32_t random = 0, more = 0;
+                if constexpr (stochastic) {
+                    random = mix_bits(uint32_t(i) * 0x9E3779B9u + uint32_t(o.step));
+                    more = mix_bits(random + uint32_t(i >> 32));
+                }
                 const A g = scale * gradients[i];
-                const A m = moment1[i] = beta1 * moment1[i] + (A(1) - beta1) * g;
-                const A v = moment2[i] = beta2 * moment2[i] + (A(1) - beta2) * g * g;
-                const A w = A(parameters[i]);
+                const A m = beta1 * A(moment1[i]) + (A(1) - beta1) * g;
+                const A v = beta2 * A(moment2[i]) + (A(1) - beta2) * g * g;
+                const A w = A(weights[i]);
                 const A step = m * correction1 / (std::sqrt(v * correction2) + eps);
-                parameters[i] = S(w - lr * (step + decay * w));
+                const A updated = w - lr * (step + decay * w);
+                store(moment1[i], m, random), store(moment2[i], v, random >> 16);
+                store(weights[i], updated, more);
+                if (copy) copy[i] = S(updated);
             }
         }
     }
 
     void read(Buffer buffer, const Param& p, float* out) override {
-        const A* from = buffer == Buffer::gradients ? gradients
-                        : buffer == Buffer::moment1 ? moment1
-                                                    : moment2;
-        for (int64_t i = 0; i < p.size(); i++)
-            out[i] = buffer == Buffer::parameters ? float(parameters[p.offset + i])
-                                                  : float(from[p.offset + i]);
+        if (buffer == Buffer::gradients) write_fresh_zeros();
+        auto copy = [&](const auto& from) {
+            for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[p.offset + i]);
+        };
+        const bool rounded = options.moments == DType::bf16;
+        if (buffer == Buffer::parameters)
+            master.size ? copy(master) : copy(parameters);
+        else if (buffer == Buffer::gradients)
+            copy(gradients);
+        else if (buffer == Buffer::moment1)
+            rounded ? copy(rounded_moment1) : copy(moment1);
+        else
+            rounded ? copy(rounded_moment2) : copy(moment2);
     }
 
     void write(Buffer buffer, const Param& p, const float* values) override {
         continues = false;
-        A* to = buffer == Buffer::gradients ? gradients
-                : buffer == Buffer::moment1 ? moment1
-                                            : moment2;
-        for (int64_t i = 0; i < p.size(); i++) {
-            if (buffer == Buffer::parameters)
-                parameters[p.offset + i] = S(values[i]);
-            else
-                to[p.offset + i] = A(values[i]);
-        }
+        auto copy = [&](auto& to) {
+            using X = std::remove_reference_t<decltype(to[0])>;
+            for (int64_t i = 0; i < p.size(); i++) to[p.offset + i] = X(values[i]);
+        };
+        const bool rounded = options.moments == DType::bf16;
+        if (buffer == Buffer::parameters)
+            for (int64_t i = 0; i < p.size(); i++) set_parameter(p.offset + i, A(values[i]));
+        else if (buffer == Buffer::gradients)
+            write_fresh_zeros(), copy(gradients);
+        else if (buffer == Buffer::moment1)
+            rounded ? copy(rounded_moment1) : copy(moment1);
+        else
+            rounded ? copy(rounded_moment2) : copy(moment2);
     }
 
     float* host_gradients() override {
+        write_fresh_zeros();
         if constexpr (std::is_same_v<A, float>)
             return gradients;
         else
@@ -1086,11 +1422,14 @@ template <class S> struct CpuModel : Model {
         std::vector<double> variance;
         const int64_t n = rows() * config.width;
         for (int l = 0; l <= config.layers; l++) {
-            const S* r = residual(2 * l);
+            const A* r = residual(2 * l);
             double sum = 0, square = 0;
             for (int64_t i = 0; i < n; i++) sum += double(r[i]);
             const double mean = sum / double(n);
-            for (int64_t i = 0; i < n; i++) square += (double(r[i]) - mean) * (double(r[i]) - mean);
+            for (int64_t i = 0; i < n; i++) {
+                const double deviation = double(r[i]) - mean;
+                square += deviation * deviation;
+            }
             variance.push_back(square / double(n));
         }
         return variance;
@@ -1099,7 +1438,7 @@ template <class S> struct CpuModel : Model {
     std::string first_nonfinite() override {
         auto bad = [](const auto* x, int64_t n) {
             for (int64_t i = 0; i < n; i++)
-                if (!std::isfinite(x[i])) return true;
+                if (!std::isfinite(A(x[i]))) return true;
             return false;
         };
         for (const Param& p : registry.params)
@@ -1110,19 +1449,23 @@ template <class S> struct CpuModel : Model {
             for (int k = 0; k <= 2 * config.layers; k++) {
                 const int l = (k - 1) / 2;
                 std::string layer = "layer " + std::to_string(l + 1) + "'s ";
-                if (acts.training && k > 0 && k % 2 == 1) {
-                    if (bad(qkv(l), n * config.qkv_width())) return layer + "q, k and v";
-                    if (bad(attended(l), n * config.q_width())) return layer + "attention";
+                if (k > 0 && k % 2 == 1) {
+                    if (acts.qkv.keeps(l) && bad(qkv(l), n * config.qkv_width()))
+                        return layer + "q, k and v";
+                    if (acts.attended.keeps(l) && bad(attended(l), n * config.q_width()))
+                        return layer + "attention";
                 }
-                if (acts.training && k > 0 && k % 2 == 0) {
-                    if (bad(hidden(l), n * config.mlp_in_width())) return layer + "MLP input";
-                    if (bad(activated(l), n * config.mlp_width)) return layer + "MLP activation";
+                if (k > 0 && k % 2 == 0) {
+                    if (acts.hidden.keeps(l) && bad(hidden(l), n * config.mlp_in_width()))
+                        return layer + "MLP input";
+                    if (acts.activated.keeps(l) && bad(activated(l), n * config.mlp_width))
+                        return layer + "MLP activation";
                 }
-                if (bad(residual(k), n * C))
+                if (acts.residual.keeps(k) && bad(residual(k), n * C))
                     return k == 0 ? "the residual stream after the embedding"
                                   : "the residual stream after " + layer +
                                         (k % 2 == 1 ? "attention" : "MLP");
-                if (acts.training && bad(input(k), n * C))
+                if (acts.input.keeps(k) && bad(input(k), n * C))
                     return k == 2 * config.layers
                                ? "the final norm's output"
                                : "the norm before layer " + std::to_string(k / 2 + 1) + "'s " +
@@ -1130,27 +1473,41 @@ template <class S> struct CpuModel : Model {
             }
             if (bad((const A*)acts.losses, n)) return "the loss";
         }
-        if (acts.training)
+        if (options.training && !fresh)
             for (auto p = registry.params.rbegin(); p != registry.params.rend(); ++p)
                 if (bad(gradients + p->offset, p->size())) return "the gradient of " + p->name;
         return "";
     }
 };
 
-std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T, bool training) {
-    return std::make_unique<CpuModel<float>>(config, B, T, training);
+std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T,
+                                      const ModelOptions& options) {
+    if (options.dtype == DType::bf16)
+        return std::make_unique<CpuModel<bf16>>(config, B, T, options);
+    return std::make_unique<CpuModel<float>>(config, B, T, options);
 }
 
-MemoryPlan plan_cpu_memory(const Config& config, int B, int T, bool training) {
+template <class S>
+MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o) {
     MemoryPlan plan;
     const int64_t n = make_registry(config).size;
-    plan.parameters = n * int64_t(sizeof(float));
-    if (training) plan.gradients = plan.parameters, plan.optimizer = 2 * plan.parameters;
-    Activations<float> acts;
-    acts.layout(config, B, T, training, [&](auto& array, int64_t elements) {
+    plan.parameters = n * int64_t(sizeof(S));
+    if (o.training) {
+        plan.gradients = n * int64_t(sizeof(Acc<S>));
+        plan.optimizer = 2 * n * int64_t(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
+        if (sizeof(S) < sizeof(Acc<S>) && o.master_weights)
+            plan.optimizer += n * int64_t(sizeof(Acc<S>));
+    }
+    Activations<S> acts;
+    acts.layout(config, B, T, o, [&](auto& array, int64_t elements) {
         plan.activations += elements * int64_t(sizeof(array[0]));
     });
     return plan;
+}
+
+MemoryPlan plan_cpu_memory(const Config& config, int B, int T, const ModelOptions& options) {
+    return options.dtype == DType::bf16 ? plan_memory<bf16>(config, B, T, options)
+                                        : plan_memory<float>(config, B, T, options);
 }
 
 } // namespace lns

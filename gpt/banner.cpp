@@ -23,7 +23,8 @@ std::string plural(int64_t n, const char* what) { return cat(n, " ", what, n == 
 
 } // namespace
 
-std::string describe_machine(int threads, const Ranks& ranks, double peak) {
+std::string describe_machine(int threads, const Ranks& ranks, double peak,
+                             const ModelOptions& options) {
     const BuildInfo& build = build_info();
     std::string with;
     for (const auto& [name, value] : build.features)
@@ -32,11 +33,13 @@ std::string describe_machine(int threads, const Ranks& ranks, double peak) {
     text += cat("machine    ", cpu_features(), "\n");
     text += cat("           ", plural(threads, "thread"),
                 ranks.size > 1 ? cat(" on each of ", ranks.size, " ranks") : "");
-    if (peak > 0) text += format_number("; measured peak %.0f GFLOP/s in float32", peak / 1e9);
-    return text + "\n";
+    if (peak > 0)
+        text += format_number("; measured peak %.0f GFLOP/s in ", peak / 1e9) +
+                (options.dtype == DType::bf16 ? "bf16" : "float32");
+    return text + "\nnumbers    " + describe_numbers(options) + "\n";
 }
 
-std::string describe_model(const Config& c, int B, int T) {
+std::string describe_model(const Config& c, int B, int T, const ModelOptions& options) {
     Registry registry = make_registry(c);
     Table table;
     table.headers = {"parameter", "shape", "times", "count"};
@@ -72,7 +75,7 @@ std::string describe_model(const Config& c, int B, int T) {
     text += "\n";
     for (const std::string& note : c.notes) text += "note: " + note + "\n";
     text += table.text();
-    MemoryPlan m = plan_cpu_memory(c, B, T, true);
+    MemoryPlan m = plan_cpu_memory(c, B, T, options);
     double flops = flops_per_token(c, T);
     text += cat("\nparameters ", format_count(double(registry.count())), "; ", format_count(flops),
                 " FLOPs a token to train, at ", T, " tokens a sequence\n");
@@ -124,9 +127,6 @@ std::string describe_schedule(const Schedule& s, const Options& o, int64_t token
     text += "\n";
     if (s.warmup >= s.steps && s.steps > 0)
         text += "note: the warmup is as long as the run, so the learning rate never falls\n";
-    if (o.recipe == "paper")
-        text += "note: the paper trained in pure bf16, parameters and moments too; this build has "
-                "float32 only, so its results are those of the recipe without that\n";
     return text;
 }
 

@@ -10,11 +10,13 @@
 
 namespace lns {
 
-// What was built in, and what was found here. peak: FLOP/s of all ranks, 0 if not measured.
-std::string describe_machine(int threads, const Ranks& ranks, double peak);
+// What was built in, and what was found here. peak: FLOP/s of all ranks in the model's dtype, 0 if
+// not measured.
+std::string describe_machine(int threads, const Ranks& ranks, double peak,
+                             const ModelOptions& options);
 
 // The model's table: each kind of parameter, how many; then totals, FLOPs and memory of one rank.
-std::string describe_model(const Config& config, int B, int T);
+std::string describe_model(const Config& config, int B, int T, const ModelOptions& options);
 
 // Sources, tokens and windows, and how often the run will see them.
 std::string describe_data(const Data& data, const Loader& train, const Loader& val, double windows);

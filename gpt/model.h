@@ -9,6 +9,7 @@
 
 #include "gpt/config.h"
 #include "gpt/params.h"
+#include "gpt/profile.h"
 
 namespace lns {
 
@@ -21,9 +22,26 @@ struct AdamW {
 
 enum class Buffer { parameters, gradients, moment1, moment2 };
 
+enum class DType { float32, bf16 };
+
+// What a backward pass computes again instead of keeping it: nothing; the norms' outputs and the
+// MLP's activations; or each layer whole, from its input. The gradients are the same to the bit.
+enum class Recompute { none, activations, layers };
+
+// How a model is held.
+struct ModelOptions {
+    bool training = true;         // gradients and moments too
+    DType dtype = DType::float32; // of weights, activations and the activations' gradients
+    bool master_weights = true;   // with bf16: the optimizer's own copy of the weights in float32
+    DType moments = DType::float32;
+    bool stochastic_rounding = false; // of what the optimizer writes in bf16; else to nearest
+    Recompute recompute = Recompute::none;
+};
+
 struct Model {
     Config config;
     Registry registry;
+    Profile* profile = nullptr; // where to book the time of each part of a pass, or null
 
     explicit Model(const Config& c) : config(c), registry(make_registry(c)) {}
     virtual ~Model() = default;
@@ -79,8 +97,9 @@ struct MemoryPlan {
     int64_t total() const { return parameters + gradients + optimizer + activations; }
 };
 
-// Made for micro-batches of at most B·T tokens. `training` false: no gradients and moments.
-std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T, bool training);
-MemoryPlan plan_cpu_memory(const Config& config, int B, int T, bool training);
+// Made for micro-batches of at most B·T tokens.
+std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T,
+                                      const ModelOptions& options);
+MemoryPlan plan_cpu_memory(const Config& config, int B, int T, const ModelOptions& options);
 
 } // namespace lns

@@ -106,10 +106,12 @@ void add_sampling(Flags& f, Options& o) {
 }
 
 void add_machine(Flags& f, Options& o) {
-    f.choice("--dtype", o.dtype, {"auto", "float32", "bf16"},
-             "auto, float32 or bf16: how to hold numbers");
     f.choice("--device", o.device, {"auto", "cpu", "cuda"}, "auto, cpu or cuda: where to compute");
     f.count("--threads", o.threads, 0, 4096, "0: as many as this process may use");
+}
+
+void add_dtype(Flags& f, Options& o, const char* help) {
+    f.choice("--dtype", o.dtype, {"auto", "float32", "bf16"}, help);
 }
 
 void add_tokenizer(Flags& f, Options& o) {
@@ -162,7 +164,7 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
 
     f.group = "Optimizer";
     f.choice("--recipe", o.recipe, {"paper"},
-             "paper: batch, length, Adam, schedule and embeddings of arXiv 2502.05795");
+             "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795");
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, std::numeric_limits<int64_t>::max(), "of the whole run");
     f.number("-l,--lr", o.lr, 0, infinity, "learning rate at its peak; tiny's default is 0.003");
@@ -187,6 +189,20 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
     f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's average of their squares");
     f.number("--eps", o.eps, 0, 1, "added to the square root of the latter");
 
+    f.group = "Numbers and memory";
+    add_dtype(f, o,
+              "of weights, activations and their gradients: float32, bf16, or auto: bf16 where the "
+              "CPU multiplies it");
+    f.choice("--master-weights", o.master_weights, {"yes", "no"},
+             "with bf16: keep float32 weights beside, for the optimizer");
+    f.choice("--moments", o.moments, {"float32", "bf16"}, "Adam's two averages");
+    f.choice("--rounding", o.rounding, {"nearest", "stochastic"},
+             "of what the optimizer writes in bf16");
+    f.change = Change::free;
+    f.choice("--recompute", o.recompute, {"none", "activations", "layers"},
+             "compute again in the backward pass, and do not keep: nothing; norms' outputs and "
+             "activations; each whole layer");
+
     f.group = "Validation and samples";
     f.change = Change::free;
     f.count("-v,--val-every", o.val_every, 0, most, "steps; 0: only at the end");
@@ -205,6 +221,7 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
     f.flag("--dry-run", o.dry_run, "print parameters, memory and FLOPs, and stop");
     f.text("--dump-state", o.dump_state, "FILE",
            "write one forward and backward pass as safetensors, and stop");
+    f.flag("--profile", o.profile, "at the end, a table of where the steps' time went");
     f.change = Change::free;
     add_machine(f, o);
 }
@@ -272,7 +289,9 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
             {"--grad-clip", "0"},       {"--lr-schedule", "cosine"},
             {"--final-lr-frac", "0.1"}, {"--lr", row->lr},
             {"--steps", row->steps},    {"--warmup", row->warmup},
-            {"--val-tokens", "10M"},    {"--embed-std", "0.632455532034"}};
+            {"--val-tokens", "10M"},    {"--embed-std", "0.632455532034"},
+            {"--dtype", "bf16"},        {"--master-weights", "no"},
+            {"--moments", "bf16"}};
 }
 
 // A sentence for what CLI11 found wrong.
@@ -362,6 +381,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
             f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
             f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
         }
+        add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
         add_machine(f, o);
     }
     // Unknown flags and keys are collected, for a better sentence than CLI11's.

@@ -43,7 +43,9 @@ struct Options {
     int64_t save_every = 500, keep = 2;
     bool dry_run = false;
     std::string dump_state;
-    std::string dtype = "auto", device = "auto";
+    std::string dtype = "auto", master_weights = "yes", moments = "float32", rounding = "nearest",
+                recompute = "none", device = "auto";
+    bool profile = false;
     int64_t threads = 0; // 0: all that this process may use
 
     // sample and eval

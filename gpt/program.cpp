@@ -42,6 +42,8 @@ struct Trained {
         std::string text = flag(name);
         return text.empty() ? otherwise : parse_count(text);
     }
+    // "float32" for weights that are not of a run.
+    std::string dtype() const { return flag("--dtype") == "bf16" ? "bf16" : "float32"; }
     // The longest sequence that it was trained on.
     int length() const {
         return int(std::min<int64_t>(count("--seq-len", 1024), config.positions));
@@ -93,7 +95,8 @@ int sample(const Options& o) {
                  trained.config.vocab_size, ": the tokenizer is not the model's");
 
     const int context = trained.length();
-    std::unique_ptr<Model> model = make_cpu_model(trained.config, 1, context, false);
+    std::unique_ptr<Model> model =
+        make_cpu_model(trained.config, 1, context, model_options(o, false, trained.dtype()));
     load_weights(*model, trained.path);
     Stream stream;
     std::string text = o.prompt;
@@ -135,7 +138,8 @@ int eval(const Options& o, const Ranks& ranks) {
         o.val_tokens > 0 ? o.val_tokens : trained.count("--val-tokens", 10000000);
 
     Loader loader(source, T, 0, false);
-    std::unique_ptr<Model> model = make_cpu_model(trained.config, int(o.batch), T, false);
+    std::unique_ptr<Model> model =
+        make_cpu_model(trained.config, int(o.batch), T, model_options(o, false, trained.dtype()));
     load_weights(*model, trained.path);
     Evaluation e = evaluate(*model, loader, ranks, int(o.batch), T, wanted);
     if (ranks.first())

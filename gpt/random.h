@@ -29,6 +29,14 @@ inline uint64_t fnv1a(std::string_view bytes, uint64_t hash = 0xcbf29ce484222325
     return hash;
 }
 
+// 32 bits that depend on every bit of x, in a few instructions that vectorize (an integer hash with
+// the constants of Wellons' hash-prospector).
+inline uint32_t mix_bits(uint32_t x) {
+    x = (x ^ x >> 16) * 0x21f0aaadu;
+    x = (x ^ x >> 15) * 0xd35a2d97u;
+    return x ^ x >> 15;
+}
+
 // 64 uniform bits.
 inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t i) {
     std::array<uint32_t, 4> c = philox(seed, stream, i);

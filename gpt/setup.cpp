@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "gpt/bf16.h"
 #include "gpt/build.h"
 #include "gpt/checkpoint.h"
 #include "gpt/error.h"
@@ -185,10 +186,57 @@ void check_length(int64_t B, int64_t T, const Config& config) {
 }
 
 void check_machine(const Options& o) {
-    if (o.dtype == "bf16")
-        fail("--dtype bf16 is not in this build yet: only float32 is, leave --dtype out");
     if (o.device == "cuda")
         fail("--device cuda: this build has no CUDA; leave --device out to train on the CPU");
+}
+
+ModelOptions model_options(const Options& o, bool training, const std::string& trained) {
+    const std::string automatic = !trained.empty()                ? trained
+                                  : bf16_unit() != Bf16Unit::none ? "bf16"
+                                                                  : "float32";
+    const std::string dtype = o.dtype == "auto" ? automatic : o.dtype;
+    ModelOptions m;
+    m.training = training;
+    m.dtype = dtype == "bf16" ? DType::bf16 : DType::float32;
+    if (!training) return m;
+    m.master_weights = o.master_weights == "yes";
+    m.moments = o.moments == "bf16" ? DType::bf16 : DType::float32;
+    m.stochastic_rounding = o.rounding == "stochastic";
+    m.recompute = o.recompute == "layers"        ? Recompute::layers
+                  : o.recompute == "activations" ? Recompute::activations
+                                                 : Recompute::none;
+    const bool rounded_weights = m.dtype == DType::bf16 && !m.master_weights;
+    if (!m.master_weights && m.dtype != DType::bf16)
+        fail("--master-weights no: float32 weights have no second copy to leave out",
+             o.dtype == "auto"
+                 ? ", and this CPU has nothing to multiply bf16, so that --dtype auto "
+                   "is float32"
+                 : "",
+             ": ask for --dtype bf16 too, or leave it out");
+    if (m.stochastic_rounding && !rounded_weights && m.moments != DType::bf16)
+        fail("--rounding stochastic: the optimizer writes nothing in bf16 here: ask for "
+             "--master-weights no or --moments bf16 too, or leave it out");
+    return m;
+}
+
+std::string describe_numbers(const ModelOptions& m) {
+    const bool bf16 = m.dtype == DType::bf16;
+    std::string text = bf16 ? "bf16" : "float32";
+    if (bf16)
+        text += bf16_unit() == Bf16Unit::none ? " (which this CPU multiplies as float32: slowly)"
+                                              : cat(" (", name_of(bf16_unit()), ")");
+    if (!m.training) return text;
+    const char* moments = m.moments == DType::bf16 ? "bf16" : "float32";
+    text += bf16 && m.master_weights && m.moments == DType::float32
+                ? ", float32 master weights and moments"
+            : bf16 && m.master_weights ? ", float32 master weights, bf16 moments"
+            : bf16                     ? cat(", no master weights, ", moments, " moments")
+                                       : cat(", ", moments, " moments");
+    if (m.stochastic_rounding) text += ", rounded stochastically";
+    if (m.recompute == Recompute::activations)
+        text += "; norms' outputs and activations are computed again";
+    if (m.recompute == Recompute::layers) text += "; layers are computed again";
+    return text;
 }
 
 namespace {

@@ -6,6 +6,7 @@
 
 #include "gpt/config.h"
 #include "gpt/loader.h"
+#include "gpt/model.h"
 #include "gpt/options.h"
 #include "gpt/tokenizer.h"
 
@@ -43,8 +44,16 @@ void fit_vocabulary(const Options& options, Data& data, Config& config);
 // Sequences of T tokens must fit the model's positions, and B of them any machine at all.
 void check_length(int64_t B, int64_t T, const Config& config);
 
-// Throws for what this build cannot do: --dtype bf16, --device cuda.
+// Throws for what this build cannot do: --device cuda.
 void check_machine(const Options& options);
+
+// How the model is to be held, of --dtype, --master-weights, … `auto` is `trained` ("float32" or
+// "bf16") if that is given, else bf16 where the CPU multiplies it. Throws if the flags contradict
+// each other.
+ModelOptions model_options(const Options& options, bool training, const std::string& trained = "");
+
+// "bf16 (AMX-BF16), float32 master weights and moments"
+std::string describe_numbers(const ModelOptions& options);
 
 // Sets OpenMP's threads and returns how many.
 int use_threads(int64_t threads);

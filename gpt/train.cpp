@@ -42,7 +42,8 @@ struct Run {
     int B = 0, T = 0, micro_batches = 0; // of this rank, a step
     int64_t tokens_per_step = 0;         // over all micro-batches and ranks
     int threads = 1;                     // of this rank
-    double peak = 0, flops = 0;          // FLOP/s of all ranks; FLOPs to train on one token
+    ModelOptions numbers;
+    double peak = 0, flops = 0; // FLOP/s of all ranks, in that dtype; FLOPs to train on one token
     std::unique_ptr<Model> model;
 
     TrainerState state;
@@ -51,6 +52,9 @@ struct Run {
     std::optional<RunDirectory> directory; // of rank 0
     std::string last_checkpoint;           // "": none yet
     Progress progress;
+    Profile profile;                            // of the steps after the first
+    double profiled = 0;                        // seconds
+    int64_t profiled_steps = 0, steps_made = 0; // of this process
 
     void print(const std::string& text) {
         if (ranks.first()) progress.message(text);
@@ -102,8 +106,15 @@ Step train_step(Run& run) {
     Model& model = *run.model;
     Step step;
 
+    // The first step of a process also finds its memory and its kernels.
+    Profile* profile = o.profile && run.steps_made > 0 ? &run.profile : nullptr;
+    model.profile = profile;
+
     // 1. The tokens, and how many of them count.
-    if (!o.overfit_batch) draw_batch(run);
+    if (!o.overfit_batch) {
+        Timed t(profile, "", "data", 0, 0);
+        draw_batch(run);
+    }
     double valid = 0;
     for (int target : run.targets) valid += target >= 0;
     valid = run.ranks.sum(valid);
@@ -117,8 +128,11 @@ Step train_step(Run& run) {
     for (int m = 0; m < run.micro_batches; m++)
         step.loss += model.loss_and_gradients(&run.inputs[m * n], &run.targets[m * n], run.B, run.T,
                                               1 / valid);
-    step.loss = run.ranks.sum(step.loss) / valid;
-    run.ranks.sum(model.host_gradients(), model.registry.size);
+    {
+        Timed t(run.ranks.size > 1 ? profile : nullptr, "", "sum over ranks", 0, 0);
+        step.loss = run.ranks.sum(step.loss) / valid;
+        run.ranks.sum(model.host_gradients(), model.registry.size);
+    }
 
     // 3. Its norm, and the step down it.
     step.grad_norm = model.gradient_norm();
@@ -136,6 +150,9 @@ Step train_step(Run& run) {
     model.update(adam);
 
     step.seconds = now() - start;
+    model.profile = nullptr;
+    if (profile) run.profiled += step.seconds, run.profiled_steps++;
+    run.steps_made++;
     run.state.seconds += step.seconds;
     return step;
 }
@@ -209,6 +226,8 @@ void prepare(Run& run, const std::string& resume_from) {
     Options& o = run.o;
     check_machine(o);
     run.threads = use_threads(o.threads);
+    run.numbers = model_options(o, true);
+    o.flags["--dtype"] = run.numbers.dtype == DType::bf16 ? "bf16" : "float32";
     run.config = resume_from.empty() ? model_config(o) : checkpoint_config(resume_from);
     if (!resume_from.empty()) o.vocab = run.config.vocab_size; // the data cannot change it now
     run.data = open_data(o);
@@ -225,20 +244,21 @@ void prepare(Run& run, const std::string& resume_from) {
 }
 
 // Throws if training needs more memory than this machine has: it would be killed without a word.
-void check_memory(int B, int T, const Config& config) {
+void check_memory(int B, int T, const Config& config, const ModelOptions& options) {
 #ifdef _SC_PHYS_PAGES
     const double has = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
-    const double needs = double(plan_cpu_memory(config, B, T, true).total());
+    const double needs = double(plan_cpu_memory(config, B, T, options).total());
     if (has > 0 && needs > has)
         fail("training needs ", format_bytes(needs), " of memory and this machine has ",
-             format_bytes(has), ": lower --batch, --seq-len or the model's size");
+             format_bytes(has), ": lower --batch, --seq-len or the model's size",
+             options.recompute == Recompute::layers ? "" : ", or ask for --recompute layers");
 #endif
 }
 
 // The banner.
 void describe(Run& run) {
-    run.print(describe_machine(run.threads, run.ranks, run.peak) +
-              describe_model(run.config, run.B, run.T) +
+    run.print(describe_machine(run.threads, run.ranks, run.peak, run.numbers) +
+              describe_model(run.config, run.B, run.T, run.numbers) +
               describe_data(run.data, *run.loader, *run.val_loader,
                             double(run.o.steps) * double(run.tokens_per_step / run.T)) +
               describe_schedule(run.schedule, run.o, run.tokens_per_step, run.micro_batches));
@@ -268,10 +288,10 @@ void open_directory(Run& run, bool goes_on) {
 
 // Weights, moments and the place in the data, of a new run or of one that goes on.
 void start(Run& run, const std::string& resume_from) {
-    check_memory(run.B, run.T, run.config);
+    check_memory(run.B, run.T, run.config, run.numbers);
     run.inputs.resize(size_t(run.micro_batches) * run.B * run.T);
     run.targets.resize(run.inputs.size());
-    run.model = make_cpu_model(run.config, run.B, run.T, true);
+    run.model = make_cpu_model(run.config, run.B, run.T, run.numbers);
     run.model->initialize(uint64_t(run.o.seed));
     if (!run.o.init_from.empty() && resume_from.empty()) load_weights(*run.model, run.o.init_from);
     if (run.o.overfit_batch) draw_batch(run);
@@ -433,6 +453,9 @@ int train(Options options, const Ranks& ranks) {
     run.print("");
     install_stop_handlers();
     const bool finished = loop(run);
+    if (o.profile && run.profiled_steps > 0)
+        run.print("\n" + profile_table(run.profile, run.profiled_steps, run.profiled,
+                                       {run.peak / ranks.size, measured_bandwidth(run.threads)}));
     if (o.steps == 0 && ranks.first()) save(run); // the weights that a run would start from
     run.progress.finish();
     if (!finished) {
