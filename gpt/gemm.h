@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
+
+#include "gpt/bf16.h"
 
 namespace lns {
 
@@ -103,13 +106,32 @@ void plain_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int6
     }
 }
 
-inline void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k,
-                 const double* a, const double* b, double* out, bool accumulate,
-                 const double* bias = nullptr) {
-    plain_gemm(a_transposed, b_transposed, m, n, k, a, b, out, accumulate, bias);
-}
-
+void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const double* a,
+          const double* b, double* out, bool accumulate, const double* bias = nullptr);
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const float* a,
           const float* b, float* out, bool accumulate, const float* bias = nullptr);
+void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const bf16* a,
+          const bf16* b, bf16* out, bool accumulate, const bf16* bias = nullptr);
+void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const bf16* a,
+          const bf16* b, float* out, bool accumulate, const float* bias = nullptr);
+
+// Products that one thread takes by itself, for use inside a parallel region: b is packed once and
+// multiplied by many a. S is double, float or bf16; bf16 is summed in float.
+template <class S> using Sum = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+// How many S pack() writes.
+template <class S> int64_t packed_size(int64_t k, int64_t n);
+
+// b(p, j) = b[p·b_row + j·b_column], p < k, j < n. packed is 64-byte aligned.
+template <class S>
+void pack(S* packed, int64_t k, int64_t n, const S* b, int64_t b_row, int64_t b_column);
+
+// c (m, n) = or += a (m, k) · b's first k rows and n columns; packed_k and packed_n are the sizes
+// that pack() was given. a(i, p) = a[i·a_row + p·a_column], one of these strides being 1; c's rows
+// are c_row apart, its columns adjacent.
+template <class S>
+void packed_gemm(int64_t m, int64_t n, int64_t k, const S* a, int64_t a_row, int64_t a_column,
+                 const S* packed, int64_t packed_k, int64_t packed_n, Sum<S>* c, int64_t c_row,
+                 bool accumulate);
 
 } // namespace lns
