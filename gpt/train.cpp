@@ -224,7 +224,8 @@ void prepare(Run& run, const std::string& resume_from) {
     run.flops = flops_per_token(run.config, run.T);
 }
 
-// Throws if training needs more memory than this machine has: it would be killed without a word.
+} // namespace
+
 void check_memory(int B, int T, const Config& config) {
 #ifdef _SC_PHYS_PAGES
     const double has = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
@@ -234,6 +235,8 @@ void check_memory(int B, int T, const Config& config) {
              format_bytes(has), ": lower --batch, --seq-len or the model's size");
 #endif
 }
+
+namespace {
 
 // The banner.
 void describe(Run& run) {
