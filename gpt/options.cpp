@@ -114,16 +114,31 @@ void add_dtype(Flags& f, Options& o, const char* help) {
     f.choice("--dtype", o.dtype, {"auto", "float32", "bf16"}, help);
 }
 
+void add_numbers(Flags& f, Options& o) {
+    add_dtype(f, o,
+              "of weights, activations and their gradients: float32, bf16, or auto: bf16 where the "
+              "CPU multiplies it");
+    f.choice("--master-weights", o.master_weights, {"yes", "no"},
+             "with bf16: keep float32 weights beside, for the optimizer");
+    f.choice("--moments", o.moments, {"float32", "bf16"}, "Adam's two averages");
+    f.choice("--rounding", o.rounding, {"nearest", "stochastic"},
+             "of what the optimizer writes in bf16");
+    f.change = Change::free;
+    f.choice("--recompute", o.recompute, {"none", "activations", "layers"},
+             "compute again in the backward pass, and do not keep: nothing; norms' outputs and "
+             "activations; each whole layer");
+}
+
+const char* profile_help = "at the end, a table of where the steps' time went";
+
 void add_tokenizer(Flags& f, Options& o) {
     f.text("--tokenizer", o.tokenizer, "SPEC",
            "bytes, gpt2:DIR, FILE.model or a saved directory; default: what lies beside the data");
 }
 
-void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change>& changes) {
+void add_model(Flags& f, Options& o) {
     std::vector<std::string> names_of_schemes;
     for (const SchemeRow& row : scheme_table()) names_of_schemes.push_back(row.name);
-
-    Flags f{app, changes, "Model", Change::fixed};
     f.text("-m,--model", o.model, "NAME",
            ("a preset: " + join(preset_names()) + "; or a Hugging Face config.json or its folder")
                .c_str());
@@ -131,6 +146,11 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
            ("the norm scheme: " + join(names_of_schemes) +
             "; mix:K; any with +gpas, +scaled-init. Default: the model's own, pre for most")
                .c_str());
+}
+
+void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change>& changes) {
+    Flags f{app, changes, "Model", Change::fixed};
+    add_model(f, o);
     f.number("--lns-power", o.lns_power, 0, 10, "p of the factor layer^-p of -n lns");
     f.text("--lns-sites", o.lns_sites, "SITES", "where -n lns scales: attn, mlp or attn,mlp");
     f.text("--arch", o.arch, "NAME", "gpt2, llama, qwen2, olmo or olmo2, instead of the model's");
@@ -190,18 +210,7 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
     f.number("--eps", o.eps, 0, 1, "added to the square root of the latter");
 
     f.group = "Numbers and memory";
-    add_dtype(f, o,
-              "of weights, activations and their gradients: float32, bf16, or auto: bf16 where the "
-              "CPU multiplies it");
-    f.choice("--master-weights", o.master_weights, {"yes", "no"},
-             "with bf16: keep float32 weights beside, for the optimizer");
-    f.choice("--moments", o.moments, {"float32", "bf16"}, "Adam's two averages");
-    f.choice("--rounding", o.rounding, {"nearest", "stochastic"},
-             "of what the optimizer writes in bf16");
-    f.change = Change::free;
-    f.choice("--recompute", o.recompute, {"none", "activations", "layers"},
-             "compute again in the backward pass, and do not keep: nothing; norms' outputs and "
-             "activations; each whole layer");
+    add_numbers(f, o);
 
     f.group = "Validation and samples";
     f.change = Change::free;
@@ -221,7 +230,7 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
     f.flag("--dry-run", o.dry_run, "print parameters, memory and FLOPs, and stop");
     f.text("--dump-state", o.dump_state, "FILE",
            "write one forward and backward pass as safetensors, and stop");
-    f.flag("--profile", o.profile, "at the end, a table of where the steps' time went");
+    f.flag("--profile", o.profile, profile_help);
     f.change = Change::free;
     add_machine(f, o);
 }
@@ -320,9 +329,11 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
     if (name[0] == '-')
         fail("there is no flag ", name, ".", name.size() > 2 ? did_you_mean(name, known) : "",
              " All flags: --help");
-    if (name == "sample" || name == "eval") fail("`", name, "` stands behind another command");
-    fail("did not expect '", name, "'.", did_you_mean(name, {"sample", "eval"}),
-         " The commands are `sample` and `eval`, each with a checkpoint, and none to train; see "
+    if (name == "sample" || name == "eval" || name == "bench")
+        fail("`", name, "` stands behind another command");
+    fail("did not expect '", name, "'.", did_you_mean(name, {"sample", "eval", "bench"}),
+         " The commands are `sample` and `eval`, each with a checkpoint, `bench`, and none to "
+         "train; see "
          "--help");
 }
 
@@ -345,7 +356,8 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
     CLI::App app("Trains a GPT or LLaMA language model.\n\n"
                  "  train_gpt [flags]                       train\n"
                  "  train_gpt sample CHECKPOINT [flags]     write text with a trained model\n"
-                 "  train_gpt eval CHECKPOINT [flags]       measure its loss\n\n"
+                 "  train_gpt eval CHECKPOINT [flags]       measure its loss\n"
+                 "  train_gpt bench [-m MODEL] [flags]      measure how fast it would train\n\n"
                  "Counts may be written as 10M, 64k or 1e6.");
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     app.footer("\nExit status: 0 done, 1 an error, 130 stopped by SIGINT or SIGTERM (saved; -y "
@@ -384,23 +396,41 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
         add_machine(f, o);
     }
+    CLI::App* bench = app.add_subcommand("bench", "Measures how fast a model trains here.");
+    {
+        bench->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+        Flags f{*bench, changes, "Flags"};
+        add_model(f, o);
+        f.count("-b,--batch", o.batch, 1, 1000000, "sequences of a step");
+        f.count("-t,--seq-len", o.seq_len, 1, 100000000, "tokens of each; tiny's default is 128");
+        f.count("-x,--steps", o.timed_steps, 1, most, "so many, after one that is not measured");
+        f.flag("--json", o.json, "one JSON object on one line, instead of a table");
+        f.flag("--profile", o.profile, profile_help);
+        add_numbers(f, o);
+        add_machine(f, o);
+    }
     // Unknown flags and keys are collected, for a better sentence than CLI11's.
     app.require_subcommand(0, 1);
-    for (CLI::App* a : {&app, sample, eval}) {
+    for (CLI::App* a : {&app, sample, eval, bench}) {
         a->allow_extras();
         a->allow_config_extras(CLI::config_extras_mode::capture);
     }
 
+    auto parsed = [&]() -> CLI::App& {
+        for (CLI::App* sub : {sample, eval, bench})
+            if (sub->parsed()) return *sub;
+        return app;
+    };
     o.command = Options::Command::stop;
     try {
         app.parse(argc, argv);
     } catch (const CLI::CallForHelp&) {
-        std::cout << help_text(sample->parsed() ? *sample : eval->parsed() ? *eval : app);
+        std::cout << help_text(parsed());
         return o;
     } catch (const CLI::ParseError& error) {
         fail_parse(error);
     }
-    const CLI::App& used = sample->parsed() ? *sample : eval->parsed() ? *eval : app;
+    const CLI::App& used = parsed();
     if (std::vector<std::string> extras = app.remaining(true); !extras.empty())
         fail_unknown(used, extras[0], o.argv);
     if (version) {
@@ -414,9 +444,10 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         fail("--resume is ", resume, ", expected nothing, 1 or 0");
     o.resume = y->count() > 0 && resume != "0";
     if (o.resume && o.out.empty()) fail("--resume: say which run to go on with, by -o DIR");
-    o.command = sample->parsed() ? Options::Command::sample
-                : eval->parsed() ? Options::Command::eval
-                                 : Options::Command::train;
+    o.command = sample->parsed()  ? Options::Command::sample
+                : eval->parsed()  ? Options::Command::eval
+                : bench->parsed() ? Options::Command::bench
+                                  : Options::Command::train;
     if (o.command != Options::Command::train) {
         if (app.count("--config") == 0)
             for (const CLI::Option* option : app.get_options())
@@ -424,6 +455,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                     fail(long_name(option), " stands before `", used.get_name(),
                          "`, where the flags of training are: put those of `", used.get_name(),
                          "` behind it");
+        if (bench->parsed() && o.model == "tiny" && bench->count("--seq-len") == 0) o.seq_len = 128;
         if (!eval->parsed()) return o;
         if (eval->count("--seq-len") == 0) o.seq_len = 0;
         if (eval->count("--val-tokens") == 0) o.val_tokens = 0;

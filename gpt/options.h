@@ -11,7 +11,13 @@
 namespace lns {
 
 struct Options {
-    enum class Command { train, sample, eval, stop } command = Command::train; // stop: --help
+    enum class Command {
+        train,
+        sample,
+        eval,
+        bench,
+        stop
+    } command = Command::train; // stop: --help
 
     // model
     std::string model = "tiny", arch, norm, lns_sites = "attn,mlp", init_from;
@@ -51,6 +57,10 @@ struct Options {
     // sample and eval
     std::string checkpoint;
     bool ignore_eot = false;
+
+    // bench
+    int64_t timed_steps = 5;
+    bool json = false;
 
     std::vector<std::string> argv; // the command line itself
     // Every flag that a resumed run takes over, as text: {"--lr", "0.001"}.

@@ -3,9 +3,17 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <unistd.h>
+
+#include "gpt/bf16.h"
 
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 namespace lns {
@@ -23,8 +31,17 @@ constexpr int vector_bytes = 16;
 typedef float Vector __attribute__((vector_size(vector_bytes)));
 constexpr int floats = vector_bytes / int(sizeof(float));
 
+// Work in registers: that many rounds of it, and a result that is used, so that none is dropped.
+struct Work {
+    float (*run)(int64_t rounds);
+    double flops; // of a round
+};
+
 // Twelve chains of dependent multiply-adds: enough to fill two units of 4 to 5 cycles' latency,
-// few enough for 16 registers. The result is used, so that the loop is not dropped.
+// few enough for 16 registers. Clang would halve the registers on CPUs that it thinks prefer that.
+#ifdef __clang__
+__attribute__((min_vector_width(512)))
+#endif
 float multiply_adds(int64_t rounds) {
     Vector r[12];
     for (int i = 0; i < 12; i++) r[i] = Vector{} + float(i);
@@ -39,27 +56,152 @@ float multiply_adds(int64_t rounds) {
     return sum;
 }
 
-} // namespace
+#if defined(__x86_64__)
+// The same chains of VDPBF16PS, each adding 2 products to each of 16 floats.
+__attribute__((target("avx512f,avx512bf16"))) float dot_products(int64_t rounds) {
+    __m512 r[12];
+    for (int i = 0; i < 12; i++) r[i] = _mm512_set1_ps(float(i));
+    const __m512bh a = _mm512_cvtne2ps_pbh(r[1], r[1]), b = _mm512_cvtne2ps_pbh(r[2], r[2]);
+    for (int64_t n = 0; n < rounds; n++) {
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++) r[i] = _mm512_dpbf16_ps(r[i], a, b);
+    }
+    float sum = 0;
+    for (int i = 0; i < 12; i++) sum += _mm512_cvtss_f32(r[i]);
+    return sum;
+}
 
-double measured_peak_flops(int threads) {
-    using clock = std::chrono::steady_clock;
+// As a matrix product uses the 8 tiles: 4 sums of 16 x 16 floats, to which the 2 x 2 products of
+// 16 x 32 by 32 x 16 are added.
+__attribute__((target("amx-tile,amx-bf16"))) float tile_products(int64_t rounds) {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t bytes_a_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    alignas(64) bf16 ones[16 * 32];
+    alignas(64) float sum[16 * 16];
+    std::fill(std::begin(ones), std::end(ones), bf16(1));
+    // Not _tile_loadconfig: GCC 12 then drops the stores that fill the configuration.
+    asm volatile("ldtilecfg %0" ::"m"(config));
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, ones, 64);
+    _tile_loadd(5, ones, 64);
+    _tile_loadd(6, ones, 64);
+    _tile_loadd(7, ones, 64);
+    for (int64_t n = 0; n < rounds; n++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sum, 64);
+    _tile_release();
+    return sum[0];
+}
+#endif
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+double measured_flops(const Work& work, int threads) {
     volatile float sink = 0;
     auto seconds_of = [&](int64_t rounds) {
-        auto start = clock::now();
+        const double start = now();
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
         for (int t = 0; t < threads; t++) {
-            float result = multiply_adds(rounds);
+            float result = work.run(rounds);
 #pragma omp critical
             sink = sink + result;
         }
-        return std::chrono::duration<double>(clock::now() - start).count();
+        return now() - start;
     };
 
-    int64_t rounds = 1 << 16;
+    int64_t rounds = 1 << 14;
     double seconds = seconds_of(rounds); // starts the threads
     while ((seconds = seconds_of(rounds)) < 0.01 && rounds < (int64_t(1) << 32)) rounds *= 2;
     for (int i = 0; i < 4; i++) seconds = std::min(seconds, seconds_of(rounds));
-    return double(threads) * double(rounds) * 12 * floats * 2 / seconds;
+    return double(threads) * double(rounds) * work.flops / seconds;
+}
+
+float read_all(Vector* x, int64_t n) {
+    Vector sum[8] = {};
+    for (int64_t i = 0; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) sum[j] += x[i + j];
+    for (int j = 1; j < 8; j++) sum[0] += sum[j];
+    return sum[0][0];
+}
+
+float write_all(Vector* x, int64_t n) {
+    volatile float value = 0.999f; // its bytes differ, so this is no memset
+    const Vector v = Vector{} + value;
+    for (int64_t i = 0; i < n; i++) x[i] = v;
+    return x[n - 1][0];
+}
+
+float update_all(Vector* x, int64_t n) {
+    volatile float factor = 0.999f, term = 1e-3f;
+    const Vector a = Vector{} + factor, b = Vector{} + term;
+    for (int64_t i = 0; i < n; i++) x[i] = x[i] * a + b;
+    return x[n - 1][0];
+}
+
+} // namespace
+
+double measured_peak_flops(int threads) {
+    return measured_flops({multiply_adds, 12 * floats * 2}, threads);
+}
+
+double measured_bf16_flops(int threads) {
+#if defined(__x86_64__)
+    switch (bf16_unit()) {
+    case Bf16Unit::amx:
+        return measured_flops({tile_products, 4 * 16 * 16 * 32 * 2}, threads);
+    case Bf16Unit::avx512:
+        return measured_flops({dot_products, 12 * 16 * 2 * 2}, threads);
+    case Bf16Unit::none:
+        break;
+    }
+#endif
+    return measured_peak_flops(threads);
+}
+
+Bandwidth measured_bandwidth(int threads, int64_t bytes) {
+#ifdef _SC_PHYS_PAGES
+    bytes = std::min(bytes, int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE) / 8);
+#endif
+    const int64_t part = bytes / threads / 4096 * 4096; // of a thread
+    if (part < 4096) return {};
+    std::unique_ptr<void, decltype(&std::free)> memory(
+        std::aligned_alloc(4096, size_t(part) * size_t(threads)), std::free);
+    if (!memory) return {};
+
+    volatile float sink = 0;
+    auto rate = [&](float (*pass)(Vector*, int64_t), int accesses) {
+        double best = 0;
+        for (int round = 0; round < 3; round++) {
+            const double start = now();
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+            for (int t = 0; t < threads; t++) {
+                Vector* x = reinterpret_cast<Vector*>(static_cast<char*>(memory.get()) + t * part);
+                float result = pass(x, part / vector_bytes);
+#pragma omp critical
+                sink = sink + result;
+            }
+            best = std::max(best, double(accesses) * double(part) * threads / (now() - start));
+        }
+        return best;
+    };
+    Bandwidth result;
+    result.write = rate(write_all, 1); // first: a page that was never written is not in memory
+    result.read = rate(read_all, 1);
+    result.update = rate(update_all, 2);
+    return result;
 }
 
 } // namespace lns

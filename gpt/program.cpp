@@ -9,6 +9,7 @@
 #include <new>
 #include <unistd.h>
 
+#include "gpt/bench.h"
 #include "gpt/checkpoint.h"
 #include "gpt/error.h"
 #include "gpt/options.h"
@@ -167,6 +168,8 @@ int dispatch(int argc, char** argv, const Ranks& ranks) {
         return ranks.first() ? sample(o) : 0;
     case Options::Command::eval:
         return eval(o, ranks);
+    case Options::Command::bench:
+        return bench(o, ranks);
     case Options::Command::stop:
         return 0;
     }

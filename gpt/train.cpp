@@ -243,7 +243,8 @@ void prepare(Run& run, const std::string& resume_from) {
     run.flops = flops_per_token(run.config, run.T);
 }
 
-// Throws if training needs more memory than this machine has: it would be killed without a word.
+} // namespace
+
 void check_memory(int B, int T, const Config& config, const ModelOptions& options) {
 #ifdef _SC_PHYS_PAGES
     const double has = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
@@ -254,6 +255,8 @@ void check_memory(int B, int T, const Config& config, const ModelOptions& option
              options.recompute == Recompute::layers ? "" : ", or ask for --recompute layers");
 #endif
 }
+
+namespace {
 
 // The banner.
 void describe(Run& run) {
@@ -428,7 +431,7 @@ int train(Options options, const Ranks& ranks) {
     if (o.resume) resume_from = newest_checkpoint(o.out);
     prepare(run, resume_from);
     ranks.barrier(); // the peak is that of all at once
-    if (!o.dry_run) run.peak = ranks.sum(measured_peak_flops(run.threads));
+    if (!o.dry_run) run.peak = ranks.sum(measured_peak(run.numbers.dtype, run.threads));
     describe(run);
     if (o.dry_run) {
         double step = run.flops * double(run.tokens_per_step);
@@ -454,8 +457,9 @@ int train(Options options, const Ranks& ranks) {
     install_stop_handlers();
     const bool finished = loop(run);
     if (o.profile && run.profiled_steps > 0)
-        run.print("\n" + profile_table(run.profile, run.profiled_steps, run.profiled,
-                                       {run.peak / ranks.size, measured_bandwidth(run.threads)}));
+        run.print("\n" +
+                  profile_table(run.profile, run.profiled_steps, run.profiled,
+                                {run.peak / ranks.size, measured_bandwidth(run.threads).update}));
     if (o.steps == 0 && ranks.first()) save(run); // the weights that a run would start from
     run.progress.finish();
     if (!finished) {

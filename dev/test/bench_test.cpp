@@ -1,0 +1,77 @@
+// The machine's peaks, and `train_gpt bench`. Nothing here depends on how fast the machine is.
+#include "dev/test/program_helpers.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "gpt/bf16.h"
+#include "gpt/peak.h"
+
+using namespace lns;
+using namespace lns::test;
+
+TEST(Peak, IsMeasured) {
+    const double float32 = measured_peak_flops(1), bf16 = measured_bf16_flops(1);
+    EXPECT_GT(float32, 1e7); // some CPU of the last decades, even without optimization
+    EXPECT_GT(bf16, 1e7);
+    EXPECT_LT(bf16, 1e15);
+    if (bf16_unit() == Bf16Unit::amx) {
+        EXPECT_GT(bf16, float32); // by 16
+    }
+    EXPECT_GT(measured_peak_flops(2), 1e7);
+    EXPECT_GT(measured_bf16_flops(2), 1e7); // each thread has its own tiles
+}
+
+TEST(Peak, BandwidthIsMeasured) {
+    Bandwidth b = measured_bandwidth(2, 8 << 20);
+    EXPECT_GT(b.read, 1e6);
+    EXPECT_GT(b.write, 1e6);
+    EXPECT_GT(b.update, 1e6);
+    b = measured_bandwidth(4, 100); // no thread has a page
+    EXPECT_EQ(b.read + b.write + b.update, 0);
+}
+
+TEST(Bench, JsonSaysEverything) {
+    NEEDS_PROGRAM();
+    Finished f = train_gpt("bench -b 2 -t 16 --steps 2 --threads 1 -n lns --json --dtype float32");
+    ASSERT_EQ(f.status, 0) << f.output;
+    EXPECT_EQ(std::count(f.output.begin(), f.output.end(), '\n'), 1);
+    nlohmann::json j = nlohmann::json::parse(f.output);
+    EXPECT_EQ(j["model"], "tiny");
+    EXPECT_EQ(j["scheme"], "lns");
+    EXPECT_EQ(j["dtype"], "float32");
+    EXPECT_EQ(j["batch"], 2);
+    EXPECT_EQ(j["seq_len"], 16);
+    EXPECT_EQ(j["threads"], 1);
+    EXPECT_EQ(j["seconds"].size(), 2u);
+    EXPECT_GT(j["parameters"], 800000);
+    EXPECT_EQ(j["config"]["num_hidden_layers"], 16);
+    for (const char* name : {"median_seconds", "tokens_per_s", "mfu", "flops_per_token",
+                             "planned_memory", "peak_flops"}) {
+        ASSERT_TRUE(j.contains(name)) << name;
+        if (j[name].is_number()) {
+            EXPECT_GT(j[name], 0) << name;
+        }
+    }
+    EXPECT_GT(j["peak_flops"]["float32"], 0);
+    EXPECT_GT(j["peak_flops"]["bf16"], 0);
+    EXPECT_NEAR(double(j["tokens_per_s"]) * double(j["median_seconds"]), 32, 1e-6);
+    EXPECT_NEAR(double(j["losses"][0]), std::log(257.), 0.5); // of a model that knows nothing
+    EXPECT_LT(j["losses"][1], j["losses"][0]);                // on the same tokens again
+}
+
+TEST(Bench, TableAndErrors) {
+    NEEDS_PROGRAM();
+    Finished f = train_gpt("bench -b 1 -t 8 --steps 1 --threads 1");
+    EXPECT_EQ(f.status, 0);
+    EXPECT_TRUE(says(f.output, {"tiny", "tokens/s", "MFU", "--dry-run", "GFLOP/s"}));
+    EXPECT_TRUE(says(train_gpt("bench --help").output, {"--model", "--steps", "--json"}));
+    EXPECT_TRUE(fails_with("bench -m tinny", {"'tinny'", "Did you mean 'tiny'"}));
+    EXPECT_TRUE(fails_with("bench --steps 0", {"--steps", "expected 1 to"}));
+    EXPECT_TRUE(fails_with("bench -t 4096", {"--seq-len", "1024"}));
+    EXPECT_TRUE(fails_with("bench -m llama-7b -b 1000000 -t 2048", {"lower", "--batch"}));
+    EXPECT_TRUE(fails_with("bench --device cuda", {"--device"}));
+    EXPECT_TRUE(fails_with("bench --lr 1", {"no flag --lr"}));
+    EXPECT_TRUE(fails_with("-m tiny bench", {"--model", "`bench`"}));
+}

@@ -1,0 +1,196 @@
+#include "gpt/bench.h"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <fstream>
+#include <iostream>
+
+#include "gpt/banner.h"
+#include "gpt/bf16.h"
+#include "gpt/build.h"
+#include "gpt/error.h"
+#include "gpt/model.h"
+#include "gpt/random.h"
+#include "gpt/setup.h"
+#include "gpt/terminal.h"
+#include "gpt/train.h"
+
+namespace lns {
+
+namespace {
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+// Not getrusage's: on Linux that begins at the size of the program that started this one.
+int64_t peak_resident_bytes() {
+    std::ifstream status("/proc/self/status");
+    for (std::string word; status >> word;)
+        if (word == "VmHWM:") {
+            int64_t kib = 0;
+            status >> kib;
+            return kib * 1024;
+        }
+    return 0;
+}
+
+void measure_peaks(Bench& b) {
+    b.float32_peak = std::max(b.float32_peak, measured_peak_flops(b.threads));
+    b.bf16_peak = std::max(b.bf16_peak, measured_bf16_flops(b.threads));
+}
+
+// One step; its loss a token.
+double step(Model& model, const Options& o, const std::vector<int>& tokens, int B, int T,
+            int64_t number) {
+    const double n = double(B) * T;
+    model.zero_gradients();
+    const double loss =
+        model.loss_and_gradients(tokens.data(), tokens.data() + B * T, B, T, 1 / n) / n;
+    const double norm = model.gradient_norm();
+    if (!std::isfinite(loss) || !std::isfinite(norm))
+        fail("step ", number, ": the loss is ", loss, " and the gradient's norm ", norm,
+             ", and arithmetic on numbers that are not finite may take another time");
+    AdamW adam;
+    adam.lr = o.lr, adam.beta1 = o.beta1, adam.beta2 = o.beta2, adam.eps = o.eps;
+    adam.weight_decay = o.weight_decay;
+    adam.step = number;
+    if (norm > o.grad_clip) adam.grad_scale = o.grad_clip / norm;
+    model.update(adam);
+    return loss;
+}
+
+} // namespace
+
+double Bench::median_seconds() const {
+    std::vector<double> sorted = seconds;
+    std::sort(sorted.begin(), sorted.end());
+    const size_t n = sorted.size();
+    return n == 0 ? NAN : (sorted[(n - 1) / 2] + sorted[n / 2]) / 2;
+}
+double Bench::tokens_per_s() const { return double(B) * T / median_seconds(); }
+double Bench::peak() const { return dtype == "bf16" ? bf16_peak : float32_peak; }
+double Bench::mfu() const { return flops * tokens_per_s() / peak(); }
+
+Bench measure_training(const Options& o) {
+    check_machine(o);
+    Bench b;
+    b.config = model_config(o);
+    check_length(o.batch, o.seq_len, b.config);
+    b.B = int(o.batch), b.T = int(o.seq_len);
+    const ModelOptions& options = b.options = model_options(o, true);
+    check_memory(b.B, b.T, b.config, options);
+    b.threads = use_threads(o.threads);
+    b.planned_memory = plan_cpu_memory(b.config, b.B, b.T, options).total();
+    b.flops = flops_per_token(b.config, b.T);
+    measure_peaks(b);
+
+    {
+        std::unique_ptr<Model> model = make_cpu_model(b.config, b.B, b.T, options);
+        b.device = model->device(), b.dtype = model->dtype();
+        b.parameters = model->registry.count();
+        model->initialize(uint64_t(o.seed));
+        std::vector<int> tokens(size_t(b.B) * b.T * 2); // inputs, then targets
+        for (size_t i = 0; i < tokens.size(); i++)
+            tokens[i] = int(random_below(uint32_t(b.config.vocab_size), uint64_t(o.seed), 0, i));
+        step(*model, o, tokens, b.B, b.T, 1);
+        if (o.profile) model->profile = &b.profile;
+        for (int64_t i = 0; i < o.timed_steps; i++) {
+            const double start = now();
+            b.losses.push_back(step(*model, o, tokens, b.B, b.T, i + 2));
+            b.seconds.push_back(now() - start);
+        }
+    }
+    b.peak_memory = peak_resident_bytes(); // before the bandwidth's arrays
+    measure_peaks(b);
+    b.bandwidth = measured_bandwidth(b.threads);
+    return b;
+}
+
+std::string describe(const Bench& b) {
+    auto flops = [](double x) { return format_number("%.0f GFLOP/s", x / 1e9); };
+    auto bytes = [](double x) { return format_number("%.1f GB/s ", x / 1e9); };
+    const auto [least, most] = std::minmax_element(b.seconds.begin(), b.seconds.end());
+    const Bandwidth& m = b.bandwidth;
+    std::string text =
+        cat("model      ", b.config.preset.empty() ? b.config.model_type : b.config.preset, ", ",
+            b.config.scheme.name(), ", ", format_count(double(b.parameters)), " parameters, in ",
+            b.dtype, "\n");
+    text += cat("a step     ", b.B, " x ", b.T, " tokens in ",
+                format_number("%.4g s, the median of ", b.median_seconds()), b.seconds.size(),
+                format_number(" from %.4g", *least), format_number(" to %.4g s\n", *most));
+    text += cat("speed      ", format_number("%.4g", b.tokens_per_s()), " tokens/s; of ",
+                format_count(b.flops), " FLOPs each: ", format_number("%.1f%%", 100 * b.mfu()),
+                " of the peak in ", b.dtype, " (MFU)\n");
+    text += cat("memory     ",
+                b.peak_memory ? format_bytes(double(b.peak_memory)) + " at most"
+                              : "not known on this system",
+                "; --dry-run expects ", format_bytes(double(b.planned_memory)), "\n");
+    text +=
+        cat("peaks      ", flops(b.float32_peak), " in float32, ", flops(b.bf16_peak), " in bf16 (",
+            bf16_unit() == Bf16Unit::none ? "taken in float32: this CPU has no unit for it"
+                                          : name_of(bf16_unit()),
+            ")\n");
+    if (m.read > 0)
+        text += cat("           memory: ", bytes(m.read), "read, ", bytes(m.write), "written, ",
+                    bytes(m.update), "updated (read and written)\n");
+    return text;
+}
+
+std::string to_json(const Bench& b) {
+    nlohmann::ordered_json j = {
+        {"model", b.config.preset.empty() ? b.config.model_type : b.config.preset},
+        {"scheme", b.config.scheme.name()},
+        {"device", b.device},
+        {"dtype", b.dtype},
+        {"batch", b.B},
+        {"seq_len", b.T},
+        {"threads", b.threads},
+        {"parameters", b.parameters},
+        {"flops_per_token", b.flops},
+        {"seconds", b.seconds},
+        {"median_seconds", b.median_seconds()},
+        {"tokens_per_s", b.tokens_per_s()},
+        {"mfu", b.mfu()},
+        {"losses", b.losses},
+        {"peak_memory", b.peak_memory},
+        {"planned_memory", b.planned_memory},
+        {"peak_flops", {{"float32", b.float32_peak}, {"bf16", b.bf16_peak}}},
+        {"bf16_unit", name_of(bf16_unit())},
+        {"bandwidth",
+         {{"read", b.bandwidth.read},
+          {"write", b.bandwidth.write},
+          {"update", b.bandwidth.update}}},
+        {"cpu", cpu_features()},
+        {"version", build_info().version},
+        {"config", nlohmann::json::parse(config_to_json(b.config))},
+    };
+    return j.dump();
+}
+
+int bench(const Options& o, const Ranks& ranks) {
+    if (ranks.size > 1)
+        fail("bench measures one process, and there are ", ranks.size,
+             ": run it without mpirun, with --threads");
+    const Bench b = measure_training(o);
+    if (o.json) {
+        std::cout << to_json(b) << std::endl;
+        return 0;
+    }
+    std::cout << describe_machine(b.threads, ranks, 0, b.options) << describe(b);
+    if (o.profile) {
+        double seconds = 0;
+        for (double s : b.seconds) seconds += s;
+        std::cout << "\n"
+                  << profile_table(b.profile, int64_t(b.seconds.size()), seconds,
+                                   {b.peak(), b.bandwidth.update});
+    }
+    std::cout << std::flush;
+    return 0;
+}
+
+} // namespace lns
