@@ -215,24 +215,38 @@ Row check_attention(AttentionShape a) {
             std::vector<Acc<S>> lse(a.rows() * a.NH);
             attention_forward(out.y.data(), lse.data(), x[0].data(), a);
             if (!c.empty())
-                attention_backward(out.gradients[0].data(), c.data(), x[0].data(), lse.data(), a);
+                attention_backward(out.gradients[0].data(), c.data(), x[0].data(), lse.data(),
+                                   (const CosSin<Acc<S>>*)nullptr, a);
             return out;
         });
 }
 
+template <class A> std::vector<CosSin<A>> test_rotation(const AttentionShape& a) {
+    std::vector<CosSin<A>> table(a.T * a.HS / 2);
+    for (size_t i = 0; i < table.size(); i++)
+        table[i] = {A(std::cos(0.3 * double(i))), A(std::sin(0.3 * double(i)))};
+    return table;
+}
+
+// Attention of rotated q and k: the rotation's gradient is a part of attention's.
 Row check_rope() {
     const AttentionShape a{2, 5, 3, 1, 6};
-    return check_layer(
-        "rope", {random_values(a.rows() * a.row(), "qkv")},
-        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-            std::vector<CosSin<Acc<S>>> table(a.T * a.HS / 2);
-            for (size_t i = 0; i < table.size(); i++)
-                table[i] = {Acc<S>(std::cos(0.3 * double(i))), Acc<S>(std::sin(0.3 * double(i)))};
-            LayerResult<S> out{x[0], {c}};
-            rope(out.y.data(), table.data(), 1, a);
-            if (!c.empty()) rope(out.gradients[0].data(), table.data(), -1, a);
-            return out;
-        });
+    return check_layer("rope, then attention", {random_values(a.rows() * a.row(), "qkv")},
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           const auto table = test_rotation<Acc<S>>(a);
+                           LayerResult<S> out{std::vector<S>(a.rows() * a.q_width()),
+                                              {std::vector<S>(x[0].size())}};
+                           std::vector<S> qkv(x[0].size());
+                           std::vector<Acc<S>> lse(a.rows() * a.NH);
+                           const S* none = nullptr;
+                           qk_forward(qkv.data(), x[0].data(), (S*)nullptr,
+                                      (NormStats<Acc<S>>*)nullptr, none, none, 0, table.data(), a);
+                           attention_forward(out.y.data(), lse.data(), qkv.data(), a);
+                           if (!c.empty())
+                               attention_backward(out.gradients[0].data(), c.data(), qkv.data(),
+                                                  lse.data(), table.data(), a);
+                           return out;
+                       });
 }
 
 Row check_qk_norm() {
@@ -246,8 +260,9 @@ Row check_qk_norm() {
                            std::vector<S> raw(a.rows() * (Q + K));
                            std::vector<Acc<S>> scratch(max_chunks * (Q + K));
                            std::vector<NormStats<Acc<S>>> stats(2 * a.rows());
-                           qk_norm_forward(out.y.data(), raw.data(), stats.data(), x[1].data(),
-                                           x[2].data(), 1e-6, a);
+                           qk_forward(out.y.data(), out.y.data(), raw.data(), stats.data(),
+                                      x[1].data(), x[2].data(), 1e-6,
+                                      (const CosSin<Acc<S>>*)nullptr, a);
                            if (!c.empty())
                                qk_norm_backward(out.gradients[0].data(), raw.data(), stats.data(),
                                                 x[1].data(), x[2].data(), out.gradients[1].data(),

@@ -407,24 +407,53 @@ struct AttentionShape {
     int row() const { return (NH + 2 * KVH) * HS; }
 };
 
-// OLMo 2's RMSNorm over the whole of q and of k: qkv's q and k from raw's.
-template <class S>
-void qk_norm_forward(S* qkv, S* raw, NormStats<Acc<S>>* stats, const S* q_weight, const S* k_weight,
-                     double eps, const AttentionShape& a) {
-    const int Q = a.q_width(), K = a.kv_width();
-    const S* none = nullptr;
-#pragma omp parallel for
-    for (int64_t row = a.first; row < a.rows(); row++) {
-        S *x = raw + row * (Q + K), *y = qkv + row * a.row();
-        std::copy(y, y + Q + K, x);
-        stats[2 * row] = norm_stats<Acc<S>>(NormType::rms, Acc<S>(eps), x, Q);
-        stats[2 * row + 1] = norm_stats<Acc<S>>(NormType::rms, Acc<S>(eps), x + Q, K);
-        norm_row_forward(stats[2 * row], x, q_weight, none, Acc<S>(1), y, Q);
-        norm_row_forward(stats[2 * row + 1], x + Q, k_weight, none, Acc<S>(1), y + Q, K);
+// Rotary positions (arXiv 2104.09864) of one head's HS channels, with Hugging Face's pairing:
+// channel i turns with channel i + HS/2 by the angle t · θ^(−2i/HS). turn: (HS/2) of (cos, sin) of
+// position t. direction −1 turns back, which is the gradient.
+template <class A> struct CosSin { A cos, sin; };
+
+template <class A, class X, class Y>
+void rotate(Y* out, const X* x, const CosSin<A>* turn, A direction, int HS) {
+    const int half = HS / 2;
+    for (int i = 0; i < half; i++) {
+        const A c = turn[i].cos, s = direction * turn[i].sin;
+        const A x0 = A(x[i]), x1 = A(x[i + half]);
+        out[i] = Y(x0 * c - x1 * s);
+        out[i + half] = Y(x1 * c + x0 * s);
     }
 }
 
-// In place on dqkv's q and k. scratch: (max_chunks, Q + K).
+// What q and k go through between their matrix and attention, in one pass from `in`, which may be
+// qkv: OLMo 2's RMSNorm over the whole of q and of k, if there is `raw`, which keeps what it saw;
+// then rotary positions, if there is a table (T, HS/2).
+template <class S, class X>
+void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* q_weight,
+                const S* k_weight, double eps, const CosSin<Acc<S>>* table,
+                const AttentionShape& a) {
+    using A = Acc<S>;
+    const int Q = a.q_width(), K = a.kv_width(), HS = a.HS;
+    const S* none = nullptr;
+#pragma omp parallel for
+    for (int64_t row = a.first; row < a.rows(); row++) {
+        const X* x = in + (row - a.first) * a.row();
+        S* y = qkv + row * a.row();
+        A* z = thread_scratch<A>(a.row());
+        for (int i = 0; i < a.row(); i++) z[i] = A(x[i]);
+        if (raw) {
+            S* kept = raw + row * (Q + K);
+            for (int i = 0; i < Q + K; i++) kept[i] = S(z[i]);
+            stats[2 * row] = norm_stats<A>(NormType::rms, A(eps), z, Q);
+            stats[2 * row + 1] = norm_stats<A>(NormType::rms, A(eps), z + Q, K);
+            norm_row_forward(stats[2 * row], z, q_weight, none, A(1), z, Q);
+            norm_row_forward(stats[2 * row + 1], z + Q, k_weight, none, A(1), z + Q, K);
+        }
+        for (int head = 0; head < a.NH + a.KVH && table; head++)
+            rotate(z + head * HS, z + head * HS, table + row % a.T * (HS / 2), A(1), HS);
+        for (int i = 0; i < a.row(); i++) y[i] = S(z[i]);
+    }
+}
+
+// The norm's, in place on dqkv's q and k. scratch: (max_chunks, Q + K).
 template <class S>
 void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, const S* q_weight,
                       const S* k_weight, Acc<S>* dq_weight, Acc<S>* dk_weight, Acc<S>* scratch,
@@ -451,29 +480,6 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, con
         const A* sums = scratch + chunk * (Q + K);
         for (int i = 0; i < Q; i++) dq_weight[i] += sums[i];
         for (int i = 0; i < K; i++) dk_weight[i] += sums[Q + i];
-    }
-}
-
-// Rotary positions (arXiv 2104.09864), in place on q and k, with Hugging Face's pairing: channel i
-// turns with channel i + HS/2 by the angle t · θ^(−2i/HS). table: (T, HS/2) of (cos, sin).
-// direction −1 turns back, which is the gradient.
-template <class A> struct CosSin { A cos, sin; };
-
-template <class S>
-void rope(S* qkv, const CosSin<Acc<S>>* table, int direction, const AttentionShape& a) {
-    const int half = a.HS / 2;
-#pragma omp parallel for
-    for (int64_t row = a.first; row < a.rows(); row++) {
-        const CosSin<Acc<S>>* turn = table + row % a.T * half;
-        for (int head = 0; head < a.NH + a.KVH; head++) {
-            S* x = qkv + row * a.row() + head * a.HS;
-            for (int i = 0; i < half; i++) {
-                Acc<S> c = turn[i].cos, s = Acc<S>(direction) * turn[i].sin;
-                Acc<S> x0 = Acc<S>(x[i]), x1 = Acc<S>(x[i + half]);
-                x[i] = S(x0 * c - x1 * s);
-                x[i + half] = S(x1 * c + x0 * s);
-            }
-        }
     }
 }
 
@@ -552,11 +558,12 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
         }
 }
 
-// dqkv (B, T, row) from dout (B, T, NH·HS). With P the softmax and O the output, of a query:
-// dP = dO Vᵀ; dS = P ⊙ (dP − dO · O); dQ = dS K / sqrt(HS); dK = dSᵀ Q / sqrt(HS); dV = Pᵀ dO.
+// dqkv (B, T, row) from dout (B, T, NH·HS); where there is a table, of what was rotated by it. With
+// P the softmax and O the output, of a query: dP = dO Vᵀ; dS = P ⊙ (dP − dO · O); dQ = dS K /
+// sqrt(HS); dK = dSᵀ Q / sqrt(HS); dV = Pᵀ dO.
 template <class S>
 void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
-                        const AttentionShape& a) {
+                        const CosSin<Acc<S>>* table, const AttentionShape& a) {
     using A = Acc<S>;
     const int T = a.T, HS = a.HS, group = a.NH / a.KVH, R = attention_tile;
     const A scale = A(1) / std::sqrt(A(HS));
@@ -582,6 +589,14 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
             pack(k, T, HS, rows + (a.NH + kv) * HS, a.row(), 1);
             pack(kt, HS, T, rows + (a.NH + kv) * HS, 1, a.row());
             pack(vt, HS, T, rows + (a.NH + a.KVH + kv) * HS, 1, a.row());
+            auto store = [&](A* gradient, A factor, int t, int head) {
+                S* out = drows + int64_t(t) * a.row() + head * HS;
+                for (int d = 0; d < HS; d++) gradient[d] *= factor;
+                if (table)
+                    rotate(out, gradient, table + t * (HS / 2), A(-1), HS);
+                else
+                    for (int d = 0; d < HS; d++) out[d] = S(gradient[d]);
+            };
             std::fill(dk, dk + matrix, A(0));
             std::fill(dv, dv + matrix, A(0));
             for (int h = kv * group; h < (kv + 1) * group; h++)
@@ -615,16 +630,13 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                     packed_gemm(n, HS, seen, ds, T, 1, k, T, HS, dq, HS, false);
                     packed_gemm(seen, HS, n, ds, 1, T, q, n, HS, dk, HS, true);
                     packed_gemm(seen, HS, n, p, 1, T, dO, n, HS, dv, HS, true);
-                    for (int i = 0; i < n; i++)
-                        for (int d = 0; d < HS; d++)
-                            drows[int64_t(t0 + i) * a.row() + h * HS + d] =
-                                S(scale * dq[i * HS + d]);
+                    for (int i = 0; i < n; i++) store(dq + i * HS, scale, t0 + i, h);
                 }
-            for (int t = 0; t < T; t++)
-                for (int d = 0; d < HS; d++) {
-                    drows[int64_t(t) * a.row() + (a.NH + kv) * HS + d] = S(scale * dk[t * HS + d]);
-                    drows[int64_t(t) * a.row() + (a.NH + a.KVH + kv) * HS + d] = S(dv[t * HS + d]);
-                }
+            for (int t = 0; t < T; t++) {
+                store(dk + t * HS, scale, t, a.NH + kv);
+                S* out = drows + int64_t(t) * a.row() + (a.NH + a.KVH + kv) * HS;
+                for (int d = 0; d < HS; d++) out[d] = S(dv[t * HS + d]);
+            }
         }
 }
 
@@ -756,13 +768,14 @@ template <class X> struct Slots {
 template <class S> struct Activations {
     int64_t rows = 0; // B·T at most
 
-    Array<Acc<S>> embedded;            // (rows, C), if junction 0 has a norm
-    Slots<Acc<S>> residual;            // (rows, C) of each junction: r
-    Slots<S> input;                    // (rows, C) of each junction: u, where it is not r itself
-    Slots<S> branch;                   // (rows, C) of each junction but the first: b
-    Slots<JunctionStats<S>> stats;     // (rows) of each junction
-    Slots<S> qkv;                      // (rows, (NH + 2·KVH)·HS) of each layer
-    Slots<S> qk_raw;                   // (rows, (NH + KVH)·HS), with OLMo 2's norm
+    Array<Acc<S>> embedded;        // (rows, C), if junction 0 has a norm
+    Slots<Acc<S>> residual;        // (rows, C) of each junction: r
+    Slots<S> input;                // (rows, C) of each junction: u, where it is not r itself
+    Slots<S> branch;               // (rows, C) of each junction but the first: b
+    Slots<JunctionStats<S>> stats; // (rows) of each junction
+    Slots<S> qkv;                  // (rows, (NH + 2·KVH)·HS) of each layer
+    Array<Acc<S>> wide;            // (rows, (NH + 2·KVH)·HS): q, k and v before they are rounded
+    Slots<S> qk_raw;               // (rows, (NH + KVH)·HS), with OLMo 2's norm
     Slots<NormStats<Acc<S>>> qk_stats; // (rows, 2)
     Slots<S> attended;                 // (rows, NH·HS)
     Slots<Acc<S>> lse;                 // (rows, NH)
@@ -801,6 +814,7 @@ template <class S> struct Activations {
         stats.layout(K, rows, make, [&](int) { return true; });
         // Generating text goes on from every layer's k and v.
         qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
+        make(wide, !std::is_same_v<S, Acc<S>> && (c.rope || c.qk_norm) ? rows * c.qkv_width() : 0);
         const int64_t qk = c.qk_norm ? rows : 0;
         qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
         qk_stats.layout(L, qk * 2, make, keep);
@@ -931,10 +945,17 @@ template <class S> struct CpuModel : Model {
     }
     double moved(double per_row) const { return double(rows()) * per_row * sizeof(S); }
 
-    void matrix_forward(const char* name, S* out, const S* in, int64_t w, int64_t bias, int C,
+    template <class Out>
+    void matrix_forward(const char* name, Out* out, const S* in, int64_t w, int64_t bias, int C,
                         int OC) {
         Timed t = timed_matrix("forward", name, C, OC, sizeof(S));
-        linear_forward(out, in, weight(w), weight(bias), rows(), C, OC);
+        if constexpr (std::is_same_v<Out, S>) {
+            linear_forward(out, in, weight(w), weight(bias), rows(), C, OC);
+        } else {
+            std::vector<Out> sum_bias;
+            if (bias >= 0) sum_bias.assign(weight(bias), weight(bias) + OC);
+            linear_forward(out, in, weight(w), bias < 0 ? nullptr : sum_bias.data(), rows(), C, OC);
+        }
     }
     void matrix_backward(const char* name, S* din, const S* dout, const S* in, int64_t w,
                          int64_t bias, int C, int OC) {
@@ -1039,16 +1060,16 @@ template <class S> struct CpuModel : Model {
     // branch(2l + 1) = attention of input(2l)
     void attention_sublayer_forward(int l) {
         const LayerParams& p = registry.layers[l];
-        matrix_forward("qkv", qkv(l) + first * config.qkv_width(), input(2 * l), p.qkv, p.qkv_bias,
-                       config.width, config.qkv_width());
-        if (config.qk_norm) {
-            Timed t = timed("forward", "q and k norm", moved(3.0 * config.qkv_width()));
-            qk_norm_forward(qkv(l), qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
-                            config.norm_eps, attention());
-        }
-        if (config.rope) {
-            Timed t = timed("forward", "rope", moved(2.0 * (config.q_width() + config.kv_width())));
-            rope(qkv(l), (const CosSin<A>*)rope_table, 1, attention());
+        const int C = config.width, W = config.qkv_width();
+        S* out = qkv(l) + int64_t(first) * W;
+        if (!config.rope && !config.qk_norm) {
+            matrix_forward("qkv", out, input(2 * l), p.qkv, p.qkv_bias, C, W);
+        } else if constexpr (exact) {
+            matrix_forward("qkv", out, input(2 * l), p.qkv, p.qkv_bias, C, W);
+            qk_forward(l, out);
+        } else { // rounded once, behind norm and rotation
+            matrix_forward("qkv", (A*)acts.wide, input(2 * l), p.qkv, p.qkv_bias, C, W);
+            qk_forward(l, (A*)acts.wide);
         }
         {
             Timed t = timed("forward", "attention", moved(config.qkv_width() + config.q_width()),
@@ -1058,6 +1079,16 @@ template <class S> struct CpuModel : Model {
         matrix_forward("attention out", branch(2 * l + 1), attended(l) + first * config.q_width(),
                        p.attn_out, p.attn_out_bias, config.q_width(), config.width);
     }
+    template <class X> void qk_forward(int l, const X* in) {
+        const LayerParams& p = registry.layers[l];
+        Timed t = timed("forward", "q and k",
+                        moved(config.qkv_width() * (1 + sizeof(X) / double(sizeof(S)))));
+        lns::qk_forward(qkv(l), in, config.qk_norm ? qk_raw(l) : nullptr, qk_stats(l),
+                        weight(p.q_norm), weight(p.k_norm), config.norm_eps, cos_sin(),
+                        attention());
+    }
+    const CosSin<A>* cos_sin() const { return config.rope ? rope_table + 0 : nullptr; }
+
     // Of so many products of queries with what they see, half of all: T²/2 of each head.
     double attention_flops(int products) const {
         return double(products) * double(rows()) * T * config.q_width();
@@ -1074,12 +1105,7 @@ template <class S> struct CpuModel : Model {
             Timed t =
                 timed("backward", "attention",
                       moved(2.0 * config.qkv_width() + 2.0 * config.q_width()), attention_flops(5));
-            attention_backward(dqkv, dattended, qkv(l), lse(l), attention());
-        }
-        if (config.rope) {
-            Timed t =
-                timed("backward", "rope", moved(2.0 * (config.q_width() + config.kv_width())));
-            rope(dqkv, (const CosSin<A>*)rope_table, -1, attention());
+            attention_backward(dqkv, dattended, qkv(l), lse(l), cos_sin(), attention());
         }
         if (config.qk_norm) {
             Timed t = timed("backward", "q and k norm", moved(3.0 * config.qkv_width()));
