@@ -3,9 +3,9 @@
 //   ./test_gpt            all
 //   ./test_gpt -k NAME    the rows whose name contains NAME
 //
-// The chain of proof: gradients in double against finite differences; float against double; float
-// against an independent PyTorch model (dev/reference, stored fixtures). An error is
-// ‖a − b‖ / ‖b‖ of one tensor, the worst over a row's tensors.
+// The chain of proof: gradients in double against finite differences; float against double; bf16
+// against float; float against an independent PyTorch model (dev/reference, stored fixtures). An
+// error is ‖a − b‖ / ‖b‖ of one tensor, the worst over a row's tensors.
 
 #ifndef TESTING
 #define TESTING // no main of its own
@@ -21,9 +21,10 @@
 
 namespace lns {
 
-// Tolerances (design): finite differences to 1e-6, float against double to 1e-4, and against
-// PyTorch to 1e-5.
-const double finite_difference_tolerance = 1e-6, float_tolerance = 1e-4, torch_tolerance = 1e-5;
+// Tolerances (design): finite differences to 1e-6, float against double to 1e-4, bf16 against float
+// to 2e-2, and float against PyTorch to 1e-5.
+const double finite_difference_tolerance = 1e-6, float_tolerance = 1e-4, bf16_tolerance = 2e-2,
+             torch_tolerance = 1e-5;
 
 struct Row {
     std::string name;
@@ -574,6 +575,44 @@ void check_float(Row& row, const std::string& architecture_name, const std::stri
     row.add("float", std::max(error, std::fabs(rounded - loss) / loss), float_tolerance);
 }
 
+// A model wide enough for a rounding error of 2^-9 in each number to average out of its sums, at
+// its initial weights: where they are large, attention is sharp, and e^x multiplies the error of
+// its argument by x.
+Config bf16_config(const std::string& architecture_name, const std::string& scheme) {
+    Config c = small_config(architecture_name);
+    c.vocab_size = 97;
+    c.width = c.heads * 32;
+    c.head_size = 0;
+    c.mlp_width = 3 * c.width;
+    c.positions = 32;
+    c.scheme = parse_scheme(scheme);
+    complete_config(c);
+    return c;
+}
+
+// bf16 against float, from the same weights, which bf16 has.
+void check_bf16(Row& row, const std::string& architecture_name, const std::string& scheme) {
+    const Config c = bf16_config(architecture_name, scheme);
+    const int B = 2, T = c.positions;
+    std::vector<int> inputs, targets;
+    test_batch(c, B * T, inputs, targets, true);
+    CpuModel<float> exact(c, B, T, {});
+    CpuModel<bf16> model(c, B, T, {});
+    exact.initialize(1);
+    for (int64_t i = 0; i < exact.registry.size; i++) {
+        exact.parameters[i] = float(bf16(exact.parameters[i]));
+        model.set_parameter(i, exact.parameters[i]);
+    }
+    const double scale = 1.0 / double(B * T);
+    const double loss = exact.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
+    const double rounded = model.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
+    // A tensor below 1/100 of the whole gradient is what is left of sums that cancel (the bias of k
+    // does not change a softmax, a gate's gradient is one sum over all channels), and is compared
+    // to that.
+    double error = compare_gradients(gradients_of(model), gradients_of(exact), 1e-2);
+    row.add("bf16", std::max(error, std::fabs(rounded - loss) / loss), bf16_tolerance);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Against PyTorch: dev/reference/fixtures, made by dev/reference/make_fixtures.py
 
@@ -870,6 +909,68 @@ Row check_adamw() {
     return row;
 }
 
+// What is not kept is computed again to the bit, whatever of it a scheme has.
+template <class S> Row check_recompute(const std::string& name, const std::string& scheme) {
+    Row row{cat("claim: ", sizeof(S) == 2 ? "bf16 " : "", name, "  ", scheme,
+                "  gradients do not change with --recompute"),
+            {},
+            {},
+            ""};
+    const Config c = bf16_config(name, scheme);
+    std::vector<int> inputs, targets;
+    test_batch(c, 2 * 7, inputs, targets, true);
+    std::vector<float> kept;
+    int64_t bytes = 0, differ = 0;
+    for (Recompute again : {Recompute::none, Recompute::activations, Recompute::layers}) {
+        CpuModel<S> model(c, 2, 7, {.recompute = again});
+        model.initialize(1);
+        for (int pass = 0; pass < 2; pass++) // the second adds to the first
+            model.loss_and_gradients(inputs.data(), targets.data(), 2, 7, 0.1);
+        if (again == Recompute::none)
+            kept.assign(model.gradients + 0, model.gradients + model.registry.size);
+        for (size_t i = 0; i < kept.size(); i++)
+            differ += float(model.gradients[i]) != kept[i] || !std::isfinite(kept[i]);
+        if (again != Recompute::none && model.bytes() >= bytes) row.note = "it saves no memory";
+        bytes = model.bytes();
+    }
+    row.add("differ", double(differ), 0);
+    return row;
+}
+
+// The weights after steps with a gradient of 1, where Adam's step is the learning rate: float
+// master weights follow it; bf16 rounded to nearest loses what is below 1/512 of a weight; rounded
+// stochastically it is right in the mean.
+Row check_rounding() {
+    Row row{"AdamW in bf16: master weights, nearest, stochastic", {}, {}, ""};
+    Config c = bf16_config("llama", "pre");
+    const int steps = 64;
+    const double lr = 1e-3, expected = 1 - lr * steps;
+    auto mean_after = [&](ModelOptions o) {
+        CpuModel<bf16> model(c, 1, 1, o);
+        for (int64_t i = 0; i < model.registry.size; i++) {
+            model.set_parameter(i, 1);
+            model.gradients[i] = 1;
+        }
+        for (int step = 1; step <= steps; step++) model.update({.lr = lr, .step = step});
+        double sum = 0, n = 0;
+        for (const Param& p : model.registry.params) {
+            std::vector<float> values(p.size());
+            model.read(Buffer::parameters, p, values.data());
+            for (float value : values) sum += double(value), n++;
+        }
+        return sum / n;
+    };
+    row.add("master", std::fabs(mean_after({.dtype = DType::bf16}) - expected), 1e-5);
+    row.add("stochastic moments",
+            std::fabs(mean_after({.moments = DType::bf16, .stochastic_rounding = true}) - expected),
+            1e-3);
+    ModelOptions pure{.master_weights = false, .moments = DType::bf16};
+    row.add("nearest moves", std::fabs(mean_after(pure) - 1), 0); // 1 − 0.001 rounds to 1
+    pure.stochastic_rounding = true;
+    row.add("stochastic", std::fabs(mean_after(pure) - expected), 1e-3);
+    return row;
+}
+
 // Every matrix starts with the standard deviation of the design's table. For a sample of n normal
 // numbers the relative error of that is about 1/sqrt(2n).
 Row check_initialization(const std::string& scheme) {
@@ -973,6 +1074,7 @@ std::vector<Row> all_rows(const std::string& filter) {
                              {1, 64, 2, 2, 2}})
         keep(check_attention(a));
     keep(check_gelu()), keep(check_swiglu()), keep(check_cross_entropy()), keep(check_adamw());
+    keep(check_rounding());
 
     for (const char* scheme : {"pre", "lns", "lns-init", "post", "deepnorm", "deepnorm-published",
                                "mix", "sandwich", "peri", "olmo2", "layerscale", "skipinit",
@@ -987,6 +1089,15 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_causal(name)), keep(check_continuation(name));
     }
     keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
+    for (auto [name, scheme] : {std::pair{"llama", "lns"},
+                                {"gpt2", "pre"},
+                                {"olmo2", "sandwich+gpas"},
+                                {"llama-gqa", "deepnorm"},
+                                {"qwen2", "peri"},
+                                {"olmo", "mix:1"}}) {
+        keep(check_recompute<float>(name, scheme));
+        keep(check_recompute<bf16>(name, scheme));
+    }
 
     struct Case {
         std::string architecture, scheme;
@@ -1012,6 +1123,8 @@ std::vector<Row> all_rows(const std::string& filter) {
     for (size_t i = 0; i < cases.size(); i++)
         check_float(rows[first + i], cases[i].architecture, cases[i].scheme, cases[i].B, cases[i].T,
                     cases[i].T > 1);
+    for (size_t i = 0; i < cases.size(); i++)
+        if (cases[i].T == 7) check_bf16(rows[first + i], cases[i].architecture, cases[i].scheme);
 
     for (Row& row : check_fixtures(filter)) rows.push_back(std::move(row));
     return rows;
