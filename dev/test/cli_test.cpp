@@ -114,7 +114,9 @@ TEST(BadInput, Flags) {
     EXPECT_TRUE(fails_with("-b 1000000 -t 1000 --layers 100", {"memory", "--batch"}));
     EXPECT_TRUE(fails_with(small_model + "--dump-state /tmp", {"/tmp", "directory"}));
     EXPECT_TRUE(fails_with("-m tinny", {"'tinny'", "'tiny'"}));
-    EXPECT_TRUE(fails_with("--dtype bf16", {"bf16", "float32"}));
+    EXPECT_TRUE(fails_with("--dtype float32 --master-weights no", {"--master-weights", "bf16"}));
+    EXPECT_TRUE(fails_with("--dtype bf16 --rounding stochastic", {"--rounding", "--moments"}));
+    EXPECT_TRUE(fails_with("--dtype fp16", {"'fp16'", "bf16"}));
     EXPECT_TRUE(fails_with("--device cuda", {"cuda", "no CUDA"}));
     EXPECT_TRUE(fails_with("--width 10 --heads 3", {"10", "3 heads"}));
     EXPECT_TRUE(fails_with("--heads 4 --kv-heads 3", {"4 heads", "3 kv heads"}));
