@@ -43,11 +43,12 @@ namespace lns {
 template <class S> using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // eˣ to 2 units in the last place, without calls or branches, so that loops over it vectorize:
-// x = n ln 2 + f with |f| ≤ ln 2 / 2, and a polynomial for eᶠ (Cephes' coefficients). Beyond
-// ±87.3 it is constant; NaN stays NaN.
+// x = n ln 2 + f with |f| ≤ ln 2 / 2, and a polynomial for eᶠ (Cephes' coefficients). Below −87.6 it
+// is 0, above 88.3 infinity, and never a subnormal number, which costs a CPU a hundred cycles: had
+// it a smallest value, compilers would multiply by that for each number, to choose afterwards.
 inline float exp_(float x) {
-    x = x < -87.3f ? -87.3f : x;
-    x = x > 88.3f ? 88.3f : x;
+    x = x < -200.0f ? -200.0f : x; // NaN stays NaN
+    x = x > 200.0f ? 200.0f : x;
     const float shifter = 12582912.0f; // 1.5 · 2²³: adding it rounds to an integer
     float shifted = x * 1.44269504f + shifter, n = shifted - shifter;
     float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -58,8 +59,9 @@ inline float exp_(float x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
-    // n sits in shifted's low bits; as an exponent it multiplies by 2ⁿ.
-    return p * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
+    int exponent = std::bit_cast<int>(shifted) - std::bit_cast<int>(shifter) + 127;
+    exponent = exponent < 0 ? 0 : exponent > 255 ? 255 : exponent;
+    return p * std::bit_cast<float>(exponent << 23); // p · 2ⁿ
 }
 inline double exp_(double x) { return std::exp(x); }
 
@@ -156,7 +158,7 @@ void norm_row_forward(const NormStats<A>& stats, const X* x, const S* w, const S
                       Y* y, int C) {
     for (int i = 0; i < C; i++) {
         A value = (A(x[i]) - stats.mean) * stats.rstd * (w ? A(w[i]) : A(1));
-        y[i] = Y(scale * (value + (bias ? A(bias[i]) : A(0))));
+        y[i] = scale * (value + (bias ? A(bias[i]) : A(0)));
     }
 }
 
@@ -252,7 +254,7 @@ void junction_forward(const Junction& j, NormType type, double eps_, const Acc<S
             st.in = norm_stats<A>(type, eps, r + at, C);
             norm_row_forward(st.in, r + at, p.in_weight, p.in_bias, in_scale, u + at, C);
         } else if (u) {
-            for (int i = 0; i < C; i++) u[at + i] = S(z[i]);
+            for (int i = 0; i < C; i++) u[at + i] = z[i];
         }
     }
 }
@@ -346,7 +348,7 @@ void junction_backward(const Junction& j, NormType type, const Acc<S>* r_prev, c
             if (j.branch_norm)
                 norm_row_backward(type, st.branch, b + at, p.branch_weight, dz, dz, branch_weight,
                                   branch_bias, C);
-            for (int i = 0; i < C; i++) db[at + i] = S(dz[i]);
+            for (int i = 0; i < C; i++) db[at + i] = dz[i];
         }
         if (j.gamma == Gamma::scalar) gamma_sum[0] = A(scalar_gamma_sum);
         sums[7 * C] = A(gate_sum);
@@ -418,8 +420,8 @@ void rotate(Y* out, const X* x, const CosSin<A>* turn, A direction, int HS) {
     for (int i = 0; i < half; i++) {
         const A c = turn[i].cos, s = direction * turn[i].sin;
         const A x0 = A(x[i]), x1 = A(x[i + half]);
-        out[i] = Y(x0 * c - x1 * s);
-        out[i + half] = Y(x1 * c + x0 * s);
+        out[i] = x0 * c - x1 * s;
+        out[i + half] = x1 * c + x0 * s;
     }
 }
 
@@ -441,7 +443,7 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
         for (int i = 0; i < a.row(); i++) z[i] = A(x[i]);
         if (raw) {
             S* kept = raw + row * (Q + K);
-            for (int i = 0; i < Q + K; i++) kept[i] = S(z[i]);
+            for (int i = 0; i < Q + K; i++) kept[i] = z[i];
             stats[2 * row] = norm_stats<A>(NormType::rms, A(eps), z, Q);
             stats[2 * row + 1] = norm_stats<A>(NormType::rms, A(eps), z + Q, K);
             norm_row_forward(stats[2 * row], z, q_weight, none, A(1), z, Q);
@@ -449,7 +451,7 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
         }
         for (int head = 0; head < a.NH + a.KVH && table; head++)
             rotate(z + head * HS, z + head * HS, table + row % a.T * (HS / 2), A(1), HS);
-        for (int i = 0; i < a.row(); i++) y[i] = S(z[i]);
+        for (int i = 0; i < a.row(); i++) y[i] = z[i];
     }
 }
 
@@ -473,7 +475,7 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, con
             norm_row_backward(NormType::rms, stats[2 * row], x, q_weight, d, d, sums, none, Q);
             norm_row_backward(NormType::rms, stats[2 * row + 1], x + Q, k_weight, d + Q, d + Q,
                               sums + Q, none, K);
-            for (int i = 0; i < Q + K; i++) dy[i] = S(d[i]);
+            for (int i = 0; i < Q + K; i++) dy[i] = d[i];
         }
     }
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -542,7 +544,7 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
 #pragma omp simd reduction(+ : sum)
                         for (int t = 0; t < visible; t++) {
                             const A e = exp_(scale * (score[t] - largest));
-                            probability[t] = S(e);
+                            probability[t] = e;
                             sum += e;
                         }
                         std::fill(probability + visible, probability + seen, S(0));
@@ -552,7 +554,7 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                     packed_gemm(n, HS, seen, p, T, 1, v, T, HS, o, HS, false);
                     for (int i = 0; i < n; i++) {
                         S* row = out + (int64_t(b) * T + t0 + i) * a.q_width() + h * HS;
-                        for (int d = 0; d < HS; d++) row[d] = S(inverse[i] * o[i * HS + d]);
+                        for (int d = 0; d < HS; d++) row[d] = inverse[i] * o[i * HS + d];
                     }
                 }
         }
@@ -595,7 +597,7 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                 if (table)
                     rotate(out, gradient, table + t * (HS / 2), A(-1), HS);
                 else
-                    for (int d = 0; d < HS; d++) out[d] = S(gradient[d]);
+                    for (int d = 0; d < HS; d++) out[d] = gradient[d];
             };
             std::fill(dk, dk + matrix, A(0));
             std::fill(dv, dv + matrix, A(0));
@@ -618,12 +620,12 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
 #pragma omp simd reduction(+ : dot)
                         for (int t = 0; t < visible; t++) {
                             score[t] = exp_(scale * score[t] - normalizer);
-                            probability[t] = S(score[t]);
+                            probability[t] = score[t];
                             dot += score[t] * dprobability[t];
                         }
 #pragma omp simd
                         for (int t = 0; t < visible; t++)
-                            dscore[t] = S(score[t] * (dprobability[t] - dot));
+                            dscore[t] = score[t] * (dprobability[t] - dot);
                         std::fill(probability + visible, probability + seen, S(0));
                         std::fill(dscore + visible, dscore + seen, S(0));
                     }
@@ -635,7 +637,7 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
             for (int t = 0; t < T; t++) {
                 store(dk + t * HS, scale, t, a.NH + kv);
                 S* out = drows + int64_t(t) * a.row() + (a.NH + a.KVH + kv) * HS;
-                for (int d = 0; d < HS; d++) out[d] = S(dv[t * HS + d]);
+                for (int d = 0; d < HS; d++) out[d] = dv[t * HS + d];
             }
         }
 }
@@ -648,21 +650,21 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
 template <class S> void gelu_forward(S* out, const S* h, int64_t n) {
     using A = Acc<S>;
     const A c = A(2 * 0.79788456080286535588);
-#pragma omp parallel for
+#pragma omp parallel for simd
     for (int64_t i = 0; i < n; i++) {
         A x = A(h[i]);
-        out[i] = S(x * sigmoid(c * (x + A(0.044715) * x * x * x)));
+        out[i] = x * sigmoid(c * (x + A(0.044715) * x * x * x));
     }
 }
 
 template <class S> void gelu_backward(S* dh, const S* da, const S* h, int64_t n) {
     using A = Acc<S>;
     const A c = A(2 * 0.79788456080286535588);
-#pragma omp parallel for
+#pragma omp parallel for simd
     for (int64_t i = 0; i < n; i++) {
         A x = A(h[i]), s = sigmoid(c * (x + A(0.044715) * x * x * x));
         A ds = s * (A(1) - s) * c * (A(1) + A(3 * 0.044715) * x * x);
-        dh[i] = S(A(da[i]) * (s + x * ds));
+        dh[i] = A(da[i]) * (s + x * ds);
     }
 }
 
@@ -672,7 +674,8 @@ template <class S> void swiglu_forward(S* out, const S* h, int64_t rows, int H) 
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const S *gate = h + row * 2 * H, *up = gate + H;
-        for (int i = 0; i < H; i++) out[row * H + i] = S(silu(A(gate[i])) * A(up[i]));
+#pragma omp simd
+        for (int i = 0; i < H; i++) out[row * H + i] = silu(A(gate[i])) * A(up[i]);
     }
 }
 
@@ -682,10 +685,11 @@ template <class S> void swiglu_backward(S* dh, const S* da, const S* h, int64_t 
     for (int64_t row = 0; row < rows; row++) {
         const S *gate = h + row * 2 * H, *up = gate + H;
         S *dgate = dh + row * 2 * H, *dup = dgate + H;
+#pragma omp simd
         for (int i = 0; i < H; i++) {
             A d = A(da[row * H + i]), g = A(gate[i]), s = sigmoid(g);
-            dup[i] = S(d * g * s);
-            dgate[i] = S(d * A(up[i]) * s * (A(1) + g * (A(1) - s)));
+            dup[i] = d * g * s;
+            dgate[i] = d * A(up[i]) * s * (A(1) + g * (A(1) - s));
         }
     }
 }
@@ -725,8 +729,8 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
             const A factor = A(loss_scale) / sum;
             const A at = x[target] * factor - A(loss_scale);
 #pragma omp simd
-            for (int i = 0; i < V; i++) dx[i] = S(x[i] * factor);
-            dx[target] = S(at);
+            for (int i = 0; i < V; i++) dx[i] = x[i] * factor;
+            dx[target] = at;
         }
         losses[row] = largest + std::log(sum) - at_target;
     }
@@ -1045,7 +1049,7 @@ template <class S> struct CpuModel : Model {
             if (j.in_norm)
                 norm_row_forward(stats(k)[row].in, r, p.in_weight, p.in_bias, A(j.in_scale), u, C);
             else
-                for (int i = 0; i < C; i++) u[i] = S(r[i]);
+                for (int i = 0; i < C; i++) u[i] = r[i];
         }
     }
 
@@ -1285,7 +1289,7 @@ template <class S> struct CpuModel : Model {
     }
 
     void set_parameter(int64_t i, A value) {
-        parameters[i] = S(value);
+        parameters[i] = value;
         if (master.size) master[i] = value;
     }
 
@@ -1374,9 +1378,9 @@ template <class S> struct CpuModel : Model {
         auto store = [](auto& x, A value, [[maybe_unused]] uint32_t random) {
             using X = std::remove_reference_t<decltype(x)>;
             if constexpr (stochastic && std::is_same_v<X, bf16>)
-                x = round_stochastic(float(value), random);
+                x.bits = round_stochastically(float(value), random);
             else
-                x = X(value);
+                x = value;
         };
 #pragma omp parallel
         for (const Param& p : registry.params) {
@@ -1398,7 +1402,7 @@ template <class S> struct CpuModel : Model {
                 const A updated = w - lr * (step + decay * w);
                 store(moment1[i], m, random), store(moment2[i], v, random >> 16);
                 store(weights[i], updated, more);
-                if (copy) copy[i] = S(updated);
+                if (copy) copy[i] = updated;
             }
         }
     }

@@ -7,30 +7,34 @@
 
 namespace lns {
 
+// To nearest, halves to even; infinities stay, NaN stays NaN. Without branches: loops vectorize.
+inline uint16_t round_to_bf16(float x) {
+    const uint32_t u = std::bit_cast<uint32_t>(x);
+    const uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    const uint32_t nan = u >> 16 | 0x40;
+    return uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded);
+}
+
+// In loops over arrays assign floats, x[i] = value: compilers make vectors of that, and not of
+// copies of whole structs as in x[i] = bf16(value).
 struct bf16 {
-    uint16_t bits = 0;
+    uint16_t bits;
 
     bf16() = default;
-    // To nearest, halves to even; infinities stay, NaN stays NaN. Without branches: loops
-    // vectorize.
-    explicit bf16(float x) {
-        const uint32_t u = std::bit_cast<uint32_t>(x);
-        const uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
-        const uint32_t nan = u >> 16 | 0x40;
-        bits = uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded);
+    explicit bf16(float x) : bits(round_to_bf16(x)) {}
+    bf16& operator=(float x) {
+        bits = round_to_bf16(x);
+        return *this;
     }
-    explicit bf16(double x) : bf16(float(x)) {}
-    explicit bf16(int x) : bf16(float(x)) {}
     operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
 };
 
-// Rounds up or down with the probabilities that make the mean exact. random: 16 random bits.
-inline bf16 round_stochastic(float x, uint32_t random) {
+// Up or down with the probabilities that make the mean exact. random: 16 random bits. Where there
+// is nothing to round (infinities, NaN) the bits below are dropped.
+inline uint16_t round_stochastically(float x, uint32_t random) {
     const uint32_t u = std::bit_cast<uint32_t>(x);
-    if ((u & 0x7F800000) == 0x7F800000) return bf16(x); // not finite
-    bf16 y;
-    y.bits = uint16_t((u + (random & 0xFFFF)) >> 16);
-    return y;
+    const uint32_t finite = (u & 0x7F800000) == 0x7F800000 ? 0 : random & 0xFFFF;
+    return uint16_t((u + finite) >> 16);
 }
 
 // What this CPU has for matrix products of bf16. LNS_BF16=none, avx512 or amx in the environment
