@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """`make bench`: how fast ./train_gpt trains here, beside PyTorch where that is installed.
 
-Each case (model, shape, dtype, threads) is timed over several rounds, ours and PyTorch's one after
-the other, and the table has the medians. In the first round PyTorch runs in every mode that it has;
-later rounds repeat only the modes within a fifth of the best. It runs with its best settings: a
-glibc that keeps freed memory (page faults cost PyTorch up to half of its speed on CPUs); threads
-pinned, and its best mode once more unpinned; where it takes its float products from the system's
-BLAS, as Debian's does, an OpenBLAS on the same OpenMP threads (one with threads of its own cannot be
-pinned beside them; the reference BLAS has one thread and is no comparison). Where the same peak is
+A case is a model, shape, dtype and number of threads. Those with a bar to meet are timed over
+several rounds, ours and PyTorch's one after the other, the others in the first alone; the table has
+the medians. In the first round PyTorch runs in every mode that it has (at sizes between, in those
+that were best so far), later only in those within a fifth of the best. Where the same peak is
 measured by many runs, the highest counts.
+
+PyTorch runs with its best settings: a glibc that keeps freed memory (page faults cost it up to half
+of its speed on CPUs); threads pinned, or not where that was faster in the first case of a dtype,
+which runs both ways; where it takes its float products from the system's BLAS, as Debian's does, an
+OpenBLAS on the same OpenMP threads if that is there (one with threads of its own cannot be pinned
+beside them; the reference BLAS has one thread and is no comparison).
 
 PyTorch is looked for in BENCH_TORCH=python1,python2 (or --torch); else in /usr/bin/python3 and in
 build/torch, which `make bench TORCH=new` fills with the newest one from PyPI."""
@@ -42,8 +45,15 @@ class Case:
         return f"{self.name} on {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
+    @property
+    def has_bar(self):
+        return any((self.name + ":").startswith(name + ":")
+                   and (self.threads == 2 or "over 1" in what) for name, what in BARS)
+
+
 SHAPES = [("gpt2-124m", 4, 64), ("gpt2-124m", 4, 512), ("gpt2-124m", 4, 1024),
           ("llama-130m", 16, 256), ("tiny", 16, 128)]
+BETWEEN = SHAPES[2:4]  # what PyTorch's modes do there, the others show
 DTYPES = ["float32", "bf16"]
 MODES = {"float32": ["eager", "compile"],
          "bf16": ["pure", "autocast", "pure+compile", "autocast+compile"]}
@@ -80,6 +90,8 @@ def run_json(command, env, timeout):
     try:
         done = subprocess.run(command, env=env, timeout=timeout, text=True, cwd=ROOT,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except OSError as error:
+        return None, error.strerror
     except subprocess.TimeoutExpired:
         return None, f"took longer than {timeout:.0f} s"
     if done.returncode == 0:
@@ -110,7 +122,7 @@ def run_ours(case, o):
 def steps_of(case, o):
     """More where a step is short."""
     steps = 30 if case.model == "tiny" else 10 if case.batch * case.seq_len < 1000 else 4
-    return max(2, steps // 2) if o.quick else steps
+    return max(2, steps // 2) if o.quick or not case.has_bar else steps
 
 
 # --------------------------------------------------------------------------- PyTorch
@@ -119,9 +131,9 @@ def steps_of(case, o):
 class Torch:
     def __init__(self, python, description):
         self.python = python
-        self.version, self.config, self.blas = (description[k] for k in ("version", "config", "blas"))
+        self.version, self.config = description["version"], description["config"]
+        self.blas = description["blas"]
         self.name = "PyTorch " + self.version.split("+")[0]
-        self.threads = description["threads"]
 
     @property
     def old(self):  # torch.compile came with 2.0
@@ -133,8 +145,7 @@ import json, os, re, torch
 torch.ones(300, 300) @ torch.ones(300, 300)
 mapped = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else ""
 blas = sorted({os.path.realpath(p) for p in re.findall(r"/\\S*(?:blas|mkl)\\S*\\.so\\S*", mapped)})
-print(json.dumps({"version": torch.__version__, "config": torch.__config__.show(), "blas": blas,
-                  "threads": torch.get_num_threads()}))
+print(json.dumps({"version": torch.__version__, "config": torch.__config__.show(), "blas": blas}))
 """
 
 
@@ -170,8 +181,8 @@ def torch_environment(threads, pinned):
     if pinned:
         env["OMP_PROC_BIND"] = "true"
     # Freed memory is kept and not given back, and lies in huge pages where the system has them.
-    env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:"
-                   "glibc.malloc.trim_threshold=17179869184")
+    env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:"
+                   f"glibc.malloc.mmap_threshold={8 * GIB}:glibc.malloc.trim_threshold={16 * GIB}")
     env.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if openblas := glob.glob("/usr/lib/*/openblas-openmp/libblas.so.3"):
         paths = [os.path.dirname(openblas[0]), env.get("LD_LIBRARY_PATH")]
@@ -213,15 +224,22 @@ def best_of(case, name):
     return max(((mode, speed(results)) for mode, results in modes.items()), key=lambda m: m[1])
 
 
-def first_round(case, torch, o):
+def first_round(case, torch, earlier, o):
+    """earlier: the cases of this dtype that have run."""
+    modes = [m for m in MODES[case.dtype] if not (torch.old and "compile" in m)]
+    pinned = True
+    if earlier := [best_of(c, torch.name) for c in earlier if c.torch.get(torch.name)]:
+        pinned = earlier[0][0][1]
+        if (case.model, case.batch, case.seq_len) in BETWEEN:
+            modes = sorted({mode for (mode, _), _ in earlier})
     ran = {}
-    for mode in MODES[case.dtype]:
-        if "compile" in mode and torch.old:
+    for mode in modes:
+        if o.quick and mode not in ("eager", "compile", "pure", "pure+compile"):
             continue
-        result = run_torch(case, torch, mode, True, o)
+        result = run_torch(case, torch, mode, pinned, o)
         if result:
             ran[mode] = result["tokens_per_s"]
-    if ran and case.threads > 1:
+    if ran and not earlier and case.threads > 1 and not o.quick:
         run_torch(case, torch, max(ran, key=ran.get), False, o)
 
 
@@ -329,8 +347,8 @@ def report(cases, torches, o):
     peaks = summarize(cases, torches)
     say("\nMeasured peaks")
     for threads, p in sorted(peaks.items()):
-        say(f"  {threads} thread{'s' if threads > 1 else ' '}: float32 {p['float32'] / 1e9:.0f} GFLOP/s, "
-            f"bf16 {p['bf16'] / 1e9:.0f} GFLOP/s; memory {p['read'] / 1e9:.1f} GB/s read, "
+        say(f"  {threads} thread{'s' if threads > 1 else ' '}: float32 "
+            f"{p['float32'] / 1e9:.0f} GFLOP/s, bf16 {p['bf16'] / 1e9:.0f} GFLOP/s; memory {p['read'] / 1e9:.1f} GB/s read, "
             f"{p['write'] / 1e9:.1f} written, {p['update'] / 1e9:.1f} updated (read and written)")
     headers = ["model", "batch", "dtype", "threads", "tokens/s", "MFU", "GiB"]
     for t in torches:
@@ -403,14 +421,16 @@ def main():
     parser.add_argument("--only", action="append", default=[], metavar="MODEL[:BxT[:DTYPE]]",
                         help="run these cases; may be repeated, or joined by commas")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")],
-                        default=[2, 1], help="default: 2,1. PyTorch runs on the first only")
+                        default=[2, 1] if os.cpu_count() > 1 else [1],
+                        help="default: 2,1. PyTorch runs on the first only")
     parser.add_argument("--rounds", type=int, help="default: 3")
-    parser.add_argument("--quick", action="store_true", help="small shapes, one round")
-    parser.add_argument("--seconds", type=float, default=12,
+    parser.add_argument("--quick", action="store_true",
+                        help="small shapes, one round, the newest PyTorch only")
+    parser.add_argument("--seconds", type=float, default=8,
                         help="PyTorch begins no timed step after so many; a mode whose step takes "
                         "longer is timed once [%(default)s]")
     parser.add_argument("--torch", default=os.environ.get("BENCH_TORCH", ""),
-                        metavar="PYTHON,...", help="Pythons to look for PyTorch in; none: no PyTorch")
+                        metavar="PYTHON,...", help="Pythons with PyTorch; none: no PyTorch")
     parser.add_argument("--install-torch", action="store_true",
                         help="the newest from PyPI, into build/torch")
     parser.add_argument("--out", default=os.path.join(ROOT, "build", "bench.json"))
@@ -420,14 +440,14 @@ def main():
     cases = selected(o)
     if o.install_torch:
         install_newest()
-    torches = [] if o.torch == "none" else find_torch(o)
+    torches = [] if o.torch == "none" else find_torch(o)[-1 if o.quick else 0:]
     describe_torch(torches)
     os.makedirs(os.path.dirname(os.path.abspath(o.out)), exist_ok=True)
 
     started = time.time()
     for number in range(rounds):
         for case in cases:
-            if case.missing:
+            if case.missing and number or number and not case.has_bar:
                 continue
             say(f"round {number + 1} of {rounds}, {case}  ({time.time() - started:.0f} s)")
             run_ours(case, o)
@@ -439,7 +459,11 @@ def main():
                 continue
             case.config, case.parameters = known["config"], known["parameters"]
             for torch in torches:
-                (later_round if number else first_round)(case, torch, o)
+                if number:
+                    later_round(case, torch, o)
+                else:
+                    earlier = [c for c in cases[:cases.index(case)] if c.dtype == case.dtype]
+                    first_round(case, torch, earlier, o)
     report(cases, torches, o)
 
 
