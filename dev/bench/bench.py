@@ -349,7 +349,8 @@ def report(cases, torches, o):
     for threads, p in sorted(peaks.items()):
         say(f"  {threads} thread{'s' if threads > 1 else ' '}: float32 "
             f"{p['float32'] / 1e9:.0f} GFLOP/s, bf16 {p['bf16'] / 1e9:.0f} GFLOP/s; "
-            f"memory {p['read'] / 1e9:.1f} GB/s read, {p['write'] / 1e9:.1f} written, {p['update'] / 1e9:.1f} updated (read and written)")
+            f"memory {p['read'] / 1e9:.1f} GB/s read, {p['write'] / 1e9:.1f} written, "
+            f"{p['update'] / 1e9:.1f} updated (read and written)")
     headers = ["model", "batch", "dtype", "threads", "tokens/s", "MFU", "GiB"]
     for t in torches:
         headers += [t.name, "GiB", "best mode", "ratio"]
