@@ -20,6 +20,7 @@ import argparse
 import glob
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -85,8 +86,30 @@ def say(text):
     print(text, flush=True)
 
 
+def busy_seconds():
+    """CPU time of all processes, and of our children."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system = file.readline().split()[1:4]
+    except OSError:
+        return None
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ((int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK"),
+            children.ru_utime + children.ru_stime)
+
+
 def run_json(command, env, timeout):
-    """The JSON object on the last line of what the command prints, or (None, why not)."""
+    """(the JSON object on the last line of what the command prints, None) or (None, why not). The
+    object gets "other_cores": how many cores other processes kept busy meanwhile."""
+    before, started = busy_seconds(), time.time()
+    result, why = run_program(command, env, timeout)
+    if result and before:
+        everyone, children = (b - a for a, b in zip(before, busy_seconds()))
+        result["other_cores"] = max(0.0, everyone - children) / max(time.time() - started, 0.1)
+    return result, why
+
+
+def run_program(command, env, timeout):
     try:
         done = subprocess.run(command, env=env, timeout=timeout, text=True, cwd=ROOT,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -358,6 +381,12 @@ def report(cases, torches, o):
     for case in cases:
         if case.missing:
             say(f"{case}: {case.missing}")
+    runs = [r for c in cases for r in c.ours + [r for modes in c.torch.values()
+                                                for results in modes.values() for r in results]]
+    disturbed = sum(r.get("other_cores", 0) > 0.1 for r in runs)
+    if disturbed:
+        say(f"WARNING: other programs kept more than a tenth of a core busy during {disturbed} of "
+            f"{len(runs)} runs, which makes them slower: measure on an idle machine.")
     say("pure: parameters, gradients and moments in bf16, without the float master weights that "
         "train_gpt keeps unless told otherwise.\nGiB: of memory resident at most.")
     rows = judged(cases, torches)
