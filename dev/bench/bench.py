@@ -193,8 +193,12 @@ def install_newest():
                                                  stderr=subprocess.DEVNULL).returncode == 0:
         return
     say(f"installing the newest PyTorch from PyPI into {os.path.relpath(NEWEST)} ...")
-    subprocess.run([sys.executable, "-m", "venv", NEWEST], check=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", "torch", "numpy"], check=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", NEWEST], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "torch", "numpy"], check=True)
+    except subprocess.CalledProcessError:
+        sys.exit("bench.py: PyTorch could not be installed (Debian's Python needs python3-venv for "
+                 "it): name a Python that has it with --torch, or none with --torch none")
 
 
 def torch_environment(threads, pinned):
