@@ -17,7 +17,7 @@ V        ?= 0#          1: print whole commands
 
 .DEFAULT_GOAL := train_gpt
 .DELETE_ON_ERROR:
-.PHONY: deps test test-binaries format check-format clean help FORCE
+.PHONY: deps test bench test-binaries format check-format clean help FORCE
 MAKEFLAGS += --no-builtin-rules
 ifeq ($(MAKELEVEL)$(findstring -j,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
@@ -161,6 +161,11 @@ $(tests): | $(if $(call word_of,GTEST),,no-gtest)
 test: $(if $(call yes,$(SANITIZE)),,$(existing)) $O/unit_tests
 	@dev/run_tests.sh $O/unit_tests $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
 
+# Options of its own: QUICK=1, TORCH=new (installs PyTorch under $(BUILD)), ARGS='--only tiny --rounds 5'.
+bench: train_gpt
+	@python3 dev/bench/bench.py $(if $(call yes,$(QUICK)),--quick) $(if $(filter new,$(TORCH)),--install-torch) \
+	    --out $(BUILD)/bench.json $(ARGS)
+
 endif
 
 sources = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu')
@@ -175,6 +180,7 @@ help:
 	@echo 'make [train_gpt]     the trainer'
 	@echo 'make deps            install what is missing (apt; elsewhere, say what to install)'
 	@echo 'make test            build and run every test; make test_gpt builds the gradient checks alone'
+	@echo 'make bench           time training steps, beside PyTorch; QUICK=1: in minutes; TORCH=new: get it'
 	@echo 'make data/tokenize   text to token shards'
 	@echo 'make data/stories    the generator of the embedded corpus'
 	@echo 'make format          clang-format in place; make check-format only looks'

@@ -39,7 +39,7 @@ struct Work {
 
 // Twelve chains of dependent multiply-adds: enough to fill two units of 4 to 5 cycles' latency,
 // few enough for 16 registers. Clang would halve the registers on CPUs that it thinks prefer that.
-#ifdef __clang__
+#if defined(__clang__) && defined(__x86_64__)
 __attribute__((min_vector_width(512)))
 #endif
 float multiply_adds(int64_t rounds) {
