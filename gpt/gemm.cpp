@@ -5,24 +5,35 @@
 
 #include "gpt/gemm_kernel.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace lns {
 
+static const int64_t alignment = int64_t(1) << 21;
+
 void* Scratch::get(int64_t bytes) {
     if (bytes > size) {
-        ::operator delete(std::exchange(data, nullptr), std::align_val_t(64));
+        ::operator delete(std::exchange(data, nullptr), std::align_val_t(alignment));
         size = 0;
-        data = ::operator new(size_t(bytes + bytes / 4), std::align_val_t(64));
-        size = bytes + bytes / 4;
+        bytes += bytes / 4;
+        data = ::operator new(size_t(bytes), std::align_val_t(alignment));
+#if defined(__linux__)
+        // Pages of 2 MiB, where the system gives them: fewer misses of the address translation.
+        if (bytes >= alignment) madvise(data, size_t(bytes), MADV_HUGEPAGE);
+#endif
+        size = bytes;
     }
     return data;
 }
 
-Scratch::~Scratch() { ::operator delete(data, std::align_val_t(64)); }
+Scratch::~Scratch() { ::operator delete(data, std::align_val_t(alignment)); }
 
+uint64_t dbg[4096],dbgn[4096];
 namespace {
 
 int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -48,23 +59,18 @@ template <class T, class P> struct PackedB {
         const int64_t rows = std::min<int64_t>(kernel.depth, kernel.padded(k) - p);
         return (p * panels() + rows * panel) * kernel.columns;
     }
-    void pack(P* packed, int64_t depth, int64_t panel, const T* b, int64_t b_row,
+    // Panels j0 to j1 of a depth. Where b's columns are adjacent, its rows are read across.
+    void pack(P* packed, int64_t depth, int64_t j0, int64_t j1, const T* b, int64_t b_row,
               int64_t b_column) const {
-        const int64_t p = depth * kernel.depth, j = panel * kernel.columns;
-        kernel.pack_b(packed + at(depth, panel), std::min<int64_t>(kernel.depth, k - p),
-                      std::min<int64_t>(kernel.columns, n - j), b + p * b_row + j * b_column, b_row,
-                      b_column);
+        const int64_t k0 = depth * kernel.depth, kd = std::min<int64_t>(kernel.depth, k - k0);
+        const int64_t most = b_column == 1 ? 32 : kd, Q = kernel.columns;
+        for (int64_t p = 0; p < kd; p += most)
+            for (int64_t j = j0; j < j1; j++)
+                kernel.pack_b(packed + at(depth, j) + p * Q, std::min(most, kd - p),
+                              std::min(Q, n - j * Q), b + (k0 + p) * b_row + j * Q * b_column,
+                              b_row, b_column);
     }
 };
-
-template <class T, class P, class OUT>
-void store(const Kernel<T, P>& kernel, const float* block, int64_t m, int64_t n, OUT* out,
-           int64_t out_row, bool accumulate, const OUT* bias) {
-    if constexpr (std::is_same_v<OUT, bf16>)
-        kernel.store_bf16(block, m, n, out, out_row, accumulate, bias);
-    else
-        kernel.store_float(block, m, n, out, out_row, accumulate, bias);
-}
 
 // What every task of one product reads.
 template <class T, class P, class OUT> struct Product {
@@ -80,37 +86,62 @@ template <class T, class P, class OUT> struct Product {
     const OUT* bias;
 };
 
-// Rows i0 to i1 and columns j0 to j1 (both begin blocks) of a product, by one thread. The sums of
-// all but the last depth wait in a buffer that the second cache holds.
+// A row of blocks of which all but the sizes are the same.
 template <class T, class P, class OUT>
-void multiply_part(const Product<T, P, OUT>& x, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+BlockRow<P> block_row(const Product<T, P, OUT>& x, int64_t i, int64_t rows, int64_t j, int64_t n) {
+    BlockRow<P> row{};
+    row.m = rows, row.n = n;
+    row.out_row = x.out_row;
+    row.accumulate = x.accumulate;
+    OUT* out = x.out + i * x.out_row + j;
+    const OUT* bias = x.bias ? x.bias + j : nullptr;
+    if constexpr (std::is_same_v<OUT, bf16>)
+        row.out_bf16 = out, row.bias_bf16 = bias;
+    else
+        row.out_float = out, row.bias_float = bias;
+    return row;
+}
+
+// Rows i0 to i1 of a product, by one thread. A block of a, the panels of b that it meets and their
+// sums stay in the second cache.
+template <class T, class P, class OUT>
+void multiply_rows(const Product<T, P, OUT>& x, int64_t i0, int64_t i1) {
     static thread_local Scratch panel_memory, sum_memory;
     const Kernel<T, P>& kernel = x.kernel;
     const int64_t R = kernel.rows, Q = kernel.columns, depths = blocks(x.k, kernel.depth);
     const int64_t row_blocks = blocks(i1 - i0, R);
-    const int64_t chunk = std::min(blocks(j1 - j0, Q), std::max<int64_t>(1, 512 / Q));
-    P* panels = (P*)panel_memory.get(row_blocks * R * kernel.padded(x.k) * int64_t(sizeof(P)));
-    float* sums = (float*)sum_memory.get((depths > 1 ? row_blocks * chunk : 1) * R * Q * 4);
+    const int64_t chunks = blocks(x.n, (getenv("NC") ? atoi(getenv("NC")) : 1024)), chunk = blocks(blocks(x.n, chunks), Q);
+    P* panels = (P*)panel_memory.get(row_blocks * R * kernel.depth * int64_t(sizeof(P)));
+    float* sums = (float*)sum_memory.get((depths > 1 ? row_blocks : 1) * chunk * R * Q * 4);
 
-    for (int64_t jc = j0; jc < j1; jc += chunk * Q) {
-        const int64_t jend = std::min(j1, jc + chunk * Q);
+    for (int64_t jc = 0; jc < x.n; jc += chunk * Q) {
+        const int64_t nc = std::min(x.n - jc, chunk * Q), count = blocks(nc, Q);
         for (int64_t d = 0; d < depths; d++) {
             const int64_t p = d * kernel.depth, kd = std::min<int64_t>(kernel.depth, x.k - p);
-            const int64_t whole = kd / kernel.step * kernel.step, rest = kd - whole;
-            for (int64_t ib = 0; ib < row_blocks; ib++) {
-                const int64_t i = i0 + ib * R, rows = std::min(R, i1 - i);
-                const T* a = x.a + i * x.a_row + p * x.a_column;
-                P* panel = panels + (row_blocks * p + ib * kernel.padded(kd)) * R;
-                if (jc == j0) kernel.pack_a(panel, rows, kd, a, x.a_row, x.a_column);
-                (void)whole, (void)rest;
-                for (int64_t j = jc; j < jend; j += Q) {
-                    float* block = depths > 1 ? sums + (ib * chunk + (j - jc) / Q) * R * Q : sums;
-                    kernel.multiply(kernel.padded(kd), panel, x.packed + x.layout.at(d, j / Q),
-                                    block, d > 0);
-                    if (d == depths - 1)
-                        store(kernel, block, rows, std::min(Q, x.n - j), x.out + i * x.out_row + j,
-                              x.out_row, x.accumulate, x.bias ? x.bias + j : nullptr);
+            const int64_t padded = kernel.padded(kd);
+            const bool last = d == depths - 1;
+            // Where a's rows are not its memory's, all are packed from one stretch of it.
+            const int64_t most = x.a_column == 1 ? kd : 32;
+            for (int64_t p1 = 0; p1 < kd; p1 += most)
+                for (int64_t ib = 0; ib < row_blocks; ib++) {
+                    const int64_t i = i0 + ib * R;
+                    kernel.pack_a(panels + (ib * padded + p1) * R, std::min(R, i1 - i),
+                                  std::min(most, kd - p1),
+                                  x.a + i * x.a_row + (p + p1) * x.a_column, x.a_row, x.a_column);
                 }
+            for (int64_t ib = 0; ib < row_blocks; ib++) {
+                const int64_t i = i0 + ib * R;
+                BlockRow<P> row = block_row(x, i, std::min(R, i1 - i), jc, nc);
+                row.k = padded;
+                row.a = panels + ib * padded * R;
+                row.b = x.packed + x.layout.at(d, jc / Q);
+                row.b_panel = padded * Q;
+                row.count = count;
+                row.sums = sums + (depths > 1 ? ib * chunk * R * Q : 0);
+                row.add = d > 0, row.last = last;
+                uint64_t t0=__builtin_ia32_rdtsc();
+                kernel.multiply(row);
+if (omp_get_thread_num() == 0) { uint64_t e = __builtin_ia32_rdtsc() - t0, &w = dbg[d * 64 + std::min<int64_t>(ib, 63)]; if (!w || e < w) w = e; dbgn[d * 64 + std::min<int64_t>(ib, 63)] = row.count * row.k; }
             }
         }
     }
@@ -146,22 +177,27 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
                                          n,
                                          accumulate,
                                          bias ? bias + n0 : nullptr};
-        const int64_t rounds = blocks(blocks(m, 256), threads);
-        const int64_t row_tasks = rounds * threads;
-        const int64_t task_rows = blocks(blocks(m, row_tasks), R) * R;
-        const int64_t panels = layout.panels(), pieces = panels * layout.depths();
+        const int64_t rounds = blocks(blocks(m, (getenv("MC") ? atoi(getenv("MC")) : 128)), threads);
+        const int64_t task = blocks(blocks(m, rounds * threads), R) * R;
+        const int64_t panels = layout.panels(), group = 8;
+        const int64_t groups = blocks(panels, group), pieces = groups * layout.depths();
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for
-            for (int64_t piece = 0; piece < pieces; piece++)
-                layout.pack(packed, piece / panels, piece % panels, b + n0 * b_column, b_row,
-                            b_column);
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                const int64_t j = piece % groups * group;
+                layout.pack(packed, piece / groups, j, std::min(panels, j + group),
+                            b + n0 * b_column, b_row, b_column);
+            }
             kernel.begin();
 #pragma omp for
-            for (int64_t task = 0; task < row_tasks; task++)
-                if (task * task_rows < m)
-                    multiply_part(product, task * task_rows, std::min(m, (task + 1) * task_rows), 0,
-                                  part);
+            for (int64_t thread = 0; thread < threads; thread++)
+                for (int64_t round = 0; round < rounds; round++) {
+                    const int64_t i = (thread * rounds + round) * task;
+                    const int64_t end = std::min(m, i + task);
+                    if (i < m)
+                        multiply_rows(product, i, end);
+                }
             kernel.end();
         }
     }
@@ -178,53 +214,57 @@ void kernel_pack(const Kernel<T, P>& kernel, P* packed, int64_t k, int64_t n, co
     const PackedB<T, P> layout{kernel, k, n};
     for (int64_t depth = 0; depth < layout.depths(); depth++)
         for (int64_t panel = 0; panel < layout.panels(); panel++)
-            layout.pack(packed, depth, panel, b, b_row, b_column);
+            layout.pack(packed, depth, panel, panel + 1, b, b_row, b_column);
 }
 
 template <class T, class P>
 void kernel_packed_gemm(const Kernel<T, P>& kernel, int64_t m, int64_t n, int64_t k, const T* a,
                         int64_t a_row, int64_t a_column, const P* packed, int64_t packed_k,
                         int64_t packed_n, float* c, int64_t c_row, bool accumulate) {
-    static thread_local Scratch panel_memory, tail_memory;
+    static thread_local Scratch panel_memory, sum_memory, tail_memory;
     const PackedB<T, P> layout{kernel, packed_k, packed_n};
-    const int64_t R = kernel.rows, Q = kernel.columns;
-    alignas(64) float block[32 * 48];
-    P* panel = (P*)panel_memory.get(R * kernel.padded(k) * int64_t(sizeof(P)));
-    kernel.begin();
-    // Where b's next rows lie in the same step, the last step is copied without them.
+    const int64_t R = kernel.rows, Q = kernel.columns, depths = blocks(k, kernel.depth);
+    P* panel = (P*)panel_memory.get(R * kernel.depth * int64_t(sizeof(P)));
+    float* sums = (float*)sum_memory.get(R * blocks(n, Q) * Q * 4);
+
+    // Where b's next rows lie in the same step as its last, that step is copied without them.
     const int64_t whole = k / kernel.step * kernel.step, rest = k < packed_k ? k - whole : 0;
     P* tail = nullptr;
     if (rest) {
-        const int64_t step = kernel.step * Q;
-        tail = (P*)tail_memory.get(blocks(n, Q) * step * int64_t(sizeof(P)));
-        const int64_t d = whole / kernel.depth;
-        for (int64_t j = 0; j < n; j += Q) {
-            const P* from = packed + layout.at(d, j / Q) + (whole - d * kernel.depth) * Q;
-            P* to = tail + j / Q * step;
-            std::copy(from, from + step, to);
-            // Pairs of rows lie side by side (packed_pair in gemm_bf16.cpp).
+        const int64_t d = whole / kernel.depth, size = kernel.step * Q;
+        tail = (P*)tail_memory.get(blocks(n, Q) * size * int64_t(sizeof(P)));
+        for (int64_t j = 0; j < blocks(n, Q); j++) {
+            const P* from = packed + layout.at(d, j) + (whole - d * kernel.depth) * Q;
+            P* to = tail + j * size;
+            std::copy(from, from + size, to);
+            // As gemm_bf16.cpp packs them; the other kernels' steps are of one row.
             for (int64_t p = rest; p < kernel.step; p++)
                 for (int64_t q = 0; q < Q; q++)
                     to[q / 16 * kernel.step * 16 + p / 2 * 32 + q % 16 * 2 + p % 2] = P(0);
         }
     }
+    const Product<T, P, float> product{kernel, m,      n, k,     a,          a_row,  a_column,
+                                       layout, packed, c, c_row, accumulate, nullptr};
+    kernel.begin();
     for (int64_t i = 0; i < m; i += R) {
         const int64_t rows = std::min(R, m - i);
-        for (int64_t p = 0; p < k; p += kernel.depth) {
-            const int64_t kd = std::min<int64_t>(kernel.depth, k - p);
-            kernel.pack_a(panel + p * R, rows, kd, a + i * a_row + p * a_column, a_row, a_column);
+        BlockRow<P> row = block_row(product, i, rows, 0, n);
+        row.a = panel, row.sums = sums, row.count = blocks(n, Q);
+        for (int64_t d = 0; d < depths; d++) {
+            const int64_t p = d * kernel.depth, kd = std::min<int64_t>(kernel.depth, k - p);
+            kernel.pack_a(panel, rows, kd, a + i * a_row + p * a_column, a_row, a_column);
+            row.a = panel, row.b = packed + layout.at(d, 0);
+            row.b_panel = layout.at(d, 1) - layout.at(d, 0);
+            row.k = tail ? std::min<int64_t>(kernel.depth, whole - p) : kernel.padded(kd);
+            row.last = d == depths - 1 && !tail;
+            if (row.k > 0) kernel.multiply(row), row.add = true;
+            if (d == depths - 1 && tail) {
+                row.a = panel + row.k * R, row.b = tail, row.b_panel = kernel.step * Q;
+                row.k = kernel.step, row.last = true;
+                kernel.multiply(row);
+            }
         }
-        for (int64_t j = 0; j < n; j += Q) {
-            const int64_t end = tail ? whole : kernel.padded(k);
-            for (int64_t p = 0; p < end; p += kernel.depth)
-                kernel.multiply(std::min<int64_t>(kernel.depth, end - p), panel + p * R,
-                                packed + layout.at(p / kernel.depth, j / Q), block, p > 0);
-            if (tail)
-                kernel.multiply(kernel.step, panel + whole * R, tail + j / Q * kernel.step * Q,
-                                block, whole > 0);
-            kernel.store_float(block, rows, std::min(Q, n - j), c + i * c_row + j, c_row,
-                               accumulate, nullptr);
-        }
+        row.add = false;
     }
     kernel.end();
 }
