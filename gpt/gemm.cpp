@@ -33,7 +33,6 @@ void* Scratch::get(int64_t bytes) {
 
 Scratch::~Scratch() { ::operator delete(data, std::align_val_t(alignment)); }
 
-uint64_t dbg[4096],dbgn[4096];
 namespace {
 
 int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -52,17 +51,17 @@ template <class T, class P> struct PackedB {
     int64_t k, n;
 
     int64_t panels() const { return blocks(n, kernel.columns); }
-    int64_t depths() const { return blocks(k, kernel.depth); }
+    int64_t depths() const { return blocks(k, kernel.depth_of(k)); }
     int64_t size() const { return kernel.padded(k) * panels() * kernel.columns; }
     int64_t at(int64_t depth, int64_t panel) const {
-        const int64_t p = depth * kernel.depth;
-        const int64_t rows = std::min<int64_t>(kernel.depth, kernel.padded(k) - p);
+        const int64_t p = depth * kernel.depth_of(k);
+        const int64_t rows = std::min(kernel.depth_of(k), kernel.padded(k) - p);
         return (p * panels() + rows * panel) * kernel.columns;
     }
     // Panels j0 to j1 of a depth. Where b's columns are adjacent, its rows are read across.
     void pack(P* packed, int64_t depth, int64_t j0, int64_t j1, const T* b, int64_t b_row,
               int64_t b_column) const {
-        const int64_t k0 = depth * kernel.depth, kd = std::min<int64_t>(kernel.depth, k - k0);
+        const int64_t k0 = depth * kernel.depth_of(k), kd = std::min(kernel.depth_of(k), k - k0);
         const int64_t most = b_column == 1 ? 32 : kd, Q = kernel.columns;
         for (int64_t p = 0; p < kd; p += most)
             for (int64_t j = j0; j < j1; j++)
@@ -86,63 +85,60 @@ template <class T, class P, class OUT> struct Product {
     const OUT* bias;
 };
 
-// A row of blocks of which all but the sizes are the same.
+// The column of blocks at rows i to i + m and columns j to j + n of out, its panels yet unsaid.
 template <class T, class P, class OUT>
-BlockRow<P> block_row(const Product<T, P, OUT>& x, int64_t i, int64_t rows, int64_t j, int64_t n) {
-    BlockRow<P> row{};
-    row.m = rows, row.n = n;
-    row.out_row = x.out_row;
-    row.accumulate = x.accumulate;
+BlockColumn<P> block_column(const Product<T, P, OUT>& x, int64_t i, int64_t m, int64_t j,
+                            int64_t n) {
+    BlockColumn<P> column{};
+    column.m = m, column.n = n;
+    column.count = blocks(m, x.kernel.rows);
+    column.out_row = x.out_row;
+    column.accumulate = x.accumulate;
     OUT* out = x.out + i * x.out_row + j;
     const OUT* bias = x.bias ? x.bias + j : nullptr;
     if constexpr (std::is_same_v<OUT, bf16>)
-        row.out_bf16 = out, row.bias_bf16 = bias;
+        column.out_bf16 = out, column.bias_bf16 = bias;
     else
-        row.out_float = out, row.bias_float = bias;
-    return row;
+        column.out_float = out, column.bias_float = bias;
+    return column;
 }
 
-// Rows i0 to i1 of a product, by one thread. A block of a, the panels of b that it meets and their
-// sums stay in the second cache.
+// Rows i0 to i1 of a product, by one thread. Their block of a stays in the second cache while b's
+// panels pass.
 template <class T, class P, class OUT>
 void multiply_rows(const Product<T, P, OUT>& x, int64_t i0, int64_t i1) {
     static thread_local Scratch panel_memory, sum_memory;
     const Kernel<T, P>& kernel = x.kernel;
-    const int64_t R = kernel.rows, Q = kernel.columns, depths = blocks(x.k, kernel.depth);
-    const int64_t row_blocks = blocks(i1 - i0, R);
-    const int64_t chunks = blocks(x.n, (getenv("NC") ? atoi(getenv("NC")) : 1024)), chunk = blocks(blocks(x.n, chunks), Q);
-    P* panels = (P*)panel_memory.get(row_blocks * R * kernel.depth * int64_t(sizeof(P)));
-    float* sums = (float*)sum_memory.get((depths > 1 ? row_blocks : 1) * chunk * R * Q * 4);
-
-    for (int64_t jc = 0; jc < x.n; jc += chunk * Q) {
-        const int64_t nc = std::min(x.n - jc, chunk * Q), count = blocks(nc, Q);
-        for (int64_t d = 0; d < depths; d++) {
-            const int64_t p = d * kernel.depth, kd = std::min<int64_t>(kernel.depth, x.k - p);
-            const int64_t padded = kernel.padded(kd);
-            const bool last = d == depths - 1;
-            // Where a's rows are not its memory's, all are packed from one stretch of it.
-            const int64_t most = x.a_column == 1 ? kd : 32;
-            for (int64_t p1 = 0; p1 < kd; p1 += most)
-                for (int64_t ib = 0; ib < row_blocks; ib++) {
-                    const int64_t i = i0 + ib * R;
-                    kernel.pack_a(panels + (ib * padded + p1) * R, std::min(R, i1 - i),
-                                  std::min(most, kd - p1),
-                                  x.a + i * x.a_row + (p + p1) * x.a_column, x.a_row, x.a_column);
-                }
+    const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = blocks(i1 - i0, R);
+    const int64_t depth = kernel.depth_of(x.k), depths = blocks(x.k, depth);
+    // Sums in float may wait in out itself.
+    const bool in_out = std::is_same_v<OUT, float>;
+    P* panels = (P*)panel_memory.get(row_blocks * R * depth * int64_t(sizeof(P)));
+    float* sums =
+        in_out || depths == 1
+            ? nullptr
+            : (float*)sum_memory.get(row_blocks * R * blocks(x.n, Q) * Q * int64_t(sizeof(float)));
+    for (int64_t d = 0; d < depths; d++) {
+        const int64_t p0 = d * depth, kd = std::min(depth, x.k - p0), padded = kernel.padded(kd);
+        // Where a's columns are adjacent in memory, all panels are packed from one stretch of it.
+        const int64_t most = x.a_column == 1 ? kd : 32;
+        for (int64_t p = 0; p < kd; p += most)
             for (int64_t ib = 0; ib < row_blocks; ib++) {
                 const int64_t i = i0 + ib * R;
-                BlockRow<P> row = block_row(x, i, std::min(R, i1 - i), jc, nc);
-                row.k = padded;
-                row.a = panels + ib * padded * R;
-                row.b = x.packed + x.layout.at(d, jc / Q);
-                row.b_panel = padded * Q;
-                row.count = count;
-                row.sums = sums + (depths > 1 ? ib * chunk * R * Q : 0);
-                row.add = d > 0, row.last = last;
-                uint64_t t0=__builtin_ia32_rdtsc();
-                kernel.multiply(row);
-if (omp_get_thread_num() == 0) { uint64_t e = __builtin_ia32_rdtsc() - t0, &w = dbg[d * 64 + std::min<int64_t>(ib, 63)]; if (!w || e < w) w = e; dbgn[d * 64 + std::min<int64_t>(ib, 63)] = row.count * row.k; }
+                kernel.pack_a(panels + (ib * padded + p) * R, std::min(R, i1 - i),
+                              std::min(most, kd - p), x.a + i * x.a_row + (p0 + p) * x.a_column,
+                              x.a_row, x.a_column);
             }
+        for (int64_t j = 0; j < x.n; j += Q) {
+            BlockColumn<P> column = block_column(x, i0, i1 - i0, j, std::min(Q, x.n - j));
+            column.k = padded;
+            column.a = panels, column.a_panel = padded * R;
+            column.b = x.packed + x.layout.at(d, j / Q);
+            column.last = in_out || d == depths - 1;
+            if (in_out && d > 0) column.accumulate = true;
+            column.add = !in_out && d > 0;
+            if (sums) column.sums = sums + j * row_blocks * R, column.sums_block = R * Q;
+            kernel.multiply(column);
         }
     }
 }
@@ -177,7 +173,10 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
                                          n,
                                          accumulate,
                                          bias ? bias + n0 : nullptr};
-        const int64_t rounds = blocks(blocks(m, (getenv("MC") ? atoi(getenv("MC")) : 128)), threads);
+        const int64_t block_bytes = int64_t(768) << 10;
+        const int64_t most_rows =
+            std::max<int64_t>(R, block_bytes / int64_t(sizeof(P)) / kernel.depth_of(k));
+        const int64_t rounds = blocks(blocks(m, most_rows), threads);
         const int64_t task = blocks(blocks(m, rounds * threads), R) * R;
         const int64_t panels = layout.panels(), group = 8;
         const int64_t groups = blocks(panels, group), pieces = groups * layout.depths();
@@ -195,8 +194,7 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
                 for (int64_t round = 0; round < rounds; round++) {
                     const int64_t i = (thread * rounds + round) * task;
                     const int64_t end = std::min(m, i + task);
-                    if (i < m)
-                        multiply_rows(product, i, end);
+                    if (i < m) multiply_rows(product, i, end);
                 }
             kernel.end();
         }
@@ -223,18 +221,20 @@ void kernel_packed_gemm(const Kernel<T, P>& kernel, int64_t m, int64_t n, int64_
                         int64_t packed_n, float* c, int64_t c_row, bool accumulate) {
     static thread_local Scratch panel_memory, sum_memory, tail_memory;
     const PackedB<T, P> layout{kernel, packed_k, packed_n};
-    const int64_t R = kernel.rows, Q = kernel.columns, depths = blocks(k, kernel.depth);
-    P* panel = (P*)panel_memory.get(R * kernel.depth * int64_t(sizeof(P)));
-    float* sums = (float*)sum_memory.get(R * blocks(n, Q) * Q * 4);
+    const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = blocks(m, R);
+    const int64_t depth = kernel.depth_of(packed_k);
+    const int64_t padded_k = kernel.padded(k);
+    P* panels = (P*)panel_memory.get(row_blocks * R * padded_k * int64_t(sizeof(P)));
+    float* sums = (float*)sum_memory.get(row_blocks * R * Q * int64_t(sizeof(float)));
 
     // Where b's next rows lie in the same step as its last, that step is copied without them.
     const int64_t whole = k / kernel.step * kernel.step, rest = k < packed_k ? k - whole : 0;
     P* tail = nullptr;
     if (rest) {
-        const int64_t d = whole / kernel.depth, size = kernel.step * Q;
+        const int64_t d = whole / depth, size = kernel.step * Q;
         tail = (P*)tail_memory.get(blocks(n, Q) * size * int64_t(sizeof(P)));
         for (int64_t j = 0; j < blocks(n, Q); j++) {
-            const P* from = packed + layout.at(d, j) + (whole - d * kernel.depth) * Q;
+            const P* from = packed + layout.at(d, j) + (whole - d * depth) * Q;
             P* to = tail + j * size;
             std::copy(from, from + size, to);
             // As gemm_bf16.cpp packs them; the other kernels' steps are of one row.
@@ -246,25 +246,25 @@ void kernel_packed_gemm(const Kernel<T, P>& kernel, int64_t m, int64_t n, int64_
     const Product<T, P, float> product{kernel, m,      n, k,     a,          a_row,  a_column,
                                        layout, packed, c, c_row, accumulate, nullptr};
     kernel.begin();
-    for (int64_t i = 0; i < m; i += R) {
-        const int64_t rows = std::min(R, m - i);
-        BlockRow<P> row = block_row(product, i, rows, 0, n);
-        row.a = panel, row.sums = sums, row.count = blocks(n, Q);
-        for (int64_t d = 0; d < depths; d++) {
-            const int64_t p = d * kernel.depth, kd = std::min<int64_t>(kernel.depth, k - p);
-            kernel.pack_a(panel, rows, kd, a + i * a_row + p * a_column, a_row, a_column);
-            row.a = panel, row.b = packed + layout.at(d, 0);
-            row.b_panel = layout.at(d, 1) - layout.at(d, 0);
-            row.k = tail ? std::min<int64_t>(kernel.depth, whole - p) : kernel.padded(kd);
-            row.last = d == depths - 1 && !tail;
-            if (row.k > 0) kernel.multiply(row), row.add = true;
-            if (d == depths - 1 && tail) {
-                row.a = panel + row.k * R, row.b = tail, row.b_panel = kernel.step * Q;
-                row.k = kernel.step, row.last = true;
-                kernel.multiply(row);
-            }
+    for (int64_t i = 0; i < m; i += R)
+        kernel.pack_a(panels + i * padded_k, std::min(R, m - i), k, a + i * a_row, a_row, a_column);
+    for (int64_t j = 0; j < n; j += Q) {
+        BlockColumn<P> column = block_column(product, 0, m, j, std::min(Q, n - j));
+        column.sums = sums, column.sums_block = R * Q;
+        column.a_panel = padded_k * R;
+        const int64_t end = tail ? whole : padded_k;
+        for (int64_t p = 0; p < end; p += depth, column.add = true) {
+            column.k = std::min(depth, end - p);
+            column.a = panels + p * R, column.b = packed + layout.at(p / depth, j / Q);
+            column.last = p + depth >= end && !tail;
+            kernel.multiply(column);
         }
-        row.add = false;
+        if (tail) {
+            column.k = kernel.step;
+            column.a = panels + whole * R, column.b = tail + j * kernel.step;
+            column.last = true;
+            kernel.multiply(column);
+        }
     }
     kernel.end();
 }

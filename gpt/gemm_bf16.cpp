@@ -134,66 +134,61 @@ LNS_AVX512 inline __m512 widen(__m256i x) {
 LNS_AVX512 inline __m512 widen_low(__m512i x) { return widen(_mm512_castsi512_si256(x)); }
 LNS_AVX512 inline __m512 widen_high(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1)); }
 
-// Row i of block j at the last depth: x0 and x1 are its sums.
-LNS_AVX512 inline void store_row(const BlockRow<bf16>& row, int64_t i, int64_t j, __m512 x0,
-                                 __m512 x1) {
-    const __mmask32 mask = first(row.n - j * block_columns);
+// Row i at the last depth; y0 and y1 are its sums.
+LNS_AVX512 inline void store_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask, __m512 y0,
+                                 __m512 y1) {
     const __mmask16 low = __mmask16(mask), high = __mmask16(mask >> 16);
-    const int64_t at = i * row.out_row + j * block_columns;
-    if (row.out_bf16) {
-        const bf16* before = row.accumulate  ? row.out_bf16 + at
-                             : row.bias_bf16 ? row.bias_bf16 + j * block_columns
-                                             : nullptr;
-        if (before) {
-            const __m512i y = _mm512_maskz_loadu_epi16(mask, before);
-            x0 = _mm512_add_ps(widen_low(y), x0), x1 = _mm512_add_ps(widen_high(y), x1);
+    if (x.out_bf16) {
+        bf16* out = x.out_bf16 + i * x.out_row;
+        if (const bf16* before = x.accumulate ? out : x.bias_bf16) {
+            const __m512i z = _mm512_maskz_loadu_epi16(mask, before);
+            y0 = _mm512_add_ps(widen_low(z), y0), y1 = _mm512_add_ps(widen_high(z), y1);
         }
-        _mm512_mask_storeu_epi16(row.out_bf16 + at, mask, (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
+        _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(y1, y0));
     } else {
-        const float* before = row.accumulate   ? row.out_float + at
-                              : row.bias_float ? row.bias_float + j * block_columns
-                                               : nullptr;
-        if (before) {
-            x0 = _mm512_add_ps(_mm512_maskz_loadu_ps(low, before), x0);
-            x1 = _mm512_add_ps(_mm512_maskz_loadu_ps(high, before + 16), x1);
+        float* out = x.out_float + i * x.out_row;
+        if (const float* before = x.accumulate ? out : x.bias_float) {
+            y0 = _mm512_add_ps(_mm512_maskz_loadu_ps(low, before), y0);
+            y1 = _mm512_add_ps(_mm512_maskz_loadu_ps(high, before + 16), y1);
         }
-        _mm512_mask_storeu_ps(row.out_float + at, low, x0);
-        _mm512_mask_storeu_ps(row.out_float + at + 16, high, x1);
+        _mm512_mask_storeu_ps(out, low, y0);
+        _mm512_mask_storeu_ps(out + 16, high, y1);
     }
 }
 
-template <int M> LNS_AVX512 inline void dot_rows(const BlockRow<bf16>& row, int64_t i0, int64_t j) {
-    const bf16 *a = row.a + i0 * step, *b = row.b + j * row.b_panel;
-    float* sums = row.sums + (j * block_rows + i0) * block_columns;
+template <int M>
+LNS_AVX512 inline void dot_rows(const BlockColumn<bf16>& x, int64_t block, int64_t i0) {
+    const bf16 *a = x.a + block * x.a_panel + i0 * step, *b = x.b;
+    float* sums = x.sums + block * x.sums_block + i0 * block_columns;
     __m512 sum[M][2];
     for (int i = 0; i < M; i++)
         for (int q = 0; q < 2; q++)
             sum[i][q] =
-                row.add ? _mm512_load_ps(sums + i * block_columns + q * 16) : _mm512_setzero_ps();
-    for (int64_t p = 0; p < row.k; p += step, a += 2 * tile, b += 2 * tile)
+                x.add ? _mm512_load_ps(sums + i * block_columns + q * 16) : _mm512_setzero_ps();
+    for (int64_t p = 0; p < x.k; p += step, a += 2 * tile, b += 2 * tile)
         for (int q = 0; q < 16; q++) {
-            const __m512bh x0 = (__m512bh)_mm512_load_si512(b + q * 32);
-            const __m512bh x1 = (__m512bh)_mm512_load_si512(b + tile + q * 32);
+            const __m512bh b0 = (__m512bh)_mm512_load_si512(b + q * 32);
+            const __m512bh b1 = (__m512bh)_mm512_load_si512(b + tile + q * 32);
             for (int i = 0; i < M; i++) {
                 int two;
                 __builtin_memcpy(&two, a + i * step + 2 * q, 4);
                 const __m512bh y = (__m512bh)_mm512_set1_epi32(two);
-                sum[i][0] = _mm512_dpbf16_ps(sum[i][0], y, x0);
-                sum[i][1] = _mm512_dpbf16_ps(sum[i][1], y, x1);
+                sum[i][0] = _mm512_dpbf16_ps(sum[i][0], y, b0);
+                sum[i][1] = _mm512_dpbf16_ps(sum[i][1], y, b1);
             }
         }
     for (int i = 0; i < M; i++)
-        if (!row.last) {
+        if (!x.last) {
             _mm512_store_ps(sums + i * block_columns, sum[i][0]);
             _mm512_store_ps(sums + i * block_columns + 16, sum[i][1]);
-        } else if (i0 + i < row.m)
-            store_row(row, i0 + i, j, sum[i][0], sum[i][1]);
+        } else if (block * block_rows + i0 + i < x.m)
+            store_row(x, block * block_rows + i0 + i, first(x.n), sum[i][0], sum[i][1]);
 }
 
-LNS_AVX512 void dot(const BlockRow<bf16>& row) {
-    for (int64_t j = 0; j < row.count; j++)
+LNS_AVX512 void dot(const BlockColumn<bf16>& x) {
+    for (int64_t block = 0; block < x.count; block++)
         for (int i = 0; i < block_rows; i += 8)
-            if (i < row.m) dot_rows<8>(row, i, j);
+            if (block * block_rows + i < x.m) dot_rows<8>(x, block, i);
 }
 
 void nothing() {}
@@ -211,19 +206,15 @@ const TileShapes tile_shapes;
 // Tiles 0 to 3 are the block's quarters, 4 and 5 a's rows, 6 and 7 b's columns. At the last depth
 // the blocks take turns in two buffers: while the tiles multiply one block, the other units store
 // the one before it, a few rows at each step.
-LNS_AMX void multiply_tiles(const BlockRow<bf16>& row) {
+LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
     alignas(64) float buffers[2][block_rows * block_columns];
-    const int64_t row_bytes = block_columns * 4, steps = row.k / step;
+    const int64_t row_bytes = block_columns * 4, steps = x.k / step;
     const int64_t slice = (block_rows + steps - 1) / steps;
-    auto store_rows = [&](int64_t j, int64_t i0, int64_t i1) LNS_AVX512 {
-        const float* x = buffers[j % 2] + i0 * block_columns;
-        for (int64_t i = i0; i < std::min(i1, row.m); i++, x += block_columns)
-            store_row(row, i, j, _mm512_load_ps(x), _mm512_load_ps(x + 16));
-    };
-    for (int64_t j = 0; j < row.count; j++) {
-        const bf16 *a = row.a, *b = row.b + j * row.b_panel;
-        float* c = row.sums + j * block_rows * block_columns;
-        if (row.add) {
+    const __mmask32 mask = first(x.n);
+    for (int64_t i = 0; i < x.count; i++) {
+        const bf16 *a = x.a + i * x.a_panel, *b = x.b;
+        float* c = x.sums + i * x.sums_block;
+        if (x.add) {
             _tile_loadd(0, c, row_bytes);
             _tile_loadd(1, c + 16, row_bytes);
             _tile_loadd(2, c + 16 * block_columns, row_bytes);
@@ -234,6 +225,9 @@ LNS_AMX void multiply_tiles(const BlockRow<bf16>& row) {
             _tile_zero(2);
             _tile_zero(3);
         }
+        if (x.last) c = buffers[i % 2];
+        int64_t stored = (i - 1) * block_rows;
+        const int64_t stored_end = x.last && i > 0 ? stored + block_rows : stored;
         for (int64_t s = 0; s < steps; s++, a += 2 * tile, b += 2 * tile) {
             _tile_loadd(4, a, 64);
             _tile_loadd(6, b, 64);
@@ -243,15 +237,21 @@ LNS_AMX void multiply_tiles(const BlockRow<bf16>& row) {
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
-            if (row.last && j > 0) store_rows(j - 1, s * slice, (s + 1) * slice);
+            for (int64_t end = std::min(stored_end, stored + slice); stored < end; stored++) {
+                const float* y = buffers[(i + 1) % 2] + stored % block_rows * block_columns;
+                store_row(x, stored, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
+            }
         }
-        if (row.last) c = buffers[j % 2];
         _tile_stored(0, c, row_bytes);
         _tile_stored(1, c + 16, row_bytes);
         _tile_stored(2, c + 16 * block_columns, row_bytes);
         _tile_stored(3, c + 16 * block_columns + 16, row_bytes);
     }
-    if (row.last) store_rows(row.count - 1, 0, block_rows);
+    if (x.last)
+        for (int64_t i = (x.count - 1) * block_rows; i < x.m; i++) {
+            const float* y = buffers[(x.count + 1) % 2] + i % block_rows * block_columns;
+            store_row(x, i, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
+        }
 }
 
 // Not _tile_loadconfig: g++ 12 does not see that it reads memory, and drops the stores before it.
@@ -259,7 +259,7 @@ LNS_AMX void begin_tiles() { asm volatile("ldtilecfg %0" ::"m"(tile_shapes)); }
 LNS_AMX void end_tiles() { _tile_release(); }
 
 const Kernel<bf16, bf16> amx_kernel = {"AMX-BF16",  block_rows, block_columns, step,
-                                       256,         pack_a,     pack_b,        multiply_tiles,
+                                       1024,        pack_a,     pack_b,        multiply_tiles,
                                        begin_tiles, end_tiles};
 
 } // namespace

@@ -38,11 +38,12 @@ void multiply_block(int64_t k, const float* a, const float* b, float* sums, bool
             *(Unaligned*)(sums + i * block_columns + j * width) = sum[i][j];
 }
 
-void multiply(const BlockRow<float>& row) {
-    for (int64_t j = 0; j < row.count; j++) {
-        float* sums = row.sums + j * block_rows * block_columns;
-        multiply_block(row.k, row.a, row.b + j * row.b_panel, sums, row.add);
-        if (row.last) store_block(row, sums, block_columns, j * block_columns);
+void multiply(const BlockColumn<float>& x) {
+    alignas(64) float block[block_rows * block_columns];
+    for (int64_t i = 0; i < x.count; i++) {
+        float* sums = x.last && !x.add ? block : x.sums + i * x.sums_block;
+        multiply_block(x.k, x.a + i * x.a_panel, x.b, sums, x.add);
+        if (x.last) store_block(x, sums, i, block_rows, block_columns);
     }
 }
 

@@ -1,6 +1,6 @@
 // How blocks of a product are computed on this CPU: internal to gemm*.cpp and their test.
 //
-// A product is taken in blocks of `rows` x `columns` of c, over `depth` k's at a time:
+// A product is taken in blocks of `rows` x `columns` of c, over at most `depth` k's at a time:
 //   panels  `rows` rows of a, or `columns` columns of b, over one depth, packed in the order in
 //           which multiply() reads them; k padded with zeros to a multiple of `step`
 //   sums    `rows` x `columns` floats, row by row, for each block that awaits further depths
@@ -18,14 +18,15 @@
 
 namespace lns {
 
-// One panel of a times `count` panels of b: a row of blocks, over one depth.
-template <class P> struct BlockRow {
+// `count` panels of a times one of b: a column of blocks, over one depth.
+template <class P> struct BlockColumn {
     int64_t k; // a multiple of step
     const P* a;
-    const P* b;
-    int64_t b_panel; // from one panel of b to the next
+    int64_t a_panel; // from one panel of a to the next
     int64_t count;
+    const P* b;
     float* sums; // of the earlier depths if add; the sums with this depth's, unless it is the last
+    int64_t sums_block; // from one block's to the next
     bool add, last;
 
     // At the last depth: m rows and n columns of out = the sums + bias, or out += the sums. Of
@@ -45,12 +46,17 @@ template <class T, class P> struct Kernel {
     // a(i, p) = a[i·a_row + p·a_column] for i < m ≤ rows, p < k ≤ depth; likewise b(p, j), j < n.
     void (*pack_a)(P* panel, int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column);
     void (*pack_b)(P* panel, int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_column);
-    void (*multiply)(const BlockRow<P>& row);
+    void (*multiply)(const BlockColumn<P>& x);
     // Around a thread's calls of multiply(): AMX's registers are given their shape, and let go.
     void (*begin)();
     void (*end)();
 
     int64_t padded(int64_t k) const { return (k + step - 1) / step * step; }
+    // The depth that all but the last of k's parts have.
+    int64_t depth_of(int64_t k) const {
+        const int64_t parts = (k + depth - 1) / depth;
+        return padded((k + parts - 1) / parts);
+    }
 };
 
 // The fastest that CPU and build have, whatever oneDNN may do; by unit for bf16. Null where the
@@ -89,29 +95,29 @@ struct Scratch {
     int64_t size = 0;
 };
 
-// What ends a block at the last depth, where a kernel has no faster way: columns from j on.
+// What ends block i at the last depth, where a kernel has no faster way.
 template <class P, class OUT>
-inline void store_block(const BlockRow<P>& row, const float* sums, int64_t columns, int64_t j,
-                        OUT* out, const OUT* bias) {
-    const int64_t n = std::min(columns, row.n - j);
-    for (int64_t i = 0; i < row.m; i++) {
-        const float* x = sums + i * columns;
-        OUT* y = out + i * row.out_row + j;
-        if (row.accumulate)
-            for (int64_t q = 0; q < n; q++) y[q] = OUT(float(y[q]) + x[q]);
+inline void store_block(const BlockColumn<P>& x, const float* sums, int64_t i, int64_t rows,
+                        int64_t columns, OUT* out, const OUT* bias) {
+    for (int64_t r = 0; r < std::min(rows, x.m - i * rows); r++) {
+        const float* sum = sums + r * columns;
+        OUT* y = out + (i * rows + r) * x.out_row;
+        if (x.accumulate)
+            for (int64_t j = 0; j < x.n; j++) y[j] = OUT(float(y[j]) + sum[j]);
         else if (bias)
-            for (int64_t q = 0; q < n; q++) y[q] = OUT(float(bias[j + q]) + x[q]);
+            for (int64_t j = 0; j < x.n; j++) y[j] = OUT(float(bias[j]) + sum[j]);
         else
-            for (int64_t q = 0; q < n; q++) y[q] = OUT(x[q]);
+            for (int64_t j = 0; j < x.n; j++) y[j] = OUT(sum[j]);
     }
 }
 
 template <class P>
-inline void store_block(const BlockRow<P>& row, const float* sums, int64_t columns, int64_t j) {
-    if (row.out_bf16)
-        store_block(row, sums, columns, j, row.out_bf16, row.bias_bf16);
+inline void store_block(const BlockColumn<P>& x, const float* sums, int64_t i, int64_t rows,
+                        int64_t columns) {
+    if (x.out_bf16)
+        store_block(x, sums, i, rows, columns, x.out_bf16, x.bias_bf16);
     else
-        store_block(row, sums, columns, j, row.out_float, row.bias_float);
+        store_block(x, sums, i, rows, columns, x.out_float, x.bias_float);
 }
 
 } // namespace lns
