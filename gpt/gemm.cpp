@@ -5,23 +5,33 @@
 
 #include "gpt/gemm_kernel.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace lns {
 
+static const int64_t alignment = int64_t(1) << 21;
+
 void* Scratch::get(int64_t bytes) {
     if (bytes > size) {
-        ::operator delete(std::exchange(data, nullptr), std::align_val_t(64));
+        ::operator delete(std::exchange(data, nullptr), std::align_val_t(alignment));
         size = 0;
-        data = ::operator new(size_t(bytes + bytes / 4), std::align_val_t(64));
-        size = bytes + bytes / 4;
+        bytes += bytes / 4;
+        data = ::operator new(size_t(bytes), std::align_val_t(alignment));
+#if defined(__linux__)
+        // Pages of 2 MiB, where the system gives them: fewer misses of the address translation.
+        if (bytes >= alignment) madvise(data, size_t(bytes), MADV_HUGEPAGE);
+#endif
+        size = bytes;
     }
     return data;
 }
 
-Scratch::~Scratch() { ::operator delete(data, std::align_val_t(64)); }
+Scratch::~Scratch() { ::operator delete(data, std::align_val_t(alignment)); }
 
 namespace {
 
@@ -41,30 +51,25 @@ template <class T, class P> struct PackedB {
     int64_t k, n;
 
     int64_t panels() const { return blocks(n, kernel.columns); }
-    int64_t depths() const { return blocks(k, kernel.depth); }
+    int64_t depths() const { return blocks(k, kernel.depth_of(k)); }
     int64_t size() const { return kernel.padded(k) * panels() * kernel.columns; }
     int64_t at(int64_t depth, int64_t panel) const {
-        const int64_t p = depth * kernel.depth;
-        const int64_t rows = std::min<int64_t>(kernel.depth, kernel.padded(k) - p);
+        const int64_t p = depth * kernel.depth_of(k);
+        const int64_t rows = std::min(kernel.depth_of(k), kernel.padded(k) - p);
         return (p * panels() + rows * panel) * kernel.columns;
     }
-    void pack(P* packed, int64_t depth, int64_t panel, const T* b, int64_t b_row,
+    // Panels j0 to j1 of a depth. Where b's columns are adjacent, its rows are read across.
+    void pack(P* packed, int64_t depth, int64_t j0, int64_t j1, const T* b, int64_t b_row,
               int64_t b_column) const {
-        const int64_t p = depth * kernel.depth, j = panel * kernel.columns;
-        kernel.pack_b(packed + at(depth, panel), std::min<int64_t>(kernel.depth, k - p),
-                      std::min<int64_t>(kernel.columns, n - j), b + p * b_row + j * b_column, b_row,
-                      b_column);
+        const int64_t k0 = depth * kernel.depth_of(k), kd = std::min(kernel.depth_of(k), k - k0);
+        const int64_t most = b_column == 1 ? 32 : kd, Q = kernel.columns;
+        for (int64_t p = 0; p < kd; p += most)
+            for (int64_t j = j0; j < j1; j++)
+                kernel.pack_b(packed + at(depth, j) + p * Q, std::min(most, kd - p),
+                              std::min(Q, n - j * Q), b + (k0 + p) * b_row + j * Q * b_column,
+                              b_row, b_column);
     }
 };
-
-template <class T, class P, class OUT>
-void store(const Kernel<T, P>& kernel, const float* block, int64_t m, int64_t n, OUT* out,
-           int64_t out_row, bool accumulate, const OUT* bias) {
-    if constexpr (std::is_same_v<OUT, bf16>)
-        kernel.store_bf16(block, m, n, out, out_row, accumulate, bias);
-    else
-        kernel.store_float(block, m, n, out, out_row, accumulate, bias);
-}
 
 // What every task of one product reads.
 template <class T, class P, class OUT> struct Product {
@@ -80,38 +85,60 @@ template <class T, class P, class OUT> struct Product {
     const OUT* bias;
 };
 
-// Rows i0 to i1 and columns j0 to j1 (both begin blocks) of a product, by one thread. The sums of
-// all but the last depth wait in a buffer that the second cache holds.
+// The column of blocks at rows i to i + m and columns j to j + n of out, its panels yet unsaid.
 template <class T, class P, class OUT>
-void multiply_part(const Product<T, P, OUT>& x, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+BlockColumn<P> block_column(const Product<T, P, OUT>& x, int64_t i, int64_t m, int64_t j,
+                            int64_t n) {
+    BlockColumn<P> column{};
+    column.m = m, column.n = n;
+    column.count = blocks(m, x.kernel.rows);
+    column.out_row = x.out_row;
+    column.accumulate = x.accumulate;
+    OUT* out = x.out + i * x.out_row + j;
+    const OUT* bias = x.bias ? x.bias + j : nullptr;
+    if constexpr (std::is_same_v<OUT, bf16>)
+        column.out_bf16 = out, column.bias_bf16 = bias;
+    else
+        column.out_float = out, column.bias_float = bias;
+    return column;
+}
+
+// Rows i0 to i1 of a product, by one thread. Their block of a stays in the second cache while b's
+// panels pass.
+template <class T, class P, class OUT>
+void multiply_rows(const Product<T, P, OUT>& x, int64_t i0, int64_t i1) {
     static thread_local Scratch panel_memory, sum_memory;
     const Kernel<T, P>& kernel = x.kernel;
-    const int64_t R = kernel.rows, Q = kernel.columns, depths = blocks(x.k, kernel.depth);
-    const int64_t row_blocks = blocks(i1 - i0, R);
-    const int64_t chunk = std::min(blocks(j1 - j0, Q), std::max<int64_t>(1, 512 / Q));
-    P* panels = (P*)panel_memory.get(row_blocks * R * kernel.padded(x.k) * int64_t(sizeof(P)));
-    float* sums = (float*)sum_memory.get((depths > 1 ? row_blocks * chunk : 1) * R * Q * 4);
-
-    for (int64_t jc = j0; jc < j1; jc += chunk * Q) {
-        const int64_t jend = std::min(j1, jc + chunk * Q);
-        for (int64_t d = 0; d < depths; d++) {
-            const int64_t p = d * kernel.depth, kd = std::min<int64_t>(kernel.depth, x.k - p);
-            const int64_t whole = kd / kernel.step * kernel.step, rest = kd - whole;
+    const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = blocks(i1 - i0, R);
+    const int64_t depth = kernel.depth_of(x.k), depths = blocks(x.k, depth);
+    // Sums in float may wait in out itself.
+    const bool in_out = std::is_same_v<OUT, float>;
+    P* panels = (P*)panel_memory.get(row_blocks * R * depth * int64_t(sizeof(P)));
+    float* sums =
+        in_out || depths == 1
+            ? nullptr
+            : (float*)sum_memory.get(row_blocks * R * blocks(x.n, Q) * Q * int64_t(sizeof(float)));
+    for (int64_t d = 0; d < depths; d++) {
+        const int64_t p0 = d * depth, kd = std::min(depth, x.k - p0), padded = kernel.padded(kd);
+        // Where a's columns are adjacent in memory, all panels are packed from one stretch of it.
+        const int64_t most = x.a_column == 1 ? kd : 32;
+        for (int64_t p = 0; p < kd; p += most)
             for (int64_t ib = 0; ib < row_blocks; ib++) {
-                const int64_t i = i0 + ib * R, rows = std::min(R, i1 - i);
-                const T* a = x.a + i * x.a_row + p * x.a_column;
-                P* panel = panels + (row_blocks * p + ib * kernel.padded(kd)) * R;
-                if (jc == j0) kernel.pack_a(panel, rows, kd, a, x.a_row, x.a_column);
-                (void)whole, (void)rest;
-                for (int64_t j = jc; j < jend; j += Q) {
-                    float* block = depths > 1 ? sums + (ib * chunk + (j - jc) / Q) * R * Q : sums;
-                    kernel.multiply(kernel.padded(kd), panel, x.packed + x.layout.at(d, j / Q),
-                                    block, d > 0);
-                    if (d == depths - 1)
-                        store(kernel, block, rows, std::min(Q, x.n - j), x.out + i * x.out_row + j,
-                              x.out_row, x.accumulate, x.bias ? x.bias + j : nullptr);
-                }
+                const int64_t i = i0 + ib * R;
+                kernel.pack_a(panels + (ib * padded + p) * R, std::min(R, i1 - i),
+                              std::min(most, kd - p), x.a + i * x.a_row + (p0 + p) * x.a_column,
+                              x.a_row, x.a_column);
             }
+        for (int64_t j = 0; j < x.n; j += Q) {
+            BlockColumn<P> column = block_column(x, i0, i1 - i0, j, std::min(Q, x.n - j));
+            column.k = padded;
+            column.a = panels, column.a_panel = padded * R;
+            column.b = x.packed + x.layout.at(d, j / Q);
+            column.last = in_out || d == depths - 1;
+            if (in_out && d > 0) column.accumulate = true;
+            column.add = !in_out && d > 0;
+            if (sums) column.sums = sums + j * row_blocks * R, column.sums_block = R * Q;
+            kernel.multiply(column);
         }
     }
 }
@@ -146,22 +173,29 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
                                          n,
                                          accumulate,
                                          bias ? bias + n0 : nullptr};
-        const int64_t rounds = blocks(blocks(m, 256), threads);
-        const int64_t row_tasks = rounds * threads;
-        const int64_t task_rows = blocks(blocks(m, row_tasks), R) * R;
-        const int64_t panels = layout.panels(), pieces = panels * layout.depths();
+        const int64_t block_bytes = int64_t(768) << 10;
+        const int64_t most_rows =
+            std::max<int64_t>(R, block_bytes / int64_t(sizeof(P)) / kernel.depth_of(k));
+        const int64_t rounds = blocks(blocks(m, most_rows), threads);
+        const int64_t task = blocks(blocks(m, rounds * threads), R) * R;
+        const int64_t panels = layout.panels(), group = 8;
+        const int64_t groups = blocks(panels, group), pieces = groups * layout.depths();
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for
-            for (int64_t piece = 0; piece < pieces; piece++)
-                layout.pack(packed, piece / panels, piece % panels, b + n0 * b_column, b_row,
-                            b_column);
+            for (int64_t piece = 0; piece < pieces; piece++) {
+                const int64_t j = piece % groups * group;
+                layout.pack(packed, piece / groups, j, std::min(panels, j + group),
+                            b + n0 * b_column, b_row, b_column);
+            }
             kernel.begin();
 #pragma omp for
-            for (int64_t task = 0; task < row_tasks; task++)
-                if (task * task_rows < m)
-                    multiply_part(product, task * task_rows, std::min(m, (task + 1) * task_rows), 0,
-                                  part);
+            for (int64_t thread = 0; thread < threads; thread++)
+                for (int64_t round = 0; round < rounds; round++) {
+                    const int64_t i = (thread * rounds + round) * task;
+                    const int64_t end = std::min(m, i + task);
+                    if (i < m) multiply_rows(product, i, end);
+                }
             kernel.end();
         }
     }
@@ -178,52 +212,58 @@ void kernel_pack(const Kernel<T, P>& kernel, P* packed, int64_t k, int64_t n, co
     const PackedB<T, P> layout{kernel, k, n};
     for (int64_t depth = 0; depth < layout.depths(); depth++)
         for (int64_t panel = 0; panel < layout.panels(); panel++)
-            layout.pack(packed, depth, panel, b, b_row, b_column);
+            layout.pack(packed, depth, panel, panel + 1, b, b_row, b_column);
 }
 
 template <class T, class P>
 void kernel_packed_gemm(const Kernel<T, P>& kernel, int64_t m, int64_t n, int64_t k, const T* a,
                         int64_t a_row, int64_t a_column, const P* packed, int64_t packed_k,
                         int64_t packed_n, float* c, int64_t c_row, bool accumulate) {
-    static thread_local Scratch panel_memory, tail_memory;
+    static thread_local Scratch panel_memory, sum_memory, tail_memory;
     const PackedB<T, P> layout{kernel, packed_k, packed_n};
-    const int64_t R = kernel.rows, Q = kernel.columns;
-    alignas(64) float block[32 * 48];
-    P* panel = (P*)panel_memory.get(R * kernel.padded(k) * int64_t(sizeof(P)));
-    kernel.begin();
-    // Where b's next rows lie in the same step, the last step is copied without them.
+    const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = blocks(m, R);
+    const int64_t depth = kernel.depth_of(packed_k);
+    const int64_t padded_k = kernel.padded(k);
+    P* panels = (P*)panel_memory.get(row_blocks * R * padded_k * int64_t(sizeof(P)));
+    float* sums = (float*)sum_memory.get(row_blocks * R * Q * int64_t(sizeof(float)));
+
+    // Where b's next rows lie in the same step as its last, that step is copied without them.
     const int64_t whole = k / kernel.step * kernel.step, rest = k < packed_k ? k - whole : 0;
     P* tail = nullptr;
     if (rest) {
-        const int64_t step = kernel.step * Q;
-        tail = (P*)tail_memory.get(blocks(n, Q) * step * int64_t(sizeof(P)));
-        const int64_t d = whole / kernel.depth;
-        for (int64_t j = 0; j < n; j += Q) {
-            const P* from = packed + layout.at(d, j / Q) + (whole - d * kernel.depth) * Q;
-            P* to = tail + j / Q * step;
-            std::copy(from, from + step, to);
-            // Pairs of rows lie side by side (packed_pair in gemm_bf16.cpp).
+        const int64_t d = whole / depth, size = kernel.step * Q;
+        tail = (P*)tail_memory.get(blocks(n, Q) * size * int64_t(sizeof(P)));
+        for (int64_t j = 0; j < blocks(n, Q); j++) {
+            const P* from = packed + layout.at(d, j) + (whole - d * depth) * Q;
+            P* to = tail + j * size;
+            std::copy(from, from + size, to);
+            // As gemm_bf16.cpp packs them; the other kernels' steps are of one row.
             for (int64_t p = rest; p < kernel.step; p++)
                 for (int64_t q = 0; q < Q; q++)
                     to[q / 16 * kernel.step * 16 + p / 2 * 32 + q % 16 * 2 + p % 2] = P(0);
         }
     }
-    for (int64_t i = 0; i < m; i += R) {
-        const int64_t rows = std::min(R, m - i);
-        for (int64_t p = 0; p < k; p += kernel.depth) {
-            const int64_t kd = std::min<int64_t>(kernel.depth, k - p);
-            kernel.pack_a(panel + p * R, rows, kd, a + i * a_row + p * a_column, a_row, a_column);
+    const Product<T, P, float> product{kernel, m,      n, k,     a,          a_row,  a_column,
+                                       layout, packed, c, c_row, accumulate, nullptr};
+    kernel.begin();
+    for (int64_t i = 0; i < m; i += R)
+        kernel.pack_a(panels + i * padded_k, std::min(R, m - i), k, a + i * a_row, a_row, a_column);
+    for (int64_t j = 0; j < n; j += Q) {
+        BlockColumn<P> column = block_column(product, 0, m, j, std::min(Q, n - j));
+        column.sums = sums, column.sums_block = R * Q;
+        column.a_panel = padded_k * R;
+        const int64_t end = tail ? whole : padded_k;
+        for (int64_t p = 0; p < end; p += depth, column.add = true) {
+            column.k = std::min(depth, end - p);
+            column.a = panels + p * R, column.b = packed + layout.at(p / depth, j / Q);
+            column.last = p + depth >= end && !tail;
+            kernel.multiply(column);
         }
-        for (int64_t j = 0; j < n; j += Q) {
-            const int64_t end = tail ? whole : kernel.padded(k);
-            for (int64_t p = 0; p < end; p += kernel.depth)
-                kernel.multiply(std::min<int64_t>(kernel.depth, end - p), panel + p * R,
-                                packed + layout.at(p / kernel.depth, j / Q), block, p > 0);
-            if (tail)
-                kernel.multiply(kernel.step, panel + whole * R, tail + j / Q * kernel.step * Q,
-                                block, whole > 0);
-            kernel.store_float(block, rows, std::min(Q, n - j), c + i * c_row + j, c_row,
-                               accumulate, nullptr);
+        if (tail) {
+            column.k = kernel.step;
+            column.a = panels + whole * R, column.b = tail + j * kernel.step;
+            column.last = true;
+            kernel.multiply(column);
         }
     }
     kernel.end();

@@ -20,36 +20,31 @@ typedef float Unaligned
     __attribute__((vector_size(vector_bytes), aligned(sizeof(float)), may_alias));
 const int width = vector_bytes / int(sizeof(float)), block_columns = block_vectors * width;
 
-// a(i, p) is at a[i·a_row + p·a_column]. Whole blocks keep their sums in registers.
-template <class T>
-inline void multiply_strided(int64_t k, const T* a, int64_t a_row, int64_t a_column, const float* b,
-                             float* block, bool add) {
+// A block keeps its sums in registers.
+void multiply_block(int64_t k, const float* a, const float* b, float* sums, bool add) {
     Vector sum[block_rows][block_vectors] = {};
     if (add)
         for (int i = 0; i < block_rows; i++)
             for (int j = 0; j < block_vectors; j++)
-                sum[i][j] = *(const Unaligned*)(block + i * block_columns + j * width);
-    for (int64_t p = 0; p < k; p++) {
+                sum[i][j] = *(const Unaligned*)(sums + i * block_columns + j * width);
+    for (int64_t p = 0; p < k; p++, a += block_rows, b += block_columns) {
         Vector x[block_vectors];
-        for (int j = 0; j < block_vectors; j++)
-            x[j] = *(const Unaligned*)(b + p * block_columns + j * width);
+        for (int j = 0; j < block_vectors; j++) x[j] = *(const Unaligned*)(b + j * width);
         for (int i = 0; i < block_rows; i++)
-            for (int j = 0; j < block_vectors; j++)
-                sum[i][j] += float(a[i * a_row + p * a_column]) * x[j];
+            for (int j = 0; j < block_vectors; j++) sum[i][j] += a[i] * x[j];
     }
     for (int i = 0; i < block_rows; i++)
         for (int j = 0; j < block_vectors; j++)
-            *(Unaligned*)(block + i * block_columns + j * width) = sum[i][j];
+            *(Unaligned*)(sums + i * block_columns + j * width) = sum[i][j];
 }
 
-void multiply(int64_t k, const float* a, const float* b, float* block, bool add) {
-    multiply_strided(k, a, 1, block_rows, b, block, add);
-}
-
-template <class T>
-void multiply_direct(int64_t k, const T* a, int64_t a_row, int64_t a_column, const float* b,
-                     float* block, bool add) {
-    multiply_strided(k, a, a_row, a_column, b, block, add);
+void multiply(const BlockColumn<float>& x) {
+    alignas(64) float block[block_rows * block_columns];
+    for (int64_t i = 0; i < x.count; i++) {
+        float* sums = x.last && !x.add ? block : x.sums + i * x.sums_block;
+        multiply_block(x.k, x.a + i * x.a_panel, x.b, sums, x.add);
+        if (x.last) store_block(x, sums, i, block_rows, block_columns);
+    }
 }
 
 template <class T>
@@ -75,21 +70,11 @@ void pack_b(float* panel, int64_t k, int64_t n, const T* b, int64_t b_row, int64
                 panel[p * block_columns + j] = float(b[p * b_row + j * b_column]);
 }
 
-template <class OUT>
-void store(const float* block, int64_t m, int64_t n, OUT* out, int64_t out_row, bool accumulate,
-           const OUT* bias) {
-    for (int64_t i = 0; i < m; i++)
-        store_row(block + i * block_columns, n, out + i * out_row, accumulate, bias);
-}
-
-bool direct(int64_t, int64_t) { return true; }
 void nothing() {}
 
 template <class T>
-const Kernel<T, float> plain_kernel = {
-    "vector types", block_rows,  block_columns, 1,      256,
-    pack_a<T>,      pack_b<T>,   multiply,      direct, multiply_direct<T>,
-    store<float>,   store<bf16>, nothing,       nothing};
+const Kernel<T, float> plain_kernel = {"vector types", block_rows, block_columns, 1,       256,
+                                       pack_a<T>,      pack_b<T>,  multiply,      nothing, nothing};
 
 } // namespace
 

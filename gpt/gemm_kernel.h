@@ -1,9 +1,9 @@
-// How a block of a product is computed on this CPU: internal to gemm*.cpp and their test.
+// How blocks of a product are computed on this CPU: internal to gemm*.cpp and their test.
 //
-// A product is taken in blocks of `rows` x `columns` of c, over `depth` k's at a time:
+// A product is taken in blocks of `rows` x `columns` of c, over at most `depth` k's at a time:
 //   panels  `rows` rows of a, or `columns` columns of b, over one depth, packed in the order in
 //           which multiply() reads them; k padded with zeros to a multiple of `step`
-//   block   `rows` x `columns` floats, row by row, that multiply() writes or adds to
+//   sums    `rows` x `columns` floats, row by row, for each block that awaits further depths
 // Rows and columns that lie beyond the matrix are zeros in the panels, so that what they hold
 // reaches no number that is stored.
 #pragma once
@@ -18,6 +18,27 @@
 
 namespace lns {
 
+// `count` panels of a times one of b: a column of blocks, over one depth.
+template <class P> struct BlockColumn {
+    int64_t k; // a multiple of step
+    const P* a;
+    int64_t a_panel; // from one panel of a to the next
+    int64_t count;
+    const P* b;
+    float* sums; // of the earlier depths if add; the sums with this depth's, unless it is the last
+    int64_t sums_block; // from one block's to the next
+    bool add, last;
+
+    // At the last depth: m rows and n columns of out = the sums + bias, or out += the sums. Of
+    // out_float and out_bf16 one is null; bias, of the same type, may be.
+    int64_t m, n, out_row;
+    float* out_float;
+    const float* bias_float;
+    bf16* out_bf16;
+    const bf16* bias_bf16;
+    bool accumulate;
+};
+
 // T: what a and b are stored as. P: what they are packed as.
 template <class T, class P> struct Kernel {
     const char* name;
@@ -25,22 +46,17 @@ template <class T, class P> struct Kernel {
     // a(i, p) = a[i·a_row + p·a_column] for i < m ≤ rows, p < k ≤ depth; likewise b(p, j), j < n.
     void (*pack_a)(P* panel, int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column);
     void (*pack_b)(P* panel, int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_column);
-    void (*multiply)(int64_t k, const P* a, const P* b, float* block, bool add);
-    // The same of an a not packed: `rows` whole rows, k a multiple of step. direct says whether the
-    // kernel takes those strides.
-    bool (*direct)(int64_t a_row, int64_t a_column);
-    void (*multiply_direct)(int64_t k, const T* a, int64_t a_row, int64_t a_column, const P* b,
-                            float* block, bool add);
-    // The first m rows and n columns of a block into out, or added to it; bias: (n), or null.
-    void (*store_float)(const float* block, int64_t m, int64_t n, float* out, int64_t out_row,
-                        bool accumulate, const float* bias);
-    void (*store_bf16)(const float* block, int64_t m, int64_t n, bf16* out, int64_t out_row,
-                       bool accumulate, const bf16* bias);
+    void (*multiply)(const BlockColumn<P>& x);
     // Around a thread's calls of multiply(): AMX's registers are given their shape, and let go.
     void (*begin)();
     void (*end)();
 
     int64_t padded(int64_t k) const { return (k + step - 1) / step * step; }
+    // The depth that all but the last of k's parts have.
+    int64_t depth_of(int64_t k) const {
+        const int64_t parts = (k + depth - 1) / depth;
+        return padded((k + parts - 1) / parts);
+    }
 };
 
 // The fastest that CPU and build have, whatever oneDNN may do; by unit for bf16. Null where the
@@ -79,16 +95,29 @@ struct Scratch {
     int64_t size = 0;
 };
 
-// One row of a block, as every kernel's store may end. Formulas: out = bias + block, or
-// out += block.
-template <class OUT>
-inline void store_row(const float* block, int64_t n, OUT* out, bool accumulate, const OUT* bias) {
-    if (accumulate)
-        for (int64_t j = 0; j < n; j++) out[j] = OUT(float(out[j]) + block[j]);
-    else if (bias)
-        for (int64_t j = 0; j < n; j++) out[j] = OUT(float(bias[j]) + block[j]);
+// What ends block i at the last depth, where a kernel has no faster way.
+template <class P, class OUT>
+inline void store_block(const BlockColumn<P>& x, const float* sums, int64_t i, int64_t rows,
+                        int64_t columns, OUT* out, const OUT* bias) {
+    for (int64_t r = 0; r < std::min(rows, x.m - i * rows); r++) {
+        const float* sum = sums + r * columns;
+        OUT* y = out + (i * rows + r) * x.out_row;
+        if (x.accumulate)
+            for (int64_t j = 0; j < x.n; j++) y[j] = OUT(float(y[j]) + sum[j]);
+        else if (bias)
+            for (int64_t j = 0; j < x.n; j++) y[j] = OUT(float(bias[j]) + sum[j]);
+        else
+            for (int64_t j = 0; j < x.n; j++) y[j] = OUT(sum[j]);
+    }
+}
+
+template <class P>
+inline void store_block(const BlockColumn<P>& x, const float* sums, int64_t i, int64_t rows,
+                        int64_t columns) {
+    if (x.out_bf16)
+        store_block(x, sums, i, rows, columns, x.out_bf16, x.bias_bf16);
     else
-        for (int64_t j = 0; j < n; j++) out[j] = OUT(block[j]);
+        store_block(x, sums, i, rows, columns, x.out_float, x.bias_float);
 }
 
 } // namespace lns
