@@ -28,6 +28,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "gpt/bf16.h"
 #include "gpt/error.h"
@@ -43,9 +46,9 @@ namespace lns {
 template <class S> using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // eˣ to 2 units in the last place, without calls or branches, so that loops over it vectorize:
-// x = n ln 2 + f with |f| ≤ ln 2 / 2, and a polynomial for eᶠ (Cephes' coefficients). Below −87.6 it
-// is 0, above 88.3 infinity, and never a subnormal number, which costs a CPU a hundred cycles: had
-// it a smallest value, compilers would multiply by that for each number, to choose afterwards.
+// x = n ln 2 + f with |f| ≤ ln 2 / 2, and a polynomial for eᶠ (Cephes' coefficients). Below −87.6
+// it is 0, above 88.3 infinity, and never a subnormal number, which costs a CPU a hundred cycles:
+// had it a smallest value, compilers would multiply by that for each number, to choose afterwards.
 inline float exp_(float x) {
     x = x < -200.0f ? -200.0f : x; // NaN stays NaN
     x = x > 200.0f ? 200.0f : x;
@@ -72,14 +75,20 @@ template <class A> inline A dsilu(A x) {
     return s * (A(1) + x * (A(1) - s));
 }
 
-// Zeroed memory, aligned to a cache line.
+// Zeroed memory, aligned to a cache line; large ones in large pages where Linux gives them.
 template <class S> struct Array {
     Array() = default;
     explicit Array(int64_t n) : size(n) {
         if (n == 0) return;
-        size_t bytes = (size_t(n) * sizeof(S) + 63) / 64 * 64;
-        data.reset(static_cast<S*>(std::aligned_alloc(64, bytes)));
+        const size_t page = size_t(2) << 20, line = 64;
+        const size_t alignment = size_t(n) * sizeof(S) < page ? line : page;
+        const size_t bytes = (size_t(n) * sizeof(S) + line - 1) / line * line;
+        data.reset(static_cast<S*>(
+            std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)));
         if (!data) throw std::bad_alloc();
+#ifdef __linux__
+        if (alignment == page) madvise(data.get(), bytes, MADV_HUGEPAGE);
+#endif
         std::memset(static_cast<void*>(data.get()), 0, bytes);
     }
     operator S*() const { return data.get(); }
@@ -1327,16 +1336,16 @@ template <class S> struct CpuModel : Model {
     double gradient_norm() override {
         Timed t = timed("update", "gradient norm", double(registry.size) * sizeof(A));
         write_fresh_zeros();
-        const int64_t block = 1 << 16, blocks = (registry.size + block - 1) / block;
+        const int64_t block = 1 << 12, blocks = (registry.size + block - 1) / block;
         std::vector<double> sums(blocks);
 #pragma omp parallel for
         for (int64_t i = 0; i < blocks; i++) {
-            double sum = 0;
-            const int64_t end = std::min(registry.size, (i + 1) * block);
+            A sum = 0; // of few enough that a float has 6 digits of it
+            const A* g = gradients + i * block;
+            const int64_t n = std::min(block, registry.size - i * block);
 #pragma omp simd reduction(+ : sum)
-            for (int64_t at = i * block; at < end; at++)
-                sum += double(gradients[at]) * double(gradients[at]);
-            sums[i] = sum;
+            for (int64_t at = 0; at < n; at++) sum += g[at] * g[at];
+            sums[i] = double(sum);
         }
         double sum = 0;
         for (double s : sums) sum += s;
