@@ -515,6 +515,11 @@ struct AttentionScratch {
     }
 };
 
+// What comes after a query gets a score whose probability is 0: cheaper than loops of odd lengths.
+template <class A> void hide(A* score, int visible, int seen) {
+    std::fill(score + visible, score + seen, A(-1e30));
+}
+
 // out (B, T, NH·HS) = softmax(q kᵀ / sqrt(HS)) v, causal: position t sees 0 … t.
 // Keeps lse (B, NH, T), the logarithm of each softmax's denominator.
 template <class S>
@@ -543,20 +548,19 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                                 HS, T, scores, T, false);
                     A inverse[R];
                     for (int i = 0; i < n; i++) {
-                        const A* score = scores + int64_t(i) * T;
+                        A* score = scores + int64_t(i) * T;
                         S* probability = p + int64_t(i) * T; // times the sum, until o
-                        const int visible = t0 + i + 1;
+                        hide(score, t0 + i + 1, seen);
                         A largest = score[0], sum = 0;
 #pragma omp simd reduction(max : largest)
-                        for (int t = 1; t < visible; t++)
+                        for (int t = 1; t < seen; t++)
                             largest = score[t] > largest ? score[t] : largest;
 #pragma omp simd reduction(+ : sum)
-                        for (int t = 0; t < visible; t++) {
+                        for (int t = 0; t < seen; t++) {
                             const A e = exp_(scale * (score[t] - largest));
                             probability[t] = e;
                             sum += e;
                         }
-                        std::fill(probability + visible, probability + seen, S(0));
                         inverse[i] = A(1) / sum;
                         lse[(int64_t(b) * a.NH + h) * T + t0 + i] = scale * largest + std::log(sum);
                     }
@@ -622,21 +626,19 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                     for (int i = 0; i < n; i++) {
                         A *score = s + int64_t(i) * T, *dprobability = dp + int64_t(i) * T;
                         S *probability = p + int64_t(i) * T, *dscore = ds + int64_t(i) * T;
-                        const int visible = t0 + i + 1;
+                        hide(score, t0 + i + 1, seen);
                         const A normalizer = lse[(int64_t(b) * a.NH + h) * T + t0 + i];
                         // dO · O = Σ P ⊙ dP, which unlike O has not been rounded.
                         A dot = 0;
 #pragma omp simd reduction(+ : dot)
-                        for (int t = 0; t < visible; t++) {
+                        for (int t = 0; t < seen; t++) {
                             score[t] = exp_(scale * score[t] - normalizer);
                             probability[t] = score[t];
                             dot += score[t] * dprobability[t];
                         }
 #pragma omp simd
-                        for (int t = 0; t < visible; t++)
+                        for (int t = 0; t < seen; t++)
                             dscore[t] = score[t] * (dprobability[t] - dot);
-                        std::fill(probability + visible, probability + seen, S(0));
-                        std::fill(dscore + visible, dscore + seen, S(0));
                     }
                     packed_gemm(n, HS, seen, ds, T, 1, k, T, HS, dq, HS, false);
                     packed_gemm(seen, HS, n, ds, 1, T, q, n, HS, dk, HS, true);
