@@ -81,7 +81,7 @@ template <class S> struct Array {
     explicit Array(int64_t n) : size(n) {
         if (n == 0) return;
         const size_t page = size_t(2) << 20, line = 64;
-        const size_t alignment = size_t(n) * sizeof(S) < page ? line : page;
+        const size_t alignment = size_t(n) * sizeof(S) < 8 * page ? line : page;
         const size_t bytes = (size_t(n) * sizeof(S) + line - 1) / line * line;
         data.reset(static_cast<S*>(
             std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)));
@@ -1285,13 +1285,8 @@ template <class S> struct CpuModel : Model {
     void initialize(uint64_t seed) override {
         continues = false;
         for (const Param& p : registry.params) {
-            if constexpr (exact) {
-                lns::initialize(p, seed, parameters + p.offset);
-            } else {
-                std::vector<A> values(size_t(p.size()));
-                lns::initialize(p, seed, values.data());
-                for (int64_t i = 0; i < p.size(); i++) set_parameter(p.offset + i, values[i]);
-            }
+            lns::initialize(p, seed, parameters + p.offset);
+            if (master.size) lns::initialize(p, seed, master + p.offset);
         }
         for (Array<A>* array : {&gradients, &moment1, &moment2})
             std::fill(*array + 0, *array + array->size, A(0));

@@ -79,11 +79,13 @@ std::string describe_model(const Config& c, int B, int T, const ModelOptions& op
     double flops = flops_per_token(c, T);
     text += cat("\nparameters ", format_count(double(registry.count())), "; ", format_count(flops),
                 " FLOPs a token to train, at ", T, " tokens a sequence\n");
+    const double program = double(resident_bytes().now);
     text +=
-        cat("memory     ", format_bytes(double(m.total())), ": parameters ",
+        cat("memory     ", format_bytes(double(m.total()) + program), ": parameters ",
             format_bytes(double(m.parameters)), ", gradients ", format_bytes(double(m.gradients)),
             ", optimizer ", format_bytes(double(m.optimizer)), ", activations ",
-            format_bytes(double(m.activations)), " for ", B, " x ", T, " tokens\n");
+            format_bytes(double(m.activations)), " for ", B, " x ", T, " tokens, the program ",
+            format_bytes(program), "\n");
     return text;
 }
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <fstream>
 #include <iostream>
 
 #include "gpt/banner.h"
@@ -25,18 +24,6 @@ namespace {
 double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
-}
-
-// Not getrusage's: on Linux that begins at the size of the program that started this one.
-int64_t peak_resident_bytes() {
-    std::ifstream status("/proc/self/status");
-    for (std::string word; status >> word;)
-        if (word == "VmHWM:") {
-            int64_t kib = 0;
-            status >> kib;
-            return kib * 1024;
-        }
-    return 0;
 }
 
 void measure_peaks(Bench& b) {
@@ -85,7 +72,7 @@ Bench measure_training(const Options& o) {
     const ModelOptions& options = b.options = model_options(o, true);
     check_memory(b.B, b.T, b.config, options);
     b.threads = use_threads(o.threads);
-    b.planned_memory = plan_cpu_memory(b.config, b.B, b.T, options).total();
+    b.planned_memory = plan_cpu_memory(b.config, b.B, b.T, options).total() + resident_bytes().now;
     b.flops = flops_per_token(b.config, b.T);
     measure_peaks(b);
 
@@ -105,7 +92,7 @@ Bench measure_training(const Options& o) {
             b.seconds.push_back(now() - start);
         }
     }
-    b.peak_memory = peak_resident_bytes(); // before the bandwidth's arrays
+    b.peak_memory = resident_bytes().peak; // before the bandwidth's arrays
     measure_peaks(b);
     b.bandwidth = measured_bandwidth(b.threads);
     return b;

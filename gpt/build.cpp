@@ -36,6 +36,17 @@ const std::vector<int>& usable_cores() {
     return cores;
 }
 
+// Not getrusage's: on Linux its peak begins at the size of the program that started this one.
+Resident resident_bytes() {
+    Resident bytes;
+    std::ifstream status("/proc/self/status");
+    for (std::string word; status >> word;) {
+        int64_t* wanted = word == "VmHWM:" ? &bytes.peak : word == "VmRSS:" ? &bytes.now : nullptr;
+        if (wanted && status >> *wanted) *wanted *= 1024;
+    }
+    return bytes;
+}
+
 std::string cpu_features() {
     // x86 has "model name" and "flags", ARM "CPU part" and "Features".
     std::ifstream file("/proc/cpuinfo");

@@ -1,6 +1,7 @@
 // What this program was built from and on what it runs, for the banner and the run's record.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,6 +19,10 @@ const BuildInfo& build_info();
 
 // Numbers of the cores that this process might use when it first asked; later it pins its threads.
 const std::vector<int>& usable_cores();
+
+// Bytes of memory that this process holds, and has held at most; 0 where the system does not say.
+struct Resident { int64_t now = 0, peak = 0; };
+Resident resident_bytes();
 
 // "Intel(R) Xeon(R) Processor, 2 cores: AVX2 FMA AVX-512 AVX512-BF16 AMX-BF16": the cores are
 // those this process may use, the features those that matter to matrix products.

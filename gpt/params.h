@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "gpt/config.h"
@@ -74,7 +75,8 @@ template <class S> void initialize(const Param& p, uint64_t seed, S* out) {
 #pragma omp parallel for
     for (int64_t i = 0; i < p.size(); i++) {
         double std = i < p.tail ? p.std : p.tail_std;
-        out[i] = S(std > 0 ? p.mean + std * random_normal(seed, stream, i) : p.mean);
+        const double x = std > 0 ? p.mean + std * random_normal(seed, stream, i) : p.mean;
+        out[i] = std::is_same_v<S, double> ? S(x) : S(float(x));
     }
 }
 
