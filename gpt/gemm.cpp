@@ -293,7 +293,8 @@ template <class OUT>
 void bf16_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const bf16* a, const bf16* b,
                OUT* out, bool accumulate, const OUT* bias) {
     const Bf16Unit unit = bf16_unit();
-    if (unit != Bf16Unit::none && onednn_gemm(ta, tb, m, n, k, a, b, out, accumulate, bias)) return;
+    if (unit == Bf16Unit::avx512 && onednn_gemm(ta, tb, m, n, k, a, b, out, accumulate, bias))
+        return;
     if (const auto* kernel = bf16_kernel(unit))
         kernel_gemm(*kernel, ta, tb, m, n, k, a, b, out, accumulate, bias);
     else
@@ -309,7 +310,12 @@ void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k,
 
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const float* a,
           const float* b, float* out, bool accumulate, const float* bias) {
-    if (!onednn_gemm(a_transposed, b_transposed, m, n, k, a, b, out, accumulate, bias))
+#if defined(__AVX512F__)
+    const bool kernel = true; // it is the faster one; see gemm.h
+#else
+    const bool kernel = false;
+#endif
+    if (kernel || !onednn_gemm(a_transposed, b_transposed, m, n, k, a, b, out, accumulate, bias))
         kernel_gemm(*float_kernel(), a_transposed, b_transposed, m, n, k, a, b, out, accumulate,
                     bias);
 }
