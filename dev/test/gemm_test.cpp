@@ -1,7 +1,9 @@
 // Matrix products of every type, form and way, against their definition in double.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -232,5 +234,68 @@ TEST(Gemm, PackedIsTheProductByEveryKernel) {
         if (const auto* kernel = unit <= bf16_unit() ? bf16_kernel(unit) : nullptr) {
             SCOPED_TRACE(kernel->name);
             check_packed_by(*kernel);
+        }
+}
+
+namespace {
+
+// Of every form, by 1 and by 2 threads.
+template <class S, class OUT, class Gemm> void check_threads(Gemm product) {
+    for (auto [m, n, k] : {std::array<int64_t, 3>{97, 130, 300}, {64, 48, 2100}, {520, 33, 70}})
+        for (int form = 0; form < 4; form++) {
+            const auto a = random_values<S>(m * k, 1), b = random_values<S>(k * n, 2);
+            std::vector<OUT> out[2];
+            for (int threads : {1, 2}) {
+#ifdef _OPENMP
+                omp_set_num_threads(threads);
+#endif
+                out[threads - 1].resize(m * n);
+                product((form & 1) != 0, (form & 2) != 0, m, n, k, a.data(), b.data(),
+                        out[threads - 1].data(), false, (const OUT*)nullptr);
+            }
+            EXPECT_EQ(std::memcmp(out[0].data(), out[1].data(), out[0].size() * sizeof(OUT)), 0)
+                << describe({(form & 1) != 0, (form & 2) != 0, false, false}, m, n, k);
+        }
+}
+
+// A row of a, or a column of b, that is not finite, stays in its row or column.
+template <class S, class OUT, class Gemm> void check_containment(Gemm product) {
+    for (int form = 0; form < 4; form++)
+        for (float poison :
+             {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+            const int64_t m = 45, n = 37, k = 43, row = 31, column = 17;
+            const bool ta = form & 1, tb = form & 2;
+            auto a = random_values<S>(m * k, 1), b = random_values<S>(k * n, 2);
+            for (int64_t p = 0; p < k; p++) {
+                a[ta ? p * m + row : row * k + p] = S(poison);
+                b[tb ? column * k + p : p * n + column] = S(poison);
+            }
+            std::vector<OUT> out(m * n);
+            product(ta, tb, m, n, k, a.data(), b.data(), out.data(), false, (const OUT*)nullptr);
+            for (int64_t i = 0; i < m; i++)
+                for (int64_t j = 0; j < n; j++)
+                    EXPECT_EQ(std::isfinite(float(out[i * n + j])), i != row && j != column)
+                        << i << ", " << j;
+        }
+}
+
+template <class S, class OUT, class Gemm> void check_bits(Gemm product) {
+    check_threads<S, OUT>(product);
+    check_containment<S, OUT>(product);
+}
+
+} // namespace
+
+TEST(Gemm, TakesTheSameBitsByAnyNumberOfThreadsAndKeepsNansWhereTheyAre) {
+    check_bits<double, double>(public_gemm<double, double>());
+    check_bits<float, float>(public_gemm<float, float>());
+    check_bits<bf16, bf16>(public_gemm<bf16, bf16>());
+    check_bits<bf16, float>(public_gemm<bf16, float>());
+    check_bits<float, float>(gemm_by<float>(*float_kernel()));
+    check_bits<bf16, float>(gemm_by<float>(*widening_kernel()));
+    for (Bf16Unit unit : units)
+        if (const auto* kernel = unit <= bf16_unit() ? bf16_kernel(unit) : nullptr) {
+            check_bits<bf16, float>(gemm_by<float>(*kernel));
+            check_bits<bf16, bf16>(gemm_by<bf16>(*kernel));
         }
 }
