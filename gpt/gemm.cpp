@@ -143,12 +143,62 @@ void multiply_rows(const Product<T, P, OUT>& x, int64_t i0, int64_t i1) {
     }
 }
 
+// A product of few blocks and many k, as weights' gradients in small models are: parts of k, their
+// number given by the shape alone, are summed apart by the threads and then added in their order.
+const int64_t few_sums = 32 << 10, part_of_k = 256, most_parts = 16;
+
+template <class T, class P, class OUT>
+void split_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed, int64_t m,
+                int64_t n, int64_t k, const T* a, const T* b, OUT* out, bool accumulate,
+                const OUT* bias) {
+    static thread_local Scratch partial_memory;
+    const int64_t a_row = a_transposed ? 1 : k, a_column = a_transposed ? m : 1;
+    const int64_t b_row = b_transposed ? 1 : n, b_column = b_transposed ? k : 1;
+    const int64_t part = kernel.padded(blocks(k, std::min(most_parts, k / part_of_k)));
+    const int64_t parts = blocks(k, part);
+    float* partial = (float*)partial_memory.get(parts * m * n * int64_t(sizeof(float)));
+#pragma omp parallel num_threads(threads_to_use())
+    {
+        static thread_local Scratch packed_memory;
+        kernel.begin();
+#pragma omp for
+        for (int64_t i = 0; i < parts; i++) {
+            const int64_t p = i * part, kp = std::min(part, k - p);
+            const PackedB<T, P> layout{kernel, kp, n};
+            P* packed = (P*)packed_memory.get(layout.size() * int64_t(sizeof(P)));
+            for (int64_t d = 0; d < layout.depths(); d++)
+                layout.pack(packed, d, 0, layout.panels(), b + p * b_row, b_row, b_column);
+            const Product<T, P, float> product{
+                kernel, m,        n,      kp,     a + p * a_column,
+                a_row,  a_column, layout, packed, partial + i * m * n,
+                n,      false,    nullptr};
+            multiply_rows(product, 0, m);
+        }
+        kernel.end();
+#pragma omp for
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t j = 0; j < n; j += 64) {
+                const int64_t count = std::min<int64_t>(64, n - j);
+                float sum[64];
+                for (int64_t q = 0; q < count; q++)
+                    sum[q] = accumulate ? float(out[i * n + j + q]) : bias ? float(bias[j + q]) : 0;
+                for (int64_t s = 0; s < parts; s++)
+                    for (int64_t q = 0; q < count; q++) sum[q] += partial[(s * m + i) * n + j + q];
+                for (int64_t q = 0; q < count; q++) out[i * n + j + q] = OUT(sum[q]);
+            }
+    }
+}
+
 } // namespace
 
 template <class T, class P, class OUT>
 void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed, int64_t m,
                  int64_t n, int64_t k, const T* a, const T* b, OUT* out, bool accumulate,
                  const OUT* bias) {
+    if (m * n <= few_sums && k >= 4 * part_of_k) {
+        split_gemm(kernel, a_transposed, b_transposed, m, n, k, a, b, out, accumulate, bias);
+        return;
+    }
     static thread_local Scratch packed_memory;
     const int64_t b_row = b_transposed ? 1 : n, b_column = b_transposed ? k : 1;
     const int threads = threads_to_use();
@@ -293,7 +343,8 @@ template <class OUT>
 void bf16_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const bf16* a, const bf16* b,
                OUT* out, bool accumulate, const OUT* bias) {
     const Bf16Unit unit = bf16_unit();
-    if (unit != Bf16Unit::none && onednn_gemm(ta, tb, m, n, k, a, b, out, accumulate, bias)) return;
+    if (unit == Bf16Unit::avx512 && onednn_gemm(ta, tb, m, n, k, a, b, out, accumulate, bias))
+        return;
     if (const auto* kernel = bf16_kernel(unit))
         kernel_gemm(*kernel, ta, tb, m, n, k, a, b, out, accumulate, bias);
     else
@@ -309,7 +360,12 @@ void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k,
 
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const float* a,
           const float* b, float* out, bool accumulate, const float* bias) {
-    if (!onednn_gemm(a_transposed, b_transposed, m, n, k, a, b, out, accumulate, bias))
+#if defined(__AVX512F__)
+    const bool kernel = n >= 256; // then it is the faster one: see gemm.h
+#else
+    const bool kernel = false;
+#endif
+    if (kernel || !onednn_gemm(a_transposed, b_transposed, m, n, k, a, b, out, accumulate, bias))
         kernel_gemm(*float_kernel(), a_transposed, b_transposed, m, n, k, a, b, out, accumulate,
                     bias);
 }

@@ -61,8 +61,8 @@ template <class T, class P> struct Kernel {
 
 // The fastest that CPU and build have, whatever oneDNN may do; by unit for bf16. Null where the
 // CPU lacks the unit.
-const Kernel<float, float>* float_kernel(bool allow_avx512 = true);
-const Kernel<bf16, float>* widening_kernel(bool allow_avx512 = true);
+const Kernel<float, float>* float_kernel();
+const Kernel<bf16, float>* widening_kernel();
 const Kernel<bf16, bf16>* bf16_kernel(Bf16Unit unit);
 
 // The kernels' products for all threads, and oneDNN's; what gemm() chooses from. oneDNN's are

@@ -1,7 +1,9 @@
 // Matrix products of every type, form and way, against their definition in double.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -174,6 +176,18 @@ template <class T, class P> void check_packed_by(const Kernel<T, P>& kernel) {
         });
 }
 
+// oneDNN's as well, which gemm() may not have chosen.
+template <class S, class OUT> void check_onednn() {
+    float one = 1;
+    S a{one};
+    OUT out{};
+    if (!onednn_gemm(false, false, 1, 1, 1, &a, &a, &out, false, (const OUT*)nullptr)) return;
+    check_all<S, OUT>([](bool ta, bool tb, int64_t m, int64_t n, int64_t k, const S* a, const S* b,
+                         OUT* out, bool accumulate, const OUT* bias) {
+        onednn_gemm(ta, tb, m, n, k, a, b, out, accumulate, bias);
+    });
+}
+
 const Bf16Unit units[] = {Bf16Unit::none, Bf16Unit::avx512, Bf16Unit::amx};
 
 } // namespace
@@ -186,11 +200,9 @@ TEST(Gemm, IsTheProductInEveryType) {
 }
 
 TEST(Gemm, IsTheProductByEveryFloatKernel) {
-    for (bool avx512 : {false, true}) {
-        check_all<float, float>(gemm_by<float>(*float_kernel(avx512)));
-        check_all<bf16, float>(gemm_by<float>(*widening_kernel(avx512)));
-        check_all<bf16, bf16>(gemm_by<bf16>(*widening_kernel(avx512)));
-    }
+    check_all<float, float>(gemm_by<float>(*float_kernel()));
+    check_all<bf16, float>(gemm_by<float>(*widening_kernel()));
+    check_all<bf16, bf16>(gemm_by<bf16>(*widening_kernel()));
 }
 
 TEST(Gemm, IsTheProductByEveryBf16Unit) {
@@ -202,6 +214,13 @@ TEST(Gemm, IsTheProductByEveryBf16Unit) {
         }
 }
 
+TEST(Gemm, IsTheProductByOneDnn) {
+    check_onednn<float, float>();
+    if (bf16_unit() == Bf16Unit::none) return;
+    check_onednn<bf16, bf16>();
+    check_onednn<bf16, float>();
+}
+
 TEST(Gemm, PackedIsTheProductInEveryType) {
     check_public_packed<double>();
     check_public_packed<float>();
@@ -209,13 +228,74 @@ TEST(Gemm, PackedIsTheProductInEveryType) {
 }
 
 TEST(Gemm, PackedIsTheProductByEveryKernel) {
-    for (bool avx512 : {false, true}) {
-        check_packed_by(*float_kernel(avx512));
-        check_packed_by(*widening_kernel(avx512));
-    }
+    check_packed_by(*float_kernel());
+    check_packed_by(*widening_kernel());
     for (Bf16Unit unit : units)
         if (const auto* kernel = unit <= bf16_unit() ? bf16_kernel(unit) : nullptr) {
             SCOPED_TRACE(kernel->name);
             check_packed_by(*kernel);
+        }
+}
+
+namespace {
+
+// Of every form, by 1 and by 2 threads.
+template <class S, class OUT, class Gemm> void check_threads(Gemm product) {
+    for (auto [m, n, k] : {std::array<int64_t, 3>{97, 130, 300}, {64, 48, 2100}, {520, 33, 70}})
+        for (int form = 0; form < 4; form++) {
+            const auto a = random_values<S>(m * k, 1), b = random_values<S>(k * n, 2);
+            std::vector<OUT> out[2];
+            for (int threads : {1, 2}) {
+#ifdef _OPENMP
+                omp_set_num_threads(threads);
+#endif
+                out[threads - 1].resize(m * n);
+                product((form & 1) != 0, (form & 2) != 0, m, n, k, a.data(), b.data(),
+                        out[threads - 1].data(), false, (const OUT*)nullptr);
+            }
+            EXPECT_EQ(std::memcmp(out[0].data(), out[1].data(), out[0].size() * sizeof(OUT)), 0)
+                << describe({(form & 1) != 0, (form & 2) != 0, false, false}, m, n, k);
+        }
+}
+
+// A row of a, or a column of b, that is not finite, stays in its row or column.
+template <class S, class OUT, class Gemm> void check_containment(Gemm product) {
+    for (int form = 0; form < 4; form++)
+        for (float poison :
+             {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+            const int64_t m = 45, n = 37, k = 43, row = 31, column = 17;
+            const bool ta = form & 1, tb = form & 2;
+            auto a = random_values<S>(m * k, 1), b = random_values<S>(k * n, 2);
+            for (int64_t p = 0; p < k; p++) {
+                a[ta ? p * m + row : row * k + p] = S(poison);
+                b[tb ? column * k + p : p * n + column] = S(poison);
+            }
+            std::vector<OUT> out(m * n);
+            product(ta, tb, m, n, k, a.data(), b.data(), out.data(), false, (const OUT*)nullptr);
+            for (int64_t i = 0; i < m; i++)
+                for (int64_t j = 0; j < n; j++)
+                    EXPECT_EQ(std::isfinite(float(out[i * n + j])), i != row && j != column)
+                        << i << ", " << j;
+        }
+}
+
+template <class S, class OUT, class Gemm> void check_bits(Gemm product) {
+    check_threads<S, OUT>(product);
+    check_containment<S, OUT>(product);
+}
+
+} // namespace
+
+TEST(Gemm, TakesTheSameBitsByAnyNumberOfThreadsAndKeepsNansWhereTheyAre) {
+    check_bits<double, double>(public_gemm<double, double>());
+    check_bits<float, float>(public_gemm<float, float>());
+    check_bits<bf16, bf16>(public_gemm<bf16, bf16>());
+    check_bits<bf16, float>(public_gemm<bf16, float>());
+    check_bits<float, float>(gemm_by<float>(*float_kernel()));
+    check_bits<bf16, float>(gemm_by<float>(*widening_kernel()));
+    for (Bf16Unit unit : units)
+        if (const auto* kernel = unit <= bf16_unit() ? bf16_kernel(unit) : nullptr) {
+            check_bits<bf16, float>(gemm_by<float>(*kernel));
+            check_bits<bf16, bf16>(gemm_by<bf16>(*kernel));
         }
 }
