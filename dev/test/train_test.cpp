@@ -91,19 +91,24 @@ TEST(Train, AResumedRunIsTheSameToTheBit) {
     TemporaryDirectory dir;
     write_shard(dir / "t_train_000000.bin", 900); // 56 sequences: 30 steps of 4 see them twice
     write_shard(dir / "t_val_000000.bin", 100);
-    ASSERT_RUNS(small_model + "-d 64 -x 30 -v 7 --save-every 13 --keep 0 -i '" +
-                dir / "t_train_*'" + " -o " + dir / "straight");
-    fs::create_directory(dir / "resumed");
-    fs::copy(dir / "straight/step-000013", dir / "resumed/step-000013");
-    fs::copy(dir / "straight/log.jsonl", dir / "resumed/log.jsonl");
-    std::ofstream(dir / "resumed/log.jsonl", std::ios::app) << "{\"step\":31,\"lo"; // cut short
-    Finished f = train_gpt("-y -o " + dir / "resumed");
-    ASSERT_EQ(f.status, 0) << f.output;
-    EXPECT_TRUE(says(f.output, {"going on from", "step 13"}));
-    expect_same_checkpoint(dir / "straight/step-000030", dir / "resumed/step-000030");
-    EXPECT_EQ(without_times(log_of(dir / "straight")), without_times(log_of(dir / "resumed")));
+    for (const std::string numbers :
+         {"", "--dtype bf16 --recompute layers ",
+          "--dtype bf16 --master-weights no --moments bf16 --rounding stochastic "}) {
+        for (const char* run : {"straight", "resumed"}) fs::remove_all(dir / run);
+        ASSERT_RUNS(small_model + numbers + "-d 64 -x 30 -v 7 --save-every 13 --keep 0 -i '" +
+                    dir / "t_train_*'" + " -o " + dir / "straight");
+        fs::create_directory(dir / "resumed");
+        fs::copy(dir / "straight/step-000013", dir / "resumed/step-000013");
+        fs::copy(dir / "straight/log.jsonl", dir / "resumed/log.jsonl");
+        std::ofstream(dir / "resumed/log.jsonl", std::ios::app) << "{\"step\":31,\"lo"; // cut short
+        Finished f = train_gpt("-y -o " + dir / "resumed");
+        ASSERT_EQ(f.status, 0) << f.output;
+        EXPECT_TRUE(says(f.output, {"going on from", "step 13"}));
+        expect_same_checkpoint(dir / "straight/step-000030", dir / "resumed/step-000030");
+        EXPECT_EQ(without_times(log_of(dir / "straight")), without_times(log_of(dir / "resumed")));
+    }
 
-    f = train_gpt("-y -o " + dir / "resumed");
+    Finished f = train_gpt("-y -o " + dir / "resumed");
     EXPECT_EQ(f.status, 0);
     EXPECT_TRUE(says(f.output, {"all 30 steps are done"}));
     f = train_gpt("-y -x 32 -o " + dir / "resumed");
@@ -167,11 +172,41 @@ TEST(Train, InitialWeightsDoNotDependOnTheThreads) {
     expect_same_checkpoint(dir / "a/step-000000", dir / "b/step-000000");
 }
 
+TEST(Train, TheBitsDoNotDependOnTheThreads) {
+    NEEDS_PROGRAM();
+    for (const std::string dtype : {"float32", "bf16"}) {
+        TemporaryDirectory dir;
+        ASSERT_RUNS(small_model + "-x 5 --threads 1 --dtype " + dtype + " -o " + dir / "a");
+        ASSERT_RUNS(small_model + "-x 5 --threads 2 --dtype " + dtype + " -o " + dir / "b");
+        expect_same_checkpoint(dir / "a/step-000005", dir / "b/step-000005");
+    }
+}
+
+// bf16 with master weights follows float32; without them, small updates are lost.
+TEST(Train, LearnsInBf16AsInFloat32) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    auto loss = [&](const std::string& name, const std::string& numbers) {
+        Finished f =
+            train_gpt(small_model + "-x 60 -l 0.01 --profile " + numbers + " -o " + dir / name);
+        EXPECT_EQ(f.status, 0) << f.output;
+        EXPECT_TRUE(
+            says(f.output, {"weight gradient", "AdamW", "everything else", "of bandwidth"}));
+        return double(log_of(dir / name).back()["val_loss"]);
+    };
+    const double exact = loss("float", "--dtype float32"), rounded = loss("bf16", "--dtype bf16");
+    EXPECT_NEAR(rounded, exact, 0.05);
+    EXPECT_LT(rounded, 5.0);
+    loss("pure", "--dtype bf16 --master-weights no --moments bf16");
+    Finished f = train_gpt("eval " + dir / "bf16");
+    EXPECT_EQ(f.status, 0) << f.output;
+}
+
 TEST(Train, MicroBatchesAddUp) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
-    ASSERT_RUNS(small_model + "-b 4 -d 64 -x 5 -o " + dir / "a");
-    ASSERT_RUNS(small_model + "-b 1 -d 64 -x 5 -o " + dir / "b");
+    ASSERT_RUNS(small_model + "--dtype float32 -b 4 -d 64 -x 5 -o " + dir / "a");
+    ASSERT_RUNS(small_model + "--dtype float32 -b 1 -d 64 -x 5 -o " + dir / "b");
     std::vector<json> a = log_of(dir / "a"), b = log_of(dir / "b");
     for (size_t i = 0; i < 5; i++) {
         EXPECT_NEAR(a[i]["loss"], b[i]["loss"], 1e-4) << i;
