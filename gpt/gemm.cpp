@@ -1,6 +1,6 @@
 #include "gpt/gemm.h"
 
-#include <atomic>
+#include <algorithm>
 #include <utility>
 
 #include "gpt/gemm_kernel.h"
@@ -14,7 +14,9 @@
 
 namespace lns {
 
-static const int64_t alignment = int64_t(1) << 21;
+namespace {
+const int64_t alignment = int64_t(1) << 21;
+}
 
 void* Scratch::get(int64_t bytes) {
     if (bytes > size) {
@@ -203,9 +205,12 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
     const int64_t b_row = b_transposed ? 1 : n, b_column = b_transposed ? k : 1;
     const int threads = threads_to_use();
     const int64_t R = kernel.rows, Q = kernel.columns;
-    // Columns are taken in parts whose packed b is not absurdly large.
-    const int64_t most =
-        std::max<int64_t>(1, (int64_t(16) << 20) / (kernel.padded(k) * Q * int64_t(sizeof(P)))) * Q;
+    // Columns are taken in parts: a part's packed b should stay in the third cache, but a is packed
+    // anew for each.
+    const int64_t bytes = int64_t(sizeof(P)), mib = int64_t(1) << 20;
+    const int64_t budget = std::clamp(m * k * bytes / 2, 8 * mib, 64 * mib);
+    const int64_t parts = blocks(n * kernel.padded(k) * bytes, budget);
+    const int64_t most = blocks(blocks(n, parts), Q) * Q;
     for (int64_t n0 = 0; n0 < n; n0 += most) {
         const int64_t part = std::min(most, n - n0);
         const PackedB<T, P> layout{kernel, k, part};
@@ -361,7 +366,7 @@ void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k,
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const float* a,
           const float* b, float* out, bool accumulate, const float* bias) {
 #if defined(__AVX512F__)
-    const bool kernel = n >= 256; // then it is the faster one: see gemm.h
+    const bool kernel = n >= 256 && !b_transposed; // see gemm.h
 #else
     const bool kernel = false;
 #endif
