@@ -211,6 +211,9 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
     const int64_t row_bytes = block_columns * 4, steps = x.k / step;
     const int64_t slice = (block_rows + steps - 1) / steps;
     const __mmask32 mask = first(x.n);
+    // Whole blocks of sums that nothing joins are stored by the tiles themselves.
+    const bool straight =
+        x.last && x.out_float && !x.accumulate && !x.bias_float && x.n == block_columns;
     for (int64_t i = 0; i < x.count; i++) {
         const bf16 *a = x.a + i * x.a_panel, *b = x.b;
         float* c = x.sums + i * x.sums_block;
@@ -225,9 +228,12 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
             _tile_zero(2);
             _tile_zero(3);
         }
-        if (x.last) c = buffers[i % 2];
+        const bool buffered = x.last && !(straight && (i + 1) * block_rows <= x.m);
+        int64_t row = block_columns;
+        if (buffered) c = buffers[i % 2];
+        if (x.last && !buffered) c = x.out_float + i * block_rows * x.out_row, row = x.out_row;
         int64_t stored = (i - 1) * block_rows;
-        const int64_t stored_end = x.last && i > 0 ? stored + block_rows : stored;
+        const int64_t stored_end = x.last && i > 0 && !straight ? stored + block_rows : stored;
         for (int64_t s = 0; s < steps; s++, a += 2 * tile, b += 2 * tile) {
             _tile_loadd(4, a, 64);
             _tile_loadd(6, b, 64);
@@ -242,12 +248,12 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
                 store_row(x, stored, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
             }
         }
-        _tile_stored(0, c, row_bytes);
-        _tile_stored(1, c + 16, row_bytes);
-        _tile_stored(2, c + 16 * block_columns, row_bytes);
-        _tile_stored(3, c + 16 * block_columns + 16, row_bytes);
+        _tile_stored(0, c, row * 4);
+        _tile_stored(1, c + 16, row * 4);
+        _tile_stored(2, c + 16 * row, row * 4);
+        _tile_stored(3, c + 16 * row + 16, row * 4);
     }
-    if (x.last)
+    if (x.last && !(straight && x.m % block_rows == 0))
         for (int64_t i = (x.count - 1) * block_rows; i < x.m; i++) {
             const float* y = buffers[(x.count + 1) % 2] + i % block_rows * block_columns;
             store_row(x, i, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
