@@ -838,15 +838,15 @@ template <class S> struct Activations {
         hidden.layout(L, rows * c.mlp_in_width(), make, keep);
         activated.layout(L, rows * c.mlp_width, make, keep_light);
 
-        // Forward, so many rows that their logits stay near the CPU; backward, so many that adding
-        // to the head's gradient is seldom. Equal parts, of a multiple of 32 rows.
+        // In training so many rows at once that the head's matrix is seldom read, and its gradient
+        // seldom added to. Equal parts, of a multiple of 32 rows.
         auto parts = [&](int64_t elements, int64_t all, int64_t least) {
             const int64_t most = std::max<int64_t>(least, elements / V / 32 * 32);
             const int64_t n = (all + most - 1) / most;
             return std::min(all, ((all + n - 1) / n + 31) / 32 * 32);
         };
         head_rows = parts(int64_t(1) << 26, rows, 256);
-        logit_rows = parts(int64_t(1) << 24, train ? head_rows : rows, 256);
+        logit_rows = train ? head_rows : parts(int64_t(1) << 24, rows, 256);
         const bool in_place = train && std::is_same_v<S, Acc<S>>;
         make(logits, in_place ? 0 : logit_rows * V);
         make(losses, rows);

@@ -234,7 +234,19 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
         if (x.last && !buffered) c = x.out_float + i * block_rows * x.out_row, row = x.out_row;
         int64_t stored = (i - 1) * block_rows;
         const int64_t stored_end = x.last && i > 0 && !straight ? stored + block_rows : stored;
+        // The lines that this block will be stored to are on their way meanwhile. To the second
+        // cache: rows that are a multiple of 4 KiB apart would push each other out of the first.
+        int64_t wanted = i * block_rows;
+        const int64_t wanted_end = x.last ? std::min(x.m, wanted + block_rows) : wanted;
         for (int64_t s = 0; s < steps; s++, a += 2 * tile, b += 2 * tile) {
+            for (int64_t end = std::min(wanted_end, wanted + slice); wanted < end; wanted++) {
+                if (x.out_bf16)
+                    _mm_prefetch(x.out_bf16 + wanted * x.out_row, _MM_HINT_T1);
+                else {
+                    _mm_prefetch(x.out_float + wanted * x.out_row, _MM_HINT_T1);
+                    _mm_prefetch(x.out_float + wanted * x.out_row + 16, _MM_HINT_T1);
+                }
+            }
             _tile_loadd(4, a, 64);
             _tile_loadd(6, b, 64);
             _tile_loadd(7, b + tile, 64);
