@@ -45,6 +45,12 @@ void multiply(const BlockColumn<float>& x) {
         const float* a = x.a + i * x.a_panel;
         float* sums = x.sums + i * x.sums_block;
         const float* before = x.add ? sums : nullptr;
+        if (x.last) // the lines that the next block will be stored to, to the second cache
+            for (int64_t r = (i + 1) * block_rows; r < std::min(x.m, (i + 2) * block_rows); r++)
+                for (int j = 0; j < block_columns; j += 16)
+                    __builtin_prefetch(x.out_float ? (const char*)(x.out_float + r * x.out_row + j)
+                                                   : (const char*)(x.out_bf16 + r * x.out_row + j),
+                                       0, 2);
         if (!x.last) {
             multiply_block(x.k, a, x.b, before, block_columns, sums, block_columns);
         } else if (x.out_float && !x.add && x.n == block_columns && (i + 1) * block_rows <= x.m) {
