@@ -107,6 +107,28 @@ template <class S> S* thread_scratch(int64_t n) {
     return buffer.data();
 }
 
+// Σ f(i), i < n, in as many lanes as a vector has. (`omp simd reduction` adds its lanes one by one
+// at the end, which takes longer than a short row.)
+template <class A, class F> inline A sum_of(int64_t n, const F& f) {
+    const int lanes = 16;
+    A sums[lanes] = {};
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes)
+#pragma omp simd
+        for (int j = 0; j < lanes; j++) sums[j] += f(i + j);
+    for (; i < n; i++) sums[i % lanes] += f(i);
+    for (int half = lanes / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+    return sums[0];
+}
+
+template <class A> inline A largest_of(int64_t n, const A* x) {
+    A largest = x[0];
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 // Sums over rows are taken in at most this many chunks, whose partial sums are added in order.
 const int64_t max_chunks = 32;
 
@@ -551,16 +573,12 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                         A* score = scores + int64_t(i) * T;
                         S* probability = p + int64_t(i) * T; // times the sum, until o
                         hide(score, t0 + i + 1, seen);
-                        A largest = score[0], sum = 0;
-#pragma omp simd reduction(max : largest)
-                        for (int t = 1; t < seen; t++)
-                            largest = score[t] > largest ? score[t] : largest;
-#pragma omp simd reduction(+ : sum)
-                        for (int t = 0; t < seen; t++) {
+                        const A largest = largest_of(seen, score);
+                        const A sum = sum_of<A>(seen, [=](int64_t t) {
                             const A e = exp_(scale * (score[t] - largest));
                             probability[t] = e;
-                            sum += e;
-                        }
+                            return e;
+                        });
                         inverse[i] = A(1) / sum;
                         lse[(int64_t(b) * a.NH + h) * T + t0 + i] = scale * largest + std::log(sum);
                     }
@@ -629,13 +647,11 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                         hide(score, t0 + i + 1, seen);
                         const A normalizer = lse[(int64_t(b) * a.NH + h) * T + t0 + i];
                         // dO · O = Σ P ⊙ dP, which unlike O has not been rounded.
-                        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-                        for (int t = 0; t < seen; t++) {
+                        const A dot = sum_of<A>(seen, [=](int64_t t) {
                             score[t] = exp_(scale * score[t] - normalizer);
                             probability[t] = score[t];
-                            dot += score[t] * dprobability[t];
-                        }
+                            return score[t] * dprobability[t];
+                        });
 #pragma omp simd
                         for (int t = 0; t < seen; t++)
                             dscore[t] = score[t] * (dprobability[t] - dot);
@@ -724,9 +740,8 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
             if (dx) std::fill(dx, dx + V, S(0));
             continue;
         }
-        A largest = x[0], sum = 0;
-#pragma omp simd reduction(max : largest)
-        for (int i = 1; i < V; i++) largest = x[i] > largest ? x[i] : largest;
+        const A largest = largest_of(V, x);
+        A sum = 0;
         const A at_target = x[target];
         if (!dx) {
 #pragma omp simd reduction(+ : sum)
