@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string>
@@ -46,12 +47,11 @@ namespace lns {
 template <class S> using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // eˣ to 2 units in the last place, without calls or branches, so that loops over it vectorize:
-// x = n ln 2 + f with |f| ≤ ln 2 / 2, and a polynomial for eᶠ (Cephes' coefficients). Below −87.6
-// it is 0, above 88.3 infinity, and never a subnormal number, which costs a CPU a hundred cycles:
-// had it a smallest value, compilers would multiply by that for each number, to choose afterwards.
-inline float exp_(float x) {
-    x = x < -200.0f ? -200.0f : x; // NaN stays NaN
-    x = x > 200.0f ? 200.0f : x;
+// x = n ln 2 + f with |f| ≤ ln 2 / 2, and a polynomial for eᶠ (Cephes' coefficients). It is 0 below
+// −87.6 and never a subnormal number, which costs a CPU a hundred cycles. For x ≤ 88; NaN stays
+// NaN.
+inline float exp_below(float x) {
+    x = x < -200.0f ? -200.0f : x;
     const float shifter = 12582912.0f; // 1.5 · 2²³: adding it rounds to an integer
     float shifted = x * 1.44269504f + shifter, n = shifted - shifter;
     float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -62,9 +62,17 @@ inline float exp_(float x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
-    int exponent = std::bit_cast<int>(shifted) - std::bit_cast<int>(shifter) + 127;
-    exponent = exponent < 0 ? 0 : exponent > 255 ? 255 : exponent;
+    int exponent = std::bit_cast<int>(shifted) - (std::bit_cast<int>(shifter) - 127);
+    exponent = exponent < 0 ? 0 : exponent;
     return p * std::bit_cast<float>(exponent << 23); // p · 2ⁿ
+}
+inline double exp_below(double x) { return std::exp(x); }
+
+// The same for any x; infinity above 88.3: had it a largest value, compilers would multiply by the
+// subnormal inverse of that for each number, to choose afterwards.
+inline float exp_(float x) {
+    const float limit = 88.3f, e = exp_below(x > limit ? limit : x);
+    return x > limit ? std::numeric_limits<float>::infinity() : e;
 }
 inline double exp_(double x) { return std::exp(x); }
 
@@ -575,7 +583,7 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                         hide(score, t0 + i + 1, seen);
                         const A largest = largest_of(seen, score);
                         const A sum = sum_of<A>(seen, [=](int64_t t) {
-                            const A e = exp_(scale * (score[t] - largest));
+                            const A e = exp_below(scale * (score[t] - largest));
                             probability[t] = e;
                             return e;
                         });
@@ -648,7 +656,7 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                         const A normalizer = lse[(int64_t(b) * a.NH + h) * T + t0 + i];
                         // dO · O = Σ P ⊙ dP, which unlike O has not been rounded.
                         const A dot = sum_of<A>(seen, [=](int64_t t) {
-                            score[t] = exp_(scale * score[t] - normalizer);
+                            score[t] = exp_below(scale * score[t] - normalizer);
                             probability[t] = score[t];
                             return score[t] * dprobability[t];
                         });
@@ -745,11 +753,11 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
         const A at_target = x[target];
         if (!dx) {
 #pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < V; i++) sum += exp_(x[i] - largest);
+            for (int i = 0; i < V; i++) sum += exp_below(x[i] - largest);
         } else {
 #pragma omp simd reduction(+ : sum)
             for (int i = 0; i < V; i++) {
-                x[i] = exp_(x[i] - largest);
+                x[i] = exp_below(x[i] - largest);
                 sum += x[i];
             }
             const A factor = A(loss_scale) / sum;
@@ -1553,6 +1561,19 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     acts.layout(config, B, T, o, [&](auto& array, int64_t elements) {
         plan.activations += elements * int64_t(sizeof(array[0]));
     });
+#ifdef _OPENMP
+    const int threads = omp_get_max_threads();
+#else
+    const int threads = 1;
+#endif
+    const Registry registry = make_registry(config);
+    for (const Param& p : registry.params) {
+        if (p.shape.size() != 2) continue;
+        const int64_t rows = p.offset == registry.head ? acts.head_rows : acts.rows;
+        for (int k = 0; k < 2; k++) // forward, and the input's gradient
+            plan.scratch = std::max(
+                plan.scratch, gemm_scratch(rows, p.shape[1 - k], p.shape[k], sizeof(S), threads));
+    }
     return plan;
 }
 

@@ -79,9 +79,9 @@ std::string describe_model(const Config& c, int B, int T, const ModelOptions& op
     double flops = flops_per_token(c, T);
     text += cat("\nparameters ", format_count(double(registry.count())), "; ", format_count(flops),
                 " FLOPs a token to train, at ", T, " tokens a sequence\n");
-    const double program = double(resident_bytes().now);
+    const double program = double(resident_bytes().now + m.scratch);
     text +=
-        cat("memory     ", format_bytes(double(m.total()) + program), ": parameters ",
+        cat("memory     ", format_bytes(double(m.total() + resident_bytes().now)), ": parameters ",
             format_bytes(double(m.parameters)), ", gradients ", format_bytes(double(m.gradients)),
             ", optimizer ", format_bytes(double(m.optimizer)), ", activations ",
             format_bytes(double(m.activations)), " for ", B, " x ", T, " tokens, the program ",

@@ -21,7 +21,9 @@ const BuildInfo& build_info();
 const std::vector<int>& usable_cores();
 
 // Bytes of memory that this process holds, and has held at most; 0 where the system does not say.
-struct Resident { int64_t now = 0, peak = 0; };
+struct Resident {
+    int64_t now = 0, peak = 0;
+};
 Resident resident_bytes();
 
 // "Intel(R) Xeon(R) Processor, 2 cores: AVX2 FMA AVX-512 AVX512-BF16 AMX-BF16": the cores are

@@ -193,6 +193,21 @@ void split_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed
 
 } // namespace
 
+// Columns are taken in parts: a part's packed b should stay in the third cache, but a is packed
+// anew for each.
+static int64_t packed_bytes(int64_t m, int64_t k, int64_t bytes) {
+    const int64_t mib = int64_t(1) << 20;
+    return std::clamp(m * k * bytes / 2, 8 * mib, 64 * mib);
+}
+
+// A thread's block of a: it stays in the second cache.
+static const int64_t block_bytes = int64_t(768) << 10;
+
+int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t element_bytes, int threads) {
+    const int64_t b = std::min(n * k * element_bytes, packed_bytes(m, k, element_bytes));
+    return (b + std::min(m * k * element_bytes, threads * block_bytes)) * 5 / 4; // as get() grows
+}
+
 template <class T, class P, class OUT>
 void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed, int64_t m,
                  int64_t n, int64_t k, const T* a, const T* b, OUT* out, bool accumulate,
@@ -205,11 +220,8 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
     const int64_t b_row = b_transposed ? 1 : n, b_column = b_transposed ? k : 1;
     const int threads = threads_to_use();
     const int64_t R = kernel.rows, Q = kernel.columns;
-    // Columns are taken in parts: a part's packed b should stay in the third cache, but a is packed
-    // anew for each.
-    const int64_t bytes = int64_t(sizeof(P)), mib = int64_t(1) << 20;
-    const int64_t budget = std::clamp(m * k * bytes / 2, 8 * mib, 64 * mib);
-    const int64_t parts = blocks(n * kernel.padded(k) * bytes, budget);
+    const int64_t bytes = int64_t(sizeof(P));
+    const int64_t parts = blocks(n * kernel.padded(k) * bytes, packed_bytes(m, k, bytes));
     const int64_t most = blocks(blocks(n, parts), Q) * Q;
     for (int64_t n0 = 0; n0 < n; n0 += most) {
         const int64_t part = std::min(most, n - n0);
@@ -228,7 +240,6 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
                                          n,
                                          accumulate,
                                          bias ? bias + n0 : nullptr};
-        const int64_t block_bytes = int64_t(768) << 10;
         const int64_t most_rows =
             std::max<int64_t>(R, block_bytes / int64_t(sizeof(P)) / kernel.depth_of(k));
         const int64_t rounds = blocks(blocks(m, most_rows), threads);

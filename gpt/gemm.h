@@ -118,6 +118,10 @@ void plain_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int6
     }
 }
 
+// About how many bytes the kernels keep from one product to the next, once they have computed one
+// of this shape, of numbers of so many bytes.
+int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t element_bytes, int threads);
+
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const double* a,
           const double* b, double* out, bool accumulate, const double* bias = nullptr);
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const float* a,

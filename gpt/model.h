@@ -94,7 +94,8 @@ struct Model {
 // What a model will hold, without making it, for micro-batches of (B, T).
 struct MemoryPlan {
     int64_t parameters = 0, gradients = 0, optimizer = 0, activations = 0;
-    int64_t total() const { return parameters + gradients + optimizer + activations; }
+    int64_t scratch = 0; // of matrix products
+    int64_t total() const { return parameters + gradients + optimizer + activations + scratch; }
 };
 
 // Made for micro-batches of at most B·T tokens.

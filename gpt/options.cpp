@@ -119,14 +119,14 @@ void add_numbers(Flags& f, Options& o) {
               "of weights, activations and their gradients: float32, bf16, or auto: bf16 where the "
               "CPU multiplies it");
     f.choice("--master-weights", o.master_weights, {"yes", "no"},
-             "with bf16: keep float32 weights beside, for the optimizer");
-    f.choice("--moments", o.moments, {"float32", "bf16"}, "Adam's two averages");
+             "yes or no: with bf16, keep float32 weights beside, for the optimizer");
+    f.choice("--moments", o.moments, {"float32", "bf16"}, "float32 or bf16: Adam's two averages");
     f.choice("--rounding", o.rounding, {"nearest", "stochastic"},
-             "of what the optimizer writes in bf16");
+             "nearest or stochastic: of what the optimizer writes in bf16");
     f.change = Change::free;
     f.choice("--recompute", o.recompute, {"none", "activations", "layers"},
-             "compute again in the backward pass, and do not keep: nothing; norms' outputs and "
-             "activations; each whole layer");
+             "none, activations (norms' outputs too) or layers: compute them again in the backward "
+             "pass, and do not keep them");
 }
 
 const char* profile_help = "at the end, a table of where the steps' time went";

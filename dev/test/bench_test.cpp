@@ -61,6 +61,24 @@ TEST(Bench, JsonSaysEverything) {
     EXPECT_LT(j["losses"][1], j["losses"][0]);                // on the same tokens again
 }
 
+// What --dry-run says is what the process then holds, to 5%, and --recompute and bf16 lower it.
+TEST(Bench, MemoryIsAsPredicted) {
+    NEEDS_PROGRAM();
+    double before = 1e18;
+    for (const std::string flags :
+         {"--dtype float32", "--dtype bf16", "--dtype bf16 --recompute activations",
+          "--dtype bf16 --recompute layers"}) {
+        Finished f = train_gpt("bench -m llama-9m -b 8 -t 256 --steps 1 --json " + flags);
+        ASSERT_EQ(f.status, 0) << f.output;
+        nlohmann::json j = nlohmann::json::parse(f.output);
+        const double peak = j["peak_memory"], planned = j["planned_memory"];
+        if (peak == 0) GTEST_SKIP() << "this system does not say how much memory a process holds";
+        EXPECT_NEAR(planned / peak, 1, 0.05) << flags;
+        EXPECT_LT(peak, before) << flags;
+        before = peak;
+    }
+}
+
 TEST(Bench, TableAndErrors) {
     NEEDS_PROGRAM();
     Finished f = train_gpt("bench -b 1 -t 8 --steps 1 --threads 1");
