@@ -115,10 +115,10 @@ template <class S> S* thread_scratch(int64_t n) {
     return buffer.data();
 }
 
-// Σ f(i), i < n, in as many lanes as a vector has. (`omp simd reduction` adds its lanes one by one
-// at the end, which takes longer than a short row.)
+// Σ f(i), i < n, in as many lanes as a vector of bf16 has. (`omp simd reduction` adds its lanes one
+// by one at the end, which takes longer than a short row.)
 template <class A, class F> inline A sum_of(int64_t n, const F& f) {
-    const int lanes = 16;
+    const int lanes = 32;
     A sums[lanes] = {};
     int64_t i = 0;
     for (; i + lanes <= n; i += lanes)
