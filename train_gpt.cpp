@@ -869,7 +869,8 @@ template <class S> struct Activations {
             return std::min(all, ((all + n - 1) / n + 31) / 32 * 32);
         };
         head_rows = parts(int64_t(1) << 26, rows, 256);
-        logit_rows = train ? head_rows : parts(int64_t(1) << 24, rows, 256);
+        logit_rows =
+            train ? parts(int64_t(1) << 25, head_rows, 256) : parts(int64_t(1) << 24, rows, 256);
         const bool in_place = train && std::is_same_v<S, Acc<S>>;
         make(logits, in_place ? 0 : logit_rows * V);
         make(losses, rows);
