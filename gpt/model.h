@@ -24,24 +24,46 @@ enum class Buffer { parameters, gradients, moment1, moment2 };
 
 enum class DType { float32, bf16 };
 
+enum class Device { cpu, cuda };
+
 // What a backward pass computes again instead of keeping it: nothing; the norms' outputs and the
 // MLP's activations; or each layer whole, from its input. The gradients are the same to the bit.
 enum class Recompute { none, activations, layers };
 
 // How a model is held.
 struct ModelOptions {
+    Device device = Device::cpu;
     bool training = true;         // gradients and moments too
     DType dtype = DType::float32; // of weights, activations and the activations' gradients
     bool master_weights = true;   // with bf16: the optimizer's own copy of the weights in float32
     DType moments = DType::float32;
+    DType gradients = DType::float32; // of parameters; bf16 on a GPU only
     bool stochastic_rounding = false; // of what the optimizer writes in bf16; else to nearest
     Recompute recompute = Recompute::none;
+};
+
+struct Ranks;
+
+// A training step: the tokens of all its micro-batches on this rank, and what to do with their
+// gradient.
+struct StepInput {
+    const int *inputs, *targets; // (micro_batches, B, T)
+    int micro_batches, B, T;
+    double loss_scale; // 1 / (targets ≥ 0, over all micro-batches and ranks)
+    double grad_clip;  // the gradient's norm is scaled down to this; 0: never
+    AdamW optimizer;   // its grad_scale is not looked at
+};
+struct StepResult {
+    double loss;      // the mean over all ranks' targets
+    double grad_norm; // of the mean's gradient, before clipping
 };
 
 struct Model {
     Config config;
     Registry registry;
-    Profile* profile = nullptr; // where to book the time of each part of a pass, or null
+    Profile* profile = nullptr;   // where to book the time of each part of a pass, or null
+    const Ranks* ranks = nullptr; // that train it together; null: this process alone
+    StepResult step_result = {};
 
     explicit Model(const Config& c) : config(c), registry(make_registry(c)) {}
     virtual ~Model() = default;
@@ -69,6 +91,13 @@ struct Model {
     virtual void zero_gradients() = 0;
     virtual double gradient_norm() = 0; // ‖all gradients‖₂
     virtual void update(const AdamW& optimizer) = 0;
+
+    // A whole training step: zero_gradients, loss_and_gradients of every micro-batch, their sum
+    // over ranks, gradient_norm, update. begin_step may return while the device still works, and
+    // what `step` points to may be overwritten then; end_step waits for it. If the loss or the norm
+    // is not finite, nothing is updated. By default begin_step does it all with the calls above.
+    virtual void begin_step(const StepInput& step);
+    virtual StepResult end_step() { return step_result; }
 
     // One parameter's values, gradient or moments as float32, in memory's layout (not the file's).
     virtual void read(Buffer buffer, const Param& param, float* out) = 0;
@@ -98,7 +127,11 @@ struct MemoryPlan {
     int64_t total() const { return parameters + gradients + optimizer + activations + scratch; }
 };
 
-// Made for micro-batches of at most B·T tokens.
+// The model on options.device, made for micro-batches of at most B·T tokens.
+std::unique_ptr<Model> make_model(const Config& config, int B, int T, const ModelOptions& options,
+                                  const Ranks& ranks);
+MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& options);
+
 std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T,
                                       const ModelOptions& options);
 MemoryPlan plan_cpu_memory(const Config& config, int B, int T, const ModelOptions& options);
