@@ -88,6 +88,10 @@ inline int blocks_for(int64_t n, int64_t each) { return int((n + each - 1) / eac
 // ---------------------------------------------------------------------------------------------
 // Norms and the junction
 
+struct NormStats {
+    float mean, rstd;
+};
+
 // ---------------------------------------------------------------------------------------------
 // Matrices
 
