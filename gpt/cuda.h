@@ -38,7 +38,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
 }
 
 // Bytes of shared memory that an array takes.
-template <class T> constexpr size_t shared_bytes(size_t n) {
+template <class T> __host__ __device__ constexpr size_t shared_bytes(size_t n) {
     return (n * sizeof(T) + 15) / 16 * 16;
 }
 
