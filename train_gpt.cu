@@ -345,7 +345,7 @@ struct JunctionStats {
 
 // What a junction does, for a kernel.
 struct JunctionPlan {
-    bool branch, branch_norm, out_norm, in_norm, gate, gate_on_skip, keeps_branch;
+    bool branch, branch_norm, out_norm, in_norm, gate, gate_on_skip;
     Gamma gamma;
     NormType type;
     float skip, in_scale, eps;
@@ -354,9 +354,9 @@ struct JunctionPlan {
 
     JunctionPlan(const Junction& j, NormType type, double eps, int64_t rows, const RowShape& shape)
         : branch(j.branch), branch_norm(j.branch_norm), out_norm(j.out_norm), in_norm(j.in_norm),
-          gate(j.gate), gate_on_skip(j.gate_on_skip), keeps_branch(j.keeps_branch()),
-          gamma(j.gamma), type(type), skip(float(j.skip)), in_scale(float(j.in_scale)),
-          eps(float(eps)), C(shape.C), warps(shape.warps), rows(rows) {}
+          gate(j.gate), gate_on_skip(j.gate_on_skip), gamma(j.gamma), type(type),
+          skip(float(j.skip)), in_scale(float(j.in_scale)), eps(float(eps)), C(shape.C),
+          warps(shape.warps), rows(rows) {}
 };
 
 template <class S> __device__ float number(const S* x) { return x ? float(*x) : 0.0f; }
@@ -491,7 +491,7 @@ struct JunctionScratch {
 // Blocks take every so many rows and add up the parameters' gradients of all of theirs.
 // Moves, per number: du and db in S, dr read and written in float, r in float if there is an
 // in-norm, and b (S) and r_prev (float) where keeps_branch.
-template <class S, class G, int N>
+template <class S, class G, int N, bool keeps_branch>
 __global__ static __launch_bounds__(256) void junction_backward_kernel(
     JunctionPlan j, const float* r_prev, const S* b, const float* r, JunctionPointers<const S> p,
     const JunctionStats* stats, const S* du, bool starts, float* dr, S* db, JunctionSums<G> which,
@@ -534,7 +534,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
             for (int i = 0; i < 8; i++) dz[n][i] += later[n][i];
 
         // What the forward pass had before the out-norm and the gate.
-        if (j.keeps_branch) {
+        if constexpr (keeps_branch) {
             float z[N][8];
             if (!j.branch) {
                 part.load(z, r_prev + at);
@@ -560,7 +560,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
                 norm_row_backward(j.type, stats[row].out, z, p.out_weight, dz,
                                   sum_of(which.out_weight), sum_of(which.out_bias), part);
         }
-        if (j.gate_on_skip) {
+        if (keeps_branch && j.gate_on_skip) {
             float previous[N][8];
             part.load(previous, r_prev + at);
 #pragma unroll
@@ -575,7 +575,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
         part.store(dr + at, down);
         if (!j.branch) continue;
 
-        if (j.branch_norm || j.gamma != Gamma::none) {
+        if (keeps_branch && (j.branch_norm || j.gamma != Gamma::none)) {
             float x[N][8];
             part.load(x, b + at);
             if (j.gamma != Gamma::none) {
@@ -632,8 +632,8 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
 // vector, or behind the last the two scalars; 8 warps each take every eighth partial sum of 32
 // channels.
 template <class G>
-__global__ static void junction_gather_kernel(JunctionSums<G> which, JunctionScratch scratch,
-                                              int partials, int C) {
+__global__ static void junction_gather_kernel(const __grid_constant__ JunctionSums<G> which,
+                                              JunctionScratch scratch, int partials, int C) {
     SharedMemory shared;
     float* sums = shared.take<float>(8 * warp);
     const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
@@ -659,11 +659,11 @@ __global__ static void junction_gather_kernel(JunctionSums<G> which, JunctionScr
     *gradient = G(float(*gradient) + sum);
 }
 
-// Blocks that a backward pass has at most.
-inline int junction_blocks(int multiprocessors) { return 2 * multiprocessors; }
-// Bytes of scratch for a width of C.
+// Blocks on a multiprocessor that a backward pass has at most, and bytes of scratch for all.
+const int junction_blocks = 8;
 inline int64_t junction_scratch(int C, int multiprocessors) {
-    return junction_blocks(multiprocessors) * int64_t(2 * sizeof(double) + 7 * C * sizeof(float));
+    return int64_t(junction_blocks) * multiprocessors *
+           int64_t(2 * sizeof(double) + 7 * C * sizeof(float));
 }
 
 // From du (gradient of u; of r if there is no in-norm) and dr (gradient of r from what comes later;
@@ -675,25 +675,29 @@ void junction_backward(const Junction& j, NormType type, double eps, const float
                        const JunctionStats* stats, const S* du, bool starts, float* dr, S* db,
                        const JunctionPointers<G>& grads, void* scratch_memory, int64_t rows, int C,
                        int multiprocessors, cudaStream_t stream) {
-    const RowShape shape = row_shape(C);
+    RowShape shape = row_shape(C);
     const JunctionSums<G> which(grads, j.gamma);
     // As many rows at once as leave room for two blocks on a multiprocessor.
-    int groups = shape.warps == 1 ? 8 : 1;
+    int groups = shape.warps == 1 ? 4 : 1;
     auto shared = [&] {
         const int threads = warp * shape.warps * groups;
         return shared_bytes<float>(16) + shared_bytes<double>(2 * threads) +
                shared_bytes<float>(size_t(groups) * which.count * C);
     };
-    while (groups > 1 && shared() > 80 * 1024) groups /= 2;
-    const int blocks = std::min(blocks_for(rows, groups), junction_blocks(multiprocessors));
+    while (groups > 1 && shared() > 100 * 1024) groups /= 2;
+    const int threads = warp * shape.warps * groups;
+    int blocks = 0;
     JunctionScratch scratch;
-    scratch.scalars = static_cast<double*>(scratch_memory);
-    scratch.vectors = reinterpret_cast<float*>(scratch.scalars + 2 * blocks);
     with_vectors(shape, [&](auto N) {
-        launch(junction_backward_kernel<S, G, decltype(N)::value>, blocks,
-               warp * shape.warps * groups, shared(), stream,
-               JunctionPlan(j, type, eps, rows, shape), r_prev, b, r, p, stats, du, starts, dr, db,
-               which, scratch);
+        auto kernel = junction_backward_kernel<S, G, decltype(N)::value, false>;
+        if (j.keeps_branch()) kernel = junction_backward_kernel<S, G, decltype(N)::value, true>;
+        blocks = std::min(blocks_for(rows, groups),
+                          multiprocessors *
+                              std::min(junction_blocks, blocks_at_once(kernel, threads, shared())));
+        scratch.scalars = static_cast<double*>(scratch_memory);
+        scratch.vectors = reinterpret_cast<float*>(scratch.scalars + 2 * blocks);
+        launch(kernel, blocks, threads, shared(), stream, JunctionPlan(j, type, eps, rows, shape),
+               r_prev, b, r, p, stats, du, starts, dr, db, which, scratch);
     });
     if (which.count > 0 || which.scalar_gamma || which.gate)
         launch(junction_gather_kernel<G>, dim3(blocks_for(C, warp), which.count + 1), 8 * warp,
