@@ -765,4 +765,85 @@ struct CosSin {
 // ---------------------------------------------------------------------------------------------
 // The model
 
+// ---------------------------------------------------------------------------------------------
+// The GPU
+
+void fail_call(const char* call, const char* file, int line, cudaError_t error) {
+    const char* advice = "";
+    if (error == cudaErrorMemoryAllocation)
+        advice = "; lower --batch, ask for --recompute, or see with nvidia-smi who else has memory";
+    if (error == cudaErrorNoKernelImageForDevice)
+        advice = "; this build has no code for this GPU: make CUDA_ARCH=native";
+    if (error == cudaErrorECCUncorrectable)
+        advice = "; the GPU's memory is faulty: go on with the last checkpoint on another one";
+    fail("the GPU failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ") in ",
+         std::string(call, std::min<size_t>(std::strcspn(call, "("), 60)), " at ", file, ":", line,
+         advice);
+}
+
 } // namespace lns::cuda
+
+namespace lns {
+
+bool built_with_cuda() { return true; }
+
+std::string why_no_gpu() {
+    static const std::string why = []() -> std::string {
+        auto version = [](int v) { return cat(v / 1000, ".", v % 1000 / 10); };
+        int driver = 0, runtime = 0, count = 0, major = 0, minor = 0;
+        CUDA(cudaDriverGetVersion(&driver));
+        CUDA(cudaRuntimeGetVersion(&runtime));
+        if (driver == 0) return "there is no NVIDIA driver here";
+        const cudaError_t error = cudaGetDeviceCount(&count);
+        cudaGetLastError(); // told here, not by the next call
+        if (error == cudaErrorInsufficientDriver)
+            return cat("the NVIDIA driver is made for CUDA ", version(driver),
+                       ", and this build needs one for ", version(runtime), ": update it");
+        if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0))
+            return "the NVIDIA driver shows this process no GPU (see nvidia-smi, and "
+                   "CUDA_VISIBLE_DEVICES)";
+        if (error != cudaSuccess)
+            return cat("CUDA does not start: ", cudaGetErrorString(error), " (see nvidia-smi)");
+        CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+        CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+        if (major < 8)
+            return cat("the GPU has compute capability ", major, ".", minor,
+                       ", and 8.0 (Ampere) is the least that this program runs on");
+        return "";
+    }();
+    return why;
+}
+
+Gpu gpu(const Ranks& ranks) {
+    if (const std::string why = why_no_gpu(); !why.empty()) fail(why);
+    Gpu g;
+    CUDA(cudaGetDeviceCount(&g.count));
+    g.index = ranks.local_rank % g.count;
+    CUDA(cudaSetDevice(g.index));
+    cudaDeviceProp properties;
+    CUDA(cudaGetDeviceProperties(&properties, g.index));
+    g.name = properties.name;
+    g.id.assign(reinterpret_cast<const char*>(&properties.uuid), sizeof properties.uuid);
+    g.major = properties.major, g.minor = properties.minor;
+    if (g.major < 8)
+        fail("GPU ", g.index, " (", g.name, ") has compute capability ", g.major, ".", g.minor,
+             ", and 8.0 is needed: choose others with CUDA_VISIBLE_DEVICES");
+    g.multiprocessors = properties.multiProcessorCount;
+    size_t free = 0, total = 0;
+    CUDA(cudaMemGetInfo(&free, &total));
+    g.free = int64_t(free), g.memory = int64_t(total);
+    CUDA(cudaDriverGetVersion(&g.driver));
+    CUDA(cudaRuntimeGetVersion(&g.runtime));
+    return g;
+}
+
+double measured_gpu_flops(DType) { fail("measured_gpu_flops: not yet"); }
+Bandwidth measured_gpu_bandwidth() { fail("measured_gpu_bandwidth: not yet"); }
+std::unique_ptr<Model> make_cuda_model(const Config&, int, int, const ModelOptions&, const Ranks&) {
+    fail("make_cuda_model: not yet");
+}
+MemoryPlan plan_cuda_memory(const Config&, int, int, const ModelOptions&) {
+    fail("plan_cuda_memory: not yet");
+}
+
+} // namespace lns
