@@ -23,8 +23,8 @@ std::string kind_of(const std::string& name) {
 std::string plural(int64_t n, const char* what) { return cat(n, " ", what, n == 1 ? "" : "s"); }
 
 // "NVIDIA H100 80GB HBM3, 79.1 of 79.6 GiB free, …"
-std::string describe_gpu(const Ranks& ranks) {
-    const Gpu g = gpu(ranks);
+std::string describe_gpu() {
+    const Gpu g = gpu();
     auto version = [](int v) { return cat(v / 1000, ".", v % 1000 / 10); };
     return cat(g.name, g.count > 1 ? cat(" (", g.index, " of 0 to ", g.count - 1, ")") : "", ", ",
                format_bytes(double(g.free)), " of ", format_bytes(double(g.memory)),
@@ -45,7 +45,7 @@ std::string describe_machine(int threads, const Ranks& ranks, const Peak& peak,
     text += cat("machine    ", cpu_features(), "\n");
     text += cat("           ", plural(threads, "thread"),
                 ranks.size > 1 ? cat(" on each of ", ranks.size, " ranks") : "");
-    if (options.device == Device::cuda) text += "\nGPU        " + describe_gpu(ranks);
+    if (options.device == Device::cuda) text += "\nGPU        " + describe_gpu();
     if (peak.flops > 0)
         text += cat(options.device == Device::cuda ? "\n           " : "; ", "measured peak ",
                     format_flops(peak.measured), " in ",

@@ -77,16 +77,17 @@ Bench measure_training(const Options& o, const Ranks& ranks) {
     b.B = int(o.batch), b.T = int(o.seq_len);
     const ModelOptions& options = b.options = model_options(o, true);
     const bool cuda = options.device == Device::cuda;
-    check_memory(b.config, b.B, b.T, options, ranks);
+    check_devices(options, ranks);
+    check_memory(b.config, b.B, b.T, options);
     b.threads = use_threads(o.threads);
     b.planned_memory = plan_memory(b.config, b.B, b.T, options).total();
     if (!cuda) b.planned_memory += resident_bytes().now;
-    if (cuda) b.gpu = gpu(ranks).name, b.data_sheet_peak = data_sheet_bf16_flops(b.gpu);
+    if (cuda) b.gpu = gpu().name, b.data_sheet_peak = data_sheet_bf16_flops(b.gpu);
     b.flops = flops_per_token(b.config, b.T);
     measure_peaks(b);
 
     {
-        const int64_t free = cuda ? gpu(ranks).free : 0;
+        const int64_t free = cuda ? gpu().free : 0;
         std::unique_ptr<Model> model = make_model(b.config, b.B, b.T, options, ranks);
         b.device = model->device(), b.dtype = model->dtype();
         b.parameters = model->registry.count();
@@ -102,7 +103,7 @@ Bench measure_training(const Options& o, const Ranks& ranks) {
             b.seconds.push_back(now() - start);
         }
         b.model_memory = model->bytes();
-        b.peak_memory = cuda ? free - gpu(ranks).free : resident_bytes().peak;
+        b.peak_memory = cuda ? free - gpu().free : resident_bytes().peak;
     } // the bandwidth's arrays need memory too
     measure_peaks(b);
     b.bandwidth = device_bandwidth(options, b.threads);

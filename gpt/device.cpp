@@ -12,9 +12,12 @@ namespace lns {
 
 std::unique_ptr<Model> make_model(const Config& config, int B, int T, const ModelOptions& options,
                                   const Ranks& ranks) {
-    auto model = options.device == Device::cuda ? make_cuda_model(config, B, T, options, ranks)
-                                                : make_cpu_model(config, B, T, options);
-    if (ranks.size > 1) model->ranks = &ranks;
+    if (options.device == Device::cuda) {
+        use_gpu(ranks);
+        return make_cuda_model(config, B, T, options, ranks);
+    }
+    auto model = make_cpu_model(config, B, T, options);
+    model->ranks = &ranks;
     return model;
 }
 
@@ -30,10 +33,12 @@ void check_devices(const ModelOptions& options, const Ranks& ranks) {
              cuda ? "a GPU" : why_no_gpu(),
              "): ask for --device cpu, or start ranks only where "
              "there are GPUs");
-    if (!cuda || ranks.size == 1) return;
+    if (!cuda) return;
+    use_gpu(ranks);
+    if (ranks.size == 1) return;
     // A launcher may show each rank all GPUs of the machine or one: what counts is that they
     // differ.
-    const Gpu mine = gpu(ranks);
+    const Gpu mine = gpu();
     std::vector<double> ids(size_t(ranks.size));
     ids[size_t(ranks.rank)] = double(fnv1a(mine.id) >> 12); // 52 bits: a sum with zeros is exact
     ranks.sum(ids.data(), ranks.size);
@@ -82,11 +87,10 @@ std::string what_would_fit(const Config& config, int B, int T, ModelOptions opti
 
 } // namespace
 
-void check_memory(const Config& config, int B, int T, const ModelOptions& options,
-                  const Ranks& ranks) {
+void check_memory(const Config& config, int B, int T, const ModelOptions& options) {
     const double needs = double(plan_memory(config, B, T, options).total());
     if (options.device == Device::cuda) {
-        const Gpu on = gpu(ranks);
+        const Gpu on = gpu();
         // What CUDA takes for itself and our kernels lies outside what is free by now; cuBLASLt
         // loads its own later.
         const double has = double(on.free) - 256e6;
@@ -105,13 +109,13 @@ void check_memory(const Config& config, int B, int T, const ModelOptions& option
 #endif
 }
 
-Peak device_peak(const ModelOptions& options, int threads, const Ranks& ranks) {
+Peak device_peak(const ModelOptions& options, int threads) {
     Peak peak;
     if (options.device == Device::cpu) {
         peak.flops = peak.measured = measured_peak(options.dtype, threads);
         return peak;
     }
-    const Gpu on = gpu(ranks);
+    const Gpu on = gpu();
     peak.flops = peak.measured = measured_gpu_flops(options.dtype);
     if (options.dtype == DType::bf16 && data_sheet_bf16_flops(on.name) > 0)
         peak.flops = data_sheet_bf16_flops(on.name);

@@ -13,7 +13,8 @@ std::string why_no_gpu() {
     return "this build has no CUDA (`make` says why when it begins afresh)";
 }
 
-Gpu gpu(const Ranks&) { fail(why_no_gpu()); }
+void use_gpu(const Ranks&) { fail(why_no_gpu()); }
+Gpu gpu() { fail(why_no_gpu()); }
 double measured_gpu_flops(DType) { fail(why_no_gpu()); }
 Bandwidth measured_gpu_bandwidth() { fail(why_no_gpu()); }
 

@@ -29,11 +29,14 @@ struct Gpu {
     int driver = 0, runtime = 0;  // CUDA's versions, as 1000 · major + 10 · minor
 };
 
-// The GPU of this process, which becomes CUDA's current one: ranks of one machine take one each, in
-// their order. Throws why_no_gpu().
-Gpu gpu(const Ranks& ranks);
+// Chooses this process's GPU, CUDA's first otherwise: ranks of one machine take one each, in their
+// order. Throws why_no_gpu().
+void use_gpu(const Ranks& ranks);
 
-// Of the current GPU. FLOP/s of an 8192 × 8192 × 8192 product of random numbers by cuBLASLt
+// The GPU of this process. Throws why_no_gpu().
+Gpu gpu();
+
+// Of that GPU. FLOP/s of an 8192 × 8192 × 8192 product of random numbers by cuBLASLt
 // (float32 without TF32), the best of several, and bytes a second of device memory. Both take about
 // half a gigabyte while they run; what is slow or has little memory is measured on less.
 double measured_gpu_flops(DType dtype);

@@ -140,7 +140,7 @@ int eval(const Options& o, const Ranks& ranks) {
     Loader loader(source, T, 0, false);
     const ModelOptions options = model_options(o, false, trained.dtype());
     check_devices(options, ranks);
-    check_memory(trained.config, int(o.batch), T, options, ranks);
+    check_memory(trained.config, int(o.batch), T, options);
     std::unique_ptr<Model> model = make_model(trained.config, int(o.batch), T, options, ranks);
     load_weights(*model, trained.path);
     Evaluation e = evaluate(*model, loader, ranks, int(o.batch), T, wanted);

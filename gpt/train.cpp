@@ -287,7 +287,7 @@ void open_directory(Run& run, bool goes_on) {
 
 // Weights, moments and the place in the data, of a new run or of one that goes on.
 void start(Run& run, const std::string& resume_from) {
-    check_memory(run.config, run.B, run.T, run.numbers, run.ranks);
+    check_memory(run.config, run.B, run.T, run.numbers);
     run.inputs.resize(size_t(run.micro_batches) * run.B * run.T);
     run.targets.resize(run.inputs.size());
     run.model = make_model(run.config, run.B, run.T, run.numbers, run.ranks);
@@ -428,7 +428,7 @@ int train(Options options, const Ranks& ranks) {
     prepare(run, resume_from);
     ranks.barrier(); // the peak is that of all at once
     if (!o.dry_run) {
-        run.peak = device_peak(run.numbers, run.threads, ranks);
+        run.peak = device_peak(run.numbers, run.threads);
         run.peak.flops = ranks.sum(run.peak.flops);
         run.peak.measured = ranks.sum(run.peak.measured);
     }
