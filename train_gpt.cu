@@ -2026,7 +2026,116 @@ Gpu gpu() {
     return g;
 }
 
-double measured_gpu_flops(DType) { fail("measured_gpu_flops: not yet"); }
-Bandwidth measured_gpu_bandwidth() { fail("measured_gpu_bandwidth: not yet"); }
+namespace cuda {
+
+// Seconds of the fastest of so many runs of what `run` enqueues, after one that is not counted.
+template <class Run> double fastest(int runs, cudaStream_t stream, const Run& run) {
+    struct Events {
+        cudaEvent_t start = nullptr, stop = nullptr;
+        Events() {
+            CUDA(cudaEventCreate(&start));
+            CUDA(cudaEventCreate(&stop));
+        }
+        ~Events() { cudaEventDestroy(start), cudaEventDestroy(stop); }
+    } events;
+    run();
+    float best = INFINITY;
+    for (int i = 0; i < runs; i++) {
+        float milliseconds = 0;
+        CUDA(cudaEventRecord(events.start, stream));
+        run();
+        CUDA(cudaEventRecord(events.stop, stream));
+        CUDA(cudaEventSynchronize(events.stop));
+        CUDA(cudaEventElapsedTime(&milliseconds, events.start, events.stop));
+        best = std::min(best, milliseconds);
+    }
+    return std::max(double(best), 1e-3) / 1e3;
+}
+
+// Uniform in (−1, 1): a GPU multiplies zeros or ones faster, since it then needs less power.
+template <class S> __global__ static void random_kernel(S* x, int64_t n) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        uint32_t bits = uint32_t(i) * 0x9E3779B9u;
+        bits = (bits ^ bits >> 16) * 0x21F0AAADu;
+        bits = (bits ^ bits >> 15) * 0xD35A2D97u;
+        x[i] = S(float(bits ^ bits >> 15) * 0x1p-31f - 1.0f);
+    }
+}
+
+template <class S> static double product_flops(int n) {
+    Stream stream;
+    Products products(stream);
+    const int64_t size = int64_t(n) * n;
+    Array<S> a(size), b(size), out(size);
+    CUDA(cudaDeviceSynchronize()); // their zeros are written
+    launch(random_kernel<S>, blocks_for(size, 4096), 256, 0, stream, a, size);
+    launch(random_kernel<S>, blocks_for(size, 4096), 256, 0, stream, b, size);
+    auto product = [&] {
+        linear_forward(products, out + 0, n, static_cast<const S*>(a), static_cast<const S*>(b),
+                       static_cast<const S*>(nullptr), n, n, n, stream);
+    };
+    return 2.0 * n * n * n / fastest(20, stream, product);
+}
+
+enum class Access { read, write, update };
+
+// All of x (n), in place.
+template <Access access>
+__global__ static void access_kernel(float4* x, int64_t n, float factor, float term) {
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        const float4 v = access == Access::write ? make_float4(factor, term, factor, term) : x[i];
+        if (access == Access::read)
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        else
+            x[i] = make_float4(factor * v.x + term, factor * v.y + term, factor * v.z + term,
+                               factor * v.w + term);
+    }
+    // Never so, but the compiler cannot know that nobody wants the sum.
+    if (access == Access::read && sum.x + sum.y + sum.z + sum.w == -1.0f) x[0] = sum;
+}
+
+static Bandwidth access_bandwidth(int64_t bytes) {
+    Stream stream;
+    const int64_t n = bytes / int64_t(sizeof(float4));
+    Array<float> memory(n * 4);
+    CUDA(cudaDeviceSynchronize()); // its zeros are written
+    float4* x = reinterpret_cast<float4*>(memory + 0);
+    const int blocks = std::min(16 * gpu().multiprocessors, blocks_for(n, 256));
+    auto rate = [&](auto* kernel, double accesses) {
+        return accesses * double(bytes) / fastest(10, stream, [&] {
+                   launch(kernel, blocks, 256, 0, stream, x, n, 0.999f, 1e-3f);
+               });
+    };
+    Bandwidth b;
+    b.read = rate(access_kernel<Access::read>, 1);
+    b.write = rate(access_kernel<Access::write>, 1);
+    b.update = rate(access_kernel<Access::update>, 2);
+    return b;
+}
+
+} // namespace cuda
+
+double measured_gpu_flops(DType dtype) {
+    auto measure = [](auto scalar) {
+        using S = decltype(scalar);
+        const int small = 256, large = 8192;
+        const double flops = cuda::product_flops<S>(small);
+        const bool slow = 2.0 * large * large * large / flops > 10; // seconds; most GPUs take 0.3
+        const bool fits = 4 * int64_t(sizeof(S)) * large * large < gpu().free;
+        return slow || !fits ? flops : cuda::product_flops<S>(large);
+    };
+    return dtype == DType::bf16 ? measure(cuda::bf16()) : measure(0.0f);
+}
+
+Bandwidth measured_gpu_bandwidth() {
+    const int64_t small = 1 << 20, large = int64_t(1) << 30; // bytes; the largest caches have 1e8
+    const Bandwidth b = cuda::access_bandwidth(small);
+    const bool slow = double(large) / b.read > 1; // second
+    return slow || 2 * large > gpu().free ? b : cuda::access_bandwidth(large);
+}
 
 } // namespace lns

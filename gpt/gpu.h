@@ -36,9 +36,9 @@ void use_gpu(const Ranks& ranks);
 // The GPU of this process. Throws why_no_gpu().
 Gpu gpu();
 
-// Of that GPU. FLOP/s of an 8192 × 8192 × 8192 product of random numbers by cuBLASLt
-// (float32 without TF32), the best of several, and bytes a second of device memory. Both take about
-// half a gigabyte while they run; what is slow or has little memory is measured on less.
+// Of that GPU. FLOP/s of an 8192 × 8192 × 8192 product of random numbers by cuBLASLt (float32
+// without TF32) and bytes a second of device memory, each the best of several. They take up to a
+// gigabyte while they run; where that is too much, or the GPU is very slow, they measure on less.
 double measured_gpu_flops(DType dtype);
 Bandwidth measured_gpu_bandwidth();
 
