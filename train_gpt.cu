@@ -779,7 +779,7 @@ template <class S, int D> struct Tile {
     // Begins to copy ROWS rows from memory. What is not among the first `rows` of them, or the
     // first `columns` of a row, becomes 0.
     template <int ROWS>
-    __device__ void load(const S* from, int64_t from_stride, int rows, int columns) const {
+    __device__ void load(const S* from, int from_stride, int rows, int columns) const {
         const int chunks = D / per_chunk;
         static_assert(ROWS * chunks % attention_threads == 0);
 #pragma unroll
@@ -1158,16 +1158,15 @@ __global__ static void __launch_bounds__(attention_threads)
     const S* rows = qkv + int64_t(b) * a.T * a.row();
     const int t0 = a.first + (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
     const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
-    auto load = [&](int key) { // even tiles of keys to the first half, odd ones to the second
+    auto load = [&](int key, int place) {
         const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
-        const int place = key % (2 * STEP);
         k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
         v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
         copy_async_commit();
     };
     q_tile.template load<ROWS>(rows + int64_t(t0) * a.row() + h * a.HS, a.row(), a.T - t0, a.HS);
     copy_async_commit();
-    load(0);
+    load(0, 0);
     copy_async_wait<1>();
     __syncthreads();
     const auto q = left_factor<HELD, M>(q_tile, warp_row);
@@ -1175,13 +1174,13 @@ __global__ static void __launch_bounds__(attention_threads)
     const float c = a.scale() * log2_e;
     Sums<M, D> o = {};
     OnlineSoftmax<M> softmax;
-    for (int key = 0; key < seen; key += STEP) {
+    for (int key = 0, place = 0; key < seen; key += STEP, place ^= STEP) {
         copy_async_wait<0>();
         __syncthreads(); // the tile is there, and nobody reads the one before it any more
-        if (key + STEP < seen) load(key + STEP);
+        if (key + STEP < seen) load(key + STEP, place ^ STEP);
         if (t >= a.T || key >= t + 16 * M) continue; // nothing that this warp's rows see
-        const auto k = k_tiles.from_row(key % (2 * STEP));
-        const auto v = v_tiles.from_row(key % (2 * STEP));
+        const auto k = k_tiles.from_row(place);
+        const auto v = v_tiles.from_row(place);
         Sums<M, STEP> s = {};
         multiply_transposed(s, q, k);
         if (key + STEP > t + 1)
@@ -1268,9 +1267,8 @@ __global__ static void __launch_bounds__(attention_threads)
     const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
     const int64_t at = int64_t(turn.head) * a.T;                         // in lse and delta
     const int64_t o_at = int64_t(b) * a.T * a.q_width() + h * a.HS;      // in out and dout
-    auto load = [&](int key) {
+    auto load = [&](int key, int place) {
         const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
-        const int place = key % (2 * STEP);
         k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
         v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
         copy_async_commit();
@@ -1279,7 +1277,7 @@ __global__ static void __launch_bounds__(attention_threads)
     do_tile.template load<ROWS>(dout + o_at + int64_t(t0) * a.q_width(), a.q_width(), a.T - t0,
                                 a.HS);
     copy_async_commit();
-    load(0);
+    load(0, 0);
     output_dot<M, D>(dots + warp_row, delta + at + t, dout + o_at + int64_t(t) * a.q_width(),
                      out + o_at + int64_t(t) * a.q_width(), a.q_width(), a.T - t, a.HS);
     copy_async_wait<1>();
@@ -1296,13 +1294,13 @@ __global__ static void __launch_bounds__(attention_threads)
         row_lse[i / 2][i % 2] = t + row < a.T ? log2_e * lse[at + t + row] : INFINITY;
         dot[i / 2][i % 2] = dots[warp_row + row];
     }
-    for (int key = 0; key < seen; key += STEP) {
+    for (int key = 0, place = 0; key < seen; key += STEP, place ^= STEP) {
         copy_async_wait<0>();
         __syncthreads();
-        if (key + STEP < seen) load(key + STEP);
+        if (key + STEP < seen) load(key + STEP, place ^ STEP);
         if (t >= a.T || key >= t + 16 * M) continue;
-        const auto k = k_tiles.from_row(key % (2 * STEP));
-        const auto v = v_tiles.from_row(key % (2 * STEP));
+        const auto k = k_tiles.from_row(place);
+        const auto v = v_tiles.from_row(place);
         Sums<M, STEP> s = {}, ds = {};
         multiply_transposed(s, q, k);
         multiply_transposed(ds, dO, v); // dP as yet
@@ -1349,19 +1347,17 @@ __global__ static void __launch_bounds__(attention_threads)
     const S* rows = qkv + int64_t(b) * a.T * a.row();
     const int key0 = turn.tile * ROWS;
     const int warp_row = threadIdx.x / warp * 16 * M, key = key0 + warp_row;
-    const int steps_each = (a.T - key0 + STEP - 1) / STEP, steps = group * steps_each;
-    float next_lse = 0, next_dot = 0; // of a query of the tile that is on its way
-    auto load = [&](int step) {
-        const int h = kv * group + step / steps_each, t0 = key0 + step % steps_each * STEP;
-        const int place = step % 2 * STEP;
-        q_tiles.from_row(place).template load<STEP>(rows + int64_t(t0) * a.row() + h * a.HS,
-                                                    a.row(), a.T - t0, a.HS);
-        do_tiles.from_row(place).template load<STEP>(
-            dout + (int64_t(b) * a.T + t0) * a.q_width() + h * a.HS, a.q_width(), a.T - t0, a.HS);
+    const int steps = group * ((a.T - key0 + STEP - 1) / STEP);
+    int next_h = kv * group, next_t = key0; // the tile of queries that is on its way
+    float next_lse = 0, next_dot = 0;       // of one of them
+    auto load = [&](int place) {
+        const S* q = rows + int64_t(next_t) * a.row() + next_h * a.HS;
+        const S* dO = dout + (int64_t(b) * a.T + next_t) * a.q_width() + next_h * a.HS;
+        q_tiles.from_row(place).template load<STEP>(q, a.row(), a.T - next_t, a.HS);
+        do_tiles.from_row(place).template load<STEP>(dO, a.q_width(), a.T - next_t, a.HS);
         copy_async_commit();
-        const int t = t0 + threadIdx.x;
-        const bool there = threadIdx.x < STEP && t < a.T;
-        const int64_t at = (int64_t(b) * a.NH + h) * a.T + t;
+        const bool there = threadIdx.x < STEP && next_t + int(threadIdx.x) < a.T;
+        const int64_t at = (int64_t(b) * a.NH + next_h) * a.T + next_t + threadIdx.x;
         next_lse = there ? log2_e * lse[at] : INFINITY; // a probability of 0
         next_dot = there ? delta[at] : 0;
     };
@@ -1373,19 +1369,21 @@ __global__ static void __launch_bounds__(attention_threads)
     copy_async_wait<1>();
     __syncthreads();
     const auto k = left_factor<HELD, M>(k_tile, warp_row);
-    const auto v = left_factor<HELD, M>(v_tile, warp_row);
+    const auto v = left_factor<false, M>(v_tile, warp_row);
 
     const float c = a.scale() * log2_e;
     Sums<M, D> dk = {}, dv = {};
-    for (int step = 0; step < steps; step++) {
-        const int t = key0 + step % steps_each * STEP, place = step % 2 * STEP;
+    for (int step = 0, place = 0; step < steps; step++, place ^= STEP) {
+        const int t = next_t;
         copy_async_wait<0>();
         if (threadIdx.x < STEP) {
             lses[place + threadIdx.x] = next_lse;
             dots[place + threadIdx.x] = next_dot;
         }
         __syncthreads();
-        if (step + 1 < steps) load(step + 1);
+        next_t += STEP;
+        if (next_t >= a.T) next_t = key0, next_h++;
+        if (step + 1 < steps) load(place ^ STEP);
         if (key >= a.T || t + STEP <= key) continue; // no query that sees this warp's keys
         const auto q = q_tiles.from_row(place), dO = do_tiles.from_row(place);
         Sums<M, STEP> p = {}, ds = {}; // (keys, queries); scores and dP as yet
