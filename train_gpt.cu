@@ -1459,6 +1459,711 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_
     add_partial_sums(dk_weight, scratch + Q, parts, Q + K, K, stream);
 }
 
+// FlashAttention-2 (arXiv 2307.08691): a block of 4 warps holds the rows of one tile of queries (or
+// keys, in the backward pass) and goes through the tiles of keys (queries) that they see, two in
+// shared memory at a time: one to compute with, one on its way. The scores exist a tile at a time,
+// in registers. What follows are its tiles, with three verbs: load, multiply, store.
+
+const int attention_warps = 4, attention_threads = attention_warps * warp;
+
+// Rows of D numbers in shared memory, moved in chunks of 16 bytes. ldmatrix reads the same chunk of
+// 8 rows at once: those of bf16 are permuted within a row, by the row's number, so that the 8 lie
+// in different banks. Rows of float are padded for the same end.
+template <class S, int D> struct Tile {
+    static constexpr int per_chunk = 16 / sizeof(S);
+    static constexpr int stride = sizeof(S) == 2 ? D : D + per_chunk;
+    static __host__ __device__ constexpr int size(int rows) { return rows * stride; }
+
+    S* at;
+
+    __device__ S* chunk(int row, int c) const {
+        const int place = sizeof(S) == 2 ? c ^ (row % 8) : c;
+        return at + row * stride + place * per_chunk;
+    }
+    __device__ Tile from_row(int row) const { return {at + row * stride}; } // a multiple of 8
+
+    // Begins to copy ROWS rows from memory. What is not among the first `rows` of them, or the
+    // first `columns` of a row, becomes 0.
+    template <int ROWS>
+    __device__ void load(const S* from, int from_stride, int rows, int columns) const {
+        const int chunks = D / per_chunk;
+        static_assert(ROWS * chunks % attention_threads == 0);
+#pragma unroll
+        for (int i = 0; i < ROWS * chunks; i += attention_threads) {
+            const int row = (i + threadIdx.x) / chunks, c = (i + threadIdx.x) % chunks;
+            copy_async(chunk(row, c), from + row * from_stride + c * per_chunk,
+                       row < rows && c * per_chunk < columns);
+        }
+    }
+};
+
+// Cuts a block's shared memory into tiles.
+template <class S> struct TileMemory {
+    S* at;
+    template <int D> __device__ Tile<S, D> take(int rows) {
+        const Tile<S, D> tile = {at};
+        at += Tile<S, D>::size(rows);
+        return tile;
+    }
+};
+
+// 16·M rows of N sums, a warp's own, in its lanes' registers as mma leaves them.
+template <int M, int N> struct Sums {
+    float x[M][N / 8][4];
+
+    static __device__ int row(int m, int e) { return 16 * m + e / 2 * 8 + threadIdx.x % warp / 4; }
+    static __device__ int column(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e % 2; }
+};
+
+template <int M, int N> __device__ inline void scale_sums(Sums<M, N>& sums, float factor) {
+#pragma unroll
+    for (int i = 0; i < M * N / 2; i++) sums.x[i / 4 / (N / 8)][i / 4 % (N / 8)][i % 4] *= factor;
+}
+
+// The left factor of a product: rows of a tile, from `row` on, read when they are needed …
+template <class S, int D> struct TileRows {
+    static constexpr int columns = D;
+    Tile<S, D> tile;
+    int row;
+
+    __device__ void fragment(uint32_t (&a)[4], int m, int k) const {
+        const int lane = threadIdx.x % warp;
+        ldmatrix(a, tile.chunk(row + 16 * m + lane % 16, 2 * k + lane / 16));
+    }
+};
+// … or 16·M rows of bf16 in registers, as mma takes them.
+template <int M, int K> struct Fragments {
+    static constexpr int columns = K;
+    uint32_t x[M][K / 16][4];
+
+    __device__ void fragment(uint32_t (&a)[4], int m, int k) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = x[m][k][i];
+    }
+};
+
+// Rows of a tile, read into registers now if they are to be HELD there.
+template <bool HELD, int M, class S, int D>
+__device__ inline auto left_factor(Tile<S, D> tile, int row) {
+    const TileRows<S, D> rows = {tile, row};
+    if constexpr (HELD) {
+        Fragments<M, D> held;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) rows.fragment(held.x[m][k], m, k);
+        return held;
+    } else {
+        return rows;
+    }
+}
+
+// Sums, rounded: two neighbours of 8 columns are the fragment of 16 that they need to be. float
+// goes by way of `scratch`, a tile of the warp's own.
+template <int M, int N>
+__device__ inline Fragments<M, N> left_factor(const Sums<M, N>& sums, Tile<bf16, N>) {
+    Fragments<M, N> rounded;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int k = 0; k < N / 16; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = sums.x[m][2 * k + i / 2] + i % 2 * 2;
+                rounded.x[m][k][i] = pack_bf16(pair[0], pair[1]);
+            }
+    return rounded;
+}
+template <int M, int N>
+__device__ inline TileRows<float, N> left_factor(const Sums<M, N>& sums, Tile<float, N> scratch) {
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                scratch.at[sums.row(m, e) * scratch.stride + sums.column(n, e)] = sums.x[m][n][e];
+    __syncwarp();
+    return {scratch, 0};
+}
+
+// sums += left · rightᵀ, of N rows of right.
+template <int M, int N, class Left, int D>
+__device__ inline void multiply_transposed(Sums<M, N>& sums, const Left& left,
+                                           Tile<bf16, D> right) {
+    const int lane = threadIdx.x % warp;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) left.fragment(a[m], m, k);
+#pragma unroll
+        for (int n = 0; n < N / 8; n += 2) {
+            uint32_t b[4]; // 16 rows, 16 columns
+            ldmatrix(b, right.chunk(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(sums.x[m][n], a[m], b[0], b[1]);
+                mma(sums.x[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+template <int M, int N, int D>
+__device__ inline void multiply_transposed(Sums<M, N>& sums, const TileRows<float, D>& left,
+                                           Tile<float, D> right) {
+    const int stride = right.stride;
+    for (int k = 0; k < D; k++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sums.x[m][n][e] += left.tile.at[(left.row + sums.row(m, e)) * stride + k] *
+                                       right.at[sums.column(n, e) * stride + k];
+}
+
+// sums += left · right, of as many rows of right as left has columns.
+template <int M, int N, class Left>
+__device__ inline void multiply(Sums<M, N>& sums, const Left& left, Tile<bf16, N> right) {
+    const int lane = threadIdx.x % warp;
+#pragma unroll
+    for (int k = 0; k < Left::columns / 16; k++) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) left.fragment(a[m], m, k);
+#pragma unroll
+        for (int n = 0; n < N / 8; n += 2) {
+            uint32_t b[4]; // 16 rows, 16 columns
+            ldmatrix_transposed(b, right.chunk(16 * k + lane % 16, n + lane / 16));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(sums.x[m][n], a[m], b[0], b[1]);
+                mma(sums.x[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+template <int M, int N, int K>
+__device__ inline void multiply(Sums<M, N>& sums, const TileRows<float, K>& left,
+                                Tile<float, N> right) {
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sums.x[m][n][e] +=
+                        left.tile.at[(left.row + sums.row(m, e)) * left.tile.stride + k] *
+                        right.at[k * right.stride + sums.column(n, e)];
+}
+
+// Where a warp's sums become rows of memory, 16 at a time: floats of its own, padded for the banks.
+template <int D> const int store_stride = D + 8;
+template <int D> const int store_size = attention_warps * 16 * store_stride<D>;
+
+// The first `rows` rows of sums, `columns` of each, to memory. If there is a table, from the first
+// row's cos and sin on: turned back by it, channel i with channel i + channels/2.
+template <class S, int M, int D>
+__device__ inline void store(S* to, int64_t stride, int rows, int columns, const Sums<M, D>& sums,
+                             float* memory, const CosSin* table = nullptr, int channels = 0) {
+    const int half = channels / 2, chunks = D / 8;
+    float* own = memory + threadIdx.x / warp * 16 * store_stride<D>;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2)
+                *reinterpret_cast<float2*>(own + sums.row(0, e) * store_stride<D> +
+                                           sums.column(n, e)) =
+                    make_float2(sums.x[m][n][e], sums.x[m][n][e + 1]);
+        __syncwarp();
+        for (int i = threadIdx.x % warp; i < 16 * chunks; i += warp) {
+            const int row = 16 * m + i / chunks, column = i % chunks * 8;
+            if (row >= rows || column >= columns) continue;
+            const float* from = own + i / chunks * store_stride<D>;
+            float x[8];
+            load8(x, from + column);
+            for (int j = 0; j < 8 && table; j++) {
+                const int channel = column + j;
+                if (channel >= channels) break;
+                const bool first = channel < half;
+                const CosSin turn = table[int64_t(row) * half + (first ? channel : channel - half)];
+                x[j] = x[j] * turn.cos +
+                       (first ? from[channel + half] : -from[channel - half]) * turn.sin;
+            }
+            store8(to + row * stride + column, x);
+        }
+    }
+}
+
+// How much a warp has at once: 16·M rows of its own, STEP of the others, and of its own whether
+// they are HELD in registers. Chosen so that nothing spills, and so that two blocks or more are on
+// a multiprocessor where there are tensor cores to keep busy.
+template <class S, int D> struct AttentionTiles { // float
+    static constexpr int step = D == 64 ? 32 : 8;
+    static constexpr int forward_m = 1, forward_step = step, dq_m = 1, dq_step = step, dkv_m = 1,
+                         dkv_step = step;
+    static constexpr bool forward_held = false, dq_held = false, dkv_held = false;
+};
+template <> struct AttentionTiles<bf16, 64> {
+    static constexpr int forward_m = 2, forward_step = 64, dq_m = 2, dq_step = 32, dkv_m = 2,
+                         dkv_step = 32;
+    static constexpr bool forward_held = true, dq_held = true, dkv_held = false;
+};
+template <> struct AttentionTiles<bf16, 128> {
+    static constexpr int forward_m = 2, forward_step = 32, dq_m = 1, dq_step = 32, dkv_m = 1,
+                         dkv_step = 32;
+    static constexpr bool forward_held = false, dq_held = true, dkv_held = true;
+};
+
+// Which tile of which head (of b · heads + h) a block has. Blocks begin in the order of their
+// numbers: heads come in groups that fit into L2 together, and of a group first all tiles with the
+// most work.
+struct Turn {
+    int tile, head;
+
+    __device__ Turn(int tiles, int heads, int heads_at_once) {
+        const int group = blockIdx.x / (tiles * heads_at_once);
+        const int i = blockIdx.x % (tiles * heads_at_once);
+        const int here = min(heads_at_once, heads - group * heads_at_once);
+        tile = i / here, head = group * heads_at_once + i % here;
+    }
+};
+// bytes_each: what all blocks of a head read.
+inline int heads_that_fit(int heads, int64_t bytes_each) {
+    return int(std::clamp<int64_t>((int64_t(16) << 20) / bytes_each, 1, heads));
+}
+
+inline void check_head_size(const AttentionShape& a) {
+    if (a.HS > 128)
+        fail("attention on a GPU has heads of at most 128 channels, this model's have " +
+             std::to_string(a.channels) + ": train it with more heads, or with --device cpu");
+}
+
+// Numbers of a block's shared memory: tiles of `tiles` rows in all, with room for what stores, and
+// in float each warp's scratch (in bf16 none, but one is asked for).
+template <class S, int D> __host__ __device__ constexpr int attention_tile_numbers(int tiles) {
+    const int to_store = store_size<D> * int(sizeof(float) / sizeof(S));
+    return Tile<S, D>::size(tiles) > to_store ? Tile<S, D>::size(tiles) : to_store;
+}
+template <class S, int M, int STEP>
+constexpr int attention_scratch = sizeof(S) == 2 ? 0 : attention_warps* Tile<S, STEP>::size(16 * M);
+template <int M, class S, int STEP> __device__ inline Tile<S, STEP> own_scratch(S* scratch) {
+    return {scratch + attention_scratch<S, M, STEP> / attention_warps * (threadIdx.x / warp)};
+}
+
+const float log2_e = 1.44269504f, ln_2 = 0.693147181f;
+
+// A row's exponentials are 2^(c (score − reference)). The reference is the largest score so far,
+// or has been: it follows, and what was summed is scaled, once a score exceeds it by a factor of
+// 2⁸. That is exact all the same, and rarely happens.
+template <int M> struct OnlineSoftmax {
+    float reference[M][2], sum[M][2];
+
+    __device__ OnlineSoftmax() {
+#pragma unroll
+        for (int i = 0; i < 2 * M; i++) reference[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0;
+    }
+
+    // The scores s become exponentials. o: what those so far have weighted.
+    template <int N, int D> __device__ void step(Sums<M, N>& s, Sums<M, D>& o, float c) {
+        float largest[M][2];
+        bool outgrown = false;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float x = -INFINITY;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+                    x = fmaxf(x, fmaxf(s.x[m][n][2 * i], s.x[m][n][2 * i + 1]));
+                x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1)); // 4 lanes have a row
+                x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+                largest[m][i] = x;
+                outgrown |= c * (x - reference[m][i]) > 8;
+            }
+        if (__any_sync(0xFFFFFFFFu, outgrown)) {
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float next = fmaxf(reference[m][i], largest[m][i]);
+                    const float factor = fast_exp2(c * (reference[m][i] - next));
+                    reference[m][i] = next, sum[m][i] *= factor;
+#pragma unroll
+                    for (int n = 0; n < D / 8; n++)
+                        o.x[m][n][2 * i] *= factor, o.x[m][n][2 * i + 1] *= factor;
+                }
+        }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float& x = s.x[m][n][e];
+                    x = fast_exp2(c * x - c * reference[m][e / 2]);
+                    sum[m][e / 2] += x;
+                }
+    }
+
+    // o becomes the mean, lse (of the warp's first row) the logarithm of each row's denominator.
+    template <int D> __device__ void finish(Sums<M, D>& o, float* lse, int rows, float c) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float x = sum[m][i];
+                x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+                x += __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+                const int row = o.row(m, 2 * i);
+                if (threadIdx.x % 4 == 0 && row < rows)
+                    lse[row] = ln_2 * (c * reference[m][i] + fast_log2(x));
+                const float inverse = 1.0f / x;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++)
+                    o.x[m][n][2 * i] *= inverse, o.x[m][n][2 * i + 1] *= inverse;
+            }
+    }
+};
+
+// Scores whose (row, column) is `hidden` become −∞: a probability of 0.
+template <int M, int N, class Hidden>
+__device__ inline void hide(Sums<M, N>& s, const Hidden& hidden) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (hidden(s.row(m, e), s.column(n, e))) s.x[m][n][e] = -INFINITY;
+}
+
+template <class S, int D, int M, int STEP, bool HELD>
+__global__ static void __launch_bounds__(attention_threads)
+    attention_forward_kernel(S* out, float* lse, const S* qkv, AttentionShape a,
+                             int heads_at_once) {
+    const int ROWS = attention_warps * 16 * M;
+    SharedMemory shared;
+    S* numbers = shared.take<S>(attention_tile_numbers<S, D>(ROWS + 4 * STEP));
+    S* scratch = shared.take<S>(attention_scratch<S, M, STEP>);
+    TileMemory<S> memory = {numbers};
+    const auto q_tile = memory.template take<D>(ROWS);
+    const auto k_tiles = memory.template take<D>(2 * STEP);
+    const auto v_tiles = memory.template take<D>(2 * STEP);
+
+    const int tiles = (a.T - a.first + ROWS - 1) / ROWS;
+    const Turn turn(tiles, a.B * a.NH, heads_at_once);
+    const int b = turn.head / a.NH, h = turn.head % a.NH, kv = h / (a.NH / a.KVH);
+    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const int t0 = a.first + (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
+    const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
+    auto load = [&](int key, int place) {
+        const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
+        k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
+        v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
+        copy_async_commit();
+    };
+    q_tile.template load<ROWS>(rows + int64_t(t0) * a.row() + h * a.HS, a.row(), a.T - t0, a.HS);
+    copy_async_commit();
+    load(0, 0);
+    copy_async_wait<1>();
+    __syncthreads();
+    const auto q = left_factor<HELD, M>(q_tile, warp_row);
+
+    const float c = a.scale() * log2_e;
+    Sums<M, D> o = {};
+    OnlineSoftmax<M> softmax;
+    for (int key = 0, place = 0; key < seen; key += STEP, place ^= STEP) {
+        copy_async_wait<0>();
+        __syncthreads(); // the tile is there, and nobody reads the one before it any more
+        if (key + STEP < seen) load(key + STEP, place ^ STEP);
+        if (t >= a.T || key >= t + 16 * M) continue; // nothing that this warp's rows see
+        const auto k = k_tiles.from_row(place);
+        const auto v = v_tiles.from_row(place);
+        Sums<M, STEP> s = {};
+        multiply_transposed(s, q, k);
+        if (key + STEP > t + 1)
+            hide(s, [=](int row, int column) { return key + column > t + row; });
+        softmax.step(s, o, c);
+        multiply(o, left_factor(s, own_scratch<M, S, STEP>(scratch)), v);
+    }
+    softmax.finish(o, lse + int64_t(turn.head) * a.T + t, a.T - t, c);
+    __syncthreads();
+    store(out + (int64_t(b) * a.T + t) * a.q_width() + h * a.HS, a.q_width(), a.T - t, a.HS, o,
+          reinterpret_cast<float*>(numbers));
+}
+
+template <class S, int D>
+void attention_forward_tiles(S* out, float* lse, const S* qkv, const AttentionShape& a,
+                             cudaStream_t stream) {
+    using Tiles = AttentionTiles<S, D>;
+    const int M = Tiles::forward_m, STEP = Tiles::forward_step;
+    const int ROWS = attention_warps * 16 * M, group = a.NH / a.KVH, heads = a.B * a.NH;
+    const size_t shared = shared_bytes<S>(attention_tile_numbers<S, D>(ROWS + 4 * STEP)) +
+                          shared_bytes<S>(attention_scratch<S, M, STEP>);
+    launch(attention_forward_kernel<S, D, M, STEP, Tiles::forward_held>,
+           blocks_for(a.T - a.first, ROWS) * heads, attention_threads, shared, stream, out, lse,
+           qkv, a, heads_that_fit(heads, 2 * int64_t(sizeof(S)) * a.T * a.HS / group));
+}
+
+// out (B, T, NH·HS) = softmax(q kᵀ · scale) v, causal: position t sees 0 … t. Keeps lse (B, NH, T),
+// the logarithm of each softmax's denominator.
+template <class S>
+void attention_forward(S* out, float* lse, const S* qkv, const AttentionShape& a,
+                       cudaStream_t stream) {
+    check_head_size(a);
+    if (a.HS <= 64)
+        attention_forward_tiles<S, 64>(out, lse, qkv, a, stream);
+    else
+        attention_forward_tiles<S, 128>(out, lse, qkv, a, stream);
+}
+
+// dO · O of a warp's 16·M rows, in shared and in global memory.
+template <int M, int D, class S>
+__device__ inline void output_dot(float* shared, float* delta, const S* dout, const S* out,
+                                  int64_t stride, int rows, int columns) {
+    const int lanes = D / 8, lane = threadIdx.x % warp; // so many have a row
+#pragma unroll
+    for (int i = 0; i < 16 * M; i += warp / lanes) {
+        const int row = i + lane / lanes, column = lane % lanes * 8;
+        float sum = 0;
+        if (row < rows && column < columns) {
+            float x[8], dx[8];
+            load8(x, out + row * stride + column);
+            load8(dx, dout + row * stride + column);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum += x[j] * dx[j];
+        }
+#pragma unroll
+        for (int offset = lanes / 2; offset > 0; offset /= 2)
+            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+        if (column == 0) {
+            shared[row] = sum;
+            if (row < rows) delta[row] = sum;
+        }
+    }
+}
+
+template <class S, int D, int M, int STEP, bool HELD>
+__global__ static void __launch_bounds__(attention_threads)
+    attention_dq_kernel(S* dqkv, const S* dout, const S* out, const S* qkv, const float* lse,
+                        const CosSin* table, float* delta, AttentionShape a, int heads_at_once) {
+    const int ROWS = attention_warps * 16 * M;
+    SharedMemory shared;
+    S* numbers = shared.take<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP));
+    S* scratch = shared.take<S>(attention_scratch<S, M, STEP>);
+    float* dots = shared.take<float>(ROWS);
+    TileMemory<S> memory = {numbers};
+    const auto q_tile = memory.template take<D>(ROWS), do_tile = memory.template take<D>(ROWS);
+    const auto k_tiles = memory.template take<D>(2 * STEP);
+    const auto v_tiles = memory.template take<D>(2 * STEP);
+
+    const int tiles = (a.T + ROWS - 1) / ROWS;
+    const Turn turn(tiles, a.B * a.NH, heads_at_once);
+    const int b = turn.head / a.NH, h = turn.head % a.NH, kv = h / (a.NH / a.KVH);
+    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const int t0 = (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
+    const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
+    const int64_t at = int64_t(turn.head) * a.T;                         // in lse and delta
+    const int64_t o_at = int64_t(b) * a.T * a.q_width() + h * a.HS;      // in out and dout
+    auto load = [&](int key, int place) {
+        const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
+        k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
+        v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
+        copy_async_commit();
+    };
+    q_tile.template load<ROWS>(rows + int64_t(t0) * a.row() + h * a.HS, a.row(), a.T - t0, a.HS);
+    do_tile.template load<ROWS>(dout + o_at + int64_t(t0) * a.q_width(), a.q_width(), a.T - t0,
+                                a.HS);
+    copy_async_commit();
+    load(0, 0);
+    output_dot<M, D>(dots + warp_row, delta + at + t, dout + o_at + int64_t(t) * a.q_width(),
+                     out + o_at + int64_t(t) * a.q_width(), a.q_width(), a.T - t, a.HS);
+    copy_async_wait<1>();
+    __syncthreads();
+    const auto q = left_factor<HELD, M>(q_tile, warp_row);
+    const auto dO = left_factor<HELD, M>(do_tile, warp_row);
+
+    const float c = a.scale() * log2_e;
+    Sums<M, D> dq = {};
+    float row_lse[M][2], dot[M][2]; // lse in base 2
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        const int row = dq.row(i / 2, i % 2 * 2);
+        row_lse[i / 2][i % 2] = t + row < a.T ? log2_e * lse[at + t + row] : INFINITY;
+        dot[i / 2][i % 2] = dots[warp_row + row];
+    }
+    for (int key = 0, place = 0; key < seen; key += STEP, place ^= STEP) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (key + STEP < seen) load(key + STEP, place ^ STEP);
+        if (t >= a.T || key >= t + 16 * M) continue;
+        const auto k = k_tiles.from_row(place);
+        const auto v = v_tiles.from_row(place);
+        Sums<M, STEP> s = {}, ds = {};
+        multiply_transposed(s, q, k);
+        multiply_transposed(ds, dO, v); // dP as yet
+        if (key + STEP > t + 1)
+            hide(s, [=](int row, int column) { return key + column > t + row; });
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float p = fast_exp2(c * s.x[m][n][e] - row_lse[m][e / 2]);
+                    ds.x[m][n][e] = p * (ds.x[m][n][e] - dot[m][e / 2]);
+                }
+        multiply(dq, left_factor(ds, own_scratch<M, S, STEP>(scratch)), k);
+    }
+    __syncthreads();
+    scale_sums(dq, a.scale());
+    store(dqkv + (int64_t(b) * a.T + t) * a.row() + h * a.HS, a.row(), a.T - t, a.HS, dq,
+          reinterpret_cast<float*>(numbers), table ? table + int64_t(t) * (a.channels / 2) : table,
+          a.channels);
+}
+
+// The same transposed: a block has a tile of keys, and goes through the queries that see them.
+template <class S, int D, int M, int STEP, bool HELD>
+__global__ static void __launch_bounds__(attention_threads)
+    attention_dkv_kernel(S* dqkv, const S* dout, const S* qkv, const float* lse,
+                         const CosSin* table, const float* delta, AttentionShape a,
+                         int heads_at_once) {
+    const int ROWS = attention_warps * 16 * M;
+    SharedMemory shared;
+    S* numbers = shared.take<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP));
+    S* scratch = shared.take<S>(attention_scratch<S, M, STEP>);
+    float* lses = shared.take<float>(2 * STEP); // in base 2
+    float* dots = shared.take<float>(2 * STEP);
+    TileMemory<S> memory = {numbers};
+    const auto k_tile = memory.template take<D>(ROWS), v_tile = memory.template take<D>(ROWS);
+    const auto q_tiles = memory.template take<D>(2 * STEP);
+    const auto do_tiles = memory.template take<D>(2 * STEP);
+
+    const int tiles = (a.T + ROWS - 1) / ROWS, group = a.NH / a.KVH;
+    const Turn turn(tiles, a.B * a.KVH, heads_at_once);
+    const int b = turn.head / a.KVH, kv = turn.head % a.KVH;
+    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const int key0 = turn.tile * ROWS;
+    const int warp_row = threadIdx.x / warp * 16 * M, key = key0 + warp_row;
+    const int steps = group * ((a.T - key0 + STEP - 1) / STEP);
+    int next_h = kv * group, next_t = key0; // the tile of queries that is on its way
+    float next_lse = 0, next_dot = 0;       // of one of them
+    auto load = [&](int place) {
+        const S* q = rows + int64_t(next_t) * a.row() + next_h * a.HS;
+        const S* dO = dout + (int64_t(b) * a.T + next_t) * a.q_width() + next_h * a.HS;
+        q_tiles.from_row(place).template load<STEP>(q, a.row(), a.T - next_t, a.HS);
+        do_tiles.from_row(place).template load<STEP>(dO, a.q_width(), a.T - next_t, a.HS);
+        copy_async_commit();
+        const bool there = threadIdx.x < STEP && next_t + int(threadIdx.x) < a.T;
+        const int64_t at = (int64_t(b) * a.NH + next_h) * a.T + next_t + threadIdx.x;
+        next_lse = there ? log2_e * lse[at] : INFINITY; // a probability of 0
+        next_dot = there ? delta[at] : 0;
+    };
+    const S* kv_rows = rows + int64_t(key0) * a.row() + (a.NH + kv) * a.HS;
+    k_tile.template load<ROWS>(kv_rows, a.row(), a.T - key0, a.HS);
+    v_tile.template load<ROWS>(kv_rows + a.kv_width(), a.row(), a.T - key0, a.HS);
+    copy_async_commit();
+    load(0);
+    copy_async_wait<1>();
+    __syncthreads();
+    const auto k = left_factor<HELD, M>(k_tile, warp_row);
+    const auto v = left_factor<false, M>(v_tile, warp_row);
+
+    const float c = a.scale() * log2_e;
+    Sums<M, D> dk = {}, dv = {};
+    for (int step = 0, place = 0; step < steps; step++, place ^= STEP) {
+        const int t = next_t;
+        copy_async_wait<0>();
+        if (threadIdx.x < STEP) {
+            lses[place + threadIdx.x] = next_lse;
+            dots[place + threadIdx.x] = next_dot;
+        }
+        __syncthreads();
+        next_t += STEP;
+        if (next_t >= a.T) next_t = key0, next_h++;
+        if (step + 1 < steps) load(place ^ STEP);
+        if (key >= a.T || t + STEP <= key) continue; // no query that sees this warp's keys
+        const auto q = q_tiles.from_row(place), dO = do_tiles.from_row(place);
+        Sums<M, STEP> p = {}, ds = {}; // (keys, queries); scores and dP as yet
+        multiply_transposed(p, k, q);
+        multiply_transposed(ds, v, dO);
+        if (t + 1 < key + 16 * M)
+            hide(p, [=](int row, int column) { return t + column < key + row; });
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int query = p.column(n, e);
+                    float& x = p.x[m][n][e];
+                    x = fast_exp2(c * x - lses[place + query]);
+                    ds.x[m][n][e] = x * (ds.x[m][n][e] - dots[place + query]);
+                }
+        const auto own = own_scratch<M, S, STEP>(scratch);
+        multiply(dv, left_factor(p, own), dO);
+        multiply(dk, left_factor(ds, own), q);
+    }
+    __syncthreads();
+    scale_sums(dk, a.scale());
+    S* drows = dqkv + (int64_t(b) * a.T + key) * a.row() + (a.NH + kv) * a.HS;
+    store(drows, a.row(), a.T - key, a.HS, dk, reinterpret_cast<float*>(numbers),
+          table ? table + int64_t(key) * (a.channels / 2) : table, a.channels);
+    store(drows + a.kv_width(), a.row(), a.T - key, a.HS, dv, reinterpret_cast<float*>(numbers));
+}
+
+template <class S, int D>
+void attention_backward_tiles(S* dqkv, const S* dout, const S* out, const S* qkv, const float* lse,
+                              const CosSin* table, float* delta, const AttentionShape& a,
+                              cudaStream_t stream) {
+    using Tiles = AttentionTiles<S, D>;
+    const int group = a.NH / a.KVH;
+    const int64_t head_bytes = 2 * int64_t(sizeof(S)) * a.T * a.HS; // k and v, or q and dout
+    {
+        const int M = Tiles::dq_m, STEP = Tiles::dq_step, ROWS = attention_warps * 16 * M;
+        const int heads = a.B * a.NH;
+        const size_t shared = shared_bytes<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP)) +
+                              shared_bytes<S>(attention_scratch<S, M, STEP>) +
+                              shared_bytes<float>(ROWS);
+        launch(attention_dq_kernel<S, D, M, STEP, Tiles::dq_held>, blocks_for(a.T, ROWS) * heads,
+               attention_threads, shared, stream, dqkv, dout, out, qkv, lse, table, delta, a,
+               heads_that_fit(heads, head_bytes / group));
+    }
+    {
+        const int M = Tiles::dkv_m, STEP = Tiles::dkv_step, ROWS = attention_warps * 16 * M;
+        const int heads = a.B * a.KVH;
+        const size_t shared = shared_bytes<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP)) +
+                              shared_bytes<S>(attention_scratch<S, M, STEP>) +
+                              2 * shared_bytes<float>(2 * STEP);
+        launch(attention_dkv_kernel<S, D, M, STEP, Tiles::dkv_held>, blocks_for(a.T, ROWS) * heads,
+               attention_threads, shared, stream, dqkv, dout, qkv, lse, table, delta, a,
+               heads_that_fit(heads, head_bytes * group));
+    }
+}
+
+// dqkv (B, T, row) from dout (B, T, NH·HS); where there is a table (T, channels/2), of what was
+// rotated by it. With P the softmax and O the output, of a query: dP = dO Vᵀ; dS = P ⊙ (dP − dO ·
+// O); dQ = dS K · scale; dK = dSᵀ Q · scale; dV = Pᵀ dO. delta (B, NH, T): scratch, dO · O. Scores
+// are computed twice, once for dQ and once for dK and dV, so that every sum is one warp's alone.
+template <class S>
+void attention_backward(S* dqkv, const S* dout, const S* out, const S* qkv, const float* lse,
+                        const CosSin* table, float* delta, const AttentionShape& a,
+                        cudaStream_t stream) {
+    check_head_size(a);
+    if (a.HS <= 64)
+        attention_backward_tiles<S, 64>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
+    else
+        attention_backward_tiles<S, 128>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
+}
+
 // ---------------------------------------------------------------------------------------------
 // The MLP's activations: h (rows, H) → a (rows, H)
 
