@@ -23,6 +23,18 @@ constexpr bool hopper_instructions = true;
 constexpr bool hopper_instructions = false;
 #endif
 
+// Whether this GPU is a Hopper and this build has the kernel's code for it.
+template <class Kernel> bool has_hopper_code(Kernel* kernel) {
+    int device = 0, major = 0, minor = 0;
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (major != 9 || minor != 0) return false;
+    cudaFuncAttributes code;
+    CUDA(cudaFuncGetAttributes(&code, kernel));
+    return code.maxThreadsPerBlock > 32;
+}
+
 // ---- Tensor maps: what TMA must know of an array, encoded by the driver
 
 using TensorMap = CUtensorMap; // a kernel takes it as const __grid_constant__ TensorMap
