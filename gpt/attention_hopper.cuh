@@ -169,6 +169,22 @@ struct OnlineSoftmax {
     }
 };
 
+// The n-th piece of work, a tile of a head: heavy tiles first (tile 0 is the heaviest), but only so
+// many heads at once that what their tiles share stays in the L2 cache.
+struct HopperWork {
+    int head, tile; // head: of B · heads
+
+    __device__ HopperWork(int n, int heads, int tiles, int heads_at_once) {
+        const int begin = n / (heads_at_once * tiles) * heads_at_once; // the first of these heads
+        const int size = min(heads_at_once, heads - begin), rest = n - begin * tiles;
+        head = begin + rest % size, tile = rest / size;
+    }
+};
+inline int hopper_heads_at_once(const AttentionShape& a) {
+    const int64_t cache = 32 << 20, each = int64_t(a.T) * a.HS * 2 * int(sizeof(bf16));
+    return int(std::clamp<int64_t>(cache / each, 8, 1 << 12));
+}
+
 template <int HS> struct ForwardTiles {
     static const int keys = 128; // at once
     using Own = TileRing<hopper_rows, HS, 1>;
@@ -181,7 +197,7 @@ template <int HS> struct ForwardTiles {
 template <int HS>
 __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : warp, 1)
     hopper_forward_kernel(bf16* out, float* lse, const __grid_constant__ TensorMap heads,
-                          AttentionShape a) {
+                          AttentionShape a, int heads_at_once) {
     if constexpr (hopper_instructions) {
         using Tiles = ForwardTiles<HS>;
         const int keys = Tiles::keys;
@@ -196,82 +212,108 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
         }
         __syncthreads();
 
-        // The last queries have most to do: their blocks come first.
-        const int t0 = (gridDim.y - 1 - blockIdx.y) * hopper_rows;
-        const int b = blockIdx.x / a.NH, h = blockIdx.x % a.NH, kv = h / (a.NH / a.KVH);
-        const int tiles = t0 / keys + 1; // of keys, from the queries' own back to the first
+        // Blocks stay and take one tile of queries after the other: the next one's data come while
+        // this one's are in use. Every other round in reverse, so that all have as much to do.
+        const int rows = (a.T + hopper_rows - 1) / hopper_rows, all = a.B * a.NH * rows;
+        auto work_of = [&](int round) {
+            return round * int(gridDim.x) +
+                   (round % 2 == 0 ? int(blockIdx.x) : int(gridDim.x) - 1 - int(blockIdx.x));
+        };
         // From lane 0, so that the compiler sees that it is the same in all of a warp.
         const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+        int tile = 0; // of keys, counted over all rounds
 
         if (warpgroup == hopper_copying) {
             release_registers<24>();
             if (threadIdx.x == hopper_copying * 128) {
-                q_tile.copy(0, heads, h, t0, b);
 #pragma unroll 1
-                for (int i = 0; i < tiles; i++) {
-                    k_tiles.copy(i, heads, a.NH + kv, t0 - i * keys, b);
-                    v_tiles.copy(i, heads, a.NH + a.KVH + kv, t0 - i * keys, b);
+                for (int round = 0; work_of(round) < all; round++) {
+                    const HopperWork work(work_of(round), a.B * a.NH, rows, heads_at_once);
+                    const int t0 = (rows - 1 - work.tile) * hopper_rows, b = work.head / a.NH,
+                              h = work.head % a.NH, kv = a.NH + h / (a.NH / a.KVH);
+                    q_tile.copy(round, heads, h, t0, b);
+#pragma unroll 1
+                    for (int t = t0; t >= 0; t -= keys, tile++) {
+                        k_tiles.copy(tile, heads, kv, t, b);
+                        v_tiles.copy(tile, heads, kv + a.KVH, t, b);
+                    }
                 }
             }
         } else {
             take_registers<240>();
-            const int lane = threadIdx.x % warp;
-            const int t = t0 + threadIdx.x / warp * 16 + lane / 4; // this lane's rows: t and t + 8
+            const int lane = threadIdx.x % warp, row = threadIdx.x / warp * 16 + lane / 4;
             const float scale = a.scale() * log2_e;
-            float o[HS / 2] = {}, s[keys / 2], shrink[2];
+            float o[HS / 2], s[keys / 2], shrink[2];
             uint32_t p[keys / 16][4];
-            OnlineSoftmax softmax;
 
             // The two warpgroups' products of a tile are enqueued in turns, first 0's.
-            auto await_turn = [&](int i) {
-                if (warpgroup == 1 || i > 0) named_barrier_wait(1 + warpgroup, 2 * 128);
+            auto await_turn = [&] {
+                if (warpgroup == 1 || tile > 0) named_barrier_wait(1 + warpgroup, 2 * 128);
             };
-            auto pass_turn = [&](int i) {
-                if (warpgroup == 0 || i < tiles - 1) named_barrier_arrive(2 - warpgroup, 2 * 128);
+            auto pass_turn = [&](bool last) {
+                if (warpgroup == 0 || !last) named_barrier_arrive(2 - warpgroup, 2 * 128);
             };
 
-            const bf16* const q = q_tile.await(0) + warpgroup * 64 * hopper_box;
-            const bf16* k = k_tiles.await(0);
-            await_turn(0);
-            multiply_tiles<HS, hopper_rows, keys>(s, q, k);
-            pass_turn(0);
-            wgmma_wait<0>(s);
-            k_tiles.release(0);
-#pragma unroll
-            for (int n = 0; n < keys / 2; n++) // only here do keys come after queries
-                if (t0 + column_of(n) > t + 8 * second_row(n)) s[n] = -INFINITY;
-            softmax.add(s, shrink, scale);
-            pack_tile<keys>(p, s);
-
-            // While scores of the next tile are computed, so is what this one's add to o.
 #pragma unroll 1
-            for (int i = 1; i < tiles; i++) {
-                k = k_tiles.await(i);
-                await_turn(i);
+            for (int round = 0; work_of(round) < all; round++) {
+                const HopperWork work(work_of(round), a.B * a.NH, rows, heads_at_once);
+                const int t0 = (rows - 1 - work.tile) * hopper_rows, b = work.head / a.NH,
+                          h = work.head % a.NH;
+                const int t = t0 + row; // this lane's rows are t and t + 8
+                const bool last = work_of(round + 1) >= all;
+                OnlineSoftmax softmax;
+
+                // From the queries' own keys, some of which come after them, back to the first.
+                const bf16* const q = q_tile.await(round) + warpgroup * 64 * hopper_box;
+                const bf16* k = k_tiles.await(tile);
+                await_turn();
                 multiply_tiles<HS, hopper_rows, keys>(s, q, k);
-                add_product<HS, keys>(o, p, v_tiles.await(i - 1));
-                pass_turn(i);
-                wgmma_wait<1>(s);
-                k_tiles.release(i);
-                softmax.add(s, shrink, scale);
-                wgmma_wait<0>(o);
-                v_tiles.release(i - 1);
+                pass_turn(last && t0 == 0);
 #pragma unroll
-                for (int n = 0; n < HS / 2; n++) o[n] *= shrink[second_row(n)];
+                for (int n = 0; n < HS / 2; n++) o[n] = 0;
+                wgmma_wait<0>(s);
+                k_tiles.release(tile++);
+                if (t0 == 0) q_tile.release(round);
+#pragma unroll
+                for (int n = 0; n < keys / 2; n++)
+                    if (column_of(n) > row + 8 * second_row(n)) s[n] = -INFINITY;
+                softmax.add(s, shrink, scale);
                 pack_tile<keys>(p, s);
-            }
-            add_product<HS, keys>(o, p, v_tiles.await(tiles - 1));
-            const float sum[2] = {row_sum(softmax.sum[0]), row_sum(softmax.sum[1])};
-            const float inverse[2] = {1 / sum[0], 1 / sum[1]};
-            wgmma_wait<0>(o);
+
+                // While scores of the next tile are computed, so is what this one's add to o.
+#pragma unroll 1
+                for (int to_go = t0 / keys; to_go > 0; to_go--, tile++) {
+                    k = k_tiles.await(tile);
+                    await_turn();
+                    multiply_tiles<HS, hopper_rows, keys>(s, q, k);
+                    add_product<HS, keys>(o, p, v_tiles.await(tile - 1));
+                    pass_turn(last && to_go == 1);
+                    wgmma_wait<1>(s);
+                    k_tiles.release(tile);
+                    if (to_go == 1) q_tile.release(round);
+                    softmax.add(s, shrink, scale);
+                    wgmma_wait<0>(o);
+                    v_tiles.release(tile - 1);
+#pragma unroll
+                    for (int n = 0; n < HS / 2; n++) o[n] *= shrink[second_row(n)];
+                    pack_tile<keys>(p, s);
+                }
+                add_product<HS, keys>(o, p, v_tiles.await(tile - 1));
+                const float sum[2] = {row_sum(softmax.sum[0]), row_sum(softmax.sum[1])};
+                const float inverse[2] = {1 / sum[0], 1 / sum[1]};
+                wgmma_wait<0>(o);
+                v_tiles.release(tile - 1);
 
 #pragma unroll
-            for (int n = 0; n < HS / 2; n++) o[n] *= inverse[second_row(n)];
-            store_rows<HS>(out + int64_t(b) * a.T * a.q_width() + h * HS, a.q_width(), o, t, a.T);
-            for (int r = 0; r < 2; r++)
-                if (lane % 4 == 0 && t + 8 * r < a.T)
-                    lse[(int64_t(b) * a.NH + h) * a.T + t + 8 * r] =
-                        (scale * softmax.largest[r] + fast_log2(sum[r])) * ln_2;
+                for (int n = 0; n < HS / 2; n++) o[n] *= inverse[second_row(n)];
+                store_rows<HS>(out + int64_t(b) * a.T * a.q_width() + h * HS, a.q_width(), o, t,
+                               a.T);
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+                    if (lane % 4 == 0 && t + 8 * r < a.T)
+                        lse[int64_t(work.head) * a.T + t + 8 * r] =
+                            (scale * softmax.largest[r] + fast_log2(sum[r])) * ln_2;
+            }
         }
     }
 }
@@ -283,13 +325,21 @@ inline TensorMap heads_map(const bf16* array, int heads, const AttentionShape& a
                       {head, row, row * a.T}, {hopper_box, 1, hopper_box, 1});
 }
 
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
 template <int HS>
 bool hopper_forward(bf16* out, float* lse, const bf16* qkv, const AttentionShape& a,
                     cudaStream_t stream) {
     if (!has_hopper_code(hopper_forward_kernel<HS>)) return false;
-    launch(hopper_forward_kernel<HS>, dim3(a.B * a.NH, blocks_for(a.T, hopper_rows)),
-           hopper_threads, ForwardTiles<HS>::shared(), stream, out, lse,
-           heads_map(qkv, a.NH + 2 * a.KVH, a), a);
+    const int work = a.B * a.NH * blocks_for(a.T, hopper_rows);
+    launch(hopper_forward_kernel<HS>, std::min(work, multiprocessors()), hopper_threads,
+           ForwardTiles<HS>::shared(), stream, out, lse, heads_map(qkv, a.NH + 2 * a.KVH, a), a,
+           hopper_heads_at_once(a));
     return true;
 }
 
@@ -360,7 +410,8 @@ template <int HS>
 __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : warp, 1)
     hopper_dq_kernel(bf16* dqkv, const float* lse, const float* delta, const CosSin* table,
                      const __grid_constant__ TensorMap heads,
-                     const __grid_constant__ TensorMap dout_heads, AttentionShape a) {
+                     const __grid_constant__ TensorMap dout_heads, AttentionShape a,
+                     int heads_at_once) {
     if constexpr (hopper_instructions) {
         using Tiles = BackwardTiles<HS>;
         const int keys = Tiles::others;
@@ -375,8 +426,10 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
         }
         __syncthreads();
 
-        const int t0 = (gridDim.y - 1 - blockIdx.y) * hopper_rows;
-        const int b = blockIdx.x / a.NH, h = blockIdx.x % a.NH, kv = h / (a.NH / a.KVH);
+        const int rows = (a.T + hopper_rows - 1) / hopper_rows;
+        const HopperWork work(blockIdx.x, a.B * a.NH, rows, heads_at_once);
+        const int t0 = (rows - 1 - work.tile) * hopper_rows;
+        const int b = work.head / a.NH, h = work.head % a.NH, kv = h / (a.NH / a.KVH);
         const int tiles = t0 / keys + hopper_rows / keys; // of keys, back to the first
         const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
 
@@ -453,7 +506,8 @@ template <int HS>
 __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : warp, 1)
     hopper_dkv_kernel(bf16* dqkv, const float* lse, const float* delta, const CosSin* table,
                       const __grid_constant__ TensorMap heads,
-                      const __grid_constant__ TensorMap dout_heads, AttentionShape a) {
+                      const __grid_constant__ TensorMap dout_heads, AttentionShape a,
+                      int heads_at_once) {
     if constexpr (hopper_instructions) {
         using Tiles = BackwardTiles<HS>;
         const int queries = Tiles::others;
@@ -471,8 +525,10 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
         }
         __syncthreads();
 
-        const int t0 = blockIdx.y * hopper_rows; // the first keys have most to do
-        const int b = blockIdx.x / a.KVH, kv = blockIdx.x % a.KVH, group = a.NH / a.KVH;
+        const int rows = (a.T + hopper_rows - 1) / hopper_rows;
+        const HopperWork work(blockIdx.x, a.B * a.KVH, rows, heads_at_once);
+        const int t0 = work.tile * hopper_rows; // the first keys have most to do
+        const int b = work.head / a.KVH, kv = work.head % a.KVH, group = a.NH / a.KVH;
         const int first = t0 / queries,
                   each = (a.T + queries - 1) / queries - first; // tiles of a head
         const int tiles = group * each;
@@ -573,12 +629,12 @@ bool hopper_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* 
            stream, delta, dout, out, a);
     const TensorMap heads = heads_map(qkv, a.NH + 2 * a.KVH, a),
                     dout_heads = heads_map(dout, a.NH, a);
-    const int tiles = blocks_for(a.T, hopper_rows);
+    const int rows = blocks_for(a.T, hopper_rows), heads_at_once = hopper_heads_at_once(a);
     const size_t shared = BackwardTiles<HS>::shared();
-    launch(hopper_dkv_kernel<HS>, dim3(a.B * a.KVH, tiles), hopper_threads, shared, stream, dqkv,
-           lse, delta, table, heads, dout_heads, a);
-    launch(hopper_dq_kernel<HS>, dim3(a.B * a.NH, tiles), hopper_threads, shared, stream, dqkv, lse,
-           delta, table, heads, dout_heads, a);
+    launch(hopper_dkv_kernel<HS>, a.B * a.KVH * rows, hopper_threads, shared, stream, dqkv, lse,
+           delta, table, heads, dout_heads, a, heads_at_once);
+    launch(hopper_dq_kernel<HS>, a.B * a.NH * rows, hopper_threads, shared, stream, dqkv, lse,
+           delta, table, heads, dout_heads, a, heads_at_once);
     return true;
 }
 

@@ -73,6 +73,40 @@ struct Expected {
     }
 };
 
+// The gradients of q, k and v, rows of `row` numbers as theirs, are added to dq, dk and dv, from
+// dout, rows of dout_row.
+void add_gradients(double* dq, double* dk, double* dv, const Expected& forward, const bf16* q,
+                   const bf16* k, const bf16* v, const bf16* dout, int T, int HS, int row,
+                   int dout_row, double scale) {
+    for (int t = 0; t < T; t++) {
+        std::vector<double> dp(t + 1);
+        double delta = 0;
+        for (int i = 0; i <= t; i++) {
+            for (int c = 0; c < HS; c++)
+                dp[i] += number(dout[int64_t(t) * dout_row + c]) * number(v[int64_t(i) * row + c]);
+            delta += dp[i] * forward.p[size_t(t) * T + i];
+        }
+        for (int i = 0; i <= t; i++) {
+            const double p = forward.p[size_t(t) * T + i], ds = p * (dp[i] - delta) * scale;
+            for (int c = 0; c < HS; c++) {
+                dq[int64_t(t) * row + c] += ds * number(k[int64_t(i) * row + c]);
+                dk[int64_t(i) * row + c] += ds * number(q[int64_t(t) * row + c]);
+                dv[int64_t(i) * row + c] += p * number(dout[int64_t(t) * dout_row + c]);
+            }
+        }
+    }
+}
+
+// The root of the mean square of x − y over that of y, of a part of each row.
+double relative_error(const std::vector<bf16>& x, const std::vector<double>& y, int64_t row,
+                      int from, int to) {
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < x.size(); i++)
+        if (int64_t(i) % row >= from && int64_t(i) % row < to)
+            difference += std::pow(number(x[i]) - y[i], 2), size += y[i] * y[i];
+    return std::sqrt(difference / std::max(size, 1e-6)); // one key: its gradient is 0
+}
+
 struct Case {
     int B, T, NH, KVH, HS;
 };
@@ -112,6 +146,54 @@ void check_forward(const Case& c) {
     EXPECT_LT(worst_lse, 1e-4);
 }
 
+void check_backward(const Case& c, bool rotated) {
+    SCOPED_TRACE(testing::Message() << "B " << c.B << " T " << c.T << " NH " << c.NH << " KVH "
+                                    << c.KVH << " HS " << c.HS << (rotated ? " rotated" : ""));
+    AttentionShape a = {};
+    a.B = c.B, a.T = c.T, a.NH = c.NH, a.KVH = c.KVH, a.HS = a.channels = c.HS;
+    const int half = c.HS / 2, row = a.row(), q_row = a.q_width();
+    const std::vector<bf16> numbers = random_numbers(a.rows() * row, 2, 1);
+    const std::vector<bf16> douts = random_numbers(a.rows() * q_row, 3, 1);
+    std::vector<CosSin> turns(size_t(c.T) * half);
+    for (size_t i = 0; i < turns.size(); i++) {
+        const float angle = float(i / half) / float(1 + i % half);
+        turns[i] = {std::cos(angle), std::sin(angle)};
+    }
+    const OnGpu<bf16> qkv(numbers), dout(douts), out(a.rows() * q_row), dqkv(a.rows() * row);
+    const OnGpu<float> lse(a.rows() * a.NH), delta(a.rows() * a.NH);
+    const OnGpu<CosSin> table(turns);
+    ASSERT_TRUE(hopper_attention_forward(out.at, lse.at, qkv.at, a, nullptr));
+    ASSERT_TRUE(hopper_attention_backward(dqkv.at, dout.at, out.at, qkv.at, lse.at,
+                                          rotated ? table.at : nullptr, delta.at, a, nullptr));
+    CUDA(cudaDeviceSynchronize());
+
+    std::vector<double> want(a.rows() * row);
+    for (int b = 0; b < c.B; b++) {
+        const int64_t from = int64_t(b) * c.T * row;
+        for (int h = 0; h < c.NH; h++) {
+            const int64_t q = from + h * c.HS, k = from + (c.NH + h / (c.NH / c.KVH)) * c.HS,
+                          v = k + c.KVH * c.HS;
+            const Expected forward(&numbers[q], &numbers[k], &numbers[v], c.T, c.HS, row,
+                                   a.scale());
+            add_gradients(&want[q], &want[k], &want[v], forward, &numbers[q], &numbers[k],
+                          &numbers[v], &douts[int64_t(b) * c.T * q_row + h * c.HS], c.T, c.HS, row,
+                          q_row, a.scale());
+        }
+        for (int t = 0; t < c.T && rotated; t++)
+            for (int h = 0; h < c.NH + c.KVH; h++)
+                for (int i = 0; i < half; i++) {
+                    double &x = want[from + int64_t(t) * row + h * c.HS + i], &y = (&x)[half];
+                    const CosSin turn = turns[size_t(t) * half + i];
+                    const double old = x;
+                    x = old * turn.cos + y * turn.sin, y = y * turn.cos - old * turn.sin;
+                }
+    }
+    const std::vector<bf16> got = dqkv.read();
+    EXPECT_LT(relative_error(got, want, row, 0, q_row), 0.01) << "dq";
+    EXPECT_LT(relative_error(got, want, row, q_row, q_row + a.kv_width()), 0.01) << "dk";
+    EXPECT_LT(relative_error(got, want, row, q_row + a.kv_width(), row), 0.01) << "dv";
+}
+
 const std::vector<Case> cases = {
     {1, 1, 2, 2, 64},    {2, 64, 4, 1, 64},   {1, 100, 2, 2, 64},  {2, 128, 2, 2, 64},
     {1, 200, 4, 1, 64},  {2, 300, 2, 2, 64},  {1, 1, 4, 1, 128},   {1, 64, 2, 2, 128},
@@ -125,6 +207,15 @@ TEST_F(HopperGpu, AttentionForwardInEveryOrder) {
     sim::in_every_order([] {
         check_forward({1, 300, 2, 1, 64});
         check_forward({1, 300, 2, 1, 128});
+    });
+}
+TEST_F(HopperGpu, AttentionBackward) {
+    for (const Case& c : cases) check_backward(c, c.B == 1);
+}
+TEST_F(HopperGpu, AttentionBackwardInEveryOrder) {
+    sim::in_every_order([] {
+        check_backward({1, 300, 2, 1, 64}, true);
+        check_backward({1, 200, 2, 1, 128}, false);
     });
 }
 TEST_F(HopperGpu, OthersAreRefused) {
