@@ -4,7 +4,9 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "train_gpt.cu"
@@ -111,7 +113,17 @@ struct Case {
     int B, T, NH, KVH, HS;
 };
 
-void check_forward(const Case& c) {
+// In any order of threads the same bits: the first time they are kept.
+struct SameBits {
+    std::vector<bf16> kept;
+    void check(const std::vector<bf16>& got) {
+        if (kept.empty()) kept = got;
+        EXPECT_EQ(std::memcmp(kept.data(), got.data(), got.size() * sizeof(bf16)), 0)
+            << "other bits in another order";
+    }
+};
+
+void check_forward(const Case& c, SameBits* bits = nullptr) {
     SCOPED_TRACE(testing::Message() << "B " << c.B << " T " << c.T << " NH " << c.NH << " KVH "
                                     << c.KVH << " HS " << c.HS);
     AttentionShape a = {};
@@ -123,6 +135,7 @@ void check_forward(const Case& c) {
     CUDA(cudaDeviceSynchronize());
     const std::vector<bf16> got = out.read();
     const std::vector<float> got_lse = lse.read();
+    if (bits) bits->check(got);
     double worst = 0, worst_lse = 0;
     for (int b = 0; b < c.B; b++)
         for (int h = 0; h < c.NH; h++) {
@@ -146,7 +159,7 @@ void check_forward(const Case& c) {
     EXPECT_LT(worst_lse, 1e-4);
 }
 
-void check_backward(const Case& c, bool rotated) {
+void check_backward(const Case& c, bool rotated, SameBits* bits = nullptr) {
     SCOPED_TRACE(testing::Message() << "B " << c.B << " T " << c.T << " NH " << c.NH << " KVH "
                                     << c.KVH << " HS " << c.HS << (rotated ? " rotated" : ""));
     AttentionShape a = {};
@@ -189,6 +202,7 @@ void check_backward(const Case& c, bool rotated) {
                 }
     }
     const std::vector<bf16> got = dqkv.read();
+    if (bits) bits->check(got);
     EXPECT_LT(relative_error(got, want, row, 0, q_row), 0.01) << "dq";
     EXPECT_LT(relative_error(got, want, row, q_row, q_row + a.kv_width()), 0.01) << "dk";
     EXPECT_LT(relative_error(got, want, row, q_row + a.kv_width(), row), 0.01) << "dv";
@@ -204,20 +218,95 @@ TEST_F(HopperGpu, AttentionForward) {
     for (const Case& c : cases) check_forward(c);
 }
 TEST_F(HopperGpu, AttentionForwardInEveryOrder) {
-    sim::in_every_order([] {
-        check_forward({1, 300, 2, 1, 64});
-        check_forward({1, 300, 2, 1, 128});
+    SameBits bits[2];
+    sim::in_every_order([&] {
+        check_forward({2, 300, 3, 1, 64}, &bits[0]);
+        check_forward({1, 300, 2, 1, 128}, &bits[1]);
     });
 }
 TEST_F(HopperGpu, AttentionBackward) {
     for (const Case& c : cases) check_backward(c, c.B == 1);
 }
 TEST_F(HopperGpu, AttentionBackwardInEveryOrder) {
-    sim::in_every_order([] {
-        check_backward({1, 300, 2, 1, 64}, true);
-        check_backward({1, 200, 2, 1, 128}, false);
+    SameBits bits[2];
+    sim::in_every_order([&] {
+        check_backward({1, 300, 2, 1, 64}, true, &bits[0]);
+        check_backward({1, 200, 2, 1, 128}, false, &bits[1]);
     });
 }
+// The simulator finds what a GPU would hide: out (64, 64) = a bᵀ with a fault.
+enum class Fault { none, not_awaited, bytes, no_fence, read_early, written_early, stride };
+
+template <Fault fault>
+__global__ void faulty_kernel(float* out, const __grid_constant__ TensorMap a_map,
+                              const __grid_constant__ TensorMap b_map) {
+    SharedMemory shared;
+    bf16* a = shared.take<bf16>(2 * 64 * 64);
+    bf16* b = a + 64 * 64;
+    uint64_t* there = shared.take<uint64_t>(1);
+    if (threadIdx.x == 0) {
+        barrier_init(there, 1);
+        barrier_init_done();
+        barrier_expect(there, (fault == Fault::bytes ? 3 : 2) * 64 * 64 * int(sizeof(bf16)));
+        copy_box(a, a_map, 0, 0, 0, 0, there);
+        copy_box(b, b_map, 0, 0, 0, 0, there);
+    }
+    __syncthreads();
+    if (fault != Fault::not_awaited) barrier_wait(there, 0);
+    uint64_t a_matrix = matrix(a), b_matrix = matrix(b);
+    if (fault == Fault::stride) b_matrix ^= uint64_t(3 * 512 >> 4) << 32; // 512 for 1,024
+    float s[32];
+    if (fault != Fault::no_fence) wgmma_fence(s);
+    for (int c = 0; c < 64; c += 16)
+        wgmma(s, advanced(a_matrix, 2 * c), advanced(b_matrix, 2 * c), c > 0);
+    wgmma_commit();
+    float early = s[0];
+    if (fault == Fault::written_early) s[0] = 1;
+    wgmma_wait<0>(s);
+    if (fault == Fault::read_early) s[0] = early;
+    for (int n = 0; n < 32; n++)
+        out[(threadIdx.x / warp * 16 + threadIdx.x % warp / 4 + 8 * second_row(n)) * 64 +
+            column_of(n)] = s[n];
+}
+
+// "" where the product is right, else what is wrong.
+template <Fault fault> std::string found() {
+    const std::vector<bf16> a = random_numbers(64 * 64, 1, 1), b = random_numbers(64 * 64, 2, 1);
+    const OnGpu<bf16> a_at(a), b_at(b);
+    const OnGpu<float> out(64 * 64);
+    AttentionShape shape = {};
+    shape.B = 1, shape.T = 64, shape.HS = 64;
+    try {
+        launch(faulty_kernel<fault>, 1, 128, shared_bytes<bf16>(2 * 64 * 64) + 16, nullptr, out.at,
+               heads_map(a_at.at, 1, shape), heads_map(b_at.at, 1, shape));
+        CUDA(cudaDeviceSynchronize());
+    } catch (const Error& error) {
+        return error.what();
+    }
+    const std::vector<float> got = out.read();
+    for (int i = 0; i < 64; i++)
+        for (int j = 0; j < 64; j++) {
+            double sum = 0;
+            for (int c = 0; c < 64; c++) sum += number(a[i * 64 + c]) * number(b[j * 64 + c]);
+            if (std::isnan(got[i * 64 + j])) return "poison";
+            if (std::abs(got[i * 64 + j] - sum) > 1e-3) return "wrong numbers";
+        }
+    return "";
+}
+
+TEST_F(HopperGpu, FaultsAreFound) {
+    auto has = [](const std::string& text, const char* part) {
+        EXPECT_NE(text.find(part), std::string::npos) << text;
+    };
+    EXPECT_EQ(found<Fault::none>(), "");
+    EXPECT_EQ(found<Fault::not_awaited>(), "poison");
+    EXPECT_EQ(found<Fault::read_early>(), "poison");
+    EXPECT_EQ(found<Fault::stride>(), "wrong numbers");
+    has(found<Fault::bytes>(), "no thread can go on");
+    has(found<Fault::no_fence>(), "registers that no wgmma_fence has named");
+    has(found<Fault::written_early>(), "sums were written before wgmma_wait");
+}
+
 TEST_F(HopperGpu, OthersAreRefused) {
     AttentionShape a = {};
     a.B = 1, a.T = 64, a.NH = a.KVH = 2, a.HS = a.channels = 48;
