@@ -17,12 +17,19 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <map>
 #include <memory>
+#include <optional>
+#include <sstream>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include <cublasLt.h>
+
 #include "gpt/bf16.h"
+#include "gpt/cache.h"
 #include "gpt/cuda.h"
 #include "gpt/error.h"
 #include "gpt/gpu.h"
@@ -772,7 +779,473 @@ void input_again(const Junction& j, NormType type, double eps, const float* r,
 }
 
 // ---------------------------------------------------------------------------------------------
-// Matrices
+// Matrices: out (rows, OC) = in (rows, C) · wᵀ + bias, w (OC, C), bias (OC) or null. cuBLASLt sees
+// everything transposed, since its matrices are column-major: outᵀ (OC, rows) = w · inᵀ.
+// Products multiply bf16 with sums in float, or floats without TF32.
+
+template <class X>
+constexpr cudaDataType_t data_type = std::is_same_v<X, float> ? CUDA_R_32F : CUDA_R_16BF;
+
+// d (m, n) = a · b + beta · d, column-major: a (m, k), b (k, n), or in memory their transposes; ld:
+// elements from one column to the next. Every pointer is aligned to 16 bytes.
+struct Product {
+    cudaDataType_t in, out; // of a and b, of d
+    bool a_transposed, b_transposed;
+    int64_t m, n, k;
+    const void *a, *b;
+    void* d;
+    int64_t lda, ldb, ldd;
+    float beta = 0;
+    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    const void* bias = nullptr; // (m), of d's type
+    void* gelu_input = nullptr; // (m, n), of d's type: kept by the forward pass for the backward
+
+    std::string key() const {
+        auto name = [](cudaDataType_t type) { return type == CUDA_R_32F ? "float32" : "bf16"; };
+        return cat(name(in), " to ", name(out), ", ", m, a_transposed ? " t" : " n", " x ", n,
+                   b_transposed ? " t" : " n", " x ", k, ", columns every ", lda, " ", ldb, " ",
+                   ldd, ", beta ", beta, ", epilogue ", int(epilogue));
+    }
+};
+
+inline void check_product(cublasStatus_t status, const Product& p, const char* what) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+        fail("cuBLASLt cannot ", what, " (", p.key(), "): ", cublasLtGetStatusString(status),
+             ". With CUDA_LAUNCH_BLOCKING=1 in the environment an error of an earlier kernel is "
+             "found where it happens");
+}
+
+// A product in cuBLASLt's terms.
+struct ProductDescriptors {
+    cublasLtMatmulDesc_t operation = nullptr;
+    cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+
+    explicit ProductDescriptors(const Product& p) {
+        const char* what = "describe a product";
+        check_product(cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), p,
+                      what);
+        auto set = [&](cublasLtMatmulDescAttributes_t name, const auto& value) {
+            check_product(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof(value)), p,
+                          what);
+        };
+        const cublasOperation_t as_is = CUBLAS_OP_N, transposed = CUBLAS_OP_T;
+        set(CUBLASLT_MATMUL_DESC_TRANSA, p.a_transposed ? transposed : as_is);
+        set(CUBLASLT_MATMUL_DESC_TRANSB, p.b_transposed ? transposed : as_is);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
+        if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
+        if (p.gelu_input) {
+            set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.gelu_input);
+            set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.ldd);
+        }
+        auto layout = [&](cublasLtMatrixLayout_t& made, cudaDataType_t type, bool transpose,
+                          int64_t rows, int64_t columns, int64_t ld) {
+            if (transpose) std::swap(rows, columns);
+            check_product(
+                cublasLtMatrixLayoutCreate(&made, type, uint64_t(rows), uint64_t(columns), ld), p,
+                what);
+        };
+        layout(a, p.in, p.a_transposed, p.m, p.k, p.lda);
+        layout(b, p.in, p.b_transposed, p.k, p.n, p.ldb);
+        layout(d, p.out, false, p.m, p.n, p.ldd);
+    }
+    ProductDescriptors(const ProductDescriptors&) = delete;
+    ~ProductDescriptors() {
+        for (cublasLtMatrixLayout_t layout : {a, b, d})
+            if (layout) cublasLtMatrixLayoutDestroy(layout);
+        if (operation) cublasLtMatmulDescDestroy(operation);
+    }
+};
+
+// cuBLASLt, its workspace, and the algorithm of each product: chosen by measurement where it is met
+// for the first time, and remembered (gpt/cache.h) so that the next run has the same bits. Under
+// capture nothing can be measured: what a graph is to hold has been run once before, or has the
+// algorithm that cuBLASLt guesses to be best.
+struct Products {
+    const cudaStream_t stream; // of all products, since they share the workspace
+
+    // Of workspace; where there is no GPU, what a new one would get.
+    static int64_t workspace_bytes() {
+        int device = 0, major = 9;
+        if (cudaGetDevice(&device) != cudaSuccess ||
+            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) !=
+                cudaSuccess)
+            cudaGetLastError();
+        return int64_t(major >= 9 ? 64 : 32) << 20;
+    }
+
+    explicit Products(cudaStream_t stream) : stream(stream), cache("cublaslt.txt") {
+        int device = 0;
+        cudaDeviceProp properties;
+        CUDA(cudaGetDevice(&device));
+        CUDA(cudaGetDeviceProperties(&properties, device));
+        machine = cat(properties.name, ", ", properties.multiProcessorCount,
+                      " multiprocessors, cuBLASLt ", cublasLtGetVersion(), ", workspace ",
+                      workspace_size, ": ");
+        if (const cublasStatus_t status = cublasLtCreate(&handle); status != CUBLAS_STATUS_SUCCESS)
+            fail("cuBLASLt cannot start: ", cublasLtGetStatusString(status),
+                 ". Its version must fit the GPU's driver");
+        CUDA(cudaMalloc(&workspace_memory, size_t(workspace_size)));
+        CUDA(cudaEventCreate(&begin));
+        CUDA(cudaEventCreate(&end));
+    }
+    Products(const Products&) = delete;
+    ~Products() {
+        cudaEventDestroy(begin), cudaEventDestroy(end);
+        cudaFree(workspace_memory);
+        cublasLtDestroy(handle);
+    }
+
+    int64_t bytes() const { return workspace_size; }
+
+    // False, and nothing is done, where cuBLASLt has no algorithm for such a product.
+    bool multiply(const Product& p, cudaStream_t on) {
+        if (on != stream) fail("a product was given another stream than the one of its workspace");
+        const ProductDescriptors descriptors(p);
+        const std::string key = machine + p.key();
+        auto known = algorithms.find(key);
+        if (known == algorithms.end())
+            known = algorithms.emplace(key, choose(p, descriptors, key)).first;
+        if (!known->second) return false;
+        check_product(run(p, descriptors, *known->second), p, "multiply");
+        return true;
+    }
+
+    void must_multiply(const Product& p, cudaStream_t on) {
+        if (!multiply(p, on)) check_product(CUBLAS_STATUS_NOT_SUPPORTED, p, "multiply");
+    }
+
+  private:
+    // With a name of its own: nvcc 13.0 stumbles at a vector of cuBLASLt's, which has none.
+    struct Algorithm : cublasLtMatmulAlgo_t {};
+
+    cublasLtHandle_t handle = nullptr;
+    void* workspace_memory = nullptr;
+    const int64_t workspace_size = workspace_bytes();
+    cudaEvent_t begin = nullptr, end = nullptr;
+    std::string machine;
+    Cache cache;
+    std::map<std::string, std::optional<Algorithm>> algorithms; // none: there is none
+
+    cublasStatus_t run(const Product& p, const ProductDescriptors& q, const Algorithm& algorithm) {
+        const float one = 1;
+        return cublasLtMatmul(handle, q.operation, &one, p.a, q.a, p.b, q.b, &p.beta, p.d, q.d, p.d,
+                              q.d, &algorithm, workspace_memory, size_t(workspace_size), stream);
+    }
+
+    std::optional<Algorithm> choose(const Product& p, const ProductDescriptors& q,
+                                    const std::string& key) {
+        if (const std::string* text = cache.find(key))
+            if (const std::optional<Algorithm> known = from_text(*text); known && runs(q, *known))
+                return known;
+        const std::vector<Algorithm> candidates = candidates_for(p, q);
+        if (candidates.empty()) return std::nullopt;
+        cudaStreamCaptureStatus capture;
+        CUDA(cudaStreamIsCapturing(stream, &capture));
+        if (capture != cudaStreamCaptureStatusNone) return candidates[0];
+        const Algorithm best = fastest(p, q, candidates);
+        const std::optional<Algorithm> settled = from_text(cache.settle(key, to_text(best)));
+        return settled && runs(q, *settled) ? *settled : best;
+    }
+
+    // What cuBLASLt thinks will serve, the best first. Split sums must go through the workspace in
+    // float: in place they would be rounded in between.
+    std::vector<Algorithm> candidates_for(const Product& p, const ProductDescriptors& q) {
+        const char* what = "say how it would multiply";
+        cublasLtMatmulPreference_t preference;
+        check_product(cublasLtMatmulPreferenceCreate(&preference), p, what);
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) {
+            check_product(
+                cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof(value)), p,
+                what);
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(workspace_size));
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+               uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+        for (const cublasLtMatmulPreferenceAttributes_t alignment :
+             {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            prefer(alignment, uint32_t(16));
+        const int most = 8;
+        cublasLtMatmulHeuristicResult_t found[most];
+        int count = 0;
+        const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+            handle, q.operation, q.a, q.b, q.d, q.d, preference, most, found, &count);
+        cublasLtMatmulPreferenceDestroy(preference);
+        if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
+        check_product(status, p, what);
+        std::vector<Algorithm> candidates;
+        for (int i = 0; i < count; i++)
+            if (found[i].state == CUBLAS_STATUS_SUCCESS && runs(q, {found[i].algo}))
+                candidates.push_back({found[i].algo});
+        return candidates;
+    }
+
+    // Whether the algorithm is one for this product, on this GPU, and gives the same bits each
+    // time.
+    bool runs(const ProductDescriptors& q, const Algorithm& algorithm) {
+        cublasLtMatmulHeuristicResult_t result = {};
+        uint32_t reduction = 0;
+        size_t written = 0;
+        return cublasLtMatmulAlgoCheck(handle, q.operation, q.a, q.b, q.d, q.d, &algorithm,
+                                       &result) == CUBLAS_STATUS_SUCCESS &&
+               result.workspaceSize <= size_t(workspace_size) &&
+               (cublasLtMatmulAlgoConfigGetAttribute(
+                    &algorithm, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
+                    sizeof(reduction), &written) != CUBLAS_STATUS_SUCCESS || // it splits nothing
+                reduction == CUBLASLT_REDUCTION_SCHEME_NONE ||
+                reduction == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+    }
+
+    // By running each on the real operands. What d holds is overwritten afterwards, or, where it is
+    // added to, kept aside and put back. An earlier one is preferred to one hardly faster.
+    Algorithm fastest(const Product& p, const ProductDescriptors& q,
+                      const std::vector<Algorithm>& candidates) {
+        if (candidates.size() == 1) return candidates[0];
+        const size_t bytes =
+            size_t((p.n - 1) * p.ldd + p.m) * (p.out == CUDA_R_32F ? sizeof(float) : sizeof(bf16));
+        void* kept = nullptr;
+        if (p.beta != 0) {
+            if (cudaMalloc(&kept, bytes) != cudaSuccess) {
+                cudaGetLastError(); // no room to measure
+                return candidates[0];
+            }
+            CUDA(cudaMemcpyAsync(kept, p.d, bytes, cudaMemcpyDeviceToDevice, stream));
+        }
+        std::vector<float> times(candidates.size(), std::numeric_limits<float>::infinity());
+        for (int turn = 0; turn < 4; turn++)
+            for (size_t i = 0; i < candidates.size(); i++) {
+                bool ran = true;
+                float time = 0;
+                CUDA(cudaEventRecord(begin, stream));
+                for (int again = 0; again < 3; again++)
+                    ran = ran && run(p, q, candidates[i]) == CUBLAS_STATUS_SUCCESS;
+                CUDA(cudaEventRecord(end, stream));
+                CUDA(cudaEventSynchronize(end));
+                CUDA(cudaEventElapsedTime(&time, begin, end));
+                if (ran) times[i] = std::min(times[i], time);
+            }
+        size_t best = 0;
+        for (size_t i = 1; i < times.size(); i++)
+            if (times[i] < 0.98f * times[best]) best = i;
+        if (kept) {
+            CUDA(cudaMemcpyAsync(p.d, kept, bytes, cudaMemcpyDeviceToDevice, stream));
+            CUDA(cudaStreamSynchronize(stream));
+            CUDA(cudaFree(kept));
+        }
+        return candidates[best];
+    }
+
+    static std::string to_text(const Algorithm& algorithm) {
+        std::ostringstream text;
+        for (uint64_t word : algorithm.data) text << std::hex << word << " ";
+        return text.str();
+    }
+    static std::optional<Algorithm> from_text(const std::string& text) {
+        Algorithm algorithm = {};
+        std::istringstream words(text);
+        for (uint64_t& word : algorithm.data)
+            if (!(words >> std::hex >> word)) return std::nullopt;
+        return algorithm;
+    }
+};
+
+// out (rows, OC) = bias, in every row. Moves, per number, that of S or float once.
+template <class Out, class S>
+__global__ static void broadcast_kernel(Out* out, int64_t out_row, const S* bias, int OC) {
+    const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (channel >= OC) return;
+    float x[8];
+    load8(x, bias + channel);
+    store8(out + blockIdx.x * out_row + channel, x);
+}
+
+// w (OC, C) and in (rows, C) as a product's a and b; d, out_row elements from one row of out to the
+// next, is set.
+template <class Out, class S>
+Product linear_product(Out* out, int64_t out_row, const S* in, const S* w, int64_t rows, int C,
+                       int OC) {
+    return {.in = data_type<S>,
+            .out = data_type<Out>,
+            .a_transposed = true,
+            .b_transposed = false,
+            .m = OC,
+            .n = rows,
+            .k = C,
+            .a = w,
+            .b = in,
+            .d = out,
+            .lda = C,
+            .ldb = C,
+            .ldd = out_row};
+}
+
+// Out is S, or float where logits shall not be rounded. out_row: elements from one row of out to
+// the next.
+template <class S, class Out>
+void linear_forward(Products& products, Out* out, int64_t out_row, const S* in, const S* w,
+                    const S* bias, int64_t rows, int C, int OC, cudaStream_t stream) {
+    Product p = linear_product(out, out_row, in, w, rows, C, OC);
+    if (bias) {
+        if constexpr (std::is_same_v<S, Out>) {
+            p.epilogue = CUBLASLT_EPILOGUE_BIAS, p.bias = bias;
+            if (products.multiply(p, stream)) return;
+        }
+        // Without that epilogue the product is added to the bias, and still rounded once.
+        p.epilogue = CUBLASLT_EPILOGUE_DEFAULT, p.bias = nullptr, p.beta = 1;
+        launch(broadcast_kernel<Out, S>, dim3(unsigned(rows), blocks_for(OC, 128 * 8)), 128, 0,
+               stream, out, out_row, bias, OC);
+    }
+    products.must_multiply(p, stream);
+}
+
+template <class S>
+void gelu_forward(S* out, const S* h, int64_t n, cudaStream_t stream); // of the MLP's activations
+template <class S>
+void gelu_backward(S* dh, const S* da, const S* h, int64_t n, cudaStream_t stream);
+
+// hidden (rows, OC) is what linear_forward gives, activated (rows, OC) = gelu(hidden), as a
+// product's end takes it of what has not been rounded yet.
+template <class S>
+void linear_gelu_forward(Products& products, S* activated, S* hidden, const S* in, const S* w,
+                         const S* bias, int64_t rows, int C, int OC, cudaStream_t stream) {
+    Product p = linear_product(activated, OC, in, w, rows, C, OC);
+    p.epilogue = bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    p.bias = bias, p.gelu_input = hidden;
+    if (products.multiply(p, stream)) return;
+    linear_forward(products, hidden, OC, in, w, bias, rows, C, OC, stream);
+    gelu_forward(activated, hidden, rows * OC, stream);
+}
+
+// w (OC, C) and dout (rows, OC), dout_row elements from one row to the next, as a product's a and
+// b.
+template <class S>
+Product linear_backward_product(S* din, const S* dout, int64_t dout_row, const S* w, int64_t rows,
+                                int C, int OC) {
+    return {.in = data_type<S>,
+            .out = data_type<S>,
+            .a_transposed = false,
+            .b_transposed = false,
+            .m = C,
+            .n = rows,
+            .k = OC,
+            .a = w,
+            .b = dout,
+            .d = din,
+            .lda = C,
+            .ldb = dout_row,
+            .ldd = C};
+}
+
+// din (rows, C) from dout (rows, OC).
+template <class S>
+void linear_backward_input(Products& products, S* din, const S* dout, int64_t dout_row, const S* w,
+                           int64_t rows, int C, int OC, cudaStream_t stream) {
+    products.must_multiply(linear_backward_product(din, dout, dout_row, w, rows, C, OC), stream);
+}
+
+// The same of a matrix that saw gelu(hidden): dhidden (rows, C) from dout (rows, OC) and hidden
+// (rows, C).
+template <class S>
+void linear_gelu_backward_input(Products& products, S* dhidden, const S* dout, const S* hidden,
+                                const S* w, int64_t rows, int C, int OC, cudaStream_t stream) {
+    Product p = linear_backward_product(dhidden, dout, OC, w, rows, C, OC);
+    p.epilogue = CUBLASLT_EPILOGUE_DGELU;
+    p.gelu_input = const_cast<S*>(hidden); // which is only read
+    if (products.multiply(p, stream)) return;
+    linear_backward_input(products, dhidden, dout, OC, w, rows, C, OC, stream);
+    gelu_backward(dhidden, dhidden, hidden, rows * C, stream);
+}
+
+// A bias's gradient is summed over the rows of each of so many parts, then over the parts.
+inline int bias_parts(int64_t rows) { return int(std::min<int64_t>(64, (rows + 31) / 32)); }
+inline int64_t linear_scratch(int64_t rows, int OC) { // floats
+    return bias_parts(rows) * int64_t(OC);
+}
+
+// partial (gridDim.y, OC): the sum over that part of the rows. A block's 8 warps take every eighth
+// row of 256 channels. Moves, per number: that of S.
+template <class S>
+__global__ static void column_sums_kernel(float* partial, const S* dout, int64_t dout_row,
+                                          int64_t rows, int OC) {
+    SharedMemory shared;
+    float* sums = shared.take<float>(8 * 256); // of each warp
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
+    const int channel = blockIdx.x * 256 + lane * 8;
+    const int64_t begin = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
+    float sum[8] = {};
+    if (channel < OC)
+#pragma unroll 4
+        for (int64_t row = begin + w; row < end; row += 8) {
+            float x[8];
+            load8(x, dout + row * dout_row + channel);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i] += x[i];
+        }
+    store8(sums + w * 256 + lane * 8, sum);
+    __syncthreads();
+    const int own = blockIdx.x * 256 + threadIdx.x;
+    if (own >= OC) return;
+    float total = 0;
+    for (int other = 0; other < 8; other++) total += sums[other * 256 + threadIdx.x];
+    partial[int64_t(blockIdx.y) * OC + own] = total;
+}
+
+// gradient[i] += Σ over the parts of partial (parts, row), i < n. 8 warps each take every eighth
+// part of 32 numbers.
+template <class G>
+__global__ static void add_partial_sums_kernel(G* gradient, const float* partial, int parts,
+                                               int64_t row, int n) {
+    SharedMemory shared;
+    float* sums = shared.take<float>(8 * warp);
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp, i = blockIdx.x * warp + lane;
+    float sum = 0;
+    if (i < n)
+#pragma unroll 4
+        for (int part = w; part < parts; part += 8) sum += partial[part * row + i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (w > 0 || i >= n) return;
+    for (int other = 1; other < 8; other++) sum += sums[other * warp + lane];
+    gradient[i] = G(float(gradient[i]) + sum);
+}
+
+template <class G>
+void add_partial_sums(G* gradient, const float* partial, int parts, int64_t row, int n,
+                      cudaStream_t stream) {
+    launch(add_partial_sums_kernel<G>, blocks_for(n, warp), 8 * warp, shared_bytes<float>(8 * warp),
+           stream, gradient, partial, parts, row, n);
+}
+
+// Adds to dw (OC, C), and to dbias (OC) if there is one, from dout (rows, OC), dout_row elements
+// from one row to the next, and in (rows, C). scratch: linear_scratch(rows, OC) floats if there is
+// dbias.
+template <class S, class G>
+void linear_backward_weight(Products& products, G* dw, G* dbias, const S* dout, int64_t dout_row,
+                            const S* in, int64_t rows, int C, int OC, float* scratch,
+                            cudaStream_t stream) {
+    products.must_multiply({.in = data_type<S>,
+                            .out = data_type<G>,
+                            .a_transposed = false,
+                            .b_transposed = true,
+                            .m = C,
+                            .n = OC,
+                            .k = rows,
+                            .a = in,
+                            .b = dout,
+                            .d = dw,
+                            .lda = C,
+                            .ldb = dout_row,
+                            .ldd = C,
+                            .beta = 1},
+                           stream);
+    if (!dbias) return;
+    const int parts = bias_parts(rows);
+    launch(column_sums_kernel<S>, dim3(blocks_for(OC, 256), parts), 256,
+           shared_bytes<float>(8 * 256), stream, scratch, dout, dout_row, rows, OC);
+    add_partial_sums(dbias, scratch, parts, OC, OC, stream);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Attention. A row of qkv is NH heads of q, KVH of k, KVH of v; NH / KVH heads of q share one of k
@@ -794,14 +1267,542 @@ struct CosSin {
     float cos, sin;
 };
 
+// N numbers as floats: 8 at once, or one where more would not be aligned.
+template <int N, class X> __device__ inline void load_some(float (&x)[N], const X* at) {
+    if constexpr (N == 8)
+        load8(x, at);
+    else
+        x[0] = float(*at);
+}
+template <int N, class X> __device__ inline void store_some(X* at, const float (&x)[N]) {
+    if constexpr (N == 8)
+        store8(at, x);
+    else
+        *at = X(x[0]);
+}
+
+// Sums over all threads of a block, in every one, added in the same order always. exchange: (N,
+// 32), shared.
+template <int N, class X> __device__ inline void block_sums(X (&x)[N], X* exchange) {
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp, warps = blockDim.x / warp;
+    for (int n = 0; n < N; n++) x[n] = warp_sum(x[n]);
+    __syncthreads(); // whoever read the last sums is done
+    if (lane == 0)
+        for (int n = 0; n < N; n++) exchange[n * warp + w] = x[n];
+    __syncthreads();
+    for (int n = 0; n < N; n++) x[n] = warp_sum(lane < warps ? exchange[n * warp + lane] : X(0));
+}
+
+// Whole warps, enough for so many units of work, but no more than `most`.
+inline int threads_for(int64_t units, int most) {
+    return int(std::min<int64_t>(most, blocks_for(units, warp) * int64_t(warp)));
+}
+
+// Rotary positions (arXiv 2104.09864) with Hugging Face's pairing: of a head, channel i turns with
+// channel i + channels/2. A block has a row, a thread N channels of a first half and their
+// partners. Moves, per number of q and k: those of S, once read and once written, and once more
+// written where raw is kept.
+template <int N, class S>
+__global__ static void qk_forward_kernel(S* qkv, S* raw, NormStats* stats, const S* q_weight,
+                                         const S* k_weight, float eps, const CosSin* table,
+                                         AttentionShape a) {
+    SharedMemory shared;
+    float* exchange = shared.take<float>(2 * warp);
+    const int Q = a.q_width(), K = a.kv_width();
+    const int half = (a.channels + 1) / 2; // an odd last one has a channel of padding for partner
+    const int units = half / N;            // of a head
+    const int64_t row = a.first + int64_t(blockIdx.x);
+    S* x = qkv + row * a.row();
+    float rstd[2] = {1, 1}; // of q, of k
+    if (raw) {
+        float squares[2] = {};
+        for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+            const int head = unit / units, at = head * a.HS + unit % units * N;
+            float low[N], high[N], square = 0;
+            load_some(low, x + at), load_some(high, x + at + half);
+            store_some(raw + row * (Q + K) + at, low);
+            store_some(raw + row * (Q + K) + at + half, high);
+#pragma unroll
+            for (int i = 0; i < N; i++) square += low[i] * low[i] + high[i] * high[i];
+            squares[0] += head < a.NH ? square : 0;
+            squares[1] += head < a.NH ? 0 : square;
+        }
+        block_sums(squares, exchange);
+        rstd[0] = rsqrtf(squares[0] / float(a.NH * a.channels) + eps);
+        rstd[1] = rsqrtf(squares[1] / float(a.KVH * a.channels) + eps);
+        if (threadIdx.x < 2) stats[2 * row + threadIdx.x] = {0, threadIdx.x ? rstd[1] : rstd[0]};
+    }
+    for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+        const int head = unit / units, i0 = unit % units * N, at = head * a.HS + i0;
+        float low[N], high[N];
+        load_some(low, x + at), load_some(high, x + at + half);
+        if (raw) {
+            const bool is_q = head < a.NH;
+            const S* weight = is_q ? q_weight + at : k_weight + at - Q;
+            float low_weight[N], high_weight[N];
+            load_some(low_weight, weight), load_some(high_weight, weight + half);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                low[i] *= (is_q ? rstd[0] : rstd[1]) * low_weight[i];
+                high[i] *= (is_q ? rstd[0] : rstd[1]) * high_weight[i];
+            }
+        }
+        if (table) {
+            const float* pairs = &table[row % a.T * half + i0].cos; // cos, sin, cos, …
+            float turns[2][N];
+            load_some(turns[0], pairs), load_some(turns[1], pairs + N);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const float cos = turns[2 * i / N][2 * i % N];
+                const float sin = turns[(2 * i + 1) / N][(2 * i + 1) % N];
+                const float x0 = low[i], x1 = high[i];
+                low[i] = x0 * cos - x1 * sin;
+                high[i] = x1 * cos + x0 * sin;
+            }
+        }
+        store_some(x + at, low), store_some(x + at + half, high);
+    }
+}
+
+// What q and k (rows, NH·HS and KVH·HS of a row of qkv) go through between their matrix and
+// attention, in place: OLMo 2's RMSNorm over the whole of q and of k, if there is `raw` (rows,
+// (NH + KVH)·HS), which keeps what it saw, and stats (rows, 2); then rotary positions, if there is
+// a table (T, channels/2). From row `first` on. Channels of padding are 0 and stay so.
+template <class S>
+void qk_forward(S* qkv, S* raw, NormStats* stats, const S* q_weight, const S* k_weight, double eps,
+                const CosSin* table, const AttentionShape& a, cudaStream_t stream) {
+    if (!raw && !table) return;
+    const bool whole = a.channels % 16 == 0; // both halves are vectors of 8
+    const int units = (a.NH + a.KVH) * blocks_for(a.channels, whole ? 16 : 2);
+    launch(whole ? qk_forward_kernel<8, S> : qk_forward_kernel<1, S>, unsigned(a.rows() - a.first),
+           threads_for(units, 512), shared_bytes<float>(2 * warp), stream, qkv, raw, stats,
+           q_weight, k_weight, float(eps), table, a);
+}
+
+// The norm's, in place on dqkv's q and k. Blocks take every so many rows, and add up the weights'
+// gradients of all of theirs: partial (gridDim.x, Q + K). With g = w ⊙ dy:
+// dx = rstd · (g − x̂ · mean(g ⊙ x̂)). Moves, per number of q and k: those of S, twice read and once
+// written.
+template <int N, class S>
+__global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const NormStats* stats,
+                                               const S* q_weight, const S* k_weight, float* partial,
+                                               AttentionShape a) {
+    SharedMemory shared;
+    const int Q = a.q_width(), width = Q + a.kv_width();
+    float* exchange = shared.take<float>(2 * warp);
+    float* sums = shared.take<float>(width); // of dw: each thread its own channels
+    for (int i = threadIdx.x; i < width; i += blockDim.x) sums[i] = 0;
+    __syncthreads();
+    const int units = a.channels / N; // of a head
+    for (int64_t row = blockIdx.x; row < a.rows(); row += gridDim.x) {
+        S* dy = dqkv + row * a.row();
+        const S* x = raw + row * width;
+        const float rstd[2] = {stats[2 * row].rstd, stats[2 * row + 1].rstd};
+        float dots[2] = {};
+        for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+            const int head = unit / units, at = head * a.HS + unit % units * N;
+            const bool is_q = head < a.NH;
+            float d[N], value[N], weight[N], dot = 0;
+            load_some(d, dy + at), load_some(value, x + at);
+            load_some(weight, is_q ? q_weight + at : k_weight + at - Q);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                dot += weight[i] * d[i] * value[i];
+                d[i] *= value[i] * (is_q ? rstd[0] : rstd[1]);
+            }
+            if constexpr (N == 8)
+                add_to_sums(sums, d, at, width);
+            else
+                sums[place_of_sum(at, width)] += d[0];
+            dots[0] += is_q ? dot : 0;
+            dots[1] += is_q ? 0 : dot;
+        }
+        block_sums(dots, exchange);
+        for (int n = 0; n < 2; n++)
+            dots[n] *= rstd[n] * rstd[n] / float((n == 0 ? a.NH : a.KVH) * a.channels);
+        for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+            const int head = unit / units, at = head * a.HS + unit % units * N;
+            const bool is_q = head < a.NH;
+            float d[N], value[N], weight[N];
+            load_some(d, dy + at), load_some(value, x + at);
+            load_some(weight, is_q ? q_weight + at : k_weight + at - Q);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                d[i] = (is_q ? rstd[0] : rstd[1]) *
+                       (weight[i] * d[i] - value[i] * (is_q ? dots[0] : dots[1]));
+            store_some(dy + at, d);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        partial[int64_t(blockIdx.x) * width + i] = sums[place_of_sum(i, width)];
+}
+
+inline int qk_norm_parts(const AttentionShape& a) { return int(std::min<int64_t>(512, a.rows())); }
+inline int64_t qk_norm_scratch(const AttentionShape& a) { // floats
+    return int64_t(qk_norm_parts(a)) * (a.q_width() + a.kv_width());
+}
+
+// dqkv (rows, row) from the gradient of what the norm gave to that of what it saw; adds to
+// dq_weight (NH·HS) and dk_weight (KVH·HS). scratch: qk_norm_scratch(a) floats.
+template <class S, class G>
+void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_weight,
+                      const S* k_weight, G* dq_weight, G* dk_weight, float* scratch,
+                      const AttentionShape& a, cudaStream_t stream) {
+    const int Q = a.q_width(), K = a.kv_width(), parts = qk_norm_parts(a);
+    const bool whole = a.channels % 8 == 0;
+    const int units = (a.NH + a.KVH) * (a.channels / (whole ? 8 : 1));
+    launch(whole ? qk_norm_backward_kernel<8, S> : qk_norm_backward_kernel<1, S>, parts,
+           threads_for(units, 512), shared_bytes<float>(2 * warp) + shared_bytes<float>(Q + K),
+           stream, dqkv, raw, stats, q_weight, k_weight, scratch, a);
+    add_partial_sums(dq_weight, scratch, parts, Q + K, Q, stream);
+    add_partial_sums(dk_weight, scratch + Q, parts, Q + K, K, stream);
+}
+
 // ---------------------------------------------------------------------------------------------
 // The MLP's activations: h (rows, H) → a (rows, H)
 
-// ---------------------------------------------------------------------------------------------
-// Loss
+// GELU in its tanh form (arXiv 1606.08415): x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
+// With s = sigmoid(2 · the argument), that is x · s.
+const float gelu_slope = 2 * 0.79788456080286535588f;
+
+// Moves, per number: those of S, once read and once written.
+template <class S> __global__ static void gelu_forward_kernel(S* out, const S* h, int64_t n) {
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    float x[8];
+    load8(x, h + at);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] *= sigmoid(gelu_slope * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+    store8(out + at, x);
+}
+
+template <class S> void gelu_forward(S* out, const S* h, int64_t n, cudaStream_t stream) {
+    launch(gelu_forward_kernel<S>, blocks_for(n, 256 * 8), 256, 0, stream, out, h, n);
+}
+
+// dh may be da. Moves, per number: those of S, twice read and once written.
+template <class S>
+__global__ static void gelu_backward_kernel(S* dh, const S* da, const S* h, int64_t n) {
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    float d[8], value[8];
+    load8(d, da + at), load8(value, h + at);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float x = value[i];
+        const float s = sigmoid(gelu_slope * (x + 0.044715f * x * x * x));
+        d[i] *= s + x * s * (1 - s) * gelu_slope * (1 + 3 * 0.044715f * x * x);
+    }
+    store8(dh + at, d);
+}
+
+template <class S>
+void gelu_backward(S* dh, const S* da, const S* h, int64_t n, cudaStream_t stream) {
+    launch(gelu_backward_kernel<S>, blocks_for(n, 256 * 8), 256, 0, stream, dh, da, h, n);
+}
+
+// SwiGLU (arXiv 2002.05202): a row of h is gate (H), up (H); a = silu(gate) ⊙ up.
+// Moves, per number of out: those of S, twice read and once written.
+template <class S> __global__ static void swiglu_forward_kernel(S* out, const S* h, int H) {
+    const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (channel >= H) return;
+    const int64_t row = blockIdx.x;
+    float gate[8], up[8];
+    load8(gate, h + row * 2 * H + channel), load8(up, h + row * 2 * H + H + channel);
+#pragma unroll
+    for (int i = 0; i < 8; i++) up[i] *= gate[i] * sigmoid(gate[i]);
+    store8(out + row * H + channel, up);
+}
+
+template <class S>
+void swiglu_forward(S* out, const S* h, int64_t rows, int H, cudaStream_t stream) {
+    launch(swiglu_forward_kernel<S>, dim3(unsigned(rows), blocks_for(H, 128 * 8)), 128, 0, stream,
+           out, h, H);
+}
+
+// Moves, per number of da: those of S, three times read and twice written.
+template <class S>
+__global__ static void swiglu_backward_kernel(S* dh, const S* da, const S* h, int H) {
+    const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (channel >= H) return;
+    const int64_t row = blockIdx.x, at = row * 2 * H + channel;
+    float d[8], gate[8], up[8];
+    load8(d, da + row * H + channel), load8(gate, h + at), load8(up, h + at + H);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float g = gate[i], s = sigmoid(g);
+        gate[i] = d[i] * up[i] * s * (1 + g * (1 - s)); // now their gradients
+        up[i] = d[i] * g * s;
+    }
+    store8(dh + at, gate), store8(dh + at + H, up);
+}
+
+template <class S>
+void swiglu_backward(S* dh, const S* da, const S* h, int64_t rows, int H, cudaStream_t stream) {
+    launch(swiglu_backward_kernel<S>, dim3(unsigned(rows), blocks_for(H, 128 * 8)), 128, 0, stream,
+           dh, da, h, H);
+}
 
 // ---------------------------------------------------------------------------------------------
-// The optimizer
+// Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
+
+// exp(x − y), y finite.
+__device__ inline float exp_of_difference(float x, float y) {
+    const float log2_e = 1.44269504088896f;
+    return fast_exp2(fmaf(x, log2_e, -(y * log2_e)));
+}
+
+// A block has a row, which it reads once and, if it fits, keeps in shared memory: each thread reads
+// there only what it copied itself. The softmax's largest logit and sum are found together: a sum
+// so far is scaled down where a larger logit is met. Moves, per number: those of X, once read and,
+// with gradients, once written.
+template <bool kept, class X>
+__global__ static __launch_bounds__(1024) void cross_entropy_kernel(float* losses, X* logits,
+                                                                    bool gradients,
+                                                                    const int* targets,
+                                                                    const float* loss_scale, int V,
+                                                                    int64_t row) {
+    const float least = -1e30f;
+    SharedMemory shared;
+    float* exchange = shared.take<float>(2 * warp);
+    const int vectors = (V + 7) / 8; // the last may hold columns of padding
+    X* x = logits + blockIdx.x * row;
+    const int target = targets[blockIdx.x];
+    if (target < 0) { // all threads
+        const float zeros[8] = {};
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0;
+        for (int64_t n = threadIdx.x; gradients && n < row / 8; n += blockDim.x)
+            store8(x + n * 8, zeros);
+        return;
+    }
+    const float at_target = float(x[target]); // which will be overwritten, behind a barrier
+    const X* source = x;
+    if constexpr (kept) {
+        X* copy = shared.take<X>(vectors * 8);
+        for (int n = threadIdx.x; n < vectors; n += blockDim.x)
+            for (int i = 0; i < 8; i += 16 / int(sizeof(X)))
+                copy_async(copy + n * 8 + i, x + n * 8 + i);
+        copy_async_commit();
+        copy_async_wait<0>();
+        source = copy;
+    }
+    auto load = [&](float(&value)[8], int n) {
+        load8(value, source + n * 8);
+        if (n * 8 + 8 > V)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (n * 8 + i >= V) value[i] = -INFINITY; // of which the probability is 0
+    };
+
+    float largest = least, sum = 0;
+    for (int n = threadIdx.x; n < vectors; n += blockDim.x) {
+        float value[8];
+        load(value, n);
+        float top = value[0];
+#pragma unroll
+        for (int i = 1; i < 8; i++) top = fmaxf(top, value[i]);
+        if (top > largest) {
+            sum *= exp_of_difference(largest, top);
+            largest = top;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += exp_of_difference(value[i], largest);
+    }
+    // Of the warp, then of the block.
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp, warps = blockDim.x / warp;
+    auto gather = [&] {
+        const float top = warp_max(largest);
+        sum = warp_sum(sum * exp_of_difference(largest, top));
+        largest = top;
+    };
+    gather();
+    if (lane == 0) exchange[w] = largest, exchange[warp + w] = sum;
+    __syncthreads();
+    largest = lane < warps ? exchange[lane] : least;
+    sum = lane < warps ? exchange[warp + lane] : 0;
+    gather();
+
+    if (threadIdx.x == 0) losses[blockIdx.x] = (largest - at_target) + logf(sum);
+    if (!gradients) return;
+    const float scale = *loss_scale, factor = scale / sum;
+    for (int64_t n = threadIdx.x; n < row / 8; n += blockDim.x) {
+        float value[8] = {};
+        if (n < vectors) {
+            load(value, int(n));
+#pragma unroll
+            for (int i = 0; i < 8; i++) value[i] = exp_of_difference(value[i], largest) * factor;
+            if (n == target / 8)
+#pragma unroll
+                for (int i = 0; i < 8; i++) value[i] -= i == target % 8 ? scale : 0;
+        }
+        store8(x + n * 8, value);
+    }
+}
+
+// losses (rows) of logits (rows, V), `row` elements from one row to the next. With `gradients`, in
+// place of the logits, loss_scale × their gradient, and 0 in the columns from V on; loss_scale lies
+// on the device.
+template <class S, class X>
+void cross_entropy(float* losses, X* logits, bool gradients, const int* targets,
+                   const float* loss_scale, int64_t rows, int V, int64_t row, cudaStream_t stream) {
+    int device = 0, limit = 0;
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const int vectors = blocks_for(V, 8);
+    const size_t exchange = shared_bytes<float>(2 * warp);
+    const size_t all = exchange + shared_bytes<X>(size_t(vectors) * 8);
+    const bool kept = all <= size_t(limit);
+    // A multiprocessor has room for several blocks, or for one that should have more threads.
+    const int threads = threads_for(vectors, kept && all > size_t(limit) / 2 ? 1024 : 512);
+    launch(kept ? cross_entropy_kernel<true, X> : cross_entropy_kernel<false, X>, unsigned(rows),
+           threads, kept ? all : exchange, stream, losses, logits, gradients, targets, loss_scale,
+           V, row);
+}
+
+// One block: rows are few.
+__global__ static void add_losses_kernel(double* sum, const float* losses, int64_t rows) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    double total[1] = {};
+#pragma unroll 4
+    for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) total[0] += double(losses[row]);
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) *sum += total[0];
+}
+
+// *sum, on the device, += Σ losses (rows).
+inline void add_losses(double* sum, const float* losses, int64_t rows, cudaStream_t stream) {
+    launch(add_losses_kernel, 1, 1024, shared_bytes<double>(warp), stream, sum, losses, rows);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The optimizer. n, the length of the flat buffers, is a multiple of 8.
+
+const int norm_blocks = 1024; // at most; as many partial sums
+
+// Squares are added in float, 8 at a time, then in double. Moves, per number: that of G.
+template <class G>
+__global__ static void square_sums_kernel(double* partial, const G* gradients, int64_t n) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    const int64_t step = int64_t(gridDim.x) * blockDim.x * 8;
+    const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    const int turns = first < n ? int((n - first + step - 1) / step) : 0;
+    double total[1] = {};
+#pragma unroll 4
+    for (int turn = 0; turn < turns; turn++) {
+        float g[8], sum = 0;
+        load8(g, gradients + first + turn * step);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += g[i] * g[i];
+        total[0] += double(sum);
+    }
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total[0];
+}
+
+__global__ static void root_of_sums_kernel(double* norm, const double* partial, int n) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    double total[1] = {int(threadIdx.x) < n ? partial[threadIdx.x] : 0.0};
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) *norm = sqrt(total[0]);
+}
+
+// *norm = ‖gradients (n)‖₂, on the device. scratch: norm_blocks doubles.
+template <class G>
+void gradient_norm(double* norm, const G* gradients, int64_t n, double* scratch,
+                   cudaStream_t stream) {
+    const int blocks = int(std::clamp<int64_t>(n / (256 * 8), 1, norm_blocks));
+    launch(square_sums_kernel<G>, blocks, 256, shared_bytes<double>(warp), stream, scratch,
+           gradients, n);
+    launch(root_of_sums_kernel, 1, norm_blocks, shared_bytes<double>(warp), stream, norm, scratch,
+           blocks);
+}
+
+// What a step's AdamW needs to know. It lies on the device, so that a captured graph reads the
+// present step's.
+struct AdamWNumbers {
+    float lr, beta1, beta2, eps, weight_decay;
+    float correction1, correction2; // 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ)
+    float grad_clip;                // the gradient's norm is scaled down to this; 0: never
+    float grad_scale;               // multiplies every gradient, where its norm is not looked at
+    uint32_t step;
+};
+
+// gpt/random.h's, for the GPU.
+__device__ inline uint32_t mix_bits(uint32_t x) {
+    x = (x ^ x >> 16) * 0x21f0aaadu;
+    x = (x ^ x >> 15) * 0xd35a2d97u;
+    return x ^ x >> 15;
+}
+
+// Up or down to a bf16 with the probabilities that make the mean exact, as round_stochastically of
+// gpt/bf16.h does; a float that bf16 holds exactly. random: 16 random bits.
+__device__ inline float round_to_bf16_stochastically(float x, uint32_t random) {
+    const uint32_t u = __float_as_uint(x);
+    const uint32_t finite = (u & 0x7F800000u) == 0x7F800000u ? 0 : random & 0xFFFFu;
+    return __uint_as_float((u + finite) & 0xFFFF0000u);
+}
+
+// m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
+// w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
+// Moves, per number: G read, two M read and written, S written, and the master read and written or,
+// without one, S read. About 20 FLOPs.
+template <bool stochastic, class S, class M, class G>
+__global__ static void adamw_kernel(S* parameters, float* master, const G* gradients, M* moment1,
+                                    M* moment2, const uint32_t* decays, const AdamWNumbers* numbers,
+                                    const double* norm, const double* loss, int64_t n) {
+    const int64_t vector = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, at = vector * 8;
+    if (at >= n) return;
+    float g[8], m[8], v[8], w[8];
+    load8(g, gradients + at), load8(m, moment1 + at), load8(v, moment2 + at);
+    if (master)
+        load8(w, master + at);
+    else
+        load8(w, parameters + at);
+    const AdamWNumbers o = *numbers;
+    if ((norm && !isfinite(*norm)) || (loss && !isfinite(*loss))) return;
+    float scale = o.grad_scale;
+    if (norm)
+        scale = o.grad_clip > 0 && *norm > double(o.grad_clip) ? float(o.grad_clip / *norm) : 1;
+    const float decay = decays[vector / 32] >> vector % 32 & 1 ? o.weight_decay : 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float d = scale * g[i];
+        m[i] = o.beta1 * m[i] + (1 - o.beta1) * d;
+        v[i] = o.beta2 * v[i] + (1 - o.beta2) * d * d;
+        const float step = m[i] * o.correction1 / (sqrtf(v[i] * o.correction2) + o.eps);
+        w[i] -= o.lr * (step + decay * w[i]);
+        if constexpr (stochastic) { // 16 random bits for each of the three, of (step, at + i)
+            const uint32_t random = mix_bits(uint32_t(at + i) * 0x9E3779B9u + o.step);
+            const uint32_t more = mix_bits(random + uint32_t((at + i) >> 32));
+            if (sizeof(M) == 2) {
+                m[i] = round_to_bf16_stochastically(m[i], random);
+                v[i] = round_to_bf16_stochastically(v[i], random >> 16);
+            }
+            if (sizeof(S) == 2 && !master) w[i] = round_to_bf16_stochastically(w[i], more);
+        }
+    }
+    store8(moment1 + at, m), store8(moment2 + at, v);
+    if (master) store8(master + at, w);
+    store8(parameters + at, w);
+}
+
+// parameters, moments and master (or null), all (n), from the gradients (n). decays: a bit for each
+// 8 numbers, whether their weights decay. norm: null, or the gradients' norm, by which they are
+// clipped; loss: null, or the step's loss; if one of them is not finite nothing is written. With
+// `stochastic`, moments in bf16, and parameters in bf16 without a master, are rounded at random.
+template <class S, class M, class G>
+void adamw(S* parameters, float* master, const G* gradients, M* moment1, M* moment2,
+           const uint32_t* decays, const AdamWNumbers* numbers, const double* norm,
+           const double* loss, bool stochastic, int64_t n, cudaStream_t stream) {
+    launch(stochastic ? adamw_kernel<true, S, M, G> : adamw_kernel<false, S, M, G>,
+           blocks_for(n, 256 * 8), 256, 0, stream, parameters, master, gradients, moment1, moment2,
+           decays, numbers, norm, loss, n);
+}
 
 // ---------------------------------------------------------------------------------------------
 // The model
@@ -1950,6 +2951,192 @@ MemoryPlan plan_cuda_memory(const Config& config, int B, int T, const ModelOptio
     if (options.gradients == DType::float32)
         return cuda::plan(config, B, T, options, cuda::bf16(), 0.0f);
     return cuda::plan(config, B, T, options, cuda::bf16(), cuda::bf16());
+}
+
+// ---------------------------------------------------------------------------------------------
+// The GPU
+
+void cuda::fail_call(const char* call, const char* file, int line, cudaError_t error) {
+    const char* advice = "";
+    if (error == cudaErrorMemoryAllocation)
+        advice = "; lower --batch, ask for --recompute, or see with nvidia-smi who else has memory";
+    if (error == cudaErrorNoKernelImageForDevice)
+        advice = "; this build has no code for this GPU: make CUDA_ARCH=native";
+    if (error == cudaErrorECCUncorrectable)
+        advice = "; the GPU's memory is faulty: go on with the last checkpoint on another one";
+    fail("the GPU failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ") in ",
+         std::string(call, std::min<size_t>(std::strcspn(call, "("), 60)), " at ", file, ":", line,
+         advice);
+}
+
+bool built_with_cuda() { return true; }
+
+std::string why_no_gpu() {
+    static const std::string why = []() -> std::string {
+        auto version = [](int v) { return cat(v / 1000, ".", v % 1000 / 10); };
+        int driver = 0, runtime = 0, count = 0, major = 0, minor = 0;
+        CUDA(cudaDriverGetVersion(&driver));
+        CUDA(cudaRuntimeGetVersion(&runtime));
+        if (driver == 0) return "there is no NVIDIA driver here";
+        const cudaError_t error = cudaGetDeviceCount(&count);
+        cudaGetLastError(); // told here, not by the next call
+        if (error == cudaErrorInsufficientDriver)
+            return cat("the NVIDIA driver is made for CUDA ", version(driver),
+                       ", and this build needs one for ", version(runtime), ": update it");
+        if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0))
+            return "the NVIDIA driver shows this process no GPU (see nvidia-smi, and "
+                   "CUDA_VISIBLE_DEVICES)";
+        if (error != cudaSuccess)
+            return cat("CUDA does not start: ", cudaGetErrorString(error), " (see nvidia-smi)");
+        CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+        CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+        if (major < 8)
+            return cat("the GPU has compute capability ", major, ".", minor,
+                       ", and 8.0 (Ampere) is the least that this program runs on");
+        return "";
+    }();
+    return why;
+}
+
+void use_gpu(const Ranks& ranks) {
+    if (const std::string why = why_no_gpu(); !why.empty()) fail(why);
+    int count = 0;
+    CUDA(cudaGetDeviceCount(&count));
+    CUDA(cudaSetDevice(ranks.local_rank % count));
+}
+
+Gpu gpu() {
+    if (const std::string why = why_no_gpu(); !why.empty()) fail(why);
+    Gpu g;
+    CUDA(cudaGetDeviceCount(&g.count));
+    CUDA(cudaGetDevice(&g.index));
+    cudaDeviceProp properties;
+    CUDA(cudaGetDeviceProperties(&properties, g.index));
+    g.name = properties.name;
+    g.id.assign(reinterpret_cast<const char*>(&properties.uuid), sizeof properties.uuid);
+    g.major = properties.major, g.minor = properties.minor;
+    if (g.major < 8)
+        fail("GPU ", g.index, " (", g.name, ") has compute capability ", g.major, ".", g.minor,
+             ", and 8.0 is needed: choose others with CUDA_VISIBLE_DEVICES");
+    g.multiprocessors = properties.multiProcessorCount;
+    size_t free = 0, total = 0;
+    CUDA(cudaMemGetInfo(&free, &total));
+    g.free = int64_t(free), g.memory = int64_t(total);
+    CUDA(cudaDriverGetVersion(&g.driver));
+    CUDA(cudaRuntimeGetVersion(&g.runtime));
+    return g;
+}
+
+namespace cuda {
+
+// Seconds of the fastest of so many runs of what `run` enqueues, after one that is not counted.
+template <class Run> double fastest(int runs, cudaStream_t stream, const Run& run) {
+    struct Events {
+        cudaEvent_t start = nullptr, stop = nullptr;
+        Events() {
+            CUDA(cudaEventCreate(&start));
+            CUDA(cudaEventCreate(&stop));
+        }
+        ~Events() { cudaEventDestroy(start), cudaEventDestroy(stop); }
+    } events;
+    run();
+    float best = INFINITY;
+    for (int i = 0; i < runs; i++) {
+        float milliseconds = 0;
+        CUDA(cudaEventRecord(events.start, stream));
+        run();
+        CUDA(cudaEventRecord(events.stop, stream));
+        CUDA(cudaEventSynchronize(events.stop));
+        CUDA(cudaEventElapsedTime(&milliseconds, events.start, events.stop));
+        best = std::min(best, milliseconds);
+    }
+    return std::max(double(best), 1e-3) / 1e3;
+}
+
+// Uniform in (−1, 1): a GPU multiplies zeros or ones faster, since it then needs less power.
+template <class S> __global__ static void random_kernel(S* x, int64_t n) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        uint32_t bits = uint32_t(i) * 0x9E3779B9u;
+        bits = (bits ^ bits >> 16) * 0x21F0AAADu;
+        bits = (bits ^ bits >> 15) * 0xD35A2D97u;
+        x[i] = S(float(bits ^ bits >> 15) * 0x1p-31f - 1.0f);
+    }
+}
+
+template <class S> static double product_flops(int n) {
+    Stream stream;
+    Products products(stream);
+    const int64_t size = int64_t(n) * n;
+    Array<S> a(size), b(size), out(size);
+    CUDA(cudaDeviceSynchronize()); // their zeros are written
+    launch(random_kernel<S>, blocks_for(size, 4096), 256, 0, stream, a, size);
+    launch(random_kernel<S>, blocks_for(size, 4096), 256, 0, stream, b, size);
+    auto product = [&] {
+        linear_forward(products, out + 0, n, static_cast<const S*>(a), static_cast<const S*>(b),
+                       static_cast<const S*>(nullptr), n, n, n, stream);
+    };
+    return 2.0 * n * n * n / fastest(20, stream, product);
+}
+
+enum class Access { read, write, update };
+
+// All of x (n), in place.
+template <Access access>
+__global__ static void access_kernel(float4* x, int64_t n, float factor, float term) {
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        const float4 v = access == Access::write ? make_float4(factor, term, factor, term) : x[i];
+        if (access == Access::read)
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        else
+            x[i] = make_float4(factor * v.x + term, factor * v.y + term, factor * v.z + term,
+                               factor * v.w + term);
+    }
+    // Never so, but the compiler cannot know that nobody wants the sum.
+    if (access == Access::read && sum.x + sum.y + sum.z + sum.w == -1.0f) x[0] = sum;
+}
+
+static Bandwidth access_bandwidth(int64_t bytes) {
+    Stream stream;
+    const int64_t n = bytes / int64_t(sizeof(float4));
+    Array<float> memory(n * 4);
+    CUDA(cudaDeviceSynchronize()); // its zeros are written
+    float4* x = reinterpret_cast<float4*>(memory + 0);
+    const int blocks = std::min(16 * gpu().multiprocessors, blocks_for(n, 256));
+    auto rate = [&](auto* kernel, double accesses) {
+        return accesses * double(bytes) / fastest(10, stream, [&] {
+                   launch(kernel, blocks, 256, 0, stream, x, n, 0.999f, 1e-3f);
+               });
+    };
+    Bandwidth b;
+    b.read = rate(access_kernel<Access::read>, 1);
+    b.write = rate(access_kernel<Access::write>, 1);
+    b.update = rate(access_kernel<Access::update>, 2);
+    return b;
+}
+
+} // namespace cuda
+
+double measured_gpu_flops(DType dtype) {
+    auto measure = [](auto scalar) {
+        using S = decltype(scalar);
+        const int small = 256, large = 8192;
+        const double flops = cuda::product_flops<S>(small);
+        const bool slow = 2.0 * large * large * large / flops > 10; // seconds; most GPUs take 0.3
+        const bool fits = 4 * int64_t(sizeof(S)) * large * large < gpu().free;
+        return slow || !fits ? flops : cuda::product_flops<S>(large);
+    };
+    return dtype == DType::bf16 ? measure(cuda::bf16()) : measure(0.0f);
+}
+
+Bandwidth measured_gpu_bandwidth() {
+    const int64_t small = 1 << 20, large = int64_t(1) << 30; // bytes; the largest caches have 1e8
+    const Bandwidth b = cuda::access_bandwidth(small);
+    const bool slow = double(large) / b.read > 1; // second
+    return slow || 2 * large > gpu().free ? b : cuda::access_bandwidth(large);
 }
 
 } // namespace lns
