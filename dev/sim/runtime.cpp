@@ -389,6 +389,16 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     return cudaSuccess;
 }
 
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                          size_t shared) {
+    if (threads < 1 || threads > lns::sim::max_threads) return result(cudaErrorInvalidValue);
+    const Limits limit = limits();
+    const size_t of_block = shared + 1024; // the system keeps as much for itself
+    *blocks = std::min({limit.threads_of_multiprocessor / ((threads + 31) / 32 * 32),
+                        int(limit.shared_of_multiprocessor / of_block), 32});
+    return cudaSuccess;
+}
+
 cudaError_t lns::sim::launch_kernel(const cudaLaunchConfig_t& config, const void* kernel,
                                     std::function<void()> thread) {
     const dim3 grid = config.gridDim, block = config.blockDim;
@@ -423,6 +433,7 @@ const char* cudaGetErrorName(cudaError_t error) {
         LNS_SIM_NAME(cudaErrorNoDevice);
         LNS_SIM_NAME(cudaErrorInvalidDevice);
         LNS_SIM_NAME(cudaErrorNoKernelImageForDevice);
+        LNS_SIM_NAME(cudaErrorECCUncorrectable);
         LNS_SIM_NAME(cudaErrorInvalidResourceHandle);
         LNS_SIM_NAME(cudaErrorIllegalState);
         LNS_SIM_NAME(cudaErrorNotReady);
@@ -472,6 +483,8 @@ const char* cudaGetErrorString(cudaError_t error) {
         return "invalid device ordinal";
     case cudaErrorNoKernelImageForDevice:
         return "no kernel image is available for execution on the device";
+    case cudaErrorECCUncorrectable:
+        return "uncorrectable ECC error encountered";
     case cudaErrorInvalidResourceHandle:
         return "invalid resource handle";
     case cudaErrorIllegalState:
