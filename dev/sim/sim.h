@@ -1,0 +1,156 @@
+// A simulated GPU's threads: each is a fiber of the host. The blocks of a grid are spread over the
+// host's threads; the threads of one block share one of these and take turns, one running until it
+// must wait for others. The stand-ins for CUDA's headers are made of what is here, and so are new
+// wrappers of instructions; test programs choose the order in which threads run.
+//
+// An error in a kernel is a thrown lns::Error that names the kernel, the block and the thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "dev/sim/vector_types.h"
+#include "gpt/error.h"
+
+// Of the thread that runs.
+extern thread_local constinit uint3 threadIdx, blockIdx;
+extern thread_local constinit dim3 blockDim, gridDim;
+
+namespace lns::sim {
+
+const int warp_size = 32, max_threads = 1024; // of a block
+
+// ---------------------------------------------------------------------------------------------
+// Waiting for other threads. Each of these returns once what it waits for has come; when no thread
+// of the block can go on, that is an error which says what each waits for.
+
+// A line of the kernel.
+struct Site {
+    const char* file;
+    int line;
+    bool operator==(const Site& other) const { return file == other.file && line == other.line; }
+};
+// As a default argument: of the caller.
+constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+}
+
+// Lanes that execute one instruction together: operands[i] is what lane i passed, null if it does
+// not take part.
+struct Lanes {
+    uint32_t mask;
+    void** operands;
+};
+
+// Waits until every lane of `mask` of this warp is in the same call (of this name, in this line,
+// with this mask). The last to arrive calls act(lanes) for all of them.
+void meet(const char* name, Site where, uint32_t mask, void* operands, void (*act)(const Lanes&));
+
+// The same for the 128 threads of a warpgroup: operands[0 … 127].
+void meet_warpgroup(const char* name, Site where, void* operands, void (*act)(void** operands));
+
+// The block's barriers 0 to 15. Waits until `threads` threads have arrived; what they passed as
+// `predicate` comes back as how many were true. Barrier 0 is __syncthreads, where all must be in
+// the same line. `arrive` counts without waiting.
+int barrier(const char* name, Site where, int id, int threads, bool predicate = false);
+void arrive(const char* name, Site where, int id, int threads);
+
+// Lets others run until nothing else can; then looks again.
+void wait_round(const char* name, Site where);
+void condition_met();
+
+// Waits until ready(), asked again whenever no other thread can go on. Where ready() changes what
+// others wait for, it says so by condition_met().
+template <class Ready> void wait_until(const char* name, Site where, Ready ready) {
+    while (!ready()) wait_round(name, where);
+    condition_met();
+}
+
+// ---------------------------------------------------------------------------------------------
+// The thread that runs, its block, and shared memory
+
+bool in_kernel();
+int thread_rank(); // in its block, x running fastest: warp thread_rank() / 32
+int block_threads();
+
+// Throws an Error that begins with the kernel, block and thread.
+[[noreturn]] void fail_in_kernel(const std::string& sentence);
+
+// The n-th array of this block's shared memory, aligned to `alignment` bytes; contents are 0xFF
+// at first. Its address is, modulo 1,024, what it would be without the red zones between arrays.
+void* take_shared(int n, size_t bytes);
+size_t shared_left(size_t taken); // bytes of the launch
+
+// Shared memory's 32-bit addresses: offsets from its beginning, aligned to 1,024.
+uint32_t shared_offset(const void* pointer); // fails if it is not in this block's shared memory
+unsigned char* shared_pointer(uint32_t offset);
+bool in_shared(const void* pointer);
+
+const unsigned char poison_byte = 0xFF; // fresh memory is full of it: NaN in bf16 and in float
+void poison(void* at, size_t bytes);
+
+// cp.async of this thread: the bytes arrive when they are waited for, and until then the
+// destination is poisoned.
+void copy_later(void* shared, const void* global, int bytes, bool valid);
+void copy_commit();
+void copy_wait(int but_last_groups);
+
+// An object for each block, made when first asked for; gone with the block. For what the wrappers
+// must remember (mbarriers, copies under way).
+void* block_object(const void* key, std::shared_ptr<void> (*make)());
+template <class T> T& block_state() {
+    static const char key = 0;
+    return *static_cast<T*>(block_object(&key, [] { return std::shared_ptr<void>(new T()); }));
+}
+
+// d (m, n) += a (m, k) · b (k, n), rows behind one another, k in ascending order. For the wrappers
+// of tensor instructions.
+void multiply_add(float* d, const float* a, const float* b, int m, int n, int k);
+
+// ---------------------------------------------------------------------------------------------
+// Order: which of the threads that can go on does so next, and which block is next. A right kernel
+// gives the same bits in every order.
+
+enum class Direction { forward, reversed, shuffled };
+struct Order {
+    Direction direction = Direction::forward;
+    uint64_t seed = 0; // of shuffled
+};
+
+// From LNS_SIM_ORDER (forward, reversed, shuffled:SEED) unless set.
+Order order();
+void set_order(Order order);
+std::string name_of(Order order);
+std::vector<Order> every_order(int shuffles = 2);
+
+// Calls body() in every order; the previous one is back afterwards.
+template <class Body> void in_every_order(Body body, int shuffles = 2) {
+    const Order before = order();
+    struct Back {
+        Order order;
+        ~Back() { set_order(order); }
+    } back{before};
+    for (const Order& each : every_order(shuffles)) {
+        set_order(each);
+        body();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launches
+
+struct Launch {
+    const void* kernel;
+    dim3 grid, block;
+    size_t shared;
+    std::function<void()> thread; // what each thread does
+};
+void run(const Launch& launch);
+
+std::string kernel_name(const void* kernel);
+
+} // namespace lns::sim
