@@ -17,16 +17,28 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <map>
 #include <memory>
+#include <optional>
+#include <sstream>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include <cublasLt.h>
+
 #include "gpt/bf16.h"
+#include "gpt/cache.h"
 #include "gpt/cuda.h"
 #include "gpt/error.h"
 #include "gpt/gpu.h"
 #include "gpt/model.h"
+#include "gpt/slots.h"
+
+#ifdef LNS_NCCL
+#include <nccl.h>
+#endif
 
 namespace lns::cuda {
 
@@ -79,6 +91,42 @@ __device__ inline float warp_max(float x) {
 }
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// Memory of the GPU, zeroed.
+template <class X> struct Array {
+    Array() = default;
+    explicit Array(int64_t n) : size(n) {
+        if (n == 0) return;
+        X* memory = nullptr;
+        CUDA(cudaMalloc(reinterpret_cast<void**>(&memory), size_t(n) * sizeof(X)));
+        data.reset(memory);
+        CUDA(cudaMemset(memory, 0, size_t(n) * sizeof(X)));
+    }
+    operator X*() const { return data.get(); }
+
+    struct Free {
+        void operator()(X* p) const { cudaFree(p); }
+    };
+    std::unique_ptr<X, Free> data;
+    int64_t size = 0;
+};
+
+// Memory of the host that the GPU copies to and from by itself.
+template <class X> struct Pinned {
+    Pinned() = default;
+    explicit Pinned(int64_t n) : size(n) {
+        X* memory = nullptr;
+        CUDA(cudaMallocHost(reinterpret_cast<void**>(&memory), size_t(n) * sizeof(X)));
+        data.reset(memory);
+    }
+    operator X*() const { return data.get(); }
+
+    struct Free {
+        void operator()(X* p) const { cudaFreeHost(p); }
+    };
+    std::unique_ptr<X, Free> data;
+    int64_t size = 0;
+};
 
 inline int blocks_for(int64_t n, int64_t each) { return int((n + each - 1) / each); }
 
@@ -731,7 +779,473 @@ void input_again(const Junction& j, NormType type, double eps, const float* r,
 }
 
 // ---------------------------------------------------------------------------------------------
-// Matrices
+// Matrices: out (rows, OC) = in (rows, C) · wᵀ + bias, w (OC, C), bias (OC) or null. cuBLASLt sees
+// everything transposed, since its matrices are column-major: outᵀ (OC, rows) = w · inᵀ.
+// Products multiply bf16 with sums in float, or floats without TF32.
+
+template <class X>
+constexpr cudaDataType_t data_type = std::is_same_v<X, float> ? CUDA_R_32F : CUDA_R_16BF;
+
+// d (m, n) = a · b + beta · d, column-major: a (m, k), b (k, n), or in memory their transposes; ld:
+// elements from one column to the next. Every pointer is aligned to 16 bytes.
+struct Product {
+    cudaDataType_t in, out; // of a and b, of d
+    bool a_transposed, b_transposed;
+    int64_t m, n, k;
+    const void *a, *b;
+    void* d;
+    int64_t lda, ldb, ldd;
+    float beta = 0;
+    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    const void* bias = nullptr; // (m), of d's type
+    void* gelu_input = nullptr; // (m, n), of d's type: kept by the forward pass for the backward
+
+    std::string key() const {
+        auto name = [](cudaDataType_t type) { return type == CUDA_R_32F ? "float32" : "bf16"; };
+        return cat(name(in), " to ", name(out), ", ", m, a_transposed ? " t" : " n", " x ", n,
+                   b_transposed ? " t" : " n", " x ", k, ", columns every ", lda, " ", ldb, " ",
+                   ldd, ", beta ", beta, ", epilogue ", int(epilogue));
+    }
+};
+
+inline void check_product(cublasStatus_t status, const Product& p, const char* what) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+        fail("cuBLASLt cannot ", what, " (", p.key(), "): ", cublasLtGetStatusString(status),
+             ". With CUDA_LAUNCH_BLOCKING=1 in the environment an error of an earlier kernel is "
+             "found where it happens");
+}
+
+// A product in cuBLASLt's terms.
+struct ProductDescriptors {
+    cublasLtMatmulDesc_t operation = nullptr;
+    cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+
+    explicit ProductDescriptors(const Product& p) {
+        const char* what = "describe a product";
+        check_product(cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), p,
+                      what);
+        auto set = [&](cublasLtMatmulDescAttributes_t name, const auto& value) {
+            check_product(cublasLtMatmulDescSetAttribute(operation, name, &value, sizeof(value)), p,
+                          what);
+        };
+        const cublasOperation_t as_is = CUBLAS_OP_N, transposed = CUBLAS_OP_T;
+        set(CUBLASLT_MATMUL_DESC_TRANSA, p.a_transposed ? transposed : as_is);
+        set(CUBLASLT_MATMUL_DESC_TRANSB, p.b_transposed ? transposed : as_is);
+        set(CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
+        if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
+        if (p.gelu_input) {
+            set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, p.gelu_input);
+            set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.ldd);
+        }
+        auto layout = [&](cublasLtMatrixLayout_t& made, cudaDataType_t type, bool transpose,
+                          int64_t rows, int64_t columns, int64_t ld) {
+            if (transpose) std::swap(rows, columns);
+            check_product(
+                cublasLtMatrixLayoutCreate(&made, type, uint64_t(rows), uint64_t(columns), ld), p,
+                what);
+        };
+        layout(a, p.in, p.a_transposed, p.m, p.k, p.lda);
+        layout(b, p.in, p.b_transposed, p.k, p.n, p.ldb);
+        layout(d, p.out, false, p.m, p.n, p.ldd);
+    }
+    ProductDescriptors(const ProductDescriptors&) = delete;
+    ~ProductDescriptors() {
+        for (cublasLtMatrixLayout_t layout : {a, b, d})
+            if (layout) cublasLtMatrixLayoutDestroy(layout);
+        if (operation) cublasLtMatmulDescDestroy(operation);
+    }
+};
+
+// cuBLASLt, its workspace, and the algorithm of each product: chosen by measurement where it is met
+// for the first time, and remembered (gpt/cache.h) so that the next run has the same bits. Under
+// capture nothing can be measured: what a graph is to hold has been run once before, or has the
+// algorithm that cuBLASLt guesses to be best.
+struct Products {
+    const cudaStream_t stream; // of all products, since they share the workspace
+
+    // Of workspace; where there is no GPU, what a new one would get.
+    static int64_t workspace_bytes() {
+        int device = 0, major = 9;
+        if (cudaGetDevice(&device) != cudaSuccess ||
+            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) !=
+                cudaSuccess)
+            cudaGetLastError();
+        return int64_t(major >= 9 ? 64 : 32) << 20;
+    }
+
+    explicit Products(cudaStream_t stream) : stream(stream), cache("cublaslt.txt") {
+        int device = 0;
+        cudaDeviceProp properties;
+        CUDA(cudaGetDevice(&device));
+        CUDA(cudaGetDeviceProperties(&properties, device));
+        machine = cat(properties.name, ", ", properties.multiProcessorCount,
+                      " multiprocessors, cuBLASLt ", cublasLtGetVersion(), ", workspace ",
+                      workspace_size, ": ");
+        if (const cublasStatus_t status = cublasLtCreate(&handle); status != CUBLAS_STATUS_SUCCESS)
+            fail("cuBLASLt cannot start: ", cublasLtGetStatusString(status),
+                 ". Its version must fit the GPU's driver");
+        CUDA(cudaMalloc(&workspace_memory, size_t(workspace_size)));
+        CUDA(cudaEventCreate(&begin));
+        CUDA(cudaEventCreate(&end));
+    }
+    Products(const Products&) = delete;
+    ~Products() {
+        cudaEventDestroy(begin), cudaEventDestroy(end);
+        cudaFree(workspace_memory);
+        cublasLtDestroy(handle);
+    }
+
+    int64_t bytes() const { return workspace_size; }
+
+    // False, and nothing is done, where cuBLASLt has no algorithm for such a product.
+    bool multiply(const Product& p, cudaStream_t on) {
+        if (on != stream) fail("a product was given another stream than the one of its workspace");
+        const ProductDescriptors descriptors(p);
+        const std::string key = machine + p.key();
+        auto known = algorithms.find(key);
+        if (known == algorithms.end())
+            known = algorithms.emplace(key, choose(p, descriptors, key)).first;
+        if (!known->second) return false;
+        check_product(run(p, descriptors, *known->second), p, "multiply");
+        return true;
+    }
+
+    void must_multiply(const Product& p, cudaStream_t on) {
+        if (!multiply(p, on)) check_product(CUBLAS_STATUS_NOT_SUPPORTED, p, "multiply");
+    }
+
+  private:
+    // With a name of its own: nvcc 13.0 stumbles at a vector of cuBLASLt's, which has none.
+    struct Algorithm : cublasLtMatmulAlgo_t {};
+
+    cublasLtHandle_t handle = nullptr;
+    void* workspace_memory = nullptr;
+    const int64_t workspace_size = workspace_bytes();
+    cudaEvent_t begin = nullptr, end = nullptr;
+    std::string machine;
+    Cache cache;
+    std::map<std::string, std::optional<Algorithm>> algorithms; // none: there is none
+
+    cublasStatus_t run(const Product& p, const ProductDescriptors& q, const Algorithm& algorithm) {
+        const float one = 1;
+        return cublasLtMatmul(handle, q.operation, &one, p.a, q.a, p.b, q.b, &p.beta, p.d, q.d, p.d,
+                              q.d, &algorithm, workspace_memory, size_t(workspace_size), stream);
+    }
+
+    std::optional<Algorithm> choose(const Product& p, const ProductDescriptors& q,
+                                    const std::string& key) {
+        if (const std::string* text = cache.find(key))
+            if (const std::optional<Algorithm> known = from_text(*text); known && runs(q, *known))
+                return known;
+        const std::vector<Algorithm> candidates = candidates_for(p, q);
+        if (candidates.empty()) return std::nullopt;
+        cudaStreamCaptureStatus capture;
+        CUDA(cudaStreamIsCapturing(stream, &capture));
+        if (capture != cudaStreamCaptureStatusNone) return candidates[0];
+        const Algorithm best = fastest(p, q, candidates);
+        const std::optional<Algorithm> settled = from_text(cache.settle(key, to_text(best)));
+        return settled && runs(q, *settled) ? *settled : best;
+    }
+
+    // What cuBLASLt thinks will serve, the best first. Split sums must go through the workspace in
+    // float: in place they would be rounded in between.
+    std::vector<Algorithm> candidates_for(const Product& p, const ProductDescriptors& q) {
+        const char* what = "say how it would multiply";
+        cublasLtMatmulPreference_t preference;
+        check_product(cublasLtMatmulPreferenceCreate(&preference), p, what);
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) {
+            check_product(
+                cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof(value)), p,
+                what);
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(workspace_size));
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+               uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+        for (const cublasLtMatmulPreferenceAttributes_t alignment :
+             {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            prefer(alignment, uint32_t(16));
+        const int most = 8;
+        cublasLtMatmulHeuristicResult_t found[most];
+        int count = 0;
+        const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+            handle, q.operation, q.a, q.b, q.d, q.d, preference, most, found, &count);
+        cublasLtMatmulPreferenceDestroy(preference);
+        if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
+        check_product(status, p, what);
+        std::vector<Algorithm> candidates;
+        for (int i = 0; i < count; i++)
+            if (found[i].state == CUBLAS_STATUS_SUCCESS && runs(q, {found[i].algo}))
+                candidates.push_back({found[i].algo});
+        return candidates;
+    }
+
+    // Whether the algorithm is one for this product, on this GPU, and gives the same bits each
+    // time.
+    bool runs(const ProductDescriptors& q, const Algorithm& algorithm) {
+        cublasLtMatmulHeuristicResult_t result = {};
+        uint32_t reduction = 0;
+        size_t written = 0;
+        return cublasLtMatmulAlgoCheck(handle, q.operation, q.a, q.b, q.d, q.d, &algorithm,
+                                       &result) == CUBLAS_STATUS_SUCCESS &&
+               result.workspaceSize <= size_t(workspace_size) &&
+               (cublasLtMatmulAlgoConfigGetAttribute(
+                    &algorithm, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, &reduction,
+                    sizeof(reduction), &written) != CUBLAS_STATUS_SUCCESS || // it splits nothing
+                reduction == CUBLASLT_REDUCTION_SCHEME_NONE ||
+                reduction == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+    }
+
+    // By running each on the real operands. What d holds is overwritten afterwards, or, where it is
+    // added to, kept aside and put back. An earlier one is preferred to one hardly faster.
+    Algorithm fastest(const Product& p, const ProductDescriptors& q,
+                      const std::vector<Algorithm>& candidates) {
+        if (candidates.size() == 1) return candidates[0];
+        const size_t bytes =
+            size_t((p.n - 1) * p.ldd + p.m) * (p.out == CUDA_R_32F ? sizeof(float) : sizeof(bf16));
+        void* kept = nullptr;
+        if (p.beta != 0) {
+            if (cudaMalloc(&kept, bytes) != cudaSuccess) {
+                cudaGetLastError(); // no room to measure
+                return candidates[0];
+            }
+            CUDA(cudaMemcpyAsync(kept, p.d, bytes, cudaMemcpyDeviceToDevice, stream));
+        }
+        std::vector<float> times(candidates.size(), std::numeric_limits<float>::infinity());
+        for (int turn = 0; turn < 4; turn++)
+            for (size_t i = 0; i < candidates.size(); i++) {
+                bool ran = true;
+                float time = 0;
+                CUDA(cudaEventRecord(begin, stream));
+                for (int again = 0; again < 3; again++)
+                    ran = ran && run(p, q, candidates[i]) == CUBLAS_STATUS_SUCCESS;
+                CUDA(cudaEventRecord(end, stream));
+                CUDA(cudaEventSynchronize(end));
+                CUDA(cudaEventElapsedTime(&time, begin, end));
+                if (ran) times[i] = std::min(times[i], time);
+            }
+        size_t best = 0;
+        for (size_t i = 1; i < times.size(); i++)
+            if (times[i] < 0.98f * times[best]) best = i;
+        if (kept) {
+            CUDA(cudaMemcpyAsync(p.d, kept, bytes, cudaMemcpyDeviceToDevice, stream));
+            CUDA(cudaStreamSynchronize(stream));
+            CUDA(cudaFree(kept));
+        }
+        return candidates[best];
+    }
+
+    static std::string to_text(const Algorithm& algorithm) {
+        std::ostringstream text;
+        for (uint64_t word : algorithm.data) text << std::hex << word << " ";
+        return text.str();
+    }
+    static std::optional<Algorithm> from_text(const std::string& text) {
+        Algorithm algorithm = {};
+        std::istringstream words(text);
+        for (uint64_t& word : algorithm.data)
+            if (!(words >> std::hex >> word)) return std::nullopt;
+        return algorithm;
+    }
+};
+
+// out (rows, OC) = bias, in every row. Moves, per number, that of S or float once.
+template <class Out, class S>
+__global__ static void broadcast_kernel(Out* out, int64_t out_row, const S* bias, int OC) {
+    const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (channel >= OC) return;
+    float x[8];
+    load8(x, bias + channel);
+    store8(out + blockIdx.x * out_row + channel, x);
+}
+
+// w (OC, C) and in (rows, C) as a product's a and b; d, out_row elements from one row of out to the
+// next, is set.
+template <class Out, class S>
+Product linear_product(Out* out, int64_t out_row, const S* in, const S* w, int64_t rows, int C,
+                       int OC) {
+    return {.in = data_type<S>,
+            .out = data_type<Out>,
+            .a_transposed = true,
+            .b_transposed = false,
+            .m = OC,
+            .n = rows,
+            .k = C,
+            .a = w,
+            .b = in,
+            .d = out,
+            .lda = C,
+            .ldb = C,
+            .ldd = out_row};
+}
+
+// Out is S, or float where logits shall not be rounded. out_row: elements from one row of out to
+// the next.
+template <class S, class Out>
+void linear_forward(Products& products, Out* out, int64_t out_row, const S* in, const S* w,
+                    const S* bias, int64_t rows, int C, int OC, cudaStream_t stream) {
+    Product p = linear_product(out, out_row, in, w, rows, C, OC);
+    if (bias) {
+        if constexpr (std::is_same_v<S, Out>) {
+            p.epilogue = CUBLASLT_EPILOGUE_BIAS, p.bias = bias;
+            if (products.multiply(p, stream)) return;
+        }
+        // Without that epilogue the product is added to the bias, and still rounded once.
+        p.epilogue = CUBLASLT_EPILOGUE_DEFAULT, p.bias = nullptr, p.beta = 1;
+        launch(broadcast_kernel<Out, S>, dim3(unsigned(rows), blocks_for(OC, 128 * 8)), 128, 0,
+               stream, out, out_row, bias, OC);
+    }
+    products.must_multiply(p, stream);
+}
+
+template <class S>
+void gelu_forward(S* out, const S* h, int64_t n, cudaStream_t stream); // of the MLP's activations
+template <class S>
+void gelu_backward(S* dh, const S* da, const S* h, int64_t n, cudaStream_t stream);
+
+// hidden (rows, OC) is what linear_forward gives, activated (rows, OC) = gelu(hidden), as a
+// product's end takes it of what has not been rounded yet.
+template <class S>
+void linear_gelu_forward(Products& products, S* activated, S* hidden, const S* in, const S* w,
+                         const S* bias, int64_t rows, int C, int OC, cudaStream_t stream) {
+    Product p = linear_product(activated, OC, in, w, rows, C, OC);
+    p.epilogue = bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    p.bias = bias, p.gelu_input = hidden;
+    if (products.multiply(p, stream)) return;
+    linear_forward(products, hidden, OC, in, w, bias, rows, C, OC, stream);
+    gelu_forward(activated, hidden, rows * OC, stream);
+}
+
+// w (OC, C) and dout (rows, OC), dout_row elements from one row to the next, as a product's a and
+// b.
+template <class S>
+Product linear_backward_product(S* din, const S* dout, int64_t dout_row, const S* w, int64_t rows,
+                                int C, int OC) {
+    return {.in = data_type<S>,
+            .out = data_type<S>,
+            .a_transposed = false,
+            .b_transposed = false,
+            .m = C,
+            .n = rows,
+            .k = OC,
+            .a = w,
+            .b = dout,
+            .d = din,
+            .lda = C,
+            .ldb = dout_row,
+            .ldd = C};
+}
+
+// din (rows, C) from dout (rows, OC).
+template <class S>
+void linear_backward_input(Products& products, S* din, const S* dout, int64_t dout_row, const S* w,
+                           int64_t rows, int C, int OC, cudaStream_t stream) {
+    products.must_multiply(linear_backward_product(din, dout, dout_row, w, rows, C, OC), stream);
+}
+
+// The same of a matrix that saw gelu(hidden): dhidden (rows, C) from dout (rows, OC) and hidden
+// (rows, C).
+template <class S>
+void linear_gelu_backward_input(Products& products, S* dhidden, const S* dout, const S* hidden,
+                                const S* w, int64_t rows, int C, int OC, cudaStream_t stream) {
+    Product p = linear_backward_product(dhidden, dout, OC, w, rows, C, OC);
+    p.epilogue = CUBLASLT_EPILOGUE_DGELU;
+    p.gelu_input = const_cast<S*>(hidden); // which is only read
+    if (products.multiply(p, stream)) return;
+    linear_backward_input(products, dhidden, dout, OC, w, rows, C, OC, stream);
+    gelu_backward(dhidden, dhidden, hidden, rows * C, stream);
+}
+
+// A bias's gradient is summed over the rows of each of so many parts, then over the parts.
+inline int bias_parts(int64_t rows) { return int(std::min<int64_t>(64, (rows + 31) / 32)); }
+inline int64_t linear_scratch(int64_t rows, int OC) { // floats
+    return bias_parts(rows) * int64_t(OC);
+}
+
+// partial (gridDim.y, OC): the sum over that part of the rows. A block's 8 warps take every eighth
+// row of 256 channels. Moves, per number: that of S.
+template <class S>
+__global__ static void column_sums_kernel(float* partial, const S* dout, int64_t dout_row,
+                                          int64_t rows, int OC) {
+    SharedMemory shared;
+    float* sums = shared.take<float>(8 * 256); // of each warp
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
+    const int channel = blockIdx.x * 256 + lane * 8;
+    const int64_t begin = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
+    float sum[8] = {};
+    if (channel < OC)
+#pragma unroll 4
+        for (int64_t row = begin + w; row < end; row += 8) {
+            float x[8];
+            load8(x, dout + row * dout_row + channel);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i] += x[i];
+        }
+    store8(sums + w * 256 + lane * 8, sum);
+    __syncthreads();
+    const int own = blockIdx.x * 256 + threadIdx.x;
+    if (own >= OC) return;
+    float total = 0;
+    for (int other = 0; other < 8; other++) total += sums[other * 256 + threadIdx.x];
+    partial[int64_t(blockIdx.y) * OC + own] = total;
+}
+
+// gradient[i] += Σ over the parts of partial (parts, row), i < n. 8 warps each take every eighth
+// part of 32 numbers.
+template <class G>
+__global__ static void add_partial_sums_kernel(G* gradient, const float* partial, int parts,
+                                               int64_t row, int n) {
+    SharedMemory shared;
+    float* sums = shared.take<float>(8 * warp);
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp, i = blockIdx.x * warp + lane;
+    float sum = 0;
+    if (i < n)
+#pragma unroll 4
+        for (int part = w; part < parts; part += 8) sum += partial[part * row + i];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (w > 0 || i >= n) return;
+    for (int other = 1; other < 8; other++) sum += sums[other * warp + lane];
+    gradient[i] = G(float(gradient[i]) + sum);
+}
+
+template <class G>
+void add_partial_sums(G* gradient, const float* partial, int parts, int64_t row, int n,
+                      cudaStream_t stream) {
+    launch(add_partial_sums_kernel<G>, blocks_for(n, warp), 8 * warp, shared_bytes<float>(8 * warp),
+           stream, gradient, partial, parts, row, n);
+}
+
+// Adds to dw (OC, C), and to dbias (OC) if there is one, from dout (rows, OC), dout_row elements
+// from one row to the next, and in (rows, C). scratch: linear_scratch(rows, OC) floats if there is
+// dbias.
+template <class S, class G>
+void linear_backward_weight(Products& products, G* dw, G* dbias, const S* dout, int64_t dout_row,
+                            const S* in, int64_t rows, int C, int OC, float* scratch,
+                            cudaStream_t stream) {
+    products.must_multiply({.in = data_type<S>,
+                            .out = data_type<G>,
+                            .a_transposed = false,
+                            .b_transposed = true,
+                            .m = C,
+                            .n = OC,
+                            .k = rows,
+                            .a = in,
+                            .b = dout,
+                            .d = dw,
+                            .lda = C,
+                            .ldb = dout_row,
+                            .ldd = C,
+                            .beta = 1},
+                           stream);
+    if (!dbias) return;
+    const int parts = bias_parts(rows);
+    launch(column_sums_kernel<S>, dim3(blocks_for(OC, 256), parts), 256,
+           shared_bytes<float>(8 * 256), stream, scratch, dout, dout_row, rows, OC);
+    add_partial_sums(dbias, scratch, parts, OC, OC, stream);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Attention. A row of qkv is NH heads of q, KVH of k, KVH of v; NH / KVH heads of q share one of k
@@ -752,6 +1266,198 @@ struct AttentionShape {
 struct CosSin {
     float cos, sin;
 };
+
+// N numbers as floats: 8 at once, or one where more would not be aligned.
+template <int N, class X> __device__ inline void load_some(float (&x)[N], const X* at) {
+    if constexpr (N == 8)
+        load8(x, at);
+    else
+        x[0] = float(*at);
+}
+template <int N, class X> __device__ inline void store_some(X* at, const float (&x)[N]) {
+    if constexpr (N == 8)
+        store8(at, x);
+    else
+        *at = X(x[0]);
+}
+
+// Sums over all threads of a block, in every one, added in the same order always. exchange: (N,
+// 32), shared.
+template <int N, class X> __device__ inline void block_sums(X (&x)[N], X* exchange) {
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp, warps = blockDim.x / warp;
+    for (int n = 0; n < N; n++) x[n] = warp_sum(x[n]);
+    __syncthreads(); // whoever read the last sums is done
+    if (lane == 0)
+        for (int n = 0; n < N; n++) exchange[n * warp + w] = x[n];
+    __syncthreads();
+    for (int n = 0; n < N; n++) x[n] = warp_sum(lane < warps ? exchange[n * warp + lane] : X(0));
+}
+
+// Whole warps, enough for so many units of work, but no more than `most`.
+inline int threads_for(int64_t units, int most) {
+    return int(std::min<int64_t>(most, blocks_for(units, warp) * int64_t(warp)));
+}
+
+// Rotary positions (arXiv 2104.09864) with Hugging Face's pairing: of a head, channel i turns with
+// channel i + channels/2. A block has a row, a thread N channels of a first half and their
+// partners. Moves, per number of q and k: those of S, once read and once written, and once more
+// written where raw is kept.
+template <int N, class S>
+__global__ static void qk_forward_kernel(S* qkv, S* raw, NormStats* stats, const S* q_weight,
+                                         const S* k_weight, float eps, const CosSin* table,
+                                         AttentionShape a) {
+    SharedMemory shared;
+    float* exchange = shared.take<float>(2 * warp);
+    const int Q = a.q_width(), K = a.kv_width();
+    const int half = (a.channels + 1) / 2; // an odd last one has a channel of padding for partner
+    const int units = half / N;            // of a head
+    const int64_t row = a.first + int64_t(blockIdx.x);
+    S* x = qkv + row * a.row();
+    float rstd[2] = {1, 1}; // of q, of k
+    if (raw) {
+        float squares[2] = {};
+        for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+            const int head = unit / units, at = head * a.HS + unit % units * N;
+            float low[N], high[N], square = 0;
+            load_some(low, x + at), load_some(high, x + at + half);
+            store_some(raw + row * (Q + K) + at, low);
+            store_some(raw + row * (Q + K) + at + half, high);
+#pragma unroll
+            for (int i = 0; i < N; i++) square += low[i] * low[i] + high[i] * high[i];
+            squares[0] += head < a.NH ? square : 0;
+            squares[1] += head < a.NH ? 0 : square;
+        }
+        block_sums(squares, exchange);
+        rstd[0] = rsqrtf(squares[0] / float(a.NH * a.channels) + eps);
+        rstd[1] = rsqrtf(squares[1] / float(a.KVH * a.channels) + eps);
+        if (threadIdx.x < 2) stats[2 * row + threadIdx.x] = {0, threadIdx.x ? rstd[1] : rstd[0]};
+    }
+    for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+        const int head = unit / units, i0 = unit % units * N, at = head * a.HS + i0;
+        float low[N], high[N];
+        load_some(low, x + at), load_some(high, x + at + half);
+        if (raw) {
+            const bool is_q = head < a.NH;
+            const S* weight = is_q ? q_weight + at : k_weight + at - Q;
+            float low_weight[N], high_weight[N];
+            load_some(low_weight, weight), load_some(high_weight, weight + half);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                low[i] *= (is_q ? rstd[0] : rstd[1]) * low_weight[i];
+                high[i] *= (is_q ? rstd[0] : rstd[1]) * high_weight[i];
+            }
+        }
+        if (table) {
+            const float* pairs = &table[row % a.T * half + i0].cos; // cos, sin, cos, …
+            float turns[2][N];
+            load_some(turns[0], pairs), load_some(turns[1], pairs + N);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const float cos = turns[2 * i / N][2 * i % N];
+                const float sin = turns[(2 * i + 1) / N][(2 * i + 1) % N];
+                const float x0 = low[i], x1 = high[i];
+                low[i] = x0 * cos - x1 * sin;
+                high[i] = x1 * cos + x0 * sin;
+            }
+        }
+        store_some(x + at, low), store_some(x + at + half, high);
+    }
+}
+
+// What q and k (rows, NH·HS and KVH·HS of a row of qkv) go through between their matrix and
+// attention, in place: OLMo 2's RMSNorm over the whole of q and of k, if there is `raw` (rows,
+// (NH + KVH)·HS), which keeps what it saw, and stats (rows, 2); then rotary positions, if there is
+// a table (T, channels/2). From row `first` on. Channels of padding are 0 and stay so.
+template <class S>
+void qk_forward(S* qkv, S* raw, NormStats* stats, const S* q_weight, const S* k_weight, double eps,
+                const CosSin* table, const AttentionShape& a, cudaStream_t stream) {
+    if (!raw && !table) return;
+    const bool whole = a.channels % 16 == 0; // both halves are vectors of 8
+    const int units = (a.NH + a.KVH) * blocks_for(a.channels, whole ? 16 : 2);
+    launch(whole ? qk_forward_kernel<8, S> : qk_forward_kernel<1, S>, unsigned(a.rows() - a.first),
+           threads_for(units, 512), shared_bytes<float>(2 * warp), stream, qkv, raw, stats,
+           q_weight, k_weight, float(eps), table, a);
+}
+
+// The norm's, in place on dqkv's q and k. Blocks take every so many rows, and add up the weights'
+// gradients of all of theirs: partial (gridDim.x, Q + K). With g = w ⊙ dy:
+// dx = rstd · (g − x̂ · mean(g ⊙ x̂)). Moves, per number of q and k: those of S, twice read and once
+// written.
+template <int N, class S>
+__global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const NormStats* stats,
+                                               const S* q_weight, const S* k_weight, float* partial,
+                                               AttentionShape a) {
+    SharedMemory shared;
+    const int Q = a.q_width(), width = Q + a.kv_width();
+    float* exchange = shared.take<float>(2 * warp);
+    float* sums = shared.take<float>(width); // of dw: each thread its own channels
+    for (int i = threadIdx.x; i < width; i += blockDim.x) sums[i] = 0;
+    __syncthreads();
+    const int units = a.channels / N; // of a head
+    for (int64_t row = blockIdx.x; row < a.rows(); row += gridDim.x) {
+        S* dy = dqkv + row * a.row();
+        const S* x = raw + row * width;
+        const float rstd[2] = {stats[2 * row].rstd, stats[2 * row + 1].rstd};
+        float dots[2] = {};
+        for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+            const int head = unit / units, at = head * a.HS + unit % units * N;
+            const bool is_q = head < a.NH;
+            float d[N], value[N], weight[N], dot = 0;
+            load_some(d, dy + at), load_some(value, x + at);
+            load_some(weight, is_q ? q_weight + at : k_weight + at - Q);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                dot += weight[i] * d[i] * value[i];
+                d[i] *= value[i] * (is_q ? rstd[0] : rstd[1]);
+            }
+            if constexpr (N == 8)
+                add_to_sums(sums, d, at, width);
+            else
+                sums[place_of_sum(at, width)] += d[0];
+            dots[0] += is_q ? dot : 0;
+            dots[1] += is_q ? 0 : dot;
+        }
+        block_sums(dots, exchange);
+        for (int n = 0; n < 2; n++)
+            dots[n] *= rstd[n] * rstd[n] / float((n == 0 ? a.NH : a.KVH) * a.channels);
+        for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+            const int head = unit / units, at = head * a.HS + unit % units * N;
+            const bool is_q = head < a.NH;
+            float d[N], value[N], weight[N];
+            load_some(d, dy + at), load_some(value, x + at);
+            load_some(weight, is_q ? q_weight + at : k_weight + at - Q);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+                d[i] = (is_q ? rstd[0] : rstd[1]) *
+                       (weight[i] * d[i] - value[i] * (is_q ? dots[0] : dots[1]));
+            store_some(dy + at, d);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+        partial[int64_t(blockIdx.x) * width + i] = sums[place_of_sum(i, width)];
+}
+
+inline int qk_norm_parts(const AttentionShape& a) { return int(std::min<int64_t>(512, a.rows())); }
+inline int64_t qk_norm_scratch(const AttentionShape& a) { // floats
+    return int64_t(qk_norm_parts(a)) * (a.q_width() + a.kv_width());
+}
+
+// dqkv (rows, row) from the gradient of what the norm gave to that of what it saw; adds to
+// dq_weight (NH·HS) and dk_weight (KVH·HS). scratch: qk_norm_scratch(a) floats.
+template <class S, class G>
+void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_weight,
+                      const S* k_weight, G* dq_weight, G* dk_weight, float* scratch,
+                      const AttentionShape& a, cudaStream_t stream) {
+    const int Q = a.q_width(), K = a.kv_width(), parts = qk_norm_parts(a);
+    const bool whole = a.channels % 8 == 0;
+    const int units = (a.NH + a.KVH) * (a.channels / (whole ? 8 : 1));
+    launch(whole ? qk_norm_backward_kernel<8, S> : qk_norm_backward_kernel<1, S>, parts,
+           threads_for(units, 512), shared_bytes<float>(2 * warp) + shared_bytes<float>(Q + K),
+           stream, dqkv, raw, stats, q_weight, k_weight, scratch, a);
+    add_partial_sums(dq_weight, scratch, parts, Q + K, Q, stream);
+    add_partial_sums(dk_weight, scratch + Q, parts, Q + K, K, stream);
+}
 
 // FlashAttention-2 (arXiv 2307.08691): a block of 4 warps holds the rows of one tile of queries (or
 // keys, in the backward pass) and goes through the tiles of keys (queries) that they see, two in
@@ -1461,13 +2167,1681 @@ void attention_backward(S* dqkv, const S* dout, const S* out, const S* qkv, cons
 // ---------------------------------------------------------------------------------------------
 // The MLP's activations: h (rows, H) → a (rows, H)
 
-// ---------------------------------------------------------------------------------------------
-// Loss
+// GELU in its tanh form (arXiv 1606.08415): x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
+// With s = sigmoid(2 · the argument), that is x · s.
+const float gelu_slope = 2 * 0.79788456080286535588f;
+
+// Moves, per number: those of S, once read and once written.
+template <class S> __global__ static void gelu_forward_kernel(S* out, const S* h, int64_t n) {
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    float x[8];
+    load8(x, h + at);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] *= sigmoid(gelu_slope * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+    store8(out + at, x);
+}
+
+template <class S> void gelu_forward(S* out, const S* h, int64_t n, cudaStream_t stream) {
+    launch(gelu_forward_kernel<S>, blocks_for(n, 256 * 8), 256, 0, stream, out, h, n);
+}
+
+// dh may be da. Moves, per number: those of S, twice read and once written.
+template <class S>
+__global__ static void gelu_backward_kernel(S* dh, const S* da, const S* h, int64_t n) {
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    float d[8], value[8];
+    load8(d, da + at), load8(value, h + at);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float x = value[i];
+        const float s = sigmoid(gelu_slope * (x + 0.044715f * x * x * x));
+        d[i] *= s + x * s * (1 - s) * gelu_slope * (1 + 3 * 0.044715f * x * x);
+    }
+    store8(dh + at, d);
+}
+
+template <class S>
+void gelu_backward(S* dh, const S* da, const S* h, int64_t n, cudaStream_t stream) {
+    launch(gelu_backward_kernel<S>, blocks_for(n, 256 * 8), 256, 0, stream, dh, da, h, n);
+}
+
+// SwiGLU (arXiv 2002.05202): a row of h is gate (H), up (H); a = silu(gate) ⊙ up.
+// Moves, per number of out: those of S, twice read and once written.
+template <class S> __global__ static void swiglu_forward_kernel(S* out, const S* h, int H) {
+    const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (channel >= H) return;
+    const int64_t row = blockIdx.x;
+    float gate[8], up[8];
+    load8(gate, h + row * 2 * H + channel), load8(up, h + row * 2 * H + H + channel);
+#pragma unroll
+    for (int i = 0; i < 8; i++) up[i] *= gate[i] * sigmoid(gate[i]);
+    store8(out + row * H + channel, up);
+}
+
+template <class S>
+void swiglu_forward(S* out, const S* h, int64_t rows, int H, cudaStream_t stream) {
+    launch(swiglu_forward_kernel<S>, dim3(unsigned(rows), blocks_for(H, 128 * 8)), 128, 0, stream,
+           out, h, H);
+}
+
+// Moves, per number of da: those of S, three times read and twice written.
+template <class S>
+__global__ static void swiglu_backward_kernel(S* dh, const S* da, const S* h, int H) {
+    const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (channel >= H) return;
+    const int64_t row = blockIdx.x, at = row * 2 * H + channel;
+    float d[8], gate[8], up[8];
+    load8(d, da + row * H + channel), load8(gate, h + at), load8(up, h + at + H);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float g = gate[i], s = sigmoid(g);
+        gate[i] = d[i] * up[i] * s * (1 + g * (1 - s)); // now their gradients
+        up[i] = d[i] * g * s;
+    }
+    store8(dh + at, gate), store8(dh + at + H, up);
+}
+
+template <class S>
+void swiglu_backward(S* dh, const S* da, const S* h, int64_t rows, int H, cudaStream_t stream) {
+    launch(swiglu_backward_kernel<S>, dim3(unsigned(rows), blocks_for(H, 128 * 8)), 128, 0, stream,
+           dh, da, h, H);
+}
 
 // ---------------------------------------------------------------------------------------------
-// The optimizer
+// Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
+
+// exp(x − y), y finite.
+__device__ inline float exp_of_difference(float x, float y) {
+    const float log2_e = 1.44269504088896f;
+    return fast_exp2(fmaf(x, log2_e, -(y * log2_e)));
+}
+
+// A block has a row, which it reads once and, if it fits, keeps in shared memory: each thread reads
+// there only what it copied itself. The softmax's largest logit and sum are found together: a sum
+// so far is scaled down where a larger logit is met. Moves, per number: those of X, once read and,
+// with gradients, once written.
+template <bool kept, class X>
+__global__ static __launch_bounds__(1024) void cross_entropy_kernel(float* losses, X* logits,
+                                                                    bool gradients,
+                                                                    const int* targets,
+                                                                    const float* loss_scale, int V,
+                                                                    int64_t row) {
+    const float least = -1e30f;
+    SharedMemory shared;
+    float* exchange = shared.take<float>(2 * warp);
+    const int vectors = (V + 7) / 8; // the last may hold columns of padding
+    X* x = logits + blockIdx.x * row;
+    const int target = targets[blockIdx.x];
+    if (target < 0) { // all threads
+        const float zeros[8] = {};
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0;
+        for (int64_t n = threadIdx.x; gradients && n < row / 8; n += blockDim.x)
+            store8(x + n * 8, zeros);
+        return;
+    }
+    const float at_target = float(x[target]); // which will be overwritten, behind a barrier
+    const X* source = x;
+    if constexpr (kept) {
+        X* copy = shared.take<X>(vectors * 8);
+        for (int n = threadIdx.x; n < vectors; n += blockDim.x)
+            for (int i = 0; i < 8; i += 16 / int(sizeof(X)))
+                copy_async(copy + n * 8 + i, x + n * 8 + i);
+        copy_async_commit();
+        copy_async_wait<0>();
+        source = copy;
+    }
+    auto load = [&](float(&value)[8], int n) {
+        load8(value, source + n * 8);
+        if (n * 8 + 8 > V)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (n * 8 + i >= V) value[i] = -INFINITY; // of which the probability is 0
+    };
+
+    float largest = least, sum = 0;
+    for (int n = threadIdx.x; n < vectors; n += blockDim.x) {
+        float value[8];
+        load(value, n);
+        float top = value[0];
+#pragma unroll
+        for (int i = 1; i < 8; i++) top = fmaxf(top, value[i]);
+        if (top > largest) {
+            sum *= exp_of_difference(largest, top);
+            largest = top;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += exp_of_difference(value[i], largest);
+    }
+    // Of the warp, then of the block.
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp, warps = blockDim.x / warp;
+    auto gather = [&] {
+        const float top = warp_max(largest);
+        sum = warp_sum(sum * exp_of_difference(largest, top));
+        largest = top;
+    };
+    gather();
+    if (lane == 0) exchange[w] = largest, exchange[warp + w] = sum;
+    __syncthreads();
+    largest = lane < warps ? exchange[lane] : least;
+    sum = lane < warps ? exchange[warp + lane] : 0;
+    gather();
+
+    if (threadIdx.x == 0) losses[blockIdx.x] = (largest - at_target) + logf(sum);
+    if (!gradients) return;
+    const float scale = *loss_scale, factor = scale / sum;
+    for (int64_t n = threadIdx.x; n < row / 8; n += blockDim.x) {
+        float value[8] = {};
+        if (n < vectors) {
+            load(value, int(n));
+#pragma unroll
+            for (int i = 0; i < 8; i++) value[i] = exp_of_difference(value[i], largest) * factor;
+            if (n == target / 8)
+#pragma unroll
+                for (int i = 0; i < 8; i++) value[i] -= i == target % 8 ? scale : 0;
+        }
+        store8(x + n * 8, value);
+    }
+}
+
+// losses (rows) of logits (rows, V), `row` elements from one row to the next. With `gradients`, in
+// place of the logits, loss_scale × their gradient, and 0 in the columns from V on; loss_scale lies
+// on the device.
+template <class S, class X>
+void cross_entropy(float* losses, X* logits, bool gradients, const int* targets,
+                   const float* loss_scale, int64_t rows, int V, int64_t row, cudaStream_t stream) {
+    int device = 0, limit = 0;
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const int vectors = blocks_for(V, 8);
+    const size_t exchange = shared_bytes<float>(2 * warp);
+    const size_t all = exchange + shared_bytes<X>(size_t(vectors) * 8);
+    const bool kept = all <= size_t(limit);
+    // A multiprocessor has room for several blocks, or for one that should have more threads.
+    const int threads = threads_for(vectors, kept && all > size_t(limit) / 2 ? 1024 : 512);
+    launch(kept ? cross_entropy_kernel<true, X> : cross_entropy_kernel<false, X>, unsigned(rows),
+           threads, kept ? all : exchange, stream, losses, logits, gradients, targets, loss_scale,
+           V, row);
+}
+
+// One block: rows are few.
+__global__ static void add_losses_kernel(double* sum, const float* losses, int64_t rows) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    double total[1] = {};
+#pragma unroll 4
+    for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) total[0] += double(losses[row]);
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) *sum += total[0];
+}
+
+// *sum, on the device, += Σ losses (rows).
+inline void add_losses(double* sum, const float* losses, int64_t rows, cudaStream_t stream) {
+    launch(add_losses_kernel, 1, 1024, shared_bytes<double>(warp), stream, sum, losses, rows);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The optimizer. n, the length of the flat buffers, is a multiple of 8.
+
+const int norm_blocks = 1024; // at most; as many partial sums
+
+// Squares are added in float, 8 at a time, then in double. Moves, per number: that of G.
+template <class G>
+__global__ static void square_sums_kernel(double* partial, const G* gradients, int64_t n) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    const int64_t step = int64_t(gridDim.x) * blockDim.x * 8;
+    const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    const int turns = first < n ? int((n - first + step - 1) / step) : 0;
+    double total[1] = {};
+#pragma unroll 4
+    for (int turn = 0; turn < turns; turn++) {
+        float g[8], sum = 0;
+        load8(g, gradients + first + turn * step);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += g[i] * g[i];
+        total[0] += double(sum);
+    }
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total[0];
+}
+
+__global__ static void root_of_sums_kernel(double* norm, const double* partial, int n) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    double total[1] = {int(threadIdx.x) < n ? partial[threadIdx.x] : 0.0};
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) *norm = sqrt(total[0]);
+}
+
+// *norm = ‖gradients (n)‖₂, on the device. scratch: norm_blocks doubles.
+template <class G>
+void gradient_norm(double* norm, const G* gradients, int64_t n, double* scratch,
+                   cudaStream_t stream) {
+    const int blocks = int(std::clamp<int64_t>(n / (256 * 8), 1, norm_blocks));
+    launch(square_sums_kernel<G>, blocks, 256, shared_bytes<double>(warp), stream, scratch,
+           gradients, n);
+    launch(root_of_sums_kernel, 1, norm_blocks, shared_bytes<double>(warp), stream, norm, scratch,
+           blocks);
+}
+
+// What a step's AdamW needs to know. It lies on the device, so that a captured graph reads the
+// present step's.
+struct AdamWNumbers {
+    float lr, beta1, beta2, eps, weight_decay;
+    float correction1, correction2; // 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ)
+    float grad_clip;                // the gradient's norm is scaled down to this; 0: never
+    float grad_scale;               // multiplies every gradient, where its norm is not looked at
+    uint32_t step;
+};
+
+// gpt/random.h's, for the GPU.
+__device__ inline uint32_t mix_bits(uint32_t x) {
+    x = (x ^ x >> 16) * 0x21f0aaadu;
+    x = (x ^ x >> 15) * 0xd35a2d97u;
+    return x ^ x >> 15;
+}
+
+// Up or down to a bf16 with the probabilities that make the mean exact, as round_stochastically of
+// gpt/bf16.h does; a float that bf16 holds exactly. random: 16 random bits.
+__device__ inline float round_to_bf16_stochastically(float x, uint32_t random) {
+    const uint32_t u = __float_as_uint(x);
+    const uint32_t finite = (u & 0x7F800000u) == 0x7F800000u ? 0 : random & 0xFFFFu;
+    return __uint_as_float((u + finite) & 0xFFFF0000u);
+}
+
+// m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
+// w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
+// Moves, per number: G read, two M read and written, S written, and the master read and written or,
+// without one, S read. About 20 FLOPs.
+template <bool stochastic, class S, class M, class G>
+__global__ static void adamw_kernel(S* parameters, float* master, const G* gradients, M* moment1,
+                                    M* moment2, const uint32_t* decays, const AdamWNumbers* numbers,
+                                    const double* norm, const double* loss, int64_t n) {
+    const int64_t vector = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, at = vector * 8;
+    if (at >= n) return;
+    float g[8], m[8], v[8], w[8];
+    load8(g, gradients + at), load8(m, moment1 + at), load8(v, moment2 + at);
+    if (master)
+        load8(w, master + at);
+    else
+        load8(w, parameters + at);
+    const AdamWNumbers o = *numbers;
+    if ((norm && !isfinite(*norm)) || (loss && !isfinite(*loss))) return;
+    float scale = o.grad_scale;
+    if (norm)
+        scale = o.grad_clip > 0 && *norm > double(o.grad_clip) ? float(o.grad_clip / *norm) : 1;
+    const float decay = decays[vector / 32] >> vector % 32 & 1 ? o.weight_decay : 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float d = scale * g[i];
+        m[i] = o.beta1 * m[i] + (1 - o.beta1) * d;
+        v[i] = o.beta2 * v[i] + (1 - o.beta2) * d * d;
+        const float step = m[i] * o.correction1 / (sqrtf(v[i] * o.correction2) + o.eps);
+        w[i] -= o.lr * (step + decay * w[i]);
+        if constexpr (stochastic) { // 16 random bits for each of the three, of (step, at + i)
+            const uint32_t random = mix_bits(uint32_t(at + i) * 0x9E3779B9u + o.step);
+            const uint32_t more = mix_bits(random + uint32_t((at + i) >> 32));
+            if (sizeof(M) == 2) {
+                m[i] = round_to_bf16_stochastically(m[i], random);
+                v[i] = round_to_bf16_stochastically(v[i], random >> 16);
+            }
+            if (sizeof(S) == 2 && !master) w[i] = round_to_bf16_stochastically(w[i], more);
+        }
+    }
+    store8(moment1 + at, m), store8(moment2 + at, v);
+    if (master) store8(master + at, w);
+    store8(parameters + at, w);
+}
+
+// parameters, moments and master (or null), all (n), from the gradients (n). decays: a bit for each
+// 8 numbers, whether their weights decay. norm: null, or the gradients' norm, by which they are
+// clipped; loss: null, or the step's loss; if one of them is not finite nothing is written. With
+// `stochastic`, moments in bf16, and parameters in bf16 without a master, are rounded at random.
+template <class S, class M, class G>
+void adamw(S* parameters, float* master, const G* gradients, M* moment1, M* moment2,
+           const uint32_t* decays, const AdamWNumbers* numbers, const double* norm,
+           const double* loss, bool stochastic, int64_t n, cudaStream_t stream) {
+    launch(stochastic ? adamw_kernel<true, S, M, G> : adamw_kernel<false, S, M, G>,
+           blocks_for(n, 256 * 8), 256, 0, stream, parameters, master, gradients, moment1, moment2,
+           decays, numbers, norm, loss, n);
+}
 
 // ---------------------------------------------------------------------------------------------
 // The model
 
+// The model whose sizes are multiples of 8: what it has more is padded with zeros, which stay zero
+// (a channel of weight 0 adds nothing, and its gradient is a product with 0).
+inline Config padded(Config c) {
+    auto up = [](int& n) { n = (n + 7) / 8 * 8; };
+    up(c.vocab_size), up(c.mlp_width), up(c.head_size);
+    return c;
+}
+
+// Where the numbers of a parameter of the real model lie in that of the padded one.
+struct Placement {
+    struct Axis {
+        int64_t real = 1, padded = 1, group = 1, padded_group = 1;
+
+        Axis(int64_t n, int64_t m, const Config& real_model, const Config& model)
+            : real(n), padded(m), group(n), padded_group(m) {
+            const int head = real_model.head_size, padded_head = model.head_size;
+            if (n % head == 0 && n / head * padded_head == m)
+                group = head, padded_group = padded_head; // every head's channels
+        }
+        int64_t operator()(int64_t i) const { return i / group * padded_group + i % group; }
+    };
+    Axis rows, columns;
+
+    Placement(const Param& p, const Param& q, const Config& real_model, const Config& model)
+        : rows(p.shape[0], q.shape[0], real_model, model),
+          columns(p.shape.size() == 2 ? p.shape[1] : 1, q.shape.size() == 2 ? q.shape[1] : 1,
+                  real_model, model) {
+        if (p.shape.size() == 1 || p.shape[1] == q.shape[1])
+            columns.group = columns.real, columns.padded_group = columns.padded;
+    }
+    // f(i, j): number i of the real parameter is number j of the padded one.
+    template <class F> void each(const F& f) const {
+#pragma omp parallel for
+        for (int64_t r = 0; r < rows.real; r++)
+            for (int64_t c = 0; c < columns.real; c++)
+                f(r * columns.real + c, rows(r) * columns.padded + columns(c));
+    }
+};
+
+// The tokens of a micro-batch, as they lie on the host and on the GPU, one array behind the other:
+// inputs, targets, then TokenRows.
+struct BatchLayout {
+    int64_t rows;
+
+    int64_t ints() const { return 5 * rows + 8; }
+    int64_t targets() const { return rows; }
+    int64_t order() const { return 2 * rows; }
+    int64_t tokens() const { return 3 * rows; }
+    int64_t begin() const { return 4 * rows; } // (rows + 1)
+    int64_t count() const { return 5 * rows + 4; }
+    int64_t loss_scale() const { return 5 * rows + 5; } // a float
+};
+
+// Writes the micro-batch. counts: (V + 1), scratch.
+inline void fill_batch(int* out, const BatchLayout& at, const int* inputs, const int* targets,
+                       float loss_scale, int V, std::vector<int>& counts) {
+    std::copy(inputs, inputs + at.rows, out);
+    if (targets) std::copy(targets, targets + at.rows, out + at.targets());
+    counts.assign(V + 1, 0);
+    for (int64_t i = 0; i < at.rows; i++) counts[inputs[i] + 1]++;
+    int *tokens = out + at.tokens(), *begin = out + at.begin(), distinct = 0;
+    for (int token = 0; token < V; token++) {
+        if (counts[token + 1] > 0) tokens[distinct] = token, begin[distinct++] = counts[token];
+        counts[token + 1] += counts[token];
+    }
+    begin[distinct] = int(at.rows);
+    out[at.count()] = distinct;
+    for (int64_t i = 0; i < at.rows; i++) out[at.order() + counts[inputs[i]]++] = int(i);
+    std::memcpy(out + at.loss_scale(), &loss_scale, sizeof loss_scale);
+}
+
+// What a pass computes and keeps, laid out once. What a backward pass does not need, or computes
+// again, shares a slot. Widths are padded.
+template <class S> struct Activations {
+    int64_t rows = 0; // B·T at most
+
+    Array<float> embedded;             // (rows, C), if junction 0 has a norm
+    Slots<Array<float>> residual;      // (rows, C) of each junction: r
+    Slots<Array<S>> input;             // (rows, C) of each junction: u, where it is not r itself
+    Slots<Array<S>> branch;            // (rows, C) of each junction but the first: b
+    Slots<Array<JunctionStats>> stats; // (rows) of each junction
+    Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
+    Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), with OLMo 2's norm
+    Slots<Array<NormStats>> qk_stats;  // (rows, 2)
+    Slots<Array<S>> attended;          // (rows, NH·HS)
+    Slots<Array<float>> lse;           // (rows, NH)
+    Slots<Array<S>> hidden, activated; // (rows, H or 2·H), (rows, H)
+
+    int64_t head_rows = 0, logit_rows = 0; // rows of the head at once, in training and without
+    Array<char> logits;  // (head_rows, V) of S, then their gradients, or (logit_rows, V) floats
+    Array<float> losses; // (rows)
+
+    Array<float> dresidual;   // (rows, C)
+    Array<S> dinput, dbranch; // (rows, C)
+    Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
+    Array<float> delta;       // (rows, NH): dO · O
+    Array<char> scratch;      // partial sums
+
+    // Calls make(array, elements) for every array.
+    template <class Make>
+    void layout(const Config& c, int B, int T, const ModelOptions& o, int multiprocessors,
+                const Make& make) {
+        const int C = c.width, L = c.layers, K = 2 * L + 1, V = c.vocab_size;
+        const bool train = o.training, layers = o.recompute == Recompute::layers;
+        rows = int64_t(B) * T;
+        auto junction_of = [&](int k) { return junction(c.scheme, L, k); };
+        auto keep = [&](int) { return train && !layers; };
+        auto keep_light = [&](int) { return train && o.recompute == Recompute::none; };
+        make(embedded, junction_of(0).out_norm ? rows * C : 0);
+        // Of each layer its input is kept, from which the rest can be computed again.
+        residual.layout(K, rows * C, make, [&](int k) { return k % 2 == 0 || keep(k); });
+        input.layout(K, rows * C, make, keep_light,
+                     [&](int k) { return junction_of(k).in_norm || !std::is_same_v<S, float>; });
+        // A layer computed again needs both its branches at once.
+        branch.layout(
+            layers ? 3 : K, rows * C, make,
+            [&](int k) { return train && (layers || junction_of(k).keeps_branch()); },
+            [&](int k) { return k > 0; });
+        stats.layout(K, rows, make, [&](int) { return true; });
+        // Generating text goes on from every layer's k and v.
+        qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
+        const int64_t qk = c.qk_norm ? rows : 0;
+        qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
+        qk_stats.layout(L, qk * 2, make, keep);
+        attended.layout(L, rows * c.q_width(), make, keep);
+        lse.layout(L, rows * c.heads, make, keep);
+        hidden.layout(L, rows * c.mlp_in_width(), make, keep);
+        activated.layout(L, rows * c.mlp_width, make, keep_light);
+
+        // So many rows at once that the head's matrix is seldom read, and its gradient seldom added
+        // to: half a gigabyte of logits. Equal parts, of a multiple of 128 rows.
+        auto parts = [&](int64_t elements) {
+            const int64_t most = std::max<int64_t>(256, elements / V / 128 * 128);
+            const int64_t n = (rows + most - 1) / most;
+            return std::min(rows, ((rows + n - 1) / n + 127) / 128 * 128);
+        };
+        head_rows = train ? parts(int64_t(1) << 28) : 0;
+        logit_rows = train ? std::max<int64_t>(1, head_rows * int64_t(sizeof(S)) / 4)
+                           : parts(int64_t(1) << 26);
+        make(logits, std::max(head_rows * int64_t(sizeof(S)), logit_rows * 4) * V);
+        make(losses, rows);
+        if (!train) return;
+        make(dresidual, rows * C);
+        make(dinput, rows * C);
+        make(dbranch, rows * C);
+        make(dwide, rows * std::max(c.qkv_width(), c.mlp_in_width()));
+        make(dnarrow, rows * std::max(c.q_width(), c.mlp_width));
+        make(delta, rows * c.heads);
+        const AttentionShape a{B, T, c.heads, c.kv_heads, c.head_size, c.head_size};
+        make(scratch,
+             std::max({junction_scratch(C, multiprocessors),
+                       int64_t(sizeof(float)) * qk_norm_scratch(a),
+                       int64_t(sizeof(float)) *
+                           linear_scratch(rows, std::max({C, c.qkv_width(), c.mlp_in_width()}))}));
+    }
+};
+
+// Times parts of a pass by events, for a Profile: they are read once the GPU has come to them.
+struct GpuTimes {
+    struct Span {
+        const char *group, *name;
+        double flops, bytes;
+        cudaEvent_t start, stop;
+    };
+    std::vector<Span> spans;
+    std::vector<cudaEvent_t> events; // free ones
+
+    GpuTimes() = default;
+    GpuTimes(const GpuTimes&) = delete;
+    ~GpuTimes() {
+        for (const Span& span : spans) cudaEventDestroy(span.start), cudaEventDestroy(span.stop);
+        for (cudaEvent_t event : events) cudaEventDestroy(event);
+    }
+    cudaEvent_t event() {
+        if (events.empty()) {
+            cudaEvent_t made;
+            CUDA(cudaEventCreate(&made));
+            return made;
+        }
+        cudaEvent_t event = events.back();
+        events.pop_back();
+        return event;
+    }
+    // Books all spans; the stream has been waited for.
+    void book(Profile* profile) {
+        for (const Span& span : spans) {
+            float milliseconds = 0;
+            CUDA(cudaEventElapsedTime(&milliseconds, span.start, span.stop));
+            if (profile) {
+                Profile::Part& part = profile->part(span.group, span.name);
+                part.calls++;
+                part.seconds += milliseconds / 1e3;
+                part.flops += span.flops, part.bytes += span.bytes;
+            }
+            events.push_back(span.start), events.push_back(span.stop);
+        }
+        spans.clear();
+    }
+};
+
+// One part: from here to the end of the scope.
+struct GpuTimed {
+    GpuTimes* times;
+    cudaStream_t stream;
+
+    GpuTimed(GpuTimes* times, cudaStream_t stream, const char* group, const char* name,
+             double bytes, double flops)
+        : times(times), stream(stream) {
+        if (!times) return;
+        times->spans.push_back({group, name, flops, bytes, times->event(), times->event()});
+        CUDA(cudaEventRecord(times->spans.back().start, stream));
+    }
+    ~GpuTimed() noexcept(false) {
+        if (times) CUDA(cudaEventRecord(times->spans.back().stop, stream));
+    }
+    GpuTimed(const GpuTimed&) = delete;
+};
+
+struct Stream {
+    cudaStream_t stream = nullptr;
+    Stream() { CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+    ~Stream() { cudaStreamDestroy(stream); }
+    Stream(const Stream&) = delete;
+    operator cudaStream_t() const { return stream; }
+    void wait() const { CUDA(cudaStreamSynchronize(stream)); }
+};
+
+// Σ (x − shift)^power over n numbers, a block's share each.
+__global__ static void power_sum_kernel(double* partial, const float* x, double shift, int power,
+                                        int64_t n) {
+    SharedMemory shared;
+    double* sums = shared.take<double>(blockDim.x);
+    double sum = 0;
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        const double deviation = double(x[i]) - shift;
+        sum += power == 1 ? deviation : deviation * deviation;
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 1; i < int(blockDim.x); i++) sum += sums[i];
+    partial[blockIdx.x] = sum;
+}
+
+template <class X> __global__ static void find_nonfinite_kernel(int* found, const X* x, int64_t n) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x)
+        if (!isfinite(float(x[i]))) *found = 1; // all write the same
+}
+
+// Sums over the ranks that train one model together, each with a GPU of its own: by NCCL, or
+// without it through the host, which waits.
+struct Communicator {
+    const Ranks* ranks = nullptr;
+#ifdef LNS_NCCL
+    ncclComm_t nccl = nullptr;
+
+    static void check(ncclResult_t result, const char* what) {
+        if (result != ncclSuccess)
+            fail(what, " failed: ", ncclGetErrorString(result),
+                 "; NCCL_DEBUG=INFO in the environment tells more");
+    }
+    void join(const Ranks& all) {
+        ranks = &all;
+        if (all.size == 1) return;
+        ncclUniqueId id = {};
+        if (all.first()) check(ncclGetUniqueId(&id), "ncclGetUniqueId");
+        all.broadcast(&id, sizeof id);
+        check(ncclCommInitRank(&nccl, all.size, id, all.rank), "ncclCommInitRank");
+    }
+    ~Communicator() {
+        if (nccl) ncclCommDestroy(nccl);
+    }
+    template <class X> void sum(X* x, int64_t n, cudaStream_t stream) const {
+        if (ranks->size == 1) return;
+        const ncclDataType_t type = std::is_same_v<X, double>  ? ncclDouble
+                                    : std::is_same_v<X, float> ? ncclFloat
+                                                               : ncclBfloat16;
+        check(ncclAllReduce(x, x, size_t(n), type, ncclSum, nccl, stream), "ncclAllReduce");
+    }
+#else
+    void join(const Ranks& all) { ranks = &all; }
+    template <class X> void sum(X* x, int64_t n, cudaStream_t stream) const {
+        if (ranks->size == 1) return;
+        std::vector<X> values(static_cast<size_t>(n));
+        CUDA(cudaMemcpyAsync(values.data(), x, values.size() * sizeof(X), cudaMemcpyDeviceToHost,
+                             stream));
+        CUDA(cudaStreamSynchronize(stream));
+        if constexpr (std::is_same_v<X, double>) {
+            ranks->sum(values.data(), int(n));
+        } else {
+            std::vector<float> floats(values.begin(), values.end());
+            ranks->sum(floats.data(), n);
+            for (int64_t i = 0; i < n; i++) values[i] = X(floats[i]);
+        }
+        CUDA(cudaMemcpyAsync(x, values.data(), values.size() * sizeof(X), cudaMemcpyHostToDevice,
+                             stream));
+        CUDA(cudaStreamSynchronize(stream));
+    }
+#endif
+};
+
+template <class S, class G> struct CudaModel : Model {
+    static constexpr bool exact = std::is_same_v<S, float>; // parameters need no master weights
+
+    ModelOptions options;
+    Config shape;    // with padded sizes
+    Registry memory; // where its parameters lie
+    int multiprocessors = 0;
+    Stream stream, copies; // of the computation, of tokens copied ahead
+    Products products;
+
+    Array<S> parameters;
+    Array<float> master; // of the parameters, if they are bf16 and it is wanted
+    Array<G> gradients;
+    Array<float> moment1, moment2;
+    Array<bf16> rounded_moment1, rounded_moment2; // instead, with moments in bf16
+    Array<uint32_t> decays;                       // one bit for each 8 numbers
+    Activations<S> acts;
+    Array<CosSin> rope_table; // (T, channels/2)
+
+    // The numbers of a step that only the GPU sees.
+    Array<double> sums; // loss, norm; then scratch of the norm
+    Array<AdamWNumbers> numbers;
+    Pinned<double> sums_back; // loss, norm
+    Pinned<AdamWNumbers> numbers_ahead;
+
+    Array<int> batch;   // the micro-batch at work (BatchLayout)
+    Array<int> batches; // those of a step, copied ahead
+    Pinned<int> batches_ahead;
+    std::vector<cudaEvent_t> arrived; // of each of them
+    std::vector<int> counts;
+
+    std::vector<int> tokens; // of the last pass
+    int B = 0, T = 0;        // of the last pass
+    int first = 0;           // rows before this one were not computed anew in the last pass
+    bool continues = false;  // whether the next pass may go on where the last one ended
+    int64_t held = 0;        // bytes
+
+    // A micro-step of (B, T), captured the second time: the first chooses the products' algorithms.
+    struct Graph {
+        int B, T;
+        cudaGraphExec_t graph; // null: seen once
+    };
+    std::vector<Graph> graphs;
+    GpuTimes times;
+    double step_scale = 0; // loss_scale of the step under way
+
+    Communicator communicator;
+
+    CudaModel(const Config& c, int max_B, int max_T, const ModelOptions& o, const Ranks& ranks)
+        : Model(c), options(o), shape(padded(c)), memory(make_registry(shape)),
+          multiprocessors(lns::gpu().multiprocessors), products(stream) {
+        check_shape(c);
+        this->ranks = &ranks;
+        auto make = [&](auto& array, int64_t n) {
+            array = std::remove_reference_t<decltype(array)>(n);
+            held += n * int64_t(sizeof(array[0]));
+        };
+        make(parameters, memory.size + slack());
+        if (o.training) {
+            const bool rounded = o.moments == DType::bf16;
+            make(master, exact || !o.master_weights ? 0 : memory.size);
+            make(gradients, memory.size);
+            for (Array<float>* array : {&moment1, &moment2})
+                make(*array, rounded ? 0 : memory.size);
+            for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
+                make(*array, rounded ? memory.size : 0);
+            make(decays, blocks_for(memory.size, 8 * 32));
+            upload_decays();
+            make(numbers, 1);
+            numbers_ahead = Pinned<AdamWNumbers>(1);
+        }
+        acts.layout(shape, max_B, max_T, o, multiprocessors, make);
+        make(sums, 2 + 1024);
+        sums_back = Pinned<double>(2);
+        make(batch, BatchLayout{acts.rows}.ints());
+        if (c.rope) upload_rope_table(make);
+        held += products.bytes();
+        communicator.join(ranks);
+        CUDA(cudaDeviceSynchronize()); // the streams do not wait for what zeroed the arrays
+    }
+    ~CudaModel() override {
+        cudaStreamSynchronize(stream);
+        for (cudaEvent_t event : arrived) cudaEventDestroy(event);
+        for (const Graph& g : graphs)
+            if (g.graph) cudaGraphExecDestroy(g.graph);
+    }
+
+    static void check_shape(const Config& c) {
+        if (c.width % 8)
+            fail("a GPU takes 8 channels at once, and the model's width is ", c.width,
+                 ": choose a --width that is a multiple of 8, or --device cpu");
+        row_shape(c.width);
+    }
+    int64_t slack() const { return 0; }
+
+    void upload_decays() {
+        std::vector<uint32_t> bits(size_t(decays.size));
+        for (const Param& p : memory.params)
+            for (int64_t i = p.offset / 8; p.decay && i < (p.offset + p.size()) / 8; i++)
+                bits[i / 32] |= 1u << i % 32;
+        CUDA(cudaMemcpy(decays, bits.data(), bits.size() * 4, cudaMemcpyHostToDevice));
+    }
+    template <class Make> void upload_rope_table(const Make& make) {
+        const int half = config.head_size / 2;
+        const int64_t reach = std::min<int64_t>(config.positions, acts.rows);
+        std::vector<CosSin> table(size_t(reach * half));
+        for (int64_t t = 0; t < reach; t++)
+            for (int i = 0; i < half; i++) {
+                const double angle =
+                    double(t) * std::pow(config.rope_theta, -2.0 * i / config.head_size);
+                table[t * half + i] = {float(std::cos(angle)), float(std::sin(angle))};
+            }
+        make(rope_table, reach * half);
+        CUDA(cudaMemcpy(rope_table, table.data(), table.size() * sizeof(CosSin),
+                        cudaMemcpyHostToDevice));
+    }
+
+    std::string device() const override { return "cuda"; }
+    std::string dtype() const override { return exact ? "float32" : "bf16"; }
+    int64_t bytes() const override { return held; }
+
+    // Tensors of the last pass, from row `first` on. k counts junctions from 0, l layers from 0.
+    int64_t rows() const { return int64_t(B) * T - first; }
+    float* residual(int k) { return acts.residual[k] + int64_t(first) * shape.width; }
+    S* input(int k) { // u: what the sublayer after junction k sees
+        if constexpr (exact)
+            if (acts.input.slot[k] < 0) return residual(k);
+        return acts.input[k] + int64_t(first) * shape.width;
+    }
+    S* branch(int k) {
+        const bool layers = options.recompute == Recompute::layers;
+        return acts.branch[layers ? 2 - k % 2 : k] + int64_t(first) * shape.width;
+    }
+    float* embedded() {
+        return acts.embedded.size ? acts.embedded + int64_t(first) * shape.width : residual(0);
+    }
+    float* before(int k) { return k == 0 ? embedded() : residual(k - 1); } // r_prev
+    JunctionStats* stats(int k) { return acts.stats[k] + first; }
+    S* hidden(int l) { return acts.hidden[l] + int64_t(first) * shape.mlp_in_width(); }
+    S* activated(int l) { return acts.activated[l] + int64_t(first) * shape.mlp_width; }
+
+    // Those of attention, from row 0 on.
+    S* qkv(int l) { return acts.qkv[l]; }
+    S* qk_raw(int l) { return shape.qk_norm ? acts.qk_raw[l] : nullptr; }
+    NormStats* qk_stats(int l) { return shape.qk_norm ? acts.qk_stats[l] : nullptr; }
+    S* attended(int l) { return acts.attended[l]; }
+    float* lse(int l) { return acts.lse[l]; }
+    AttentionShape attention() const {
+        return {B, T, shape.heads, shape.kv_heads, shape.head_size, config.head_size, first};
+    }
+    const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
+    G* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
+    BatchLayout layout() const { return {int64_t(B) * T}; }
+    const int* inputs() const { return batch; }
+    const int* targets() const { return batch + layout().targets(); }
+    TokenRows by_token() const {
+        const BatchLayout at = layout();
+        return {batch + at.tokens(), batch + at.begin(), batch + at.order(), batch + at.count()};
+    }
+    const float* loss_scale() const {
+        return reinterpret_cast<const float*>(batch + layout().loss_scale());
+    }
+    JunctionPointers<const S> junction_parameters(int k) const {
+        return {static_cast<const S*>(parameters), memory.junctions[k]};
+    }
+    float* scratch() const { return reinterpret_cast<float*>(acts.scratch + 0); }
+
+    // Books the time until the end of the scope. bytes: of activations and weights, each read or
+    // written once.
+    GpuTimed timed(const char* group, const char* name, double bytes, double flops = 0) {
+        return GpuTimed(profile ? &times : nullptr, stream, group, name, bytes, flops);
+    }
+    double moved(double per_row) const { return double(rows()) * per_row * sizeof(S); }
+
+    void matrix_forward(const char* name, S* out, const S* in, int64_t w, int64_t bias, int C,
+                        int OC) {
+        GpuTimed t = timed_matrix("forward", name, C, OC, sizeof(S));
+        linear_forward(products, out, OC, in, weight(w), weight(bias), rows(), C, OC, stream);
+    }
+    void matrix_backward(const char* name, S* din, const S* dout, const S* in, int64_t w,
+                         int64_t bias, int C, int OC) {
+        {
+            GpuTimed t = timed_matrix("input gradient", name, C, OC, sizeof(S));
+            linear_backward_input(products, din, dout, OC, weight(w), rows(), C, OC, stream);
+        }
+        weight_gradient(name, dout, in, w, bias, C, OC);
+    }
+    void weight_gradient(const char* name, const S* dout, const S* in, int64_t w, int64_t bias,
+                         int C, int OC) {
+        GpuTimed t = timed_matrix("weight gradient", name, C, OC, 2 * sizeof(G));
+        linear_backward_weight(products, gradient(w), gradient(bias), dout, OC, in, rows(), C, OC,
+                               scratch(), stream);
+    }
+    GpuTimed timed_matrix(const char* group, const char* name, double C, double OC,
+                          double matrix_bytes) {
+        return timed(group, name, moved(C + OC) + C * OC * matrix_bytes,
+                     2 * double(rows()) * C * OC);
+    }
+
+    // Of the micro-batch in `batch`. Positions before `from` keep what the last pass left there.
+    void forward(int from = 0) {
+        first = from;
+        {
+            GpuTimed t = timed("forward", "embedding",
+                               double(rows()) * shape.width * (sizeof(S) + sizeof(float)));
+            embedding_forward(embedded(), inputs() + first, weight(memory.token_embedding),
+                              weight(memory.position_embedding), first, rows(), T, shape.width,
+                              stream);
+        }
+        join_forward(0);
+        for (int l = 0; l < shape.layers; l++) {
+            attention_sublayer_forward(l);
+            join_forward(2 * l + 1);
+            mlp_sublayer_forward(l);
+            join_forward(2 * l + 2);
+        }
+    }
+
+    // From the gradient of the final norm's output, in dinput.
+    void backward() {
+        for (int l = shape.layers - 1; l >= 0; l--) {
+            if (options.recompute == Recompute::layers) layer_again(l);
+            join_backward(2 * l + 2);
+            mlp_sublayer_backward(l);
+            join_backward(2 * l + 1);
+            attention_sublayer_backward(l);
+        }
+        join_backward(0);
+        GpuTimed t = timed("backward", "embedding", double(rows()) * shape.width * sizeof(float));
+        embedding_backward(gradient(memory.token_embedding), gradient(memory.position_embedding),
+                           by_token(), static_cast<const float*>(acts.dresidual), B, T, shape.width,
+                           shape.vocab_size, stream);
+    }
+
+    void join_forward(int k) {
+        const Junction j = junction(shape.scheme, shape.layers, k);
+        S* u = acts.input.slot[k] < 0 ? nullptr : input(k);
+        GpuTimed t = timed(
+            "forward", "junctions",
+            double(rows()) * shape.width *
+                ((1.0 + j.branch) * sizeof(float) + (1.0 * j.branch + (u != nullptr)) * sizeof(S)));
+        junction_forward(j, shape.norm, shape.norm_eps, before(k),
+                         k == 0 ? static_cast<const S*>(nullptr) : branch(k),
+                         junction_parameters(k), residual(k), u, stats(k), rows(), shape.width,
+                         stream);
+    }
+
+    void join_backward(int k) {
+        const Junction j = junction(shape.scheme, shape.layers, k);
+        const bool starts = k == 2 * shape.layers; // nothing came later
+        GpuTimed t = timed("backward", "junctions",
+                           double(rows()) * shape.width *
+                               ((2.0 - starts + j.in_norm + j.keeps_branch()) * sizeof(float) +
+                                (1.0 + j.branch * (1 + j.keeps_branch())) * sizeof(S)));
+        junction_backward(j, shape.norm, shape.norm_eps, before(k),
+                          k == 0 ? static_cast<const S*>(nullptr) : branch(k), residual(k),
+                          junction_parameters(k), stats(k), static_cast<const S*>(acts.dinput),
+                          starts, static_cast<float*>(acts.dresidual),
+                          static_cast<S*>(acts.dbranch),
+                          JunctionPointers<G>(gradients, memory.junctions[k]), acts.scratch, rows(),
+                          shape.width, multiprocessors, stream);
+    }
+
+    // u of junction k once more, from r and its statistics, if it was not kept.
+    void input_again(int k) {
+        if (acts.input.slot[k] < 0 || acts.input.keeps(k)) return;
+        GpuTimed t =
+            timed("again", "junctions", double(rows()) * shape.width * (sizeof(float) + sizeof(S)));
+        cuda::input_again(junction(shape.scheme, shape.layers, k), shape.norm, shape.norm_eps,
+                          residual(k), junction_parameters(k), stats(k), input(k), rows(),
+                          shape.width, stream);
+    }
+
+    // What of layer l was not kept, once more, from its input.
+    void layer_again(int l) {
+        input_again(2 * l);
+        attention_sublayer_forward(l);
+        join_forward(2 * l + 1);
+        mlp_sublayer_forward(l);
+    }
+
+    // branch(2l + 1) = attention of input(2l)
+    void attention_sublayer_forward(int l) {
+        const LayerParams& p = memory.layers[l];
+        const int C = shape.width, Q = shape.q_width(), W = shape.qkv_width();
+        matrix_forward("qkv", qkv(l) + int64_t(first) * W, input(2 * l), p.qkv, p.qkv_bias, C, W);
+        if (shape.rope || shape.qk_norm) {
+            GpuTimed t = timed("forward", "q and k", moved(2.0 * (Q + shape.kv_width())));
+            qk_forward(qkv(l), qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
+                       shape.norm_eps, cos_sin(), attention(), stream);
+        }
+        {
+            GpuTimed t = timed("forward", "attention", moved(W + Q), attention_flops(2));
+            attention_forward(attended(l), lse(l), static_cast<const S*>(qkv(l)), attention(),
+                              stream);
+        }
+        matrix_forward("attention out", branch(2 * l + 1), attended(l) + int64_t(first) * Q,
+                       p.attn_out, p.attn_out_bias, Q, C);
+    }
+    const CosSin* cos_sin() const { return shape.rope ? rope_table + 0 : nullptr; }
+
+    // Of so many products of queries with what they see, half of all: T²/2 of each head.
+    double attention_flops(int products) const {
+        return double(products) * double(rows()) * T * config.q_width();
+    }
+
+    // From dbranch to dinput.
+    void attention_sublayer_backward(int l) {
+        const LayerParams& p = memory.layers[l];
+        const int C = shape.width, Q = shape.q_width(), W = shape.qkv_width();
+        S *dattended = acts.dnarrow, *dqkv = acts.dwide;
+        input_again(2 * l);
+        matrix_backward("attention out", dattended, static_cast<const S*>(acts.dbranch),
+                        attended(l), p.attn_out, p.attn_out_bias, Q, C);
+        {
+            GpuTimed t =
+                timed("backward", "attention", moved(2.0 * W + 2.0 * Q), attention_flops(5));
+            attention_backward(dqkv, static_cast<const S*>(dattended),
+                               static_cast<const S*>(attended(l)), static_cast<const S*>(qkv(l)),
+                               static_cast<const float*>(lse(l)), cos_sin(),
+                               static_cast<float*>(acts.delta), attention(), stream);
+        }
+        if (shape.qk_norm) {
+            GpuTimed t = timed("backward", "q and k norm", moved(3.0 * (Q + shape.kv_width())));
+            qk_norm_backward(dqkv, static_cast<const S*>(qk_raw(l)),
+                             static_cast<const NormStats*>(qk_stats(l)), weight(p.q_norm),
+                             weight(p.k_norm), gradient(p.q_norm), gradient(p.k_norm), scratch(),
+                             attention(), stream);
+        }
+        matrix_backward("qkv", acts.dinput, dqkv, input(2 * l), p.qkv, p.qkv_bias, C, W);
+    }
+
+    // GELU at the end of the product before it; not where it is computed again from `hidden` alone,
+    // which has been rounded by then: a pass must see the same numbers twice.
+    bool gelu_in_product() const {
+        return !shape.gated_mlp && options.recompute != Recompute::activations;
+    }
+
+    // branch(2l + 2) = MLP of input(2l + 1)
+    void mlp_sublayer_forward(int l) {
+        const LayerParams& p = memory.layers[l];
+        const int C = shape.width, H = shape.mlp_width, W = shape.mlp_in_width();
+        if (gelu_in_product()) {
+            GpuTimed t = timed("forward", "MLP in", moved(C + 2.0 * H) + double(C) * H * sizeof(S),
+                               2 * double(rows()) * C * H);
+            linear_gelu_forward(products, activated(l), hidden(l),
+                                static_cast<const S*>(input(2 * l + 1)), weight(p.mlp_in),
+                                weight(p.mlp_in_bias), rows(), C, H, stream);
+        } else {
+            matrix_forward("MLP in", hidden(l), input(2 * l + 1), p.mlp_in, p.mlp_in_bias, C, W);
+            activate(l, "forward");
+        }
+        matrix_forward("MLP out", branch(2 * l + 2), activated(l), p.mlp_out, p.mlp_out_bias, H, C);
+    }
+
+    void activate(int l, const char* group) {
+        const int H = shape.mlp_width;
+        GpuTimed t =
+            timed(group, shape.gated_mlp ? "swiglu" : "gelu", moved(shape.mlp_in_width() + H));
+        if (shape.gated_mlp)
+            swiglu_forward(activated(l), static_cast<const S*>(hidden(l)), rows(), H, stream);
+        else
+            gelu_forward(activated(l), static_cast<const S*>(hidden(l)), rows() * H, stream);
+    }
+
+    void mlp_sublayer_backward(int l) {
+        const LayerParams& p = memory.layers[l];
+        const int C = shape.width, H = shape.mlp_width, W = shape.mlp_in_width();
+        S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
+        const S* dbranch = acts.dbranch;
+        if (!acts.activated.keeps(l) && options.recompute == Recompute::activations)
+            activate(l, "again");
+        weight_gradient("MLP out", dbranch, activated(l), p.mlp_out, p.mlp_out_bias, H, C);
+        if (!shape.gated_mlp) {
+            GpuTimed t =
+                timed("input gradient", "MLP out", moved(C + 2.0 * H) + double(C) * H * sizeof(S),
+                      2 * double(rows()) * C * H);
+            linear_gelu_backward_input(products, dhidden, dbranch, static_cast<const S*>(hidden(l)),
+                                       weight(p.mlp_out), rows(), H, C, stream);
+        } else {
+            {
+                GpuTimed t = timed_matrix("input gradient", "MLP out", H, C, sizeof(S));
+                linear_backward_input(products, dactivated, dbranch, C, weight(p.mlp_out), rows(),
+                                      H, C, stream);
+            }
+            GpuTimed t = timed("backward", "swiglu", moved(2.0 * W + H));
+            swiglu_backward(dhidden, static_cast<const S*>(dactivated),
+                            static_cast<const S*>(hidden(l)), rows(), H, stream);
+        }
+        input_again(2 * l + 1);
+        matrix_backward("MLP in", acts.dinput, dhidden, input(2 * l + 1), p.mlp_in, p.mlp_in_bias,
+                        C, W);
+    }
+
+    // The head and its loss, some rows at a time, so that (rows, V) logits never exist. The logits
+    // are S and overwritten by their gradient if that is wanted, else float.
+    template <class X> void head_forward(bool gradients, int64_t row, int64_t n) {
+        const int V = shape.vocab_size, C = shape.width;
+        X* logits = reinterpret_cast<X*>(acts.logits + 0);
+        {
+            GpuTimed t =
+                timed("forward", "head",
+                      double(n) * (C * sizeof(S) + V * sizeof(X)) + double(V) * C * sizeof(S),
+                      2.0 * double(n) * C * V);
+            linear_forward(products, logits, V, input(2 * shape.layers) + row * C,
+                           weight(memory.head), static_cast<const S*>(nullptr), n, C, V, stream);
+        }
+        GpuTimed t = timed("forward", "loss", double(n) * V * (1 + gradients) * sizeof(X));
+        cross_entropy<S>(acts.losses + row, logits, gradients, targets() + row, loss_scale(), n,
+                         config.vocab_size, V, stream);
+    }
+
+    // With the gradients, of the final norm's output in dinput.
+    void head() {
+        const int V = shape.vocab_size, C = shape.width;
+        const S* dlogits = reinterpret_cast<const S*>(acts.logits + 0);
+        for (int64_t row = 0; row < rows(); row += acts.head_rows) {
+            const int64_t n = std::min(acts.head_rows, rows() - row);
+            head_forward<S>(true, row, n);
+            const double bytes = double(n) * (C + V) * sizeof(S);
+            const double flops = 2.0 * double(n) * C * V;
+            {
+                GpuTimed t =
+                    timed("input gradient", "head", bytes + double(V) * C * sizeof(S), flops);
+                linear_backward_input(products, acts.dinput + row * C, dlogits, V,
+                                      weight(memory.head), n, C, V, stream);
+            }
+            GpuTimed t =
+                timed("weight gradient", "head", bytes + 2.0 * double(V) * C * sizeof(G), flops);
+            linear_backward_weight(products, gradient(memory.head), static_cast<G*>(nullptr),
+                                   dlogits, V, input(2 * shape.layers) + row * C, n, C, V,
+                                   scratch(), stream);
+        }
+    }
+
+    void add_loss() { add_losses(sums, static_cast<const float*>(acts.losses), rows(), stream); }
+
+    // Copies a micro-batch to where kernels look for it.
+    void set_batch(const int* tokens, const int* targets, double loss_scale) {
+        reserve_batches(1);
+        fill_batch(batches_ahead, layout(), tokens, targets, float(loss_scale), config.vocab_size,
+                   counts);
+        CUDA(cudaMemcpyAsync(batch, batches_ahead, size_t(layout().ints()) * sizeof(int),
+                             cudaMemcpyHostToDevice, stream));
+    }
+    void reserve_batches(int n) {
+        const int64_t ints = BatchLayout{acts.rows}.ints();
+        if (batches_ahead.size >= n * ints) return;
+        stream.wait();
+        batches_ahead = Pinned<int>(n * ints);
+        if (n == 1) return;
+        batches = Array<int>(n * ints);
+        while (int(arrived.size()) < n) {
+            arrived.emplace_back();
+            CUDA(cudaEventCreateWithFlags(&arrived.back(), cudaEventDisableTiming));
+        }
+    }
+
+    double take_loss() {
+        CUDA(cudaMemcpyAsync(sums_back, sums, sizeof(double), cudaMemcpyDeviceToHost, stream));
+        stream.wait();
+        times.book(profile);
+        return sums_back[0];
+    }
+
+    double loss(const int* inputs, const int* targets, int b, int t) override {
+        check_tokens(inputs, b, t);
+        check_targets(targets);
+        continues = false;
+        tokens.assign(inputs, inputs + int64_t(B) * T);
+        set_batch(inputs, targets, 0);
+        CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
+        forward();
+        for (int64_t row = 0; row < rows(); row += acts.logit_rows)
+            head_forward<float>(false, row, std::min(acts.logit_rows, rows() - row));
+        add_loss();
+        return take_loss();
+    }
+
+    double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
+                              double loss_scale) override {
+        if (!options.training) fail("this model was made without gradients");
+        check_tokens(inputs, b, t);
+        check_targets(targets);
+        set_batch(inputs, targets, loss_scale);
+        CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
+        micro_step();
+        return take_loss();
+    }
+
+    // Forward and backward of the micro-batch in `batch`; adds to the gradients and to the loss.
+    void micro_step() {
+        continues = false;
+        first = 0;
+        auto known = std::find_if(graphs.begin(), graphs.end(),
+                                  [&](const Graph& g) { return g.B == B && g.T == T; });
+        if (profile || known == graphs.end()) {
+            compute();
+            if (known == graphs.end()) graphs.push_back({B, T, nullptr});
+            return;
+        }
+        if (!known->graph) {
+            cudaGraph_t recorded;
+            CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+            compute();
+            CUDA(cudaStreamEndCapture(stream, &recorded));
+            CUDA(cudaGraphInstantiate(&known->graph, recorded, 0));
+            CUDA(cudaGraphDestroy(recorded));
+        }
+        CUDA(cudaGraphLaunch(known->graph, stream));
+    }
+    void compute() {
+        forward();
+        head();
+        backward();
+        add_loss();
+    }
+
+    void begin_step(const StepInput& step) override {
+        if (!options.training) fail("this model was made without gradients");
+        reserve_batches(std::max(2, step.micro_batches));
+        const int64_t n = int64_t(step.B) * step.T, ints = BatchLayout{n}.ints();
+        // 1. The tokens of all micro-batches, on a stream of their own.
+        for (int m = 0; m < step.micro_batches; m++) {
+            check_tokens(step.inputs + m * n, step.B, step.T);
+            check_targets(step.targets + m * n);
+            int* ahead = batches_ahead + m * ints;
+            fill_batch(ahead, layout(), step.inputs + m * n, step.targets + m * n,
+                       float(step.loss_scale), config.vocab_size, counts);
+            CUDA(cudaMemcpyAsync(batches + m * ints, ahead, size_t(ints) * sizeof(int),
+                                 cudaMemcpyHostToDevice, copies));
+            CUDA(cudaEventRecord(arrived[m], copies));
+        }
+        // 2. The gradient of the mean loss.
+        zero_gradients();
+        CUDA(cudaMemsetAsync(sums, 0, 2 * sizeof(double), stream));
+        for (int m = 0; m < step.micro_batches; m++) {
+            CUDA(cudaStreamWaitEvent(stream, arrived[m], 0));
+            CUDA(cudaMemcpyAsync(batch, batches + m * ints, size_t(ints) * sizeof(int),
+                                 cudaMemcpyDeviceToDevice, stream));
+            micro_step();
+        }
+        {
+            GpuTimed t = timed("update", "sum over ranks", double(memory.size) * sizeof(G));
+            communicator.sum(gradients + 0, memory.size, stream);
+            communicator.sum(sums + 0, 1, stream);
+        }
+        // 3. Its norm, and the step down it.
+        step_scale = step.loss_scale;
+        set_numbers(step.optimizer, step.grad_clip);
+        norm_of_gradients();
+        update(sums + 1, sums + 0);
+        CUDA(cudaMemcpyAsync(sums_back, sums, 2 * sizeof(double), cudaMemcpyDeviceToHost, stream));
+    }
+
+    StepResult end_step() override {
+        stream.wait();
+        times.book(profile);
+        return {sums_back[0] * step_scale, sums_back[1]};
+    }
+
+    // If the tokens continue those of the last call, as in generating text, only the new positions
+    // are computed: every layer's k and v are still there.
+    void logits(const int* inputs, int b, int t, bool last_only, float* out) override {
+        int from = 0;
+        if (continues && last_only && b == 1)
+            while (from < std::min(t - 1, T) && inputs[from] == tokens[from]) from++;
+        check_tokens(inputs, b, t);
+        tokens.assign(inputs, inputs + int64_t(B) * T);
+        set_batch(inputs, nullptr, 0);
+        forward(from);
+        const int V = shape.vocab_size, C = shape.width;
+        float* logits = reinterpret_cast<float*>(acts.logits + 0);
+        const int64_t step = last_only ? 1 : acts.logit_rows;
+        for (int64_t row = last_only ? T - 1 - first : 0; row < rows();
+             row += last_only ? T : step) {
+            const int64_t n = std::min(step, rows() - row);
+            linear_forward(products, logits, V, input(2 * shape.layers) + row * C,
+                           weight(memory.head), static_cast<const S*>(nullptr), n, C, V, stream);
+            const size_t wanted = size_t(config.vocab_size) * sizeof(float);
+            CUDA(cudaMemcpy2DAsync(out, wanted, logits, size_t(V) * sizeof(float), wanted,
+                                   size_t(n), cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            out += n * config.vocab_size;
+        }
+        continues = b == 1;
+    }
+
+    void check_tokens(const int* inputs, int b, int t) {
+        if (b < 1 || t < 1 || int64_t(b) * t > acts.rows)
+            fail("a batch of ", b, " x ", t, " tokens was given to a model made for ", acts.rows);
+        if (t > config.positions)
+            fail("a sequence of ", t, " tokens was given to a model of ", config.positions,
+                 " positions");
+        B = b, T = t, first = 0;
+        for (int64_t i = 0; i < int64_t(B) * T; i++)
+            if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
+                fail("token ", inputs[i], " is not in the model's vocabulary of ",
+                     config.vocab_size);
+    }
+    void check_targets(const int* targets) {
+        for (int64_t i = 0; i < rows(); i++)
+            if (targets[i] < -1 || targets[i] >= config.vocab_size)
+                fail("target ", targets[i], " is neither -1 nor in the model's vocabulary of ",
+                     config.vocab_size);
+    }
+
+    void initialize(uint64_t seed) override {
+        continues = false;
+        std::vector<float> values;
+        for (const Param& p : registry.params) {
+            values.resize(size_t(p.size()));
+            lns::initialize(p, seed, values.data());
+            write(Buffer::parameters, p, values.data());
+        }
+        auto clear = [&](auto& array) {
+            if (array.size)
+                CUDA(cudaMemsetAsync(array, 0, size_t(array.size) * sizeof(array[0]), stream));
+        };
+        clear(gradients), clear(moment1), clear(moment2);
+        clear(rounded_moment1), clear(rounded_moment2);
+        stream.wait();
+    }
+
+    void zero_gradients() override {
+        GpuTimed t = timed("update", "zero gradients", double(memory.size) * sizeof(G));
+        CUDA(cudaMemsetAsync(gradients, 0, size_t(memory.size) * sizeof(G), stream));
+    }
+
+    void norm_of_gradients() {
+        GpuTimed t = timed("update", "gradient norm", double(memory.size) * sizeof(G));
+        cuda::gradient_norm(sums + 1, static_cast<const G*>(gradients), memory.size, sums + 2,
+                            stream);
+    }
+    double gradient_norm() override {
+        norm_of_gradients();
+        CUDA(cudaMemcpyAsync(sums_back + 1, sums + 1, sizeof(double), cudaMemcpyDeviceToHost,
+                             stream));
+        stream.wait();
+        times.book(profile);
+        return sums_back[1];
+    }
+
+    void set_numbers(const AdamW& o, double grad_clip) {
+        AdamWNumbers& n = numbers_ahead[0];
+        n.lr = float(o.lr), n.beta1 = float(o.beta1), n.beta2 = float(o.beta2);
+        n.eps = float(o.eps), n.weight_decay = float(o.weight_decay);
+        n.correction1 = float(1 / (1 - std::pow(o.beta1, double(o.step))));
+        n.correction2 = float(1 / (1 - std::pow(o.beta2, double(o.step))));
+        n.grad_clip = float(grad_clip), n.grad_scale = float(o.grad_scale);
+        n.step = uint32_t(o.step);
+        CUDA(cudaMemcpyAsync(numbers, numbers_ahead, sizeof n, cudaMemcpyHostToDevice, stream));
+    }
+    void update(const AdamW& o) override {
+        set_numbers(o, 0);
+        update(nullptr, nullptr);
+        stream.wait();
+        times.book(profile);
+    }
+    // norm, loss: on the GPU, or null.
+    void update(const double* norm, const double* loss) {
+        continues = false;
+        if (options.moments == DType::bf16)
+            update(rounded_moment1 + 0, rounded_moment2 + 0, norm, loss);
+        else
+            update(moment1 + 0, moment2 + 0, norm, loss);
+    }
+    template <class M> void update(M* m, M* v, const double* norm, const double* loss) {
+        GpuTimed t = timed("update", "AdamW",
+                           double(memory.size) *
+                               (sizeof(G) + 4.0 * sizeof(M) +
+                                (master.size ? 2.0 * sizeof(float) + sizeof(S) : 2.0 * sizeof(S))));
+        adamw(parameters + 0, master + 0, static_cast<const G*>(gradients), m, v,
+              static_cast<const uint32_t*>(decays), static_cast<const AdamWNumbers*>(numbers), norm,
+              loss, options.stochastic_rounding, memory.size, stream);
+    }
+
+    // f(the array of a buffer)
+    template <class F> void with_buffer(Buffer buffer, const F& f) {
+        const bool rounded = options.moments == DType::bf16;
+        if (buffer == Buffer::parameters)
+            master.size ? f(master) : f(parameters);
+        else if (buffer == Buffer::gradients)
+            f(gradients);
+        else if (buffer == Buffer::moment1)
+            rounded ? f(rounded_moment1) : f(moment1);
+        else
+            rounded ? f(rounded_moment2) : f(moment2);
+    }
+    const Param& padded_param(const Param& p) const {
+        return memory.params[size_t(&p - registry.params.data())];
+    }
+
+    void read(Buffer buffer, const Param& p, float* out) override {
+        const Param& q = padded_param(p);
+        const Placement place(p, q, config, shape);
+        with_buffer(buffer, [&](auto& array) {
+            using X = std::remove_reference_t<decltype(array[0])>;
+            std::vector<X> values(size_t(q.size()));
+            CUDA(cudaMemcpyAsync(values.data(), array + q.offset, values.size() * sizeof(X),
+                                 cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            place.each([&](int64_t i, int64_t j) { out[i] = float(values[j]); });
+        });
+    }
+
+    void write(Buffer buffer, const Param& p, const float* numbers) override {
+        continues = false;
+        const Param& q = padded_param(p);
+        const Placement place(p, q, config, shape);
+        auto upload = [&](auto& array) {
+            using X = std::remove_reference_t<decltype(array[0])>;
+            std::vector<X> values(size_t(q.size()), X(0.0f));
+            place.each([&](int64_t i, int64_t j) { values[j] = X(numbers[i]); });
+            CUDA(cudaMemcpyAsync(array + q.offset, values.data(), values.size() * sizeof(X),
+                                 cudaMemcpyHostToDevice, stream));
+            stream.wait();
+        };
+        with_buffer(buffer, upload);
+        if (buffer == Buffer::parameters && master.size) upload(parameters);
+    }
+
+    std::vector<double> residual_variance() override {
+        const int blocks = 128;
+        Array<double> partial(blocks);
+        std::vector<double> parts(blocks), variance;
+        const int64_t n = rows() * shape.width;
+        auto mean_power = [&](const float* x, double shift, int power) {
+            launch(power_sum_kernel, blocks, 256, shared_bytes<double>(256), stream,
+                   static_cast<double*>(partial), x, shift, power, n);
+            CUDA(cudaMemcpyAsync(parts.data(), partial, blocks * sizeof(double),
+                                 cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            double sum = 0;
+            for (double part : parts) sum += part;
+            return sum / double(n);
+        };
+        for (int l = 0; l <= shape.layers; l++) {
+            const double mean = mean_power(residual(2 * l), 0, 1);
+            variance.push_back(mean_power(residual(2 * l), mean, 2));
+        }
+        return variance;
+    }
+
+    std::string first_nonfinite() override {
+        Array<int> found(1);
+        auto bad = [&](const auto* x, int64_t n) {
+            using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+            CUDA(cudaMemsetAsync(found, 0, sizeof(int), stream));
+            launch(find_nonfinite_kernel<X>, 256, 256, 0, stream, static_cast<int*>(found), x, n);
+            int result = 0;
+            CUDA(cudaMemcpyAsync(&result, found, sizeof(int), cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            return result != 0;
+        };
+        for (const Param& p : memory.params)
+            if (bad(weight(p.offset), p.size())) return "the parameter " + p.name;
+        if (rows() > 0) {
+            const int64_t n = rows(), C = shape.width;
+            if (bad(embedded(), n * C)) return "the embedding's output";
+            for (int k = 0; k <= 2 * shape.layers; k++) {
+                const int l = (k - 1) / 2;
+                std::string layer = "layer " + std::to_string(l + 1) + "'s ";
+                if (k > 0 && k % 2 == 1) {
+                    if (acts.qkv.keeps(l) && bad(qkv(l), n * shape.qkv_width()))
+                        return layer + "q, k and v";
+                    if (acts.attended.keeps(l) && bad(attended(l), n * shape.q_width()))
+                        return layer + "attention";
+                }
+                if (k > 0 && k % 2 == 0) {
+                    if (acts.hidden.keeps(l) && bad(hidden(l), n * shape.mlp_in_width()))
+                        return layer + "MLP input";
+                    if (acts.activated.keeps(l) && bad(activated(l), n * shape.mlp_width))
+                        return layer + "MLP activation";
+                }
+                if (acts.residual.keeps(k) && bad(residual(k), n * C))
+                    return k == 0 ? "the residual stream after the embedding"
+                                  : "the residual stream after " + layer +
+                                        (k % 2 == 1 ? "attention" : "MLP");
+                if (acts.input.keeps(k) && bad(input(k), n * C))
+                    return k == 2 * shape.layers
+                               ? "the final norm's output"
+                               : "the norm before layer " + std::to_string(k / 2 + 1) + "'s " +
+                                     (k % 2 == 0 ? "attention" : "MLP");
+            }
+            if (bad(static_cast<const float*>(acts.losses), n)) return "the loss";
+        }
+        if (options.training)
+            for (auto p = memory.params.rbegin(); p != memory.params.rend(); ++p)
+                if (bad(gradient(p->offset), p->size())) return "the gradient of " + p->name;
+        return "";
+    }
+};
+
+inline MemoryPlan plan(const Config& config, int B, int T, const ModelOptions& o, auto scalar,
+                       auto gradient) {
+    using S = decltype(scalar);
+    MemoryPlan plan;
+    const Config shape = padded(config);
+    const int64_t n = make_registry(shape).size;
+    plan.parameters = n * int64_t(sizeof(S));
+    if (o.training) {
+        plan.gradients = n * int64_t(sizeof gradient);
+        plan.optimizer = 2 * n * int64_t(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
+        if (sizeof(S) < sizeof(float) && o.master_weights)
+            plan.optimizer += n * int64_t(sizeof(float));
+        plan.optimizer += n / 64;
+    }
+    // Where a run is only planned, as many as an H100 has.
+    const int multiprocessors = why_no_gpu().empty() ? gpu().multiprocessors : 132;
+    Activations<S> acts;
+    acts.layout(shape, B, T, o, multiprocessors, [&](auto& array, int64_t elements) {
+        plan.activations += elements * int64_t(sizeof(array[0]));
+    });
+    if (config.rope)
+        plan.activations += std::min<int64_t>(config.positions, acts.rows) *
+                            (config.head_size / 2) * int64_t(sizeof(CosSin));
+    plan.activations += BatchLayout{acts.rows}.ints() * int64_t(sizeof(int));
+    plan.scratch = Products::workspace_bytes();
+    return plan;
+}
+
 } // namespace lns::cuda
+
+namespace lns {
+
+std::unique_ptr<Model> make_cuda_model(const Config& config, int B, int T,
+                                       const ModelOptions& options, const Ranks& ranks) {
+    using namespace cuda;
+    if (options.dtype == DType::float32)
+        return std::make_unique<CudaModel<float, float>>(config, B, T, options, ranks);
+    if (options.gradients == DType::float32)
+        return std::make_unique<CudaModel<cuda::bf16, float>>(config, B, T, options, ranks);
+    return std::make_unique<CudaModel<cuda::bf16, cuda::bf16>>(config, B, T, options, ranks);
+}
+
+MemoryPlan plan_cuda_memory(const Config& config, int B, int T, const ModelOptions& options) {
+    if (options.dtype == DType::float32) return cuda::plan(config, B, T, options, 0.0f, 0.0f);
+    if (options.gradients == DType::float32)
+        return cuda::plan(config, B, T, options, cuda::bf16(), 0.0f);
+    return cuda::plan(config, B, T, options, cuda::bf16(), cuda::bf16());
+}
+
+// ---------------------------------------------------------------------------------------------
+// The GPU
+
+void cuda::fail_call(const char* call, const char* file, int line, cudaError_t error) {
+    const char* advice = "";
+    if (error == cudaErrorMemoryAllocation)
+        advice = "; lower --batch, ask for --recompute, or see with nvidia-smi who else has memory";
+    if (error == cudaErrorNoKernelImageForDevice)
+        advice = "; this build has no code for this GPU: make CUDA_ARCH=native";
+    if (error == cudaErrorECCUncorrectable)
+        advice = "; the GPU's memory is faulty: go on with the last checkpoint on another one";
+    fail("the GPU failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ") in ",
+         std::string(call, std::min<size_t>(std::strcspn(call, "("), 60)), " at ", file, ":", line,
+         advice);
+}
+
+bool built_with_cuda() { return true; }
+
+std::string why_no_gpu() {
+    static const std::string why = []() -> std::string {
+        auto version = [](int v) { return cat(v / 1000, ".", v % 1000 / 10); };
+        int driver = 0, runtime = 0, count = 0, major = 0, minor = 0;
+        CUDA(cudaDriverGetVersion(&driver));
+        CUDA(cudaRuntimeGetVersion(&runtime));
+        if (driver == 0) return "there is no NVIDIA driver here";
+        const cudaError_t error = cudaGetDeviceCount(&count);
+        cudaGetLastError(); // told here, not by the next call
+        if (error == cudaErrorInsufficientDriver)
+            return cat("the NVIDIA driver is made for CUDA ", version(driver),
+                       ", and this build needs one for ", version(runtime), ": update it");
+        if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0))
+            return "the NVIDIA driver shows this process no GPU (see nvidia-smi, and "
+                   "CUDA_VISIBLE_DEVICES)";
+        if (error != cudaSuccess)
+            return cat("CUDA does not start: ", cudaGetErrorString(error), " (see nvidia-smi)");
+        CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+        CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+        if (major < 8)
+            return cat("the GPU has compute capability ", major, ".", minor,
+                       ", and 8.0 (Ampere) is the least that this program runs on");
+        return "";
+    }();
+    return why;
+}
+
+void use_gpu(const Ranks& ranks) {
+    if (const std::string why = why_no_gpu(); !why.empty()) fail(why);
+    int count = 0;
+    CUDA(cudaGetDeviceCount(&count));
+    CUDA(cudaSetDevice(ranks.local_rank % count));
+}
+
+Gpu gpu() {
+    if (const std::string why = why_no_gpu(); !why.empty()) fail(why);
+    Gpu g;
+    CUDA(cudaGetDeviceCount(&g.count));
+    CUDA(cudaGetDevice(&g.index));
+    cudaDeviceProp properties;
+    CUDA(cudaGetDeviceProperties(&properties, g.index));
+    g.name = properties.name;
+    g.id.assign(reinterpret_cast<const char*>(&properties.uuid), sizeof properties.uuid);
+    g.major = properties.major, g.minor = properties.minor;
+    if (g.major < 8)
+        fail("GPU ", g.index, " (", g.name, ") has compute capability ", g.major, ".", g.minor,
+             ", and 8.0 is needed: choose others with CUDA_VISIBLE_DEVICES");
+    g.multiprocessors = properties.multiProcessorCount;
+    size_t free = 0, total = 0;
+    CUDA(cudaMemGetInfo(&free, &total));
+    g.free = int64_t(free), g.memory = int64_t(total);
+    CUDA(cudaDriverGetVersion(&g.driver));
+    CUDA(cudaRuntimeGetVersion(&g.runtime));
+    return g;
+}
+
+namespace cuda {
+
+// Seconds of the fastest of so many runs of what `run` enqueues, after one that is not counted.
+template <class Run> double fastest(int runs, cudaStream_t stream, const Run& run) {
+    struct Events {
+        cudaEvent_t start = nullptr, stop = nullptr;
+        Events() {
+            CUDA(cudaEventCreate(&start));
+            CUDA(cudaEventCreate(&stop));
+        }
+        ~Events() { cudaEventDestroy(start), cudaEventDestroy(stop); }
+    } events;
+    run();
+    float best = INFINITY;
+    for (int i = 0; i < runs; i++) {
+        float milliseconds = 0;
+        CUDA(cudaEventRecord(events.start, stream));
+        run();
+        CUDA(cudaEventRecord(events.stop, stream));
+        CUDA(cudaEventSynchronize(events.stop));
+        CUDA(cudaEventElapsedTime(&milliseconds, events.start, events.stop));
+        best = std::min(best, milliseconds);
+    }
+    return std::max(double(best), 1e-3) / 1e3;
+}
+
+// Uniform in (−1, 1): a GPU multiplies zeros or ones faster, since it then needs less power.
+template <class S> __global__ static void random_kernel(S* x, int64_t n) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        uint32_t bits = uint32_t(i) * 0x9E3779B9u;
+        bits = (bits ^ bits >> 16) * 0x21F0AAADu;
+        bits = (bits ^ bits >> 15) * 0xD35A2D97u;
+        x[i] = S(float(bits ^ bits >> 15) * 0x1p-31f - 1.0f);
+    }
+}
+
+template <class S> static double product_flops(int n) {
+    Stream stream;
+    Products products(stream);
+    const int64_t size = int64_t(n) * n;
+    Array<S> a(size), b(size), out(size);
+    CUDA(cudaDeviceSynchronize()); // their zeros are written
+    launch(random_kernel<S>, blocks_for(size, 4096), 256, 0, stream, a, size);
+    launch(random_kernel<S>, blocks_for(size, 4096), 256, 0, stream, b, size);
+    auto product = [&] {
+        linear_forward(products, out + 0, n, static_cast<const S*>(a), static_cast<const S*>(b),
+                       static_cast<const S*>(nullptr), n, n, n, stream);
+    };
+    return 2.0 * n * n * n / fastest(20, stream, product);
+}
+
+enum class Access { read, write, update };
+
+// All of x (n), in place.
+template <Access access>
+__global__ static void access_kernel(float4* x, int64_t n, float factor, float term) {
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        const float4 v = access == Access::write ? make_float4(factor, term, factor, term) : x[i];
+        if (access == Access::read)
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        else
+            x[i] = make_float4(factor * v.x + term, factor * v.y + term, factor * v.z + term,
+                               factor * v.w + term);
+    }
+    // Never so, but the compiler cannot know that nobody wants the sum.
+    if (access == Access::read && sum.x + sum.y + sum.z + sum.w == -1.0f) x[0] = sum;
+}
+
+static Bandwidth access_bandwidth(int64_t bytes) {
+    Stream stream;
+    const int64_t n = bytes / int64_t(sizeof(float4));
+    Array<float> memory(n * 4);
+    CUDA(cudaDeviceSynchronize()); // its zeros are written
+    float4* x = reinterpret_cast<float4*>(memory + 0);
+    const int blocks = std::min(16 * gpu().multiprocessors, blocks_for(n, 256));
+    auto rate = [&](auto* kernel, double accesses) {
+        return accesses * double(bytes) / fastest(10, stream, [&] {
+                   launch(kernel, blocks, 256, 0, stream, x, n, 0.999f, 1e-3f);
+               });
+    };
+    Bandwidth b;
+    b.read = rate(access_kernel<Access::read>, 1);
+    b.write = rate(access_kernel<Access::write>, 1);
+    b.update = rate(access_kernel<Access::update>, 2);
+    return b;
+}
+
+} // namespace cuda
+
+double measured_gpu_flops(DType dtype) {
+    auto measure = [](auto scalar) {
+        using S = decltype(scalar);
+        const int small = 256, large = 8192;
+        const double flops = cuda::product_flops<S>(small);
+        const bool slow = 2.0 * large * large * large / flops > 10; // seconds; most GPUs take 0.3
+        const bool fits = 4 * int64_t(sizeof(S)) * large * large < gpu().free;
+        return slow || !fits ? flops : cuda::product_flops<S>(large);
+    };
+    return dtype == DType::bf16 ? measure(cuda::bf16()) : measure(0.0f);
+}
+
+Bandwidth measured_gpu_bandwidth() {
+    const int64_t small = 1 << 20, large = int64_t(1) << 30; // bytes; the largest caches have 1e8
+    const Bandwidth b = cuda::access_bandwidth(small);
+    const bool slow = double(large) / b.read > 1; // second
+    return slow || 2 * large > gpu().free ? b : cuda::access_bandwidth(large);
+}
+
+} // namespace lns

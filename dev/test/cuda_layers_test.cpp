@@ -1,0 +1,717 @@
+// Products, q and k, activations, loss and optimizer of train_gpt.cu, run by the simulator, against
+// straightforward sums in double; in every order of threads, with the same bits.
+#include "train_gpt.cu"
+
+#include "dev/sim/sim.h"
+#include "gpt/files.h"
+#include "gpt/random.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <functional>
+#include <unistd.h>
+
+namespace lns::cuda {
+namespace {
+
+// What the device has is what the host gave, rounded to X.
+template <class X> struct OnDevice {
+    X* data = nullptr;
+    int64_t size = 0;
+
+    explicit OnDevice(int64_t n) : size(n) { CUDA(cudaMalloc(&data, size_t(n) * sizeof(X))); }
+    template <class Y> explicit OnDevice(const std::vector<Y>& values) : OnDevice(values.size()) {
+        write(values);
+    }
+    OnDevice(const OnDevice&) = delete;
+    ~OnDevice() { cudaFree(data); }
+    operator X*() const { return data; }
+    const X* in() const { return data; }
+
+    template <class Y> void write(const std::vector<Y>& values) {
+        std::vector<X> x(values.size());
+        for (size_t i = 0; i < x.size(); i++) x[i] = X(values[i]);
+        CUDA(cudaMemcpy(data, x.data(), x.size() * sizeof(X), cudaMemcpyHostToDevice));
+    }
+    std::vector<X> raw() const {
+        std::vector<X> x(static_cast<size_t>(size));
+        CUDA(cudaDeviceSynchronize());
+        CUDA(cudaMemcpy(x.data(), data, x.size() * sizeof(X), cudaMemcpyDeviceToHost));
+        return x;
+    }
+    std::vector<double> read() const {
+        std::vector<double> values;
+        for (X x : raw()) values.push_back(double(x));
+        return values;
+    }
+};
+
+using Doubles = std::vector<double>;
+
+// Normal numbers that X holds exactly.
+template <class X> Doubles numbers(int64_t n, const char* name, double std = 1) {
+    Doubles x(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; i++)
+        x[i] = double(X(float(std * random_normal(7, fnv1a(name), uint64_t(i)))));
+    return x;
+}
+
+// ‖a − b‖ / ‖b‖
+double distance(const Doubles& a, const Doubles& b) {
+    EXPECT_EQ(a.size(), b.size());
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < b.size(); i++) {
+        difference += (a[i] - b[i]) * (a[i] - b[i]);
+        norm += b[i] * b[i];
+    }
+    return std::sqrt(difference) / std::max(1e-30, std::sqrt(norm));
+}
+template <class X> double tolerance() { return sizeof(X) == 2 ? 3e-3 : 3e-6; }
+
+template <class X> void expect_near(const OnDevice<X>& got, const Doubles& wanted, double allowed) {
+    EXPECT_LT(distance(got.read(), wanted), allowed);
+}
+
+// Runs body, which fills `out` anew, in every order of threads: the bits must be the same.
+template <class X> void in_every_order(const OnDevice<X>& out, const std::function<void()>& body) {
+    std::vector<X> first;
+    sim::in_every_order([&] {
+        body();
+        const std::vector<X> now = out.raw();
+        if (first.empty()) first = now;
+        EXPECT_EQ(std::memcmp(now.data(), first.data(), now.size() * sizeof(X)), 0)
+            << "another order of threads gave other bits: " << sim::name_of(sim::order());
+    });
+}
+
+// An environment variable for the time of a test.
+struct Variable {
+    std::string name;
+    Variable(const char* name, const std::string& value) : name(name) {
+        setenv(name, value.c_str(), 1);
+    }
+    ~Variable() { unsetenv(name.c_str()); }
+};
+
+struct Stream {
+    cudaStream_t stream = nullptr;
+    Stream() { CUDA(cudaStreamCreate(&stream)); }
+    ~Stream() { cudaStreamDestroy(stream); }
+    operator cudaStream_t() const { return stream; }
+};
+
+double gelu(double x) {
+    return 0.5 * x * (1 + std::tanh(0.79788456080286536 * (x + 0.044715 * x * x * x)));
+}
+double dgelu(double x) {
+    const double t = std::tanh(0.79788456080286536 * (x + 0.044715 * x * x * x));
+    return 0.5 * (1 + t) +
+           0.5 * x * (1 - t * t) * 0.79788456080286536 * (1 + 3 * 0.044715 * x * x);
+}
+
+// a (n, k) · b (m, k)ᵀ + bias (m)
+Doubles product(const Doubles& a, const Doubles& b, int64_t n, int64_t m, int64_t k,
+                const Doubles& bias = {}) {
+    Doubles c(static_cast<size_t>(n * m));
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < m; j++) {
+            double sum = bias.empty() ? 0 : bias[j];
+            for (int64_t l = 0; l < k; l++) sum += a[i * k + l] * b[j * k + l];
+            c[i * m + j] = sum;
+        }
+    return c;
+}
+Doubles transpose(const Doubles& a, int64_t rows, int64_t columns) {
+    Doubles t(a.size());
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) t[j * rows + i] = a[i * columns + j];
+    return t;
+}
+
+// (rows, columns) with `row` elements from one row to the next; what lies between is `filling`.
+Doubles widen(const Doubles& a, int64_t rows, int64_t columns, int64_t row, double filling) {
+    Doubles wide(static_cast<size_t>(rows * row), filling);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) wide[i * row + j] = a[i * columns + j];
+    return wide;
+}
+
+template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
+    SCOPED_TRACE(testing::Message() << rows << " rows, " << C << " to " << OC);
+    Stream stream;
+    Products products(stream);
+    const int64_t out_row = OC + 16;
+    const double near = tolerance<S>();
+    const Doubles in = numbers<S>(rows * C, "in"), w = numbers<S>(OC * C, "w", 1 / std::sqrt(C)),
+                  bias = numbers<S>(OC, "bias"), dout = numbers<S>(rows * OC, "dout"),
+                  dw = numbers<G>(OC * C, "dw"), dbias = numbers<G>(OC, "dbias");
+    const OnDevice<S> in_(in), w_(w), bias_(bias), dout_(dout),
+        dout_wide(widen(dout, rows, OC, out_row, 1000));
+
+    for (const bool biased : {false, true}) {
+        SCOPED_TRACE(biased ? "with bias" : "without bias");
+        const Doubles wanted = product(in, w, rows, OC, C, biased ? bias : Doubles());
+        const S* bias_or_none = biased ? bias_.in() : nullptr;
+        OnDevice<S> out(widen(Doubles(rows * OC), rows, OC, out_row, 5));
+        linear_forward(products, out + 0, out_row, in_.in(), w_.in(), bias_or_none, rows, C, OC,
+                       stream);
+        expect_near(out, widen(wanted, rows, OC, out_row, 5), near);
+        OnDevice<float> unrounded(rows * OC);
+        linear_forward(products, unrounded + 0, OC, in_.in(), w_.in(), bias_or_none, rows, C, OC,
+                       stream);
+        expect_near(unrounded, wanted, 3e-6);
+
+        Doubles activated(wanted);
+        for (double& x : activated) x = gelu(x);
+        OnDevice<S> a(rows * OC), hidden(rows * OC);
+        linear_gelu_forward(products, a + 0, hidden + 0, in_.in(), w_.in(), bias_or_none, rows, C,
+                            OC, stream);
+        expect_near(a, activated, 2 * near);
+        expect_near(hidden, wanted, near);
+    }
+    {
+        const Doubles wanted = product(dout, transpose(w, OC, C), rows, C, OC);
+        OnDevice<S> din(rows * C);
+        linear_backward_input(products, din + 0, dout_wide.in(), out_row, w_.in(), rows, C, OC,
+                              stream);
+        expect_near(din, wanted, near);
+        Doubles dhidden(wanted);
+        for (size_t i = 0; i < in.size(); i++) dhidden[i] *= dgelu(in[i]);
+        linear_gelu_backward_input(products, din + 0, dout_.in(), in_.in(), w_.in(), rows, C, OC,
+                                   stream);
+        expect_near(din, dhidden, 2 * near);
+    }
+    Doubles wanted = product(transpose(dout, rows, OC), transpose(in, rows, C), OC, C, rows);
+    for (size_t i = 0; i < wanted.size(); i++) wanted[i] += dw[i];
+    Doubles wanted_bias = dbias;
+    for (int64_t i = 0; i < rows; i++)
+        for (int j = 0; j < OC; j++) wanted_bias[j] += dout[i * OC + j];
+    OnDevice<G> dw_(dw), dbias_(dbias);
+    OnDevice<float> scratch(linear_scratch(rows, OC));
+    linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows, C,
+                           OC, scratch + 0, stream);
+    expect_near(dw_, wanted, tolerance<G>());
+    in_every_order(dbias_, [&] {
+        dbias_.write(dbias);
+        linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
+                               rows, C, OC, scratch + 0, stream);
+    });
+    expect_near(dbias_, wanted_bias, tolerance<G>());
+}
+
+void check_all_matrices() {
+    for (const int64_t rows : {1, 7, 130})
+        for (const int OC : {8, 24, 1000}) {
+            check_matrices<bf16, bf16>(rows, 16, OC);
+            check_matrices<bf16, float>(rows, 24, OC);
+            check_matrices<float, float>(rows, 40, OC);
+        }
+}
+
+TEST(CudaLayers, Matrices) {
+    const Variable none("LNS_CACHE", "none");
+    check_all_matrices();
+}
+
+TEST(CudaLayers, MatricesWithoutEpilogues) {
+    const Variable none("LNS_CACHE", "none"), refused("LNS_SIM_NO_EPILOGUES", "1");
+    check_all_matrices();
+}
+
+// The head: V columns, `row` elements from one row to the next.
+TEST(CudaLayers, MatrixOfOddWidth) {
+    const Variable none("LNS_CACHE", "none");
+    const int64_t rows = 7, C = 16, V = 97, row = 104;
+    Stream stream;
+    Products products(stream);
+    const Doubles in = numbers<bf16>(rows * C, "in"), w = numbers<bf16>(V * C, "w");
+    const OnDevice<bf16> in_(in), w_(w);
+    OnDevice<float> out(widen(Doubles(rows * V), rows, V, row, 5));
+    linear_forward(products, out + 0, row, in_.in(), w_.in(), static_cast<const bf16*>(nullptr),
+                   rows, C, V, stream);
+    expect_near(out, widen(product(in, w, rows, V, C), rows, V, row, 5), 3e-6);
+}
+
+// The same product by two Products gives the same bits, since the second reads what the first has
+// measured; and another run where the cache is none of ours still works.
+TEST(CudaLayers, AlgorithmsAreRemembered) {
+    namespace fs = std::filesystem;
+    const fs::path directory =
+        fs::temp_directory_path() / ("lns-cache-" + std::to_string(getpid()));
+    const Variable where("LNS_CACHE", directory.string());
+    fs::remove_all(directory);
+    const int64_t rows = 130, C = 264, OC = 72;
+    const OnDevice<float> in(numbers<float>(rows * C, "in")), w(numbers<float>(OC * C, "w"));
+    auto multiply = [&] {
+        Stream stream;
+        Products products(stream);
+        OnDevice<float> out(rows * OC);
+        linear_forward(products, out + 0, OC, in.in(), w.in(), static_cast<const float*>(nullptr),
+                       rows, C, OC, stream);
+        return out.read();
+    };
+    const Doubles first = multiply();
+    const fs::path file = directory / "cublaslt.txt";
+    ASSERT_TRUE(fs::exists(file));
+    const std::string remembered = read_file(file.string());
+    EXPECT_EQ(std::count(remembered.begin(), remembered.end(), '\n'), 1);
+    for (int i = 0; i < 5; i++) EXPECT_EQ(multiply(), first);
+    EXPECT_EQ(read_file(file.string()), remembered);
+
+    std::string damaged = remembered;
+    damaged[damaged.size() - 3] ^= 1;
+    for (const std::string& text : {damaged, std::string("something else\n\xff\t\t\n"),
+                                    remembered.substr(0, remembered.size() / 2)}) {
+        write_file_atomic(file.string(), text);
+        const Doubles again = multiply();
+        EXPECT_LT(distance(again, first), 3e-6);
+        const std::string renewed = read_file(file.string());
+        EXPECT_EQ(std::count(renewed.begin(), renewed.end(), '\n'), 1);
+        EXPECT_EQ(multiply(), again);
+    }
+    fs::remove_all(directory);
+    write_file_atomic(directory.string(), "a file where the directory should be");
+    EXPECT_LT(distance(multiply(), first), 3e-6);
+    fs::remove_all(directory);
+}
+
+// Of two processes that measure the same, the second takes what the first has written.
+TEST(CudaLayers, CacheSettlesOnTheFirst) {
+    namespace fs = std::filesystem;
+    const fs::path directory = fs::temp_directory_path() / ("lns-settle-" + std::to_string(getpid()));
+    fs::remove_all(directory);
+    const Variable where("LNS_CACHE", directory.string());
+    Cache one("test.txt"), other("test.txt");
+    EXPECT_EQ(one.find("key"), nullptr);
+    EXPECT_EQ(one.settle("key", "first"), "first");
+    EXPECT_EQ(other.settle("key", "second"), "first");
+    EXPECT_EQ(other.settle("another key", "value"), "value");
+    EXPECT_EQ(one.settle("third", "value"), "value");
+    const Cache later("test.txt");
+    for (const char* key : {"key", "another key", "third"}) ASSERT_NE(later.find(key), nullptr);
+    EXPECT_EQ(*later.find("key"), "first");
+    fs::remove_all(directory);
+    const Variable none("LNS_CACHE", "none");
+    Cache nothing("test.txt");
+    EXPECT_EQ(nothing.settle("key", "value"), "value");
+    EXPECT_EQ(nothing.find("key"), nullptr);
+    EXPECT_FALSE(fs::exists(directory));
+}
+
+// Under capture, where nothing can be measured, a product that is met for the first time works too.
+TEST(CudaLayers, ProductsAreCaptured) {
+    const Variable none("LNS_CACHE", "none");
+    const int64_t rows = 7, C = 16, OC = 24;
+    const Doubles in = numbers<bf16>(rows * C, "in"), w = numbers<bf16>(OC * C, "w");
+    const OnDevice<bf16> in_(in), w_(w);
+    OnDevice<bf16> out(rows * OC);
+    Stream stream;
+    Products products(stream);
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    linear_forward(products, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
+                   C, OC, stream);
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&executable, graph, 0));
+    CUDA(cudaGraphLaunch(executable, stream));
+    CUDA(cudaStreamSynchronize(stream));
+    expect_near(out, product(in, w, rows, OC, C), tolerance<bf16>());
+    CUDA(cudaGraphExecDestroy(executable));
+    CUDA(cudaGraphDestroy(graph));
+}
+
+struct QkCase {
+    AttentionShape a;
+    bool norm, table;
+};
+const QkCase qk_cases[] = {
+    {{2, 3, 2, 1, 16, 16}, true, true},  {{1, 7, 4, 2, 32, 32}, false, true},
+    {{2, 2, 3, 3, 8, 6}, true, true},    {{1, 5, 2, 1, 56, 52}, true, true},
+    {{1, 5, 2, 2, 24, 24}, false, true}, {{1, 9, 2, 1, 8, 5}, true, false},
+    {{1, 6, 2, 1, 16, 16, 4}, true, true}, {{1, 2, 40, 20, 128, 128}, true, true},
+};
+std::string name_of(const QkCase& c) {
+    return cat("B ", c.a.B, ", T ", c.a.T, ", NH ", c.a.NH, ", KVH ", c.a.KVH, ", HS ", c.a.HS,
+               ", channels ", c.a.channels, ", first ", c.a.first, c.norm ? ", norm" : "",
+               c.table ? ", rope" : "");
+}
+
+// Zero where a channel of a head is padding.
+Doubles mask_padding(Doubles x, const AttentionShape& a) {
+    for (size_t i = 0; i < x.size(); i++)
+        if (int(i) % a.HS >= a.channels) x[i] = 0;
+    return x;
+}
+
+std::vector<CosSin> turns(const AttentionShape& a) {
+    std::vector<CosSin> table;
+    for (int t = 0; t < a.T; t++)
+        for (int i = 0; i < a.channels / 2; i++) {
+            const double angle = t * std::pow(10000.0, -2.0 * i / a.channels);
+            table.push_back({float(std::cos(angle)), float(std::sin(angle))});
+        }
+    return table;
+}
+
+template <class S> void check_qk_forward(const QkCase& c) {
+    SCOPED_TRACE(name_of(c));
+    const AttentionShape& a = c.a;
+    const int Q = a.q_width(), K = a.kv_width();
+    const double eps = 1e-3;
+    const Doubles qkv = mask_padding(numbers<S>(a.rows() * a.row(), "qkv"), a),
+                  q_weight = mask_padding(numbers<S>(Q, "q_weight"), a),
+                  k_weight = mask_padding(numbers<S>(K, "k_weight"), a);
+    const std::vector<CosSin> table = turns(a);
+    Doubles wanted = qkv, rstds(a.rows() * 2), raws(a.rows() * (Q + K));
+    for (int64_t row = a.first; row < a.rows(); row++) {
+        double* x = &wanted[row * a.row()];
+        std::copy(x, x + Q + K, &raws[row * (Q + K)]);
+        for (int which = 0; which < 2 && c.norm; which++) {
+            double* y = x + which * Q;
+            const int n = which ? K : Q, heads = which ? a.KVH : a.NH;
+            double square = 0;
+            for (int i = 0; i < n; i++) square += y[i] * y[i];
+            const double rstd = 1 / std::sqrt(square / (heads * a.channels) + eps);
+            rstds[2 * row + which] = rstd;
+            for (int i = 0; i < n; i++) y[i] *= rstd * (which ? k_weight : q_weight)[i];
+        }
+        const int half = a.channels / 2;
+        for (int head = 0; head < a.NH + a.KVH && c.table; head++)
+            for (int i = 0; i < half; i++) {
+                const CosSin turn = table[row % a.T * half + i];
+                double &x0 = x[head * a.HS + i], &x1 = x[head * a.HS + i + half];
+                const double y0 = x0 * turn.cos - x1 * turn.sin;
+                x1 = x1 * turn.cos + x0 * turn.sin, x0 = y0;
+            }
+    }
+    OnDevice<S> out(qkv), raw(Doubles(a.rows() * (Q + K)));
+    OnDevice<NormStats> stats(std::vector<NormStats>(a.rows() * 2));
+    const OnDevice<S> q_weight_(q_weight), k_weight_(k_weight);
+    const OnDevice<CosSin> table_(table.empty() ? std::vector<CosSin>(1) : table);
+    Stream stream;
+    in_every_order(out, [&] {
+        out.write(qkv);
+        qk_forward(out + 0, c.norm ? raw + 0 : nullptr, stats + 0, q_weight_.in(), k_weight_.in(),
+                   eps, c.table ? table_.in() : nullptr, a, stream);
+    });
+    expect_near(out, wanted, tolerance<S>());
+    if (!c.norm) return;
+    const std::vector<NormStats> got = stats.raw();
+    const Doubles kept = raw.read();
+    for (int64_t row = a.first; row < a.rows(); row++) {
+        for (int i = 0; i < 2; i++) {
+            EXPECT_NEAR(got[2 * row + i].rstd, rstds[2 * row + i], 1e-5 * rstds[2 * row + i]);
+            EXPECT_EQ(got[2 * row + i].mean, 0);
+        }
+        for (int i = 0; i < Q + K; i++)
+            EXPECT_EQ(kept[row * (Q + K) + i], raws[row * (Q + K) + i]);
+    }
+}
+
+TEST(CudaLayers, QkForward) {
+    for (const QkCase& c : qk_cases) check_qk_forward<bf16>(c), check_qk_forward<float>(c);
+}
+
+template <class S, class G> void check_qk_norm_backward(const QkCase& c) {
+    SCOPED_TRACE(name_of(c));
+    const AttentionShape& a = c.a;
+    const int Q = a.q_width(), K = a.kv_width();
+    const Doubles dqkv = mask_padding(numbers<S>(a.rows() * a.row(), "dqkv"), a),
+                  raw = mask_padding(numbers<S>(a.rows() * (Q + K), "raw"), a),
+                  q_weight = mask_padding(numbers<S>(Q, "q_weight"), a),
+                  k_weight = mask_padding(numbers<S>(K, "k_weight"), a);
+    std::vector<NormStats> stats(a.rows() * 2);
+    Doubles wanted = dqkv, dq(Q, 1.0), dk(K, 1.0);
+    for (int64_t row = 0; row < a.rows(); row++)
+        for (int which = 0; which < 2; which++) {
+            const double* x = &raw[row * (Q + K) + which * Q];
+            double* dy = &wanted[row * a.row() + which * Q];
+            const Doubles& weight = which ? k_weight : q_weight;
+            const int n = which ? K : Q, real = (which ? a.KVH : a.NH) * a.channels;
+            double square = 0, dot = 0;
+            for (int i = 0; i < n; i++) square += x[i] * x[i];
+            const float rstd = float(1 / std::sqrt(square / real + 1e-3));
+            stats[2 * row + which] = {0, rstd};
+            for (int i = 0; i < n; i++) {
+                (which ? dk : dq)[i] += dy[i] * x[i] * rstd;
+                dot += weight[i] * dy[i] * x[i] * rstd;
+            }
+            for (int i = 0; i < n; i++)
+                dy[i] = rstd * (weight[i] * dy[i] - x[i] * rstd * dot / real);
+        }
+    OnDevice<S> out(dqkv);
+    // Of raw's padding nothing is read.
+    Doubles raw_of_any_padding = raw;
+    for (size_t i = 0; i < raw.size(); i++)
+        if (int(i) % a.HS >= a.channels) raw_of_any_padding[i] = NAN;
+    const OnDevice<S> raw_(raw_of_any_padding), q_weight_(q_weight), k_weight_(k_weight);
+    const OnDevice<NormStats> stats_(stats);
+    OnDevice<G> dq_(dq), dk_(dk);
+    OnDevice<float> scratch(qk_norm_scratch(a));
+    Stream stream;
+    auto backward = [&] {
+        out.write(dqkv), dq_.write(Doubles(Q, 1.0)), dk_.write(Doubles(K, 1.0));
+        qk_norm_backward(out + 0, raw_.in(), stats_.in(), q_weight_.in(), k_weight_.in(), dq_ + 0,
+                         dk_ + 0, scratch + 0, a, stream);
+    };
+    in_every_order(out, backward);
+    in_every_order(dq_, backward);
+    in_every_order(dk_, backward);
+    expect_near(out, wanted, tolerance<S>());
+    expect_near(dq_, dq, tolerance<G>());
+    expect_near(dk_, dk, tolerance<G>());
+}
+
+TEST(CudaLayers, QkNormBackward) {
+    for (const QkCase& c : qk_cases) {
+        if (!c.norm || c.a.first > 0) continue;
+        check_qk_norm_backward<bf16, bf16>(c);
+        check_qk_norm_backward<bf16, float>(c);
+        check_qk_norm_backward<float, float>(c);
+    }
+}
+
+template <class S> void check_activations(int64_t rows, int H) {
+    SCOPED_TRACE(testing::Message() << rows << " rows of " << H);
+    const double near = 2 * tolerance<S>();
+    Stream stream;
+    const Doubles h = numbers<S>(rows * 2 * H, "h", 3), da = numbers<S>(rows * 2 * H, "da");
+    const OnDevice<S> h_(h), da_(da);
+    {
+        Doubles forward(h), backward(da);
+        for (size_t i = 0; i < h.size(); i++) {
+            forward[i] = gelu(h[i]);
+            backward[i] *= dgelu(h[i]);
+        }
+        OnDevice<S> out(rows * 2 * H);
+        gelu_forward(out + 0, h_.in(), out.size, stream);
+        expect_near(out, forward, near);
+        gelu_backward(out + 0, da_.in(), h_.in(), out.size, stream);
+        expect_near(out, backward, near);
+        out.write(da);
+        gelu_backward(out + 0, out.in(), h_.in(), out.size, stream);
+        expect_near(out, backward, near);
+    }
+    Doubles forward(rows * H), backward(rows * 2 * H);
+    for (int64_t row = 0; row < rows; row++)
+        for (int i = 0; i < H; i++) {
+            const double g = h[row * 2 * H + i], up = h[row * 2 * H + H + i], d = da[row * H + i];
+            const double s = 1 / (1 + std::exp(-g));
+            forward[row * H + i] = g * s * up;
+            backward[row * 2 * H + i] = d * up * s * (1 + g * (1 - s));
+            backward[row * 2 * H + H + i] = d * g * s;
+        }
+    OnDevice<S> out(rows * H), dh(rows * 2 * H);
+    swiglu_forward(out + 0, h_.in(), rows, H, stream);
+    expect_near(out, forward, near);
+    swiglu_backward(dh + 0, da_.in(), h_.in(), rows, H, stream);
+    expect_near(dh, backward, near);
+}
+
+TEST(CudaLayers, Activations) {
+    for (const int64_t rows : {1, 7, 130})
+        for (const int H : {8, 24, 1000, 1368})
+            check_activations<bf16>(rows, H), check_activations<float>(rows, H);
+}
+
+// Activations far out are 0 or x, and never NaN.
+TEST(CudaLayers, LargeActivations) {
+    const Doubles h = {-1e30, -1e4, -100, -20, 20, 100, 1e4, 1e30};
+    const OnDevice<float> h_(h), ones(Doubles(8, 1.0));
+    OnDevice<float> out(8);
+    Stream stream;
+    gelu_forward(out + 0, h_.in(), 8, stream);
+    for (int i = 0; i < 8; i++) EXPECT_EQ(out.read()[i], i < 4 ? 0 : double(float(h[i])));
+    swiglu_forward(out + 0, OnDevice<float>(Doubles{-1e30, -1e4, -100, -90, 90, 100, 1e4, 1e30,
+                                                    1, 1, 1, 1, 1, 1, 1, 1})
+                                .in(),
+                   1, 8, stream);
+    for (const double x : out.read()) EXPECT_TRUE(std::isfinite(x));
+}
+
+template <class X> void check_loss(int64_t rows, int V, int64_t row) {
+    SCOPED_TRACE(testing::Message() << rows << " rows of " << V << " in " << row);
+    const Doubles logits = numbers<X>(rows * V, "logits", 4);
+    std::vector<int> targets;
+    for (int64_t i = 0; i < rows; i++)
+        targets.push_back(i % 5 == 3 ? -1 : i == 0 ? V - 1 : int(i * 31 % V));
+    const double scale = 0.125;
+    Doubles losses, gradients = logits;
+    double total = 1;
+    for (int64_t i = 0; i < rows; i++) {
+        const double* x = &logits[i * V];
+        double* d = &gradients[i * V];
+        double sum = 0;
+        for (int j = 0; j < V; j++) sum += std::exp(x[j]);
+        for (int j = 0; j < V; j++)
+            d[j] = targets[i] < 0 ? 0 : scale * (std::exp(x[j]) / sum - (j == targets[i]));
+        losses.push_back(targets[i] < 0 ? 0 : std::log(sum) - x[targets[i]]);
+        total += losses.back();
+    }
+    const Doubles wide = widen(logits, rows, V, row, NAN);
+    OnDevice<X> x(wide);
+    const OnDevice<int> targets_(targets);
+    const OnDevice<float> scale_(Doubles{scale});
+    OnDevice<float> losses_(rows);
+    Stream stream;
+    cross_entropy<X>(losses_ + 0, x + 0, false, targets_.in(), nullptr, rows, V, row, stream);
+    expect_near(losses_, losses, 1e-6);
+    const std::vector<X> before = OnDevice<X>(wide).raw(), after = x.raw();
+    EXPECT_EQ(std::memcmp(before.data(), after.data(), before.size() * sizeof(X)), 0);
+
+    auto run = [&] {
+        x.write(wide);
+        cross_entropy<X>(losses_ + 0, x + 0, true, targets_.in(), scale_.in(), rows, V, row, stream);
+    };
+    in_every_order(x, run);
+    in_every_order(losses_, run);
+    expect_near(losses_, losses, 1e-6);
+    const Doubles got = x.read(), wanted = widen(gradients, rows, V, row, 0);
+    EXPECT_LT(distance(got, wanted), tolerance<X>());
+    for (size_t i = 0; i < got.size(); i++)
+        if (wanted[i] == 0) EXPECT_EQ(got[i], 0); // columns of padding, ignored rows
+
+    OnDevice<double> sum(Doubles{1});
+    in_every_order(sum, [&] {
+        sum.write(Doubles{1});
+        add_losses(sum + 0, losses_.in(), rows, stream);
+    });
+    EXPECT_NEAR(sum.read()[0], total, 1e-6 * total);
+}
+
+TEST(CudaLayers, Loss) {
+    for (const int64_t rows : {1, 7, 130}) {
+        check_loss<bf16>(rows, 97, 104), check_loss<float>(rows, 97, 104);
+        check_loss<bf16>(rows, 97, 128), check_loss<float>(rows, 8, 8);
+    }
+    check_loss<bf16>(3, 5003, 5008), check_loss<float>(3, 1, 8);
+    // One that does not fit shared memory, and one that leaves no room for a second block.
+    check_loss<float>(4, 59999, 60000), check_loss<float>(4, 39999, 40000);
+    check_loss<bf16>(4, 119999, 120000);
+}
+
+TEST(CudaLayers, LossOfLogitsThatAreNotFinite) {
+    Stream stream;
+    const OnDevice<int> target(std::vector<int>{3});
+    const OnDevice<float> scale(Doubles{1});
+    OnDevice<float> loss(1);
+    for (const double bad : {double(NAN), double(INFINITY)}) {
+        Doubles logits = numbers<float>(104, "logits");
+        logits[50] = bad;
+        OnDevice<float> x(logits);
+        cross_entropy<float>(loss + 0, x + 0, true, target.in(), scale.in(), 1, 97, 104, stream);
+        EXPECT_FALSE(std::isfinite(loss.read()[0]));
+    }
+    // Where some probabilities are 0 there is a loss, large as it may be.
+    Doubles logits(104, -200.0);
+    logits[7] = 300;
+    OnDevice<float> x(logits);
+    cross_entropy<float>(loss + 0, x + 0, true, target.in(), scale.in(), 1, 97, 104, stream);
+    EXPECT_NEAR(loss.read()[0], 500, 1e-3);
+    EXPECT_NEAR(x.read()[3], -1, 1e-6);
+    EXPECT_NEAR(x.read()[7], 1, 1e-4);
+}
+
+template <class G> void check_norm(int64_t n) {
+    const Doubles g = numbers<G>(n, "g");
+    double square = 0;
+    for (double x : g) square += x * x;
+    const OnDevice<G> g_(g);
+    OnDevice<double> norm(1), scratch(norm_blocks);
+    Stream stream;
+    in_every_order(norm, [&] { gradient_norm(norm + 0, g_.in(), n, scratch + 0, stream); });
+    EXPECT_NEAR(norm.read()[0], std::sqrt(square), 1e-6 * std::sqrt(square)) << n;
+}
+
+TEST(CudaLayers, GradientNorm) {
+    for (const int64_t n : {8, 2048, 40000, 3000008}) check_norm<bf16>(n), check_norm<float>(n);
+}
+
+struct AdamCase {
+    bool with_master, stochastic;
+    double grad_clip; // −1: no norm
+};
+
+template <class S, class M, class G> void check_adamw(const AdamCase& c) {
+    SCOPED_TRACE(cat(sizeof(S), " ", sizeof(M), " ", sizeof(G), ", master ", c.with_master,
+                     ", stochastic ", c.stochastic, ", clip ", c.grad_clip));
+    const int64_t n = 8 * 333;
+    const Doubles w = numbers<S>(n, "w"), g = numbers<G>(n, "g"), m = numbers<M>(n, "m", 0.1);
+    Doubles v = numbers<M>(n, "v", 0.1), exact = w;
+    for (double& x : v) x = std::abs(x);
+    if (c.with_master)
+        for (size_t i = 0; i < exact.size(); i++) exact[i] = double(float(exact[i] * 1.0001));
+    std::vector<uint32_t> decays(n / 8 / 32 + 1);
+    for (int64_t i = 0; i < n / 8; i += 3) decays[i / 32] |= 1u << i % 32;
+    const double norm = 50;
+    AdamWNumbers o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
+    const double scale = c.grad_clip < 0                           ? 0.25
+                         : c.grad_clip > 0 && norm > c.grad_clip ? c.grad_clip / norm
+                                                                   : 1;
+    OnDevice<S> w_(w);
+    OnDevice<float> master(exact);
+    OnDevice<M> m_(m), v_(v);
+    const OnDevice<G> g_(g);
+    const OnDevice<uint32_t> decays_(decays);
+    const OnDevice<AdamWNumbers> o_(std::vector<AdamWNumbers>{o});
+    const OnDevice<double> norm_(Doubles{norm}), loss(Doubles{3}), bad(Doubles{NAN});
+    Stream stream;
+    auto step = [&](const double* norm, const double* loss) {
+        adamw(w_ + 0, c.with_master ? master + 0 : nullptr, g_.in(), m_ + 0, v_ + 0, decays_.in(),
+              o_.in(), norm, loss, c.stochastic, n, stream);
+    };
+    step(norm_.in(), bad.in());
+    step(bad.in(), loss.in());
+    EXPECT_EQ(w_.read(), w);
+    EXPECT_EQ(m_.read(), m);
+    EXPECT_EQ(v_.read(), v);
+    EXPECT_EQ(master.read(), exact);
+    in_every_order(w_, [&] {
+        w_.write(w), m_.write(m), v_.write(v), master.write(exact);
+        step(c.grad_clip < 0 ? nullptr : norm_.in(), loss.in());
+    });
+    const Doubles got_w = w_.read(), got_m = m_.read(), got_v = v_.read(), got_x = master.read();
+    double drift = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double d = scale * g[i];
+        const double m1 = 0.9f * m[i] + (1 - 0.9f) * d, v1 = 0.95f * v[i] + (1 - 0.95f) * d * d;
+        const double decay = i / 8 % 3 == 0 ? 0.1f : 0;
+        const double step = m1 * 1.5 / (std::sqrt(v1 * 2.5) + 1e-8f) + decay * exact[i];
+        const double x = exact[i] - double(1e-2f) * step;
+        auto near = [&](double value, double size, bool rounded) {
+            // In bf16 half a unit in the last place to nearest, a whole one at random.
+            return 1e-6 * size + (rounded ? std::abs(value) / (c.stochastic ? 127 : 255) : 0);
+        };
+        EXPECT_NEAR(got_m[i], m1, near(m1, std::abs(m[i]) + std::abs(d), sizeof(M) == 2));
+        EXPECT_NEAR(got_v[i], v1, near(v1, v1, sizeof(M) == 2));
+        EXPECT_NEAR(got_w[i], x, near(x, 1 + std::abs(x), sizeof(S) == 2));
+        if (c.with_master) EXPECT_NEAR(got_x[i], x, near(x, 1 + std::abs(x), false));
+        drift += (got_w[i] - x) / std::max(std::abs(x), 1e-3);
+        if (!c.stochastic) continue;
+        // The same bits as on the CPU, from what the CPU would round.
+        const uint32_t random = lns::mix_bits(uint32_t(i) * 0x9E3779B9u + o.step);
+        if (sizeof(M) == 2) {
+            const double down = double(X_of(round_stochastically(float(m1), random)));
+            EXPECT_NEAR(got_m[i], down, 1e-5 * std::abs(m1) + (got_m[i] != down ? std::abs(m1) / 127 : 0));
+        }
+    }
+    EXPECT_LT(std::abs(drift / n), 3e-4); // no bias
+}
+
+TEST(CudaLayers, AdamW) {
+    for (const double clip : {-1.0, 0.0, 1.0}) {
+        for (const bool stochastic : {false, true}) {
+            check_adamw<bf16, bf16, bf16>({false, stochastic, clip});
+            check_adamw<bf16, float, float>({true, stochastic, clip});
+            check_adamw<bf16, bf16, float>({true, stochastic, clip});
+            check_adamw<float, bf16, float>({false, stochastic, clip});
+        }
+        check_adamw<float, float, float>({false, false, clip});
+    }
+}
+
+} // namespace
+} // namespace lns::cuda
