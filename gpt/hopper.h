@@ -4,6 +4,8 @@
 // simulator dev/sim/hopper.h defines them.
 #pragma once
 
+#include <type_traits>
+
 #include "gpt/cuda.h"
 
 #ifndef __CUDACC__
@@ -62,9 +64,8 @@ inline TensorMap tensor_map(const __nv_bfloat16* array, const uint64_t (&sizes)[
                strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
-        fail("cuTensorMapEncodeTiled refused an array of " + std::to_string(sizes[0]) + " × " +
-             std::to_string(sizes[1]) + " × " + std::to_string(sizes[2]) + " × " +
-             std::to_string(sizes[3]) + " numbers: error " + std::to_string(int(result)) +
+        fail("cuTensorMapEncodeTiled refused an array of ", sizes[0], " × ", sizes[1], " × ",
+             sizes[2], " × ", sizes[3], " numbers: error ", int(result),
              ". This is a bug: please report it");
     return map;
 }
@@ -110,7 +111,7 @@ __device__ inline void barrier_wait(uint64_t* barrier, int phase) {
 
 // A box of the map's array, whose first number has these coordinates (innermost first), to shared
 // memory, aligned to 1,024 bytes; what lies beyond the array is 0. One thread asks for it; the
-// barrier counts all the box's bytes when they are there (9.7.9.27.1.2).
+// barrier counts all the box's bytes when they are there.
 __device__ inline void copy_box(void* shared, const TensorMap& map, int c0, int c1, int c2, int c3,
                                 uint64_t* barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
