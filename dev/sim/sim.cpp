@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "dev/sim/fiber.h"
+#include "dev/sim/parallel.h"
 
 thread_local constinit uint3 threadIdx = {}, blockIdx = {};
 thread_local constinit dim3 blockDim = {}, gridDim = {};
@@ -667,9 +668,8 @@ void run(const Launch& launch) {
     std::mutex mutex;
     std::exception_ptr error;
     int64_t error_at = blocks;
-#pragma omp parallel for schedule(dynamic) if (blocks > 1)
-    for (int64_t n = 0; n < blocks; n++) {
-        if (failed) continue;
+    auto run_block = [&](int64_t n) {
+        if (failed) return;
         static thread_local std::unique_ptr<Block> mine;
         if (!mine) mine = std::make_unique<Block>();
         running = mine.get();
@@ -684,7 +684,12 @@ void run(const Launch& launch) {
             if (n < error_at) error = std::current_exception(), error_at = n;
         }
         running = nullptr;
-    }
+    };
+    const int64_t small = 1024; // threads, for which no other is worth waking
+    if (blocks * launch.block.x * launch.block.y * launch.block.z <= small)
+        for (int64_t n = 0; n < blocks; n++) run_block(n);
+    else
+        parallel_for(blocks, run_block);
     if (error) std::rethrow_exception(error);
 }
 
