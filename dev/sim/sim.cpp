@@ -62,16 +62,16 @@ std::string kernel_name(const void* kernel) {
     char* demangled = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
     std::string name = status == 0 ? demangled : symbol;
     std::free(demangled);
-    int depth = 0; // the parameters in brackets are left out, and so is what it returns
-    size_t end = name.size(), begin = 0;
-    for (size_t i = 0; i < name.size(); i++) {
-        if (name[i] == '<') depth++;
-        if (name[i] == '>') depth--;
-        if (depth == 0 && name[i] == ' ' && end == name.size()) begin = i + 1;
-        if (depth == 0 && name[i] == '(' && name.compare(i, 11, "(anonymous ") && i > begin) {
-            end = i;
-            break;
-        }
+    const std::string anonymous = "(anonymous namespace)::";
+    for (size_t at; (at = name.find(anonymous)) != std::string::npos;)
+        name.erase(at, anonymous.size());
+    // What it returns, where it is and its parameters are left out, template arguments stay.
+    int depth = 0;
+    size_t begin = 0, end = 0;
+    for (; end < name.size() && !(depth == 0 && name[end] == '('); end++) {
+        if (name[end] == '<') depth++;
+        if (name[end] == '>') depth--;
+        if (depth == 0 && (name[end] == ' ' || name[end] == ':')) begin = end + 1;
     }
     return name.substr(begin, end - begin);
 }
