@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -33,6 +34,7 @@
 #include "gpt/cuda.h"
 #include "gpt/error.h"
 #include "gpt/gpu.h"
+#include "gpt/hopper.h"
 #include "gpt/model.h"
 #include "gpt/slots.h"
 
@@ -1913,12 +1915,29 @@ void attention_forward_tiles(S* out, float* lse, const S* qkv, const AttentionSh
            qkv, a, heads_that_fit(heads, 2 * int64_t(sizeof(S)) * a.T * a.HS / group));
 }
 
+#include "gpt/attention_hopper.cuh"
+
+// Hopper has instructions of its own for this (wgmma, TMA). They wait until a card has shown where
+// they win: LNS_ATTENTION=hopper takes them where they can serve, mma is the default.
+inline bool hopper_wanted() {
+    static const bool wanted = [] {
+        const char* set = std::getenv("LNS_ATTENTION");
+        const std::string name = set ? set : "mma";
+        if (name != "mma" && name != "hopper")
+            fail("LNS_ATTENTION is '", name, "' in the environment: expected mma or hopper");
+        return name == "hopper";
+    }();
+    return wanted;
+}
+
 // out (B, T, NH·HS) = softmax(q kᵀ · scale) v, causal: position t sees 0 … t. Keeps lse (B, NH, T),
 // the logarithm of each softmax's denominator.
 template <class S>
 void attention_forward(S* out, float* lse, const S* qkv, const AttentionShape& a,
                        cudaStream_t stream) {
     check_head_size(a);
+    if constexpr (std::is_same_v<S, bf16>)
+        if (hopper_wanted() && hopper_attention_forward(out, lse, qkv, a, stream)) return;
     if (a.HS <= 64)
         attention_forward_tiles<S, 64>(out, lse, qkv, a, stream);
     else
@@ -2158,6 +2177,10 @@ void attention_backward(S* dqkv, const S* dout, const S* out, const S* qkv, cons
                         const CosSin* table, float* delta, const AttentionShape& a,
                         cudaStream_t stream) {
     check_head_size(a);
+    if constexpr (std::is_same_v<S, bf16>)
+        if (hopper_wanted() &&
+            hopper_attention_backward(dqkv, dout, out, qkv, lse, table, delta, a, stream))
+            return;
     if (a.HS <= 64)
         attention_backward_tiles<S, 64>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
     else
