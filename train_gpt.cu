@@ -1477,7 +1477,7 @@ template <class S, int D> struct Tile {
     S* at;
 
     __device__ S* chunk(int row, int c) const {
-        const int place = sizeof(S) == 2 ? c ^ (row % 8) : c;
+        const int place = sizeof(S) == 2 ? (c & ~7) | ((c ^ row) & 7) : c;
         return at + row * stride + place * per_chunk;
     }
     __device__ Tile from_row(int row) const { return {at + row * stride}; } // a multiple of 8
@@ -1486,14 +1486,14 @@ template <class S, int D> struct Tile {
     // first `columns` of a row, becomes 0.
     template <int ROWS>
     __device__ void load(const S* from, int from_stride, int rows, int columns) const {
-        const int chunks = D / per_chunk;
-        static_assert(ROWS * chunks % attention_threads == 0);
+        const int chunks = D / per_chunk, rows_at_once = attention_threads / chunks;
+        static_assert(ROWS % rows_at_once == 0 && (rows_at_once % 8 == 0 || sizeof(S) > 2));
+        const int first = threadIdx.x / chunks, c = threadIdx.x % chunks;
+        const S* mine = from + first * from_stride + c * per_chunk;
+        if (c * per_chunk >= columns) rows = 0;
 #pragma unroll
-        for (int i = 0; i < ROWS * chunks; i += attention_threads) {
-            const int row = (i + threadIdx.x) / chunks, c = (i + threadIdx.x) % chunks;
-            copy_async(chunk(row, c), from + row * from_stride + c * per_chunk,
-                       row < rows && c * per_chunk < columns);
-        }
+        for (int row = 0; row < ROWS; row += rows_at_once)
+            copy_async(from_row(row).chunk(first, c), mine + row * from_stride, first + row < rows);
     }
 };
 
@@ -1719,7 +1719,7 @@ template <> struct AttentionTiles<bf16, 64> {
 template <> struct AttentionTiles<bf16, 128> {
     static constexpr int forward_m = 2, forward_step = 32, dq_m = 1, dq_step = 32, dkv_m = 1,
                          dkv_step = 32;
-    static constexpr bool forward_held = false, dq_held = true, dkv_held = true;
+    static constexpr bool forward_held = false, dq_held = true, dkv_held = false;
 };
 
 // Which tile of which head (of b · heads + h) a block has. Blocks begin in the order of their
@@ -1861,11 +1861,12 @@ __global__ static void __launch_bounds__(attention_threads)
     const int tiles = (a.T - a.first + ROWS - 1) / ROWS;
     const Turn turn(tiles, a.B * a.NH, heads_at_once);
     const int b = turn.head / a.NH, h = turn.head % a.NH, kv = h / (a.NH / a.KVH);
-    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const S* rows = qkv + int64_t(b * a.T) * a.row();
+    const S* keys = rows + (a.NH + kv) * a.HS;
     const int t0 = a.first + (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
     const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
     auto load = [&](int key, int place) {
-        const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
+        const S* row = keys + int64_t(key) * a.row();
         k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
         v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
         copy_async_commit();
@@ -1894,9 +1895,9 @@ __global__ static void __launch_bounds__(attention_threads)
         softmax.step(s, o, c);
         multiply(o, left_factor(s, own_scratch<M, S, STEP>(scratch)), v);
     }
-    softmax.finish(o, lse + int64_t(turn.head) * a.T + t, a.T - t, c);
+    softmax.finish(o, lse + int64_t(b * a.NH + h) * a.T + t, a.T - t, c);
     __syncthreads();
-    store(out + (int64_t(b) * a.T + t) * a.q_width() + h * a.HS, a.q_width(), a.T - t, a.HS, o,
+    store(out + int64_t(b * a.T + t) * a.q_width() + h * a.HS, a.q_width(), a.T - t, a.HS, o,
           reinterpret_cast<float*>(numbers));
 }
 
@@ -1968,13 +1969,14 @@ __global__ static void __launch_bounds__(attention_threads)
     const int tiles = (a.T + ROWS - 1) / ROWS;
     const Turn turn(tiles, a.B * a.NH, heads_at_once);
     const int b = turn.head / a.NH, h = turn.head % a.NH, kv = h / (a.NH / a.KVH);
-    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const S* rows = qkv + int64_t(b * a.T) * a.row();
+    const S* keys = rows + (a.NH + kv) * a.HS;
     const int t0 = (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
     const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
     const int64_t at = int64_t(turn.head) * a.T;                         // in lse and delta
     const int64_t o_at = int64_t(b) * a.T * a.q_width() + h * a.HS;      // in out and dout
     auto load = [&](int key, int place) {
-        const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
+        const S* row = keys + int64_t(key) * a.row();
         k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
         v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
         copy_async_commit();
@@ -2025,7 +2027,7 @@ __global__ static void __launch_bounds__(attention_threads)
     }
     __syncthreads();
     scale_sums(dq, a.scale());
-    store(dqkv + (int64_t(b) * a.T + t) * a.row() + h * a.HS, a.row(), a.T - t, a.HS, dq,
+    store(dqkv + int64_t(b * a.T + t) * a.row() + h * a.HS, a.row(), a.T - t, a.HS, dq,
           reinterpret_cast<float*>(numbers), table ? table + int64_t(t) * (a.channels / 2) : table,
           a.channels);
 }
@@ -2040,7 +2042,7 @@ __global__ static void __launch_bounds__(attention_threads)
     SharedMemory shared;
     S* numbers = shared.take<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP));
     S* scratch = shared.take<S>(attention_scratch<S, M, STEP>);
-    float* lses = shared.take<float>(2 * STEP); // in base 2
+    float* lses = shared.take<float>(2 * STEP);
     float* dots = shared.take<float>(2 * STEP);
     TileMemory<S> memory = {numbers};
     const auto k_tile = memory.template take<D>(ROWS), v_tile = memory.template take<D>(ROWS);
@@ -2050,24 +2052,24 @@ __global__ static void __launch_bounds__(attention_threads)
     const int tiles = (a.T + ROWS - 1) / ROWS, group = a.NH / a.KVH;
     const Turn turn(tiles, a.B * a.KVH, heads_at_once);
     const int b = turn.head / a.KVH, kv = turn.head % a.KVH;
-    const S* rows = qkv + int64_t(b) * a.T * a.row();
     const int key0 = turn.tile * ROWS;
     const int warp_row = threadIdx.x / warp * 16 * M, key = key0 + warp_row;
-    const int steps = group * ((a.T - key0 + STEP - 1) / STEP);
     int next_h = kv * group, next_t = key0; // the tile of queries that is on its way
-    float next_lse = 0, next_dot = 0;       // of one of them
     auto load = [&](int place) {
-        const S* q = rows + int64_t(next_t) * a.row() + next_h * a.HS;
-        const S* dO = dout + (int64_t(b) * a.T + next_t) * a.q_width() + next_h * a.HS;
+        const int64_t row = b * a.T + next_t;
+        const S* q = qkv + row * a.row() + next_h * a.HS;
+        const S* dO = dout + row * a.q_width() + next_h * a.HS;
         q_tiles.from_row(place).template load<STEP>(q, a.row(), a.T - next_t, a.HS);
         do_tiles.from_row(place).template load<STEP>(dO, a.q_width(), a.T - next_t, a.HS);
+        const int t = next_t + threadIdx.x;
+        const int64_t at = int64_t(b * a.NH + next_h) * a.T + t;
+        if (threadIdx.x < STEP) { // beyond T zeros do: q and dO are 0, too
+            copy_async<sizeof(float)>(lses + place + threadIdx.x, lse + at, t < a.T);
+            copy_async<sizeof(float)>(dots + place + threadIdx.x, delta + at, t < a.T);
+        }
         copy_async_commit();
-        const bool there = threadIdx.x < STEP && next_t + int(threadIdx.x) < a.T;
-        const int64_t at = (int64_t(b) * a.NH + next_h) * a.T + next_t + threadIdx.x;
-        next_lse = there ? log2_e * lse[at] : INFINITY; // a probability of 0
-        next_dot = there ? delta[at] : 0;
     };
-    const S* kv_rows = rows + int64_t(key0) * a.row() + (a.NH + kv) * a.HS;
+    const S* kv_rows = qkv + int64_t(b * a.T + key0) * a.row() + (a.NH + kv) * a.HS;
     k_tile.template load<ROWS>(kv_rows, a.row(), a.T - key0, a.HS);
     v_tile.template load<ROWS>(kv_rows + a.kv_width(), a.row(), a.T - key0, a.HS);
     copy_async_commit();
@@ -2079,17 +2081,15 @@ __global__ static void __launch_bounds__(attention_threads)
 
     const float c = a.scale() * log2_e;
     Sums<M, D> dk = {}, dv = {};
-    for (int step = 0, place = 0; step < steps; step++, place ^= STEP) {
+    bool more = true;
+    for (int place = 0; more; place ^= STEP) {
         const int t = next_t;
         copy_async_wait<0>();
-        if (threadIdx.x < STEP) {
-            lses[place + threadIdx.x] = next_lse;
-            dots[place + threadIdx.x] = next_dot;
-        }
         __syncthreads();
         next_t += STEP;
         if (next_t >= a.T) next_t = key0, next_h++;
-        if (step + 1 < steps) load(place ^ STEP);
+        more = next_h < (kv + 1) * group;
+        if (more) load(place ^ STEP);
         if (key >= a.T || t + STEP <= key) continue; // no query that sees this warp's keys
         const auto q = q_tiles.from_row(place), dO = do_tiles.from_row(place);
         Sums<M, STEP> p = {}, ds = {}; // (keys, queries); scores and dP as yet
@@ -2105,7 +2105,7 @@ __global__ static void __launch_bounds__(attention_threads)
                 for (int e = 0; e < 4; e++) {
                     const int query = p.column(n, e);
                     float& x = p.x[m][n][e];
-                    x = fast_exp2(c * x - lses[place + query]);
+                    x = fast_exp2(c * x - log2_e * lses[place + query]);
                     ds.x[m][n][e] = x * (ds.x[m][n][e] - dots[place + query]);
                 }
         const auto own = own_scratch<M, S, STEP>(scratch);
@@ -2114,7 +2114,7 @@ __global__ static void __launch_bounds__(attention_threads)
     }
     __syncthreads();
     scale_sums(dk, a.scale());
-    S* drows = dqkv + (int64_t(b) * a.T + key) * a.row() + (a.NH + kv) * a.HS;
+    S* drows = dqkv + int64_t(b * a.T + key) * a.row() + (a.NH + kv) * a.HS;
     store(drows, a.row(), a.T - key, a.HS, dk, reinterpret_cast<float*>(numbers),
           table ? table + int64_t(key) * (a.channels / 2) : table, a.channels);
     store(drows + a.kv_width(), a.row(), a.T - key, a.HS, dv, reinterpret_cast<float*>(numbers));
