@@ -2253,10 +2253,9 @@ void swiglu_backward(S* dh, const S* da, const S* h, int64_t rows, int H, cudaSt
 // ---------------------------------------------------------------------------------------------
 // Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
 
-// exp(x − y), y finite.
+// exp(x − y), and 1 where they are the same.
 __device__ inline float exp_of_difference(float x, float y) {
-    const float log2_e = 1.44269504088896f;
-    return fast_exp2(fmaf(x, log2_e, -(y * log2_e)));
+    return fast_exp2((x - y) * 1.44269504088896f);
 }
 
 // A block has a row, which it reads once and, if it fits, keeps in shared memory: each thread reads
@@ -2469,7 +2468,7 @@ __global__ static void adamw_kernel(S* parameters, float* master, const G* gradi
     else
         load8(w, parameters + at);
     const AdamWNumbers o = *numbers;
-    if ((norm && !isfinite(*norm)) || (loss && !isfinite(*loss))) return;
+    if ((norm && !std::isfinite(*norm)) || (loss && !std::isfinite(*loss))) return;
     float scale = o.grad_scale;
     if (norm)
         scale = o.grad_clip > 0 && *norm > double(o.grad_clip) ? float(o.grad_clip / *norm) : 1;
@@ -2760,7 +2759,7 @@ __global__ static void power_sum_kernel(double* partial, const float* x, double 
 template <class X> __global__ static void find_nonfinite_kernel(int* found, const X* x, int64_t n) {
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
          i += int64_t(gridDim.x) * blockDim.x)
-        if (!isfinite(float(x[i]))) *found = 1; // all write the same
+        if (!std::isfinite(float(x[i]))) *found = 1; // all write the same
 }
 
 // Sums over the ranks that train one model together, each with a GPU of its own: by NCCL, or
