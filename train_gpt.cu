@@ -1515,6 +1515,16 @@ template <int M, int N> struct Sums {
     static __device__ int column(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e % 2; }
 };
 
+// Over the 4 lanes that have a row, in each of them.
+__device__ inline float quad_sum(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+
 template <int M, int N> __device__ inline void scale_sums(Sums<M, N>& sums, float factor) {
 #pragma unroll
     for (int i = 0; i < M * N / 2; i++) sums.x[i / 4 / (N / 8)][i / 4 % (N / 8)][i % 4] *= factor;
@@ -1702,24 +1712,25 @@ __device__ inline void store(S* to, int64_t stride, int rows, int columns, const
     }
 }
 
-// How much a warp has at once: 16·M rows of its own, STEP of the others, and of its own whether
-// they are HELD in registers. Chosen so that nothing spills, and so that two blocks or more are on
-// a multiprocessor where there are tensor cores to keep busy.
+// How much a warp has at once: 16·M rows of its own, STEP of the others, and whether its
+// own are HELD in registers (those of keys and values, in the backward pass, are not). Chosen so
+// that nothing spills, and so that two blocks or more are on a multiprocessor where there are
+// tensor cores to keep busy.
 template <class S, int D> struct AttentionTiles { // float
     static constexpr int step = D == 64 ? 32 : 8;
     static constexpr int forward_m = 1, forward_step = step, dq_m = 1, dq_step = step, dkv_m = 1,
                          dkv_step = step;
-    static constexpr bool forward_held = false, dq_held = false, dkv_held = false;
+    static constexpr bool forward_held = false, dq_held = false;
 };
 template <> struct AttentionTiles<bf16, 64> {
     static constexpr int forward_m = 2, forward_step = 64, dq_m = 2, dq_step = 32, dkv_m = 2,
                          dkv_step = 32;
-    static constexpr bool forward_held = true, dq_held = true, dkv_held = false;
+    static constexpr bool forward_held = true, dq_held = true;
 };
 template <> struct AttentionTiles<bf16, 128> {
     static constexpr int forward_m = 2, forward_step = 32, dq_m = 1, dq_step = 32, dkv_m = 1,
                          dkv_step = 32;
-    static constexpr bool forward_held = false, dq_held = true, dkv_held = false;
+    static constexpr bool forward_held = false, dq_held = true;
 };
 
 // Which tile of which head (of b · heads + h) a block has. Blocks begin in the order of their
@@ -1753,7 +1764,8 @@ template <class S, int D> __host__ __device__ constexpr int attention_tile_numbe
     return Tile<S, D>::size(tiles) > to_store ? Tile<S, D>::size(tiles) : to_store;
 }
 template <class S, int M, int STEP>
-constexpr int attention_scratch = sizeof(S) == 2 ? 0 : attention_warps* Tile<S, STEP>::size(16 * M);
+constexpr int attention_scratch = sizeof(S) == 2 ? 0
+                                                 : Tile<S, STEP>::size(16 * M) * attention_warps;
 template <int M, class S, int STEP> __device__ inline Tile<S, STEP> own_scratch(S* scratch) {
     return {scratch + attention_scratch<S, M, STEP> / attention_warps * (threadIdx.x / warp)};
 }
@@ -1783,10 +1795,8 @@ template <int M> struct OnlineSoftmax {
 #pragma unroll
                 for (int n = 0; n < N / 8; n++)
                     x = fmaxf(x, fmaxf(s.x[m][n][2 * i], s.x[m][n][2 * i + 1]));
-                x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1)); // 4 lanes have a row
-                x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-                largest[m][i] = x;
-                outgrown |= c * (x - reference[m][i]) > 8;
+                largest[m][i] = quad_max(x);
+                outgrown |= c * (largest[m][i] - reference[m][i]) > 8;
             }
         if (__any_sync(0xFFFFFFFFu, outgrown)) {
 #pragma unroll
@@ -1819,9 +1829,7 @@ template <int M> struct OnlineSoftmax {
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float x = sum[m][i];
-                x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-                x += __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+                const float x = quad_sum(sum[m][i]);
                 const int row = o.row(m, 2 * i);
                 if (threadIdx.x % 4 == 0 && row < rows)
                     lse[row] = ln_2 * (c * reference[m][i] + fast_log2(x));
@@ -1926,10 +1934,10 @@ void attention_forward(S* out, float* lse, const S* qkv, const AttentionShape& a
         attention_forward_tiles<S, 128>(out, lse, qkv, a, stream);
 }
 
-// dO · O of a warp's 16·M rows, in shared and in global memory.
+// dO · O of a warp's 16·M rows, to shared memory.
 template <int M, int D, class S>
-__device__ inline void output_dot(float* shared, float* delta, const S* dout, const S* out,
-                                  int64_t stride, int rows, int columns) {
+__device__ inline void output_dot(float* dots, const S* dout, const S* out, int64_t stride,
+                                  int rows, int columns) {
     const int lanes = D / 8, lane = threadIdx.x % warp; // so many have a row
 #pragma unroll
     for (int i = 0; i < 16 * M; i += warp / lanes) {
@@ -1945,10 +1953,7 @@ __device__ inline void output_dot(float* shared, float* delta, const S* dout, co
 #pragma unroll
         for (int offset = lanes / 2; offset > 0; offset /= 2)
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
-        if (column == 0) {
-            shared[row] = sum;
-            if (row < rows) delta[row] = sum;
-        }
+        if (column == 0) dots[row] = sum;
     }
 }
 
@@ -1986,7 +1991,7 @@ __global__ static void __launch_bounds__(attention_threads)
                                 a.HS);
     copy_async_commit();
     load(0, 0);
-    output_dot<M, D>(dots + warp_row, delta + at + t, dout + o_at + int64_t(t) * a.q_width(),
+    output_dot<M, D>(dots + warp_row, dout + o_at + int64_t(t) * a.q_width(),
                      out + o_at + int64_t(t) * a.q_width(), a.q_width(), a.T - t, a.HS);
     copy_async_wait<1>();
     __syncthreads();
@@ -1995,12 +2000,12 @@ __global__ static void __launch_bounds__(attention_threads)
 
     const float c = a.scale() * log2_e;
     Sums<M, D> dq = {};
-    float row_lse[M][2], dot[M][2]; // lse in base 2
+    float row_lse[M][2], dot[M][2], sum[M][2]; // lse in base 2; of a row of dS
 #pragma unroll
     for (int i = 0; i < 2 * M; i++) {
         const int row = dq.row(i / 2, i % 2 * 2);
         row_lse[i / 2][i % 2] = t + row < a.T ? log2_e * lse[at + t + row] : INFINITY;
-        dot[i / 2][i % 2] = dots[warp_row + row];
+        dot[i / 2][i % 2] = dots[warp_row + row], sum[i / 2][i % 2] = 0;
     }
     for (int key = 0, place = 0; key < seen; key += STEP, place ^= STEP) {
         copy_async_wait<0>();
@@ -2022,8 +2027,16 @@ __global__ static void __launch_bounds__(attention_threads)
                 for (int e = 0; e < 4; e++) {
                     const float p = fast_exp2(c * s.x[m][n][e] - row_lse[m][e / 2]);
                     ds.x[m][n][e] = p * (ds.x[m][n][e] - dot[m][e / 2]);
+                    sum[m][e / 2] += ds.x[m][n][e];
                 }
         multiply(dq, left_factor(ds, own_scratch<M, S, STEP>(scratch)), k);
+    }
+    // A row of dS should add up to 0: what it adds up to, O's rounding has taken from dO · O.
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        const int row = dq.row(i / 2, i % 2 * 2);
+        const float exact = dot[i / 2][i % 2] + quad_sum(sum[i / 2][i % 2]);
+        if (threadIdx.x % 4 == 0 && t + row < a.T) delta[at + t + row] = exact;
     }
     __syncthreads();
     scale_sums(dq, a.scale());
@@ -2033,7 +2046,7 @@ __global__ static void __launch_bounds__(attention_threads)
 }
 
 // The same transposed: a block has a tile of keys, and goes through the queries that see them.
-template <class S, int D, int M, int STEP, bool HELD>
+template <class S, int D, int M, int STEP>
 __global__ static void __launch_bounds__(attention_threads)
     attention_dkv_kernel(S* dqkv, const S* dout, const S* qkv, const float* lse,
                          const CosSin* table, const float* delta, AttentionShape a,
@@ -2076,7 +2089,7 @@ __global__ static void __launch_bounds__(attention_threads)
     load(0);
     copy_async_wait<1>();
     __syncthreads();
-    const auto k = left_factor<HELD, M>(k_tile, warp_row);
+    const auto k = left_factor<false, M>(k_tile, warp_row);
     const auto v = left_factor<false, M>(v_tile, warp_row);
 
     const float c = a.scale() * log2_e;
@@ -2143,7 +2156,7 @@ void attention_backward_tiles(S* dqkv, const S* dout, const S* out, const S* qkv
         const size_t shared = shared_bytes<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP)) +
                               shared_bytes<S>(attention_scratch<S, M, STEP>) +
                               2 * shared_bytes<float>(2 * STEP);
-        launch(attention_dkv_kernel<S, D, M, STEP, Tiles::dkv_held>, blocks_for(a.T, ROWS) * heads,
+        launch(attention_dkv_kernel<S, D, M, STEP>, blocks_for(a.T, ROWS) * heads,
                attention_threads, shared, stream, dqkv, dout, qkv, lse, table, delta, a,
                heads_that_fit(heads, head_bytes * group));
     }
