@@ -1712,10 +1712,9 @@ __device__ inline void store(S* to, int64_t stride, int rows, int columns, const
     }
 }
 
-// How much a warp has at once: 16·M rows of its own, STEP of the others, and whether its
-// own are HELD in registers (those of keys and values, in the backward pass, are not). Chosen so
-// that nothing spills, and so that two blocks or more are on a multiprocessor where there are
-// tensor cores to keep busy.
+// How much a warp has at once: 16·M rows of its own, STEP of the others, and whether its own are
+// HELD in registers (those of keys and values, in the backward pass, are not). Chosen so that
+// nothing spills and two blocks or more fit on a multiprocessor.
 template <class S, int D> struct AttentionTiles { // float
     static constexpr int step = D == 64 ? 32 : 8;
     static constexpr int forward_m = 1, forward_step = step, dq_m = 1, dq_step = step, dkv_m = 1,
