@@ -350,6 +350,7 @@ const QkCase qk_cases[] = {
     {{2, 2, 3, 3, 8, 6}, true, true},      {{1, 5, 2, 1, 56, 52}, true, true},
     {{1, 5, 2, 2, 24, 24}, false, true},   {{1, 9, 2, 1, 8, 5}, true, false},
     {{1, 6, 2, 1, 16, 16, 4}, true, true}, {{1, 2, 40, 20, 128, 128}, true, true},
+    {{2, 300, 2, 1, 96, 96}, true, true}, // more rows than blocks
 };
 std::string name_of(const QkCase& c) {
     return cat("B ", c.a.B, ", T ", c.a.T, ", NH ", c.a.NH, ", KVH ", c.a.KVH, ", HS ", c.a.HS,
