@@ -10,7 +10,9 @@ SANITIZE ?= 0#          1: address and undefined-behaviour sanitizers
 OPENMP   ?= 1#          0 leaves the feature out even where it is found
 ONEDNN   ?= 1
 MPI      ?= 1
-CUDA     ?= 1
+CUDA     ?= $(if $(filter-out 0 no,$(strip $(SANITIZE))),0,1)#  0 or 1; the sanitizers do not look into a GPU
+NCCL     ?= 1
+CUDA_ARCH ?= sm_80 sm_90a compute_90#  GPUs to compile for; compute_N: for newer ones, when it starts
 WERROR   ?= 1#          0: a warning of a compiler newer than ours does not stop the build
 BUILD    ?= build
 V        ?= 0#          1: print whole commands
@@ -46,12 +48,17 @@ mpi_cflags := $(if $(call yes,$(MPI)),$(shell mpicc -showme:compile 2>/dev/null 
     pkg-config --cflags ompi-c 2>/dev/null || pkg-config --cflags mpich 2>/dev/null))
 mpi_libs := $(if $(call yes,$(MPI)),$(shell mpicc -showme:link 2>/dev/null || \
     pkg-config --libs ompi-c 2>/dev/null || pkg-config --libs mpich 2>/dev/null))
-probe := $(shell $(CXX) -std=c++20 $(CPPFLAGS) $(openmp) $(mpi_cflags) -E -P -x c++ dev/probe.in \
+nvcc := $(if $(call yes,$(CUDA)),$(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc)))
+cuda_home := $(if $(nvcc),$(abspath $(dir $(realpath $(nvcc)))..))
+probe := $(shell $(CXX) -std=c++20 $(CPPFLAGS) $(openmp) $(mpi_cflags) \
+    $(if $(cuda_home),-I$(cuda_home)/include -DPROBE_CUDA) -E -P -x c++ dev/probe.in \
     2>/dev/null | sed -n 's/^found \([A-Z0-9]*\) /\1=/; T; s/[ "]//g; p')
 found = $(if $(call yes,$(or $($1),1)),$(call word_of,$1))
-nvcc := $(if $(call yes,$(CUDA)),$(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc)))
 cuda := $(if $(nvcc),$(shell $(nvcc) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'))
-cuda_source := $(if $(cuda),$(wildcard train_gpt.cu))
+cuda_lacks := $(if $(cuda),$(if $(filter 7.% 8.% 9.% 10.% 11.%,$(cuda)),CUDA 12 or newer,$(if \
+    $(call word_of,CUBLASLT),,cuBLASLt)))
+cuda_source := $(if $(cuda),$(if $(cuda_lacks),,$(wildcard train_gpt.cu)))
+nccl := $(if $(cuda_source),$(if $(call found,MPI),$(call found,NCCL)))
 
 # Compiler and linker
 warnings := -Wall -Wextra $(if $(openmp),,-Wno-unknown-pragmas) $(if $(call yes,$(WERROR)),-Werror)
@@ -89,8 +96,16 @@ flags += -DLNS_SENTENCEPIECE
 libs += $(filter -L%,$(call pkg,--libs sentencepiece)) -lsentencepiece
 endif
 ifneq ($(cuda_source),)
+# nvcc compiles train_gpt.cu, and calls the host's compiler for what is not a kernel.
 flags += -DLNS_CUDA
-libs += -L$(dir $(nvcc))../lib64 -lcudart -lcublasLt
+cuda_lib := $(firstword $(dir $(wildcard $(foreach d,lib64 lib,$(cuda_home)/$d/libcublasLt.so))))
+libs += $(if $(cuda_lib),-L$(cuda_lib) -Wl$(comma)-rpath$(comma)$(cuda_lib:%/=%)) \
+    $(if $(nccl),-lnccl) -lcublasLt -lcudart_static -ldl -lrt
+architectures := $(foreach a,$(CUDA_ARCH),-gencode=arch=$(a:sm_%=compute_%)$(comma)code=$a)
+nvcc_flags := -std=c++20 -O3 -t0 $(architectures) $(addprefix -ccbin ,$(filter %g++ g++-%,$(firstword $(CXX)))) \
+    $(addprefix -Xcompiler ,-Wall -Wextra $(openmp)) $(if $(call yes,$(WERROR)),-Werror all-warnings -Xcompiler -Werror) \
+    $(if $(nccl),-DLNS_NCCL) -DLNS_CUDA -I. $(NVCCFLAGS)
+cuda_object := $(BUILD)/cuda-$(shell echo $(nvcc) $(cuda) $(nvcc_flags) | cksum | cut -d' ' -f1)/train_gpt.cu.o
 endif
 
 variant := $(if $(call yes,$(SANITIZE)),sanitize,release)-$(shell (echo $(CXX) $(flags) $(optimize) $(libs) $(probe); \
@@ -106,7 +121,7 @@ library := $(call objects,$(wildcard gpt/*.cpp))
 tests := $(call objects,$(wildcard dev/test/*_test.cpp))
 programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp))
 existing := $(foreach p,$(programs),$(if $(wildcard $p.cpp),$p))
--include $(patsubst %.o,%.d,$(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing))))
+-include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing))))
 
 # The program itself is a hard link to the variant built last.
 .PHONY: $(programs)
@@ -114,10 +129,10 @@ $(programs): %: $O/% FORCE
 	@[ $< -ef $@ ] || ln -f $< $@ 2>/dev/null || cp -f $< $@
 
 $(addprefix $O/,$(programs)): $O/%: $O/%.o $O/libgpt.a
-	$(call say,LINK,$*)$(CXX) $(optimize) $(flags) $^ -o $@ $(libs)
-$O/train_gpt $O/test_gpt: $(if $(cuda_source),$O/train_gpt.cu.o)
+	$(call say,LINK,$*)$(CXX) $(optimize) $(flags) $(filter %.o,$^) $O/libgpt.a -o $@ $(libs)
 $O/unit_tests: $(tests) $O/libgpt.a
-	$(call say,LINK,unit_tests)$(CXX) $(optimize) $(flags) $^ -o $@ -lgtest_main -lgtest $(libs)
+	$(call say,LINK,unit_tests)$(CXX) $(optimize) $(flags) $(filter %.o,$^) $O/libgpt.a -o $@ -lgtest_main -lgtest $(libs)
+$O/train_gpt $O/test_gpt $O/unit_tests: $(cuda_object)
 $O/libgpt.a: $(library)
 	@rm -f $@
 	$(call say,AR,libgpt.a)$(AR) crs $@ $^
@@ -127,8 +142,11 @@ $O/%.o: %.cpp | $O/.found
 	$(call say,CXX,$<)$(CXX) $(optimize) $(flags) -MMD -MP -c $< -o $@
 $O/test_gpt.o: optimize += -DTESTING
 $(tests): optimize := $(test_optimize)
-$O/train_gpt.cu.o: train_gpt.cu $(wildcard gpt/*.h) | $O/.found
-	$(call say,NVCC,$<)$(nvcc) -O3 -std=c++20 -arch=native -I. -DLNS_CUDA -c $< -o $@
+ifneq ($(cuda_source),)
+$(cuda_object): train_gpt.cu | $O/.found
+	@mkdir -p $(@D)
+	$(call say,NVCC,$<)$(nvcc) $(nvcc_flags) -MMD -MP -c $< -o $@
+endif
 
 # What the build says of itself to the run record: gpt/build.cpp alone sees it, and it is only
 # touched when it changes.
@@ -137,7 +155,7 @@ $O/gpt/build.o: $O/build_info.h
 features := {"OpenMP", "$(or $(call found,OPENMP),no)"}, {"oneDNN", "$(or $(call found,ONEDNN),no)"}, \
     {"MPI", "$(or $(subst -, ,$(subst _, ,$(call found,MPI))),no)"}, {"PCRE2", "$(or $(call found,PCRE2),no)"}, \
     {"SentencePiece", "$(if $(call found,SENTENCEPIECE),$(or $(call pkg,--modversion sentencepiece),yes),no)"}, \
-    {"CUDA", "$(if $(cuda_source),$(cuda),not built in)"}
+    {"CUDA", "$(or $(if $(cuda_source),$(cuda)),no)"}, {"NCCL", "$(or $(nccl),no)"}
 $O/build_info.h: FORCE | $O/.found
 	@{ echo '#define LNS_VERSION "'$$(git describe --always --dirty=+dirty --abbrev=10 2>/dev/null || echo unknown)'"'; \
 	echo '#define LNS_COMPILER "'$$($(CXX) --version | head -1)'"'; \
@@ -149,12 +167,13 @@ $O/build_info.h: FORCE | $O/.found
 missing = $(if $(call found,$1),,echo '  without $2: $3';)
 $O/.found: | $(if $(call word_of,CLI11),$(if $(call word_of,JSON),,no-json),no-cli11)
 	@mkdir -p $O
-	@echo '$(variant): $(if $(cpu),$(cpu),generic CPU) · OpenMP $(or $(call found,OPENMP),no) · oneDNN $(or $(call found,ONEDNN),no) · MPI $(or $(subst -, ,$(subst _, ,$(call found,MPI))),no) · PCRE2 $(or $(call found,PCRE2),no) · SentencePiece $(or $(call found,SENTENCEPIECE),no) · CUDA $(if $(cuda),$(cuda) ($(nvcc)$(if $(cuda_source),,; not used yet)),no)'
+	@echo '$(variant): $(if $(cpu),$(cpu),generic CPU) · OpenMP $(or $(call found,OPENMP),no) · oneDNN $(or $(call found,ONEDNN),no) · MPI $(or $(subst -, ,$(subst _, ,$(call found,MPI))),no) · PCRE2 $(or $(call found,PCRE2),no) · SentencePiece $(or $(call found,SENTENCEPIECE),no) · CUDA $(if $(cuda_source),$(cuda) ($(nvcc): $(CUDA_ARCH)) · NCCL $(or $(nccl),no),no)'
 	@$(call missing,OPENMP,OpenMP,one thread only)\
 	$(call missing,ONEDNN,oneDNN,matrix products in plain loops$(comma) many times slower)\
 	$(call missing,MPI,MPI,one process only)\
 	$(call missing,PCRE2,PCRE2,no --tokenizer gpt2:DIR)\
-	$(call missing,SENTENCEPIECE,SentencePiece,no --tokenizer FILE.model)
+	$(call missing,SENTENCEPIECE,SentencePiece,no --tokenizer FILE.model)\
+	$(if $(cuda_lacks),echo '  CUDA $(cuda) ($(nvcc)) is not used: $(cuda_lacks) is needed';)
 	@touch $@
 .PHONY: no-cli11 no-json no-gtest
 no-cli11 no-json no-gtest:
@@ -165,9 +184,10 @@ $(tests): | $(if $(call word_of,GTEST),,no-gtest)
 test: $(if $(call yes,$(SANITIZE)),,$(existing)) $O/unit_tests
 	@dev/run_tests.sh $O/unit_tests $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
 
-# Options of its own: QUICK=1, TORCH=new (installs PyTorch under $(BUILD)), ARGS='--only tiny --rounds 5'.
+# Options of its own: DEVICE=cuda, QUICK=1, TORCH=new (installs PyTorch under $(BUILD)),
+# ARGS='--only tiny --rounds 5'.
 bench: train_gpt
-	@python3 dev/bench/bench.py $(if $(call yes,$(QUICK)),--quick) $(if $(filter new,$(TORCH)),--install-torch) \
+	@python3 dev/bench/bench.py $(addprefix --device ,$(DEVICE)) $(if $(call yes,$(QUICK)),--quick) $(if $(filter new,$(TORCH)),--install-torch) \
 	    --out $(BUILD)/bench.json $(ARGS)
 
 endif
@@ -184,11 +204,13 @@ help:
 	@echo 'make [train_gpt]     the trainer'
 	@echo 'make deps            install what is missing (apt; elsewhere, say what to install)'
 	@echo 'make test            build and run every test; make test_gpt builds the gradient checks alone'
-	@echo 'make bench           time training steps, beside PyTorch; QUICK=1: in minutes; TORCH=new: get it'
+	@echo 'make bench           time training steps, beside PyTorch; QUICK=1: in minutes; TORCH=new: get it;'
+	@echo '                     DEVICE=cuda: on the GPU'
 	@echo 'make data/tokenize   text to token shards'
 	@echo 'make data/stories    the generator of the embedded corpus'
 	@echo 'make format          clang-format in place; make check-format only looks'
 	@echo 'make clean           remove what was built'
 	@echo
-	@echo 'Options: SANITIZE=1 (address, undefined) · OPENMP=0 ONEDNN=0 MPI=0 CUDA=0 (leave out) ·'
+	@echo 'Options: SANITIZE=1 (address, undefined) · OPENMP=0 ONEDNN=0 MPI=0 CUDA=0 NCCL=0'
+	@echo '         (leave out) · CUDA_ARCH="sm_80 sm_90a compute_90" (GPUs to compile for) ·'
 	@echo '         MARCH=native (or x86-64-v3, …) · CXX=clang++ · WERROR=0 · BUILD=build · V=1'

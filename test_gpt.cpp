@@ -4,7 +4,8 @@
 //   ./test_gpt -k NAME    the rows whose name contains NAME
 //
 // The chain of proof: gradients in double against finite differences; float against double; bf16
-// against float; float against an independent PyTorch model (dev/reference, stored fixtures). An
+// against float; the GPU against the CPU (on a card, or simulated: test_gpt_sim); float against an
+// independent PyTorch model (dev/reference, stored fixtures). An
 // error is ‖a − b‖ / ‖b‖ of one tensor, the worst over a row's tensors.
 
 #ifndef TESTING
@@ -17,7 +18,12 @@
 
 #include <nlohmann/json.hpp>
 
+#include "gpt/gpu.h"
+#include "gpt/ranks.h"
 #include "gpt/safetensors.h"
+#ifdef LNS_SIM
+#include "dev/sim/sim.h"
+#endif
 
 namespace lns {
 
@@ -1049,6 +1055,393 @@ Row check_random() {
 }
 
 // ---------------------------------------------------------------------------------------------
+// The GPU, against the CPU: train_gpt.cu through the interface that both implement
+
+#ifdef LNS_CUDA
+
+const Ranks& alone() {
+    static const Ranks ranks;
+    return ranks;
+}
+
+std::unique_ptr<Model> gpu_model(const Config& c, int B, int T, ModelOptions options = {}) {
+    options.device = Device::cuda;
+    return make_cuda_model(c, B, T, options, alone());
+}
+
+// A buffer's tensors; all of one number count as one, as in gradients_of.
+std::map<std::string, Doubles> tensors_of(Model& model, Buffer buffer) {
+    std::map<std::string, Doubles> all;
+    for (const Param& p : model.registry.params) {
+        std::vector<float> values(p.size());
+        model.read(buffer, p, values.data());
+        Doubles& tensor = all[p.size() == 1 ? "numbers" : p.name];
+        tensor.insert(tensor.end(), values.begin(), values.end());
+    }
+    return all;
+}
+
+// Weights near a model's start, which bf16 has exactly; norms, biases and gates not at the values
+// that make them vanish.
+void fill_like(Model& model) {
+    for (const Param& p : model.registry.params) {
+        Doubles values = test_values(p);
+        if (p.decay)
+            values = random_values(size_t(p.size()), p.name, 0, 0.25 / std::sqrt(p.shape[1]));
+        std::vector<float> rounded(values.size());
+        for (size_t i = 0; i < values.size(); i++) rounded[i] = float(bf16(float(values[i])));
+        model.write(Buffer::parameters, p, rounded.data());
+    }
+}
+
+// Two passes, of which the second adds to the first, then a step of AdamW.
+struct Trained {
+    double loss = 0;
+    std::map<std::string, Doubles> gradients, change;
+    std::vector<float> logits;
+};
+
+Trained train_once(Model& model, int B, int T) {
+    Trained out;
+    std::vector<int> inputs, targets;
+    test_batch(model.config, B * T, inputs, targets, B * T > 1);
+    fill_like(model);
+    out.change = tensors_of(model, Buffer::parameters);
+    model.zero_gradients();
+    for (int pass = 0; pass < 2; pass++)
+        out.loss += model.loss_and_gradients(inputs.data(), targets.data(), B, T, 0.5 / (B * T));
+    out.gradients = tensors_of(model, Buffer::gradients);
+    out.logits.resize(size_t(B) * T * model.config.vocab_size);
+    model.logits(inputs.data(), B, T, false, out.logits.data());
+    // With so large an eps the step is nearly linear in the gradient, and as accurate.
+    model.update({.lr = 1, .eps = 1, .weight_decay = 0.1, .step = 1, .grad_scale = 0.5});
+    for (const auto& [name, after] : tensors_of(model, Buffer::parameters))
+        for (size_t i = 0; i < after.size(); i++)
+            out.change[name][i] = after[i] - out.change[name][i];
+    return out;
+}
+
+double error_of(const Trained& a, const Trained& b, double floor_share) {
+    return std::max({std::fabs(a.loss - b.loss) / b.loss,
+                     relative_error(a.logits, Doubles(b.logits.begin(), b.logits.end()), 0),
+                     compare_gradients(a.gradients, b.gradients, floor_share),
+                     compare_gradients(a.change, b.change, floor_share)});
+}
+
+bool same_bits(const Trained& a, const Trained& b) {
+    return a.loss == b.loss && a.gradients == b.gradients && a.change == b.change &&
+           a.logits == b.logits;
+}
+
+Row check_gpu(const std::string& name, const Config& c, int B, int T, bool in_float = true) {
+    Row row{"cuda: " + name, {}, {}, ""};
+    std::unique_ptr<Model> reference = make_cpu_model(c, B, T, {});
+    const Trained expected = train_once(*reference, B, T);
+    if (in_float)
+        row.add("float", error_of(train_once(*gpu_model(c, B, T), B, T), expected, 1e-3),
+                float_tolerance);
+    row.add("bf16",
+            error_of(train_once(*gpu_model(c, B, T, {.dtype = DType::bf16}), B, T), expected, 1e-2),
+            bf16_tolerance);
+    return row;
+}
+
+// Sizes of every kind: several tiles of attention, groups of queries, heads, MLPs and vocabularies
+// that are padded, rows of several warps.
+std::vector<Row> check_gpu_shapes(const std::function<bool(const std::string&)>& wanted) {
+    struct Shape {
+        std::string architecture;
+        int width, heads, kv_heads, head_size, mlp_width, vocab, B, T;
+    };
+    std::vector<Row> rows;
+    for (const Shape& s : {Shape{"llama", 64, 2, 1, 64, 85, 97, 1, 150},
+                           {"llama", 40, 2, 2, 20, 61, 50, 2, 9},
+                           {"gpt2", 40, 2, 2, 20, 75, 51, 2, 9},
+                           {"olmo2", 40, 2, 1, 20, 61, 50, 2, 9},
+                           {"qwen2", 48, 3, 1, 16, 56, 300, 1, 65},
+                           {"llama", 128, 1, 1, 128, 64, 64, 2, 70},
+                           {"llama", 128, 1, 1, 128, 64, 64, 1, 1},
+                           {"gpt2", 1096, 2, 2, 32, 64, 40, 1, 5}}) {
+        const std::string name =
+            cat(s.architecture, " C=", s.width, " heads ", s.heads, "/", s.kv_heads,
+                " HS=", s.head_size, " H=", s.mlp_width, " V=", s.vocab, " B=", s.B, " T=", s.T);
+        if (!wanted("cuda: " + name)) continue;
+        Config c = architecture(s.architecture);
+        c.vocab_size = s.vocab, c.width = s.width, c.layers = 2, c.heads = s.heads;
+        c.kv_heads = s.kv_heads, c.head_size = s.head_size, c.mlp_width = s.mlp_width;
+        c.positions = s.T + 3, c.tied = s.architecture == "gpt2";
+        c.scheme = parse_scheme("lns");
+        complete_config(c);
+        rows.push_back(check_gpu(name, c, s.B, s.T));
+    }
+    return rows;
+}
+
+// The same pass gives the same bits; so does what is computed again instead of kept (but for GELU,
+// which --recompute activations sees rounded); and so do threads of another order, in the
+// simulator.
+Row check_gpu_bits(const std::string& name, const std::string& scheme, DType dtype) {
+    Row row{cat("cuda: ", name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float",
+                "  bits repeat"),
+            {},
+            {},
+            ""};
+    const Config c = bf16_config(name, scheme);
+    const int B = 2, T = 9;
+    ModelOptions options{.dtype = dtype};
+    std::unique_ptr<Model> model = gpu_model(c, B, T, options);
+    const Trained first = train_once(*model, B, T);
+    row.add("again", !same_bits(train_once(*model, B, T), first), 0);
+    int64_t bytes = model->bytes();
+    for (Recompute again : {Recompute::activations, Recompute::layers}) {
+        options.recompute = again;
+        std::unique_ptr<Model> other = gpu_model(c, B, T, options);
+        const Trained found = train_once(*other, B, T);
+        if (other->bytes() >= bytes) row.note = "recomputing saves no memory";
+        bytes = other->bytes();
+        if (again == Recompute::activations && !c.gated_mlp)
+            row.add("activations", compare_gradients(found.gradients, first.gradients, 1e-2),
+                    bf16_tolerance);
+        else
+            row.add(again == Recompute::layers ? "layers" : "activations", !same_bits(found, first),
+                    0);
+    }
+#ifdef LNS_SIM
+    options.recompute = Recompute::none;
+    int different = 0;
+    sim::in_every_order(
+        [&] { different += !same_bits(train_once(*gpu_model(c, B, T, options), B, T), first); });
+    row.add("thread orders", different, 0);
+#endif
+    return row;
+}
+
+// begin_step and end_step do what the single calls do; and nothing to the weights if the loss is
+// not finite.
+Row check_gpu_step(DType gradients) {
+    Row row{cat("cuda: a step at once is its parts, gradients in ",
+                gradients == DType::bf16 ? "bf16" : "float32"),
+            {},
+            {},
+            ""};
+    const Config c = bf16_config("qwen2", "sandwich+gpas");
+    const int B = 2, T = 9, M = 3;
+    std::vector<int> inputs, targets;
+    test_batch(c, M * B * T, inputs, targets, true);
+    const ModelOptions options{.dtype = DType::bf16, .moments = gradients, .gradients = gradients};
+    std::unique_ptr<Model> whole = gpu_model(c, B, T, options), parts = gpu_model(c, B, T, options);
+    fill_like(*whole), fill_like(*parts);
+    AdamW adam{.lr = 1e-2, .weight_decay = 0.1};
+    const double clip = 0.01;
+    int differ = 0;
+    for (adam.step = 1; adam.step <= 3; adam.step++) {
+        whole->begin_step({inputs.data(), targets.data(), M, B, T, 0.02, clip, adam});
+        const StepResult result = whole->end_step();
+        parts->zero_gradients();
+        double loss = 0;
+        for (int m = 0; m < M; m++)
+            loss += parts->loss_and_gradients(&inputs[m * B * T], &targets[m * B * T], B, T, 0.02);
+        const double norm = parts->gradient_norm();
+        if (norm < clip) row.note = "nothing was clipped";
+        row.add("loss", std::fabs(result.loss - 0.02 * loss) / result.loss, 1e-14);
+        row.add("norm", std::fabs(result.grad_norm - norm) / norm, 1e-14);
+        adam.grad_scale = double(float(clip) / float(norm));
+        parts->update(adam);
+        adam.grad_scale = 1;
+        const auto a = tensors_of(*whole, Buffer::parameters),
+                   b = tensors_of(*parts, Buffer::parameters);
+        row.add("weights", compare_gradients(a, b, 0), 1e-6);
+        differ += tensors_of(*whole, Buffer::moment2).empty();
+    }
+    const auto before = tensors_of(*whole, Buffer::parameters);
+    const Param& p = *whole->registry.find("model.norm.weight");
+    std::vector<float> values(p.size()), broken(p.size(), NAN);
+    whole->read(Buffer::parameters, p, values.data());
+    whole->write(Buffer::parameters, p, broken.data());
+    whole->begin_step({inputs.data(), targets.data(), M, B, T, 0.02, clip, adam});
+    if (std::isfinite(whole->end_step().loss)) row.note = "the loss of NaN is finite";
+    if (whole->first_nonfinite() != "the parameter model.norm.weight")
+        row.note = "first_nonfinite says " + whole->first_nonfinite();
+    whole->write(Buffer::parameters, p, values.data());
+    differ += tensors_of(*whole, Buffer::parameters) != before;
+    row.add("differ", differ, 0);
+    return row;
+}
+
+// Without master weights, and rounded stochastically: as the CPU's.
+Row check_gpu_rounding() {
+    Row row{"cuda: AdamW in bf16: master weights, nearest, stochastic", {}, {}, ""};
+    Config c = bf16_config("llama", "pre");
+    const int steps = 64;
+    const double lr = 1e-3, expected = 1 - lr * steps;
+    auto mean_after = [&](ModelOptions o) {
+        o.dtype = DType::bf16;
+        std::unique_ptr<Model> model = gpu_model(c, 1, 1, o);
+        for (const Param& p : model->registry.params) {
+            const std::vector<float> ones(p.size(), 1);
+            model->write(Buffer::parameters, p, ones.data());
+            model->write(Buffer::gradients, p, ones.data());
+        }
+        for (int step = 1; step <= steps; step++) model->update({.lr = lr, .step = step});
+        double sum = 0, n = 0;
+        for (const auto& [name, values] : tensors_of(*model, Buffer::parameters))
+            for (double value : values) sum += value, n++;
+        return sum / n;
+    };
+    row.add("master", std::fabs(mean_after({}) - expected), 1e-5);
+    row.add("stochastic moments",
+            std::fabs(mean_after({.moments = DType::bf16, .stochastic_rounding = true}) - expected),
+            1e-3);
+    ModelOptions pure{.master_weights = false, .moments = DType::bf16, .gradients = DType::bf16};
+    row.add("nearest moves", std::fabs(mean_after(pure) - 1), 0); // 1 − 0.001 rounds to 1
+    pure.stochastic_rounding = true;
+    row.add("stochastic", std::fabs(mean_after(pure) - expected), 1e-3);
+    return row;
+}
+
+// Logits asked for token by token equal those of the whole sequence; variance and the loss without
+// gradients are the CPU's.
+Row check_gpu_inference(const std::string& architecture_name) {
+    Row row{"cuda: " + architecture_name + "  generating, variance, evaluation", {}, {}, ""};
+    const Config c = bf16_config(architecture_name, "lns");
+    std::vector<int> inputs, targets;
+    test_batch(c, 32, inputs, targets, true);
+    std::unique_ptr<Model> reference = make_cpu_model(c, 1, 32, {.training = false}),
+                           whole = gpu_model(c, 1, 32, {.training = false}),
+                           parts = gpu_model(c, 1, 32, {.training = false});
+    for (Model* model : {reference.get(), whole.get(), parts.get()}) fill_like(*model);
+    const int V = c.vocab_size;
+    std::vector<float> expected(V), found(V), all(32 * V);
+    double worst = 0;
+    for (int t : {2, 3, 4, 9, 5, 6, 3, 32}) {
+        if (t == 5) inputs[3] = (inputs[3] + 1) % V; // another continuation
+        whole->logits(inputs.data(), 1, t, false, all.data());
+        parts->logits(inputs.data(), 1, t, true, found.data());
+        reference->logits(inputs.data(), 1, t, true, expected.data());
+        const Doubles exact(expected.begin(), expected.end());
+        worst = std::max(worst, relative_error(found, exact, 0));
+        std::copy(all.begin() + (t - 1) * V, all.begin() + t * V, found.begin());
+        worst = std::max(worst, relative_error(found, exact, 0));
+    }
+    row.add("logits", worst, 1e-5);
+    const double loss = reference->loss(inputs.data(), targets.data(), 1, 32);
+    row.add("loss", std::fabs(whole->loss(inputs.data(), targets.data(), 1, 32) - loss) / loss,
+            1e-5);
+    const std::vector<double> a = whole->residual_variance(), b = reference->residual_variance();
+    row.add("variance", relative_error(a, b, 0), 1e-5);
+    return row;
+}
+
+// What is planned is what is held.
+Row check_gpu_plan() {
+    Row row{"cuda: --dry-run's bytes are the model's", {}, {}, ""};
+    for (auto [name, options] :
+         {std::pair{"llama", ModelOptions{}},
+          {"gpt2", ModelOptions{.dtype = DType::bf16}},
+          {"olmo2", ModelOptions{.dtype = DType::bf16,
+                    .master_weights = false,
+                    .moments = DType::bf16,
+                    .gradients = DType::bf16,
+                    .recompute = Recompute::layers}},
+          {"qwen2", ModelOptions{.training = false, .dtype = DType::bf16}}}) {
+        const Config c = bf16_config(name, "peri");
+        const double held = double(gpu_model(c, 2, 32, options)->bytes());
+        options.device = Device::cuda;
+        row.add(name, std::fabs(double(plan_cuda_memory(c, 2, 32, options).total()) / held - 1),
+                1e-3);
+    }
+    return row;
+}
+
+// A few hundred steps from the same start on the same tokens, of a text that can be learned: the
+// losses stay together.
+Row check_gpu_training(DType dtype, int steps, double tolerance) {
+    Row row{cat("cuda: ", steps, " steps in ", dtype == DType::bf16 ? "bf16" : "float32",
+                " as on the CPU in float32"),
+            {},
+            {},
+            ""};
+    Config c = architecture("llama");
+    c.vocab_size = 29, c.width = 32, c.layers = 2, c.heads = 2, c.mlp_width = 48, c.positions = 16;
+    c.scheme = parse_scheme("lns");
+    complete_config(c);
+    const int B = 2, T = 16;
+    std::unique_ptr<Model> reference = make_cpu_model(c, B, T, {}),
+                           model = gpu_model(c, B, T, {.dtype = dtype});
+    reference->initialize(1), model->initialize(1);
+    std::vector<int> inputs(B * T), targets(B * T);
+    double last[2] = {}, begin = 0, worst = 0;
+    for (int64_t step = 1; step <= steps; step++) {
+        for (int b = 0; b < B; b++) { // arithmetic progressions
+            const int start = int(random_below(29, 1, uint64_t(b), uint64_t(2 * step)));
+            const int stride = 1 + int(random_below(4, 1, uint64_t(b), uint64_t(2 * step + 1)));
+            for (int t = 0; t < T; t++) {
+                inputs[b * T + t] = (start + t * stride) % 29;
+                targets[b * T + t] = (start + (t + 1) * stride) % 29;
+            }
+        }
+        const AdamW adam{.lr = 3e-3, .beta2 = 0.95, .weight_decay = 0.1, .step = step};
+        int n = 0;
+        for (Model* m : {reference.get(), model.get()}) {
+            m->begin_step({inputs.data(), targets.data(), 1, B, T, 1.0 / (B * T), 1, adam});
+            last[n++] = m->end_step().loss;
+        }
+        if (step == 1) begin = last[0];
+        worst = std::max(worst, std::fabs(last[0] - last[1]));
+    }
+    row.add("loss", worst, tolerance);
+    if (last[0] > 0.5 * begin) row.note = cat("nothing was learned: ", begin, " to ", last[0]);
+    return row;
+}
+
+std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wanted) {
+    std::vector<Row> rows;
+    if (const std::string why = why_no_gpu(); !why.empty()) {
+        std::printf("The rows `cuda: …` are left out: %s\n", why.c_str());
+        return rows;
+    }
+    auto keep = [&](const std::string& name, const auto& check) {
+        if (wanted("cuda: " + name)) rows.push_back(check());
+    };
+    for (const std::string& name : architectures)
+        for (const std::string& scheme : all_schemes()) {
+            Config small = small_config(name);
+            small.scheme = parse_scheme(scheme);
+            if (!has_scheme(small)) continue;
+            keep(name + "  " + scheme,
+                 [&] { return check_gpu(name + "  " + scheme, bf16_config(name, scheme), 2, 8); });
+        }
+    for (Row& row : check_gpu_shapes(wanted)) rows.push_back(std::move(row));
+    for (auto [name, scheme] : {std::pair{"llama", "lns"},
+                                {"gpt2", "pre"},
+                                {"olmo2", "sandwich+gpas"},
+                                {"llama-gqa", "deepnorm"},
+                                {"qwen2", "peri"},
+                                {"olmo", "layerscale"}})
+        for (DType dtype : {DType::float32, DType::bf16})
+            keep(
+                cat(name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  bits repeat"),
+                [&] { return check_gpu_bits(name, scheme, dtype); });
+    for (const std::string& name : architectures)
+        keep(name + "  generating, variance, evaluation",
+             [&] { return check_gpu_inference(name); });
+    for (DType gradients : {DType::float32, DType::bf16})
+        keep(cat("a step at once is its parts, gradients in ",
+                 gradients == DType::bf16 ? "bf16" : "float32"),
+             [&] { return check_gpu_step(gradients); });
+    keep("AdamW in bf16: master weights, nearest, stochastic", check_gpu_rounding);
+    keep("--dry-run's bytes are the model's", check_gpu_plan);
+    // Chaos: two trainings in float that differ by rounding alone drift apart this far.
+    keep("200 steps in float32 as on the CPU in float32",
+         [] { return check_gpu_training(DType::float32, 200, 2e-2); });
+    keep("200 steps in bf16 as on the CPU in float32",
+         [] { return check_gpu_training(DType::bf16, 200, 0.2); });
+    return rows;
+}
+
+#endif // LNS_CUDA
+
+// ---------------------------------------------------------------------------------------------
 
 std::vector<Row> all_rows(const std::string& filter) {
     std::vector<Row> rows;
@@ -1057,6 +1450,13 @@ std::vector<Row> all_rows(const std::string& filter) {
         if (wanted(row.name)) rows.push_back(std::move(row));
     };
     if (filter.rfind("PyTorch", 0) == 0) return check_fixtures(filter);
+#ifdef LNS_CUDA
+    rows = check_gpus(wanted);
+#endif
+#ifdef LNS_SIM
+    return rows; // test_gpt has the others
+#endif
+    if (filter.rfind("cuda", 0) == 0) return rows;
 
     keep(check_random()), keep(check_exp()), keep(check_gemm()), keep(check_embedding());
     keep(check_linear(5, 7, 9)), keep(check_linear(1, 3, 70));

@@ -38,6 +38,7 @@
 #include "gpt/gemm.h"
 #include "gpt/model.h"
 #include "gpt/random.h"
+#include "gpt/slots.h"
 
 namespace lns {
 
@@ -773,51 +774,23 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
 // ---------------------------------------------------------------------------------------------
 // The model
 
-// One tensor of each layer, or of each junction: those that the backward pass will need have a slot
-// of their own, the others share one.
-template <class X> struct Slots {
-    Array<X> array;
-    std::vector<int> slot; // of each; −1: it has none
-    std::vector<bool> own;
-    int64_t stride = 0; // elements of a slot
-
-    // kept(i): whether the i-th of n has a slot of its own; made(i): whether there is one at all.
-    template <class Make, class Kept, class Made>
-    void layout(int n, int64_t elements, const Make& make, const Kept& kept, const Made& made) {
-        int slots = 0, shared = -1;
-        stride = elements;
-        for (int i = 0; i < n; i++) {
-            own.push_back(made(i) && kept(i));
-            if (made(i) && !own[i] && shared < 0) shared = slots++;
-            slot.push_back(!made(i) ? -1 : own[i] ? slots++ : shared);
-        }
-        make(array, slots * elements);
-    }
-    template <class Make, class Kept>
-    void layout(int n, int64_t elements, const Make& make, const Kept& kept) {
-        layout(n, elements, make, kept, [](int) { return true; });
-    }
-    bool keeps(int i) const { return own[i]; }
-    X* operator[](int i) const { return array + slot[i] * stride; }
-};
-
 // What a pass computes and keeps, laid out once. What a backward pass does not need, or computes
 // again, shares a slot.
 template <class S> struct Activations {
     int64_t rows = 0; // B·T at most
 
-    Array<Acc<S>> embedded;        // (rows, C), if junction 0 has a norm
-    Slots<Acc<S>> residual;        // (rows, C) of each junction: r
-    Slots<S> input;                // (rows, C) of each junction: u, where it is not r itself
-    Slots<S> branch;               // (rows, C) of each junction but the first: b
-    Slots<JunctionStats<S>> stats; // (rows) of each junction
-    Slots<S> qkv;                  // (rows, (NH + 2·KVH)·HS) of each layer
-    Array<Acc<S>> wide;            // (rows, (NH + 2·KVH)·HS): q, k and v before they are rounded
-    Slots<S> qk_raw;               // (rows, (NH + KVH)·HS), with OLMo 2's norm
-    Slots<NormStats<Acc<S>>> qk_stats; // (rows, 2)
-    Slots<S> attended;                 // (rows, NH·HS)
-    Slots<Acc<S>> lse;                 // (rows, NH)
-    Slots<S> hidden, activated;        // (rows, H or 2·H), (rows, H)
+    Array<Acc<S>> embedded;               // (rows, C), if junction 0 has a norm
+    Slots<Array<Acc<S>>> residual;        // (rows, C) of each junction: r
+    Slots<Array<S>> input;                // (rows, C) of each junction: u, where it is not r itself
+    Slots<Array<S>> branch;               // (rows, C) of each junction but the first: b
+    Slots<Array<JunctionStats<S>>> stats; // (rows) of each junction
+    Slots<Array<S>> qkv;                  // (rows, (NH + 2·KVH)·HS) of each layer
+    Array<Acc<S>> wide;     // (rows, (NH + 2·KVH)·HS): q, k and v before they are rounded
+    Slots<Array<S>> qk_raw; // (rows, (NH + KVH)·HS), with OLMo 2's norm
+    Slots<Array<NormStats<Acc<S>>>> qk_stats; // (rows, 2)
+    Slots<Array<S>> attended;                 // (rows, NH·HS)
+    Slots<Array<Acc<S>>> lse;                 // (rows, NH)
+    Slots<Array<S>> hidden, activated;        // (rows, H or 2·H), (rows, H)
 
     int64_t logit_rows = 0, head_rows = 0; // rows of the head at once, forward and backward
     Array<Acc<S>> logits;                  // (logit_rows, V)

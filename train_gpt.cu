@@ -34,6 +34,11 @@
 #include "gpt/error.h"
 #include "gpt/gpu.h"
 #include "gpt/model.h"
+#include "gpt/slots.h"
+
+#ifdef LNS_NCCL
+#include <nccl.h>
+#endif
 
 namespace lns::cuda {
 
@@ -86,6 +91,42 @@ __device__ inline float warp_max(float x) {
 }
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// Memory of the GPU, zeroed.
+template <class X> struct Array {
+    Array() = default;
+    explicit Array(int64_t n) : size(n) {
+        if (n == 0) return;
+        X* memory = nullptr;
+        CUDA(cudaMalloc(reinterpret_cast<void**>(&memory), size_t(n) * sizeof(X)));
+        data.reset(memory);
+        CUDA(cudaMemset(memory, 0, size_t(n) * sizeof(X)));
+    }
+    operator X*() const { return data.get(); }
+
+    struct Free {
+        void operator()(X* p) const { cudaFree(p); }
+    };
+    std::unique_ptr<X, Free> data;
+    int64_t size = 0;
+};
+
+// Memory of the host that the GPU copies to and from by itself.
+template <class X> struct Pinned {
+    Pinned() = default;
+    explicit Pinned(int64_t n) : size(n) {
+        X* memory = nullptr;
+        CUDA(cudaMallocHost(reinterpret_cast<void**>(&memory), size_t(n) * sizeof(X)));
+        data.reset(memory);
+    }
+    operator X*() const { return data.get(); }
+
+    struct Free {
+        void operator()(X* p) const { cudaFreeHost(p); }
+    };
+    std::unique_ptr<X, Free> data;
+    int64_t size = 0;
+};
 
 inline int blocks_for(int64_t n, int64_t each) { return int((n + each - 1) / each); }
 
@@ -352,7 +393,7 @@ struct JunctionStats {
 
 // What a junction does, for a kernel.
 struct JunctionPlan {
-    bool branch, branch_norm, out_norm, in_norm, gate, gate_on_skip, keeps_branch;
+    bool branch, branch_norm, out_norm, in_norm, gate, gate_on_skip;
     Gamma gamma;
     NormType type;
     float skip, in_scale, eps;
@@ -361,9 +402,9 @@ struct JunctionPlan {
 
     JunctionPlan(const Junction& j, NormType type, double eps, int64_t rows, const RowShape& shape)
         : branch(j.branch), branch_norm(j.branch_norm), out_norm(j.out_norm), in_norm(j.in_norm),
-          gate(j.gate), gate_on_skip(j.gate_on_skip), keeps_branch(j.keeps_branch()),
-          gamma(j.gamma), type(type), skip(float(j.skip)), in_scale(float(j.in_scale)),
-          eps(float(eps)), C(shape.C), warps(shape.warps), rows(rows) {}
+          gate(j.gate), gate_on_skip(j.gate_on_skip), gamma(j.gamma), type(type),
+          skip(float(j.skip)), in_scale(float(j.in_scale)), eps(float(eps)), C(shape.C),
+          warps(shape.warps), rows(rows) {}
 };
 
 template <class S> __device__ float number(const S* x) { return x ? float(*x) : 0.0f; }
@@ -498,7 +539,7 @@ struct JunctionScratch {
 // Blocks take every so many rows and add up the parameters' gradients of all of theirs.
 // Moves, per number: du and db in S, dr read and written in float, r in float if there is an
 // in-norm, and b (S) and r_prev (float) where keeps_branch.
-template <class S, class G, int N>
+template <class S, class G, int N, bool keeps_branch>
 __global__ static __launch_bounds__(256) void junction_backward_kernel(
     JunctionPlan j, const float* r_prev, const S* b, const float* r, JunctionPointers<const S> p,
     const JunctionStats* stats, const S* du, bool starts, float* dr, S* db, JunctionSums<G> which,
@@ -541,7 +582,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
             for (int i = 0; i < 8; i++) dz[n][i] += later[n][i];
 
         // What the forward pass had before the out-norm and the gate.
-        if (j.keeps_branch) {
+        if constexpr (keeps_branch) {
             float z[N][8];
             if (!j.branch) {
                 part.load(z, r_prev + at);
@@ -567,7 +608,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
                 norm_row_backward(j.type, stats[row].out, z, p.out_weight, dz,
                                   sum_of(which.out_weight), sum_of(which.out_bias), part);
         }
-        if (j.gate_on_skip) {
+        if (keeps_branch && j.gate_on_skip) {
             float previous[N][8];
             part.load(previous, r_prev + at);
 #pragma unroll
@@ -582,7 +623,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
         part.store(dr + at, down);
         if (!j.branch) continue;
 
-        if (j.branch_norm || j.gamma != Gamma::none) {
+        if (keeps_branch && (j.branch_norm || j.gamma != Gamma::none)) {
             float x[N][8];
             part.load(x, b + at);
             if (j.gamma != Gamma::none) {
@@ -639,8 +680,8 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
 // vector, or behind the last the two scalars; 8 warps each take every eighth partial sum of 32
 // channels.
 template <class G>
-__global__ static void junction_gather_kernel(JunctionSums<G> which, JunctionScratch scratch,
-                                              int partials, int C) {
+__global__ static void junction_gather_kernel(const __grid_constant__ JunctionSums<G> which,
+                                              JunctionScratch scratch, int partials, int C) {
     SharedMemory shared;
     float* sums = shared.take<float>(8 * warp);
     const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
@@ -666,11 +707,11 @@ __global__ static void junction_gather_kernel(JunctionSums<G> which, JunctionScr
     *gradient = G(float(*gradient) + sum);
 }
 
-// Blocks that a backward pass has at most.
-inline int junction_blocks(int multiprocessors) { return 2 * multiprocessors; }
-// Bytes of scratch for a width of C.
+// Blocks on a multiprocessor that a backward pass has at most, and bytes of scratch for all.
+const int junction_blocks = 8;
 inline int64_t junction_scratch(int C, int multiprocessors) {
-    return junction_blocks(multiprocessors) * int64_t(2 * sizeof(double) + 7 * C * sizeof(float));
+    return int64_t(junction_blocks) * multiprocessors *
+           int64_t(2 * sizeof(double) + 7 * C * sizeof(float));
 }
 
 // From du (gradient of u; of r if there is no in-norm) and dr (gradient of r from what comes later;
@@ -682,25 +723,29 @@ void junction_backward(const Junction& j, NormType type, double eps, const float
                        const JunctionStats* stats, const S* du, bool starts, float* dr, S* db,
                        const JunctionPointers<G>& grads, void* scratch_memory, int64_t rows, int C,
                        int multiprocessors, cudaStream_t stream) {
-    const RowShape shape = row_shape(C);
+    RowShape shape = row_shape(C);
     const JunctionSums<G> which(grads, j.gamma);
     // As many rows at once as leave room for two blocks on a multiprocessor.
-    int groups = shape.warps == 1 ? 8 : 1;
+    int groups = shape.warps == 1 ? 4 : 1;
     auto shared = [&] {
         const int threads = warp * shape.warps * groups;
         return shared_bytes<float>(16) + shared_bytes<double>(2 * threads) +
                shared_bytes<float>(size_t(groups) * which.count * C);
     };
-    while (groups > 1 && shared() > 80 * 1024) groups /= 2;
-    const int blocks = std::min(blocks_for(rows, groups), junction_blocks(multiprocessors));
+    while (groups > 1 && shared() > 100 * 1024) groups /= 2;
+    const int threads = warp * shape.warps * groups;
+    int blocks = 0;
     JunctionScratch scratch;
-    scratch.scalars = static_cast<double*>(scratch_memory);
-    scratch.vectors = reinterpret_cast<float*>(scratch.scalars + 2 * blocks);
     with_vectors(shape, [&](auto N) {
-        launch(junction_backward_kernel<S, G, decltype(N)::value>, blocks,
-               warp * shape.warps * groups, shared(), stream,
-               JunctionPlan(j, type, eps, rows, shape), r_prev, b, r, p, stats, du, starts, dr, db,
-               which, scratch);
+        auto kernel = junction_backward_kernel<S, G, decltype(N)::value, false>;
+        if (j.keeps_branch()) kernel = junction_backward_kernel<S, G, decltype(N)::value, true>;
+        blocks = std::min(blocks_for(rows, groups),
+                          multiprocessors *
+                              std::min(junction_blocks, blocks_at_once(kernel, threads, shared())));
+        scratch.scalars = static_cast<double*>(scratch_memory);
+        scratch.vectors = reinterpret_cast<float*>(scratch.scalars + 2 * blocks);
+        launch(kernel, blocks, threads, shared(), stream, JunctionPlan(j, type, eps, rows, shape),
+               r_prev, b, r, p, stats, du, starts, dr, db, which, scratch);
     });
     if (which.count > 0 || which.scalar_gamma || which.gate)
         launch(junction_gather_kernel<G>, dim3(blocks_for(C, warp), which.count + 1), 8 * warp,
@@ -1415,6 +1460,711 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_
     add_partial_sums(dk_weight, scratch + Q, parts, Q + K, K, stream);
 }
 
+// FlashAttention-2 (arXiv 2307.08691): a block of 4 warps holds the rows of one tile of queries (or
+// keys, in the backward pass) and goes through the tiles of keys (queries) that they see, two in
+// shared memory at a time: one to compute with, one on its way. The scores exist a tile at a time,
+// in registers. What follows are its tiles, with three verbs: load, multiply, store.
+
+const int attention_warps = 4, attention_threads = attention_warps * warp;
+
+// Rows of D numbers in shared memory, moved in chunks of 16 bytes. ldmatrix reads the same chunk of
+// 8 rows at once: those of bf16 are permuted within a row, by the row's number, so that the 8 lie
+// in different banks. Rows of float are padded for the same end.
+template <class S, int D> struct Tile {
+    static constexpr int per_chunk = 16 / sizeof(S);
+    static constexpr int stride = sizeof(S) == 2 ? D : D + per_chunk;
+    static __host__ __device__ constexpr int size(int rows) { return rows * stride; }
+
+    S* at;
+
+    __device__ S* chunk(int row, int c) const {
+        const int place = sizeof(S) == 2 ? c ^ (row % 8) : c;
+        return at + row * stride + place * per_chunk;
+    }
+    __device__ Tile from_row(int row) const { return {at + row * stride}; } // a multiple of 8
+
+    // Begins to copy ROWS rows from memory. What is not among the first `rows` of them, or the
+    // first `columns` of a row, becomes 0.
+    template <int ROWS>
+    __device__ void load(const S* from, int from_stride, int rows, int columns) const {
+        const int chunks = D / per_chunk;
+        static_assert(ROWS * chunks % attention_threads == 0);
+#pragma unroll
+        for (int i = 0; i < ROWS * chunks; i += attention_threads) {
+            const int row = (i + threadIdx.x) / chunks, c = (i + threadIdx.x) % chunks;
+            copy_async(chunk(row, c), from + row * from_stride + c * per_chunk,
+                       row < rows && c * per_chunk < columns);
+        }
+    }
+};
+
+// Cuts a block's shared memory into tiles.
+template <class S> struct TileMemory {
+    S* at;
+    template <int D> __device__ Tile<S, D> take(int rows) {
+        const Tile<S, D> tile = {at};
+        at += Tile<S, D>::size(rows);
+        return tile;
+    }
+};
+
+// 16·M rows of N sums, a warp's own, in its lanes' registers as mma leaves them.
+template <int M, int N> struct Sums {
+    float x[M][N / 8][4];
+
+    static __device__ int row(int m, int e) { return 16 * m + e / 2 * 8 + threadIdx.x % warp / 4; }
+    static __device__ int column(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e % 2; }
+};
+
+template <int M, int N> __device__ inline void scale_sums(Sums<M, N>& sums, float factor) {
+#pragma unroll
+    for (int i = 0; i < M * N / 2; i++) sums.x[i / 4 / (N / 8)][i / 4 % (N / 8)][i % 4] *= factor;
+}
+
+// The left factor of a product: rows of a tile, from `row` on, read when they are needed …
+template <class S, int D> struct TileRows {
+    static constexpr int columns = D;
+    Tile<S, D> tile;
+    int row;
+
+    __device__ void fragment(uint32_t (&a)[4], int m, int k) const {
+        const int lane = threadIdx.x % warp;
+        ldmatrix(a, tile.chunk(row + 16 * m + lane % 16, 2 * k + lane / 16));
+    }
+};
+// … or 16·M rows of bf16 in registers, as mma takes them.
+template <int M, int K> struct Fragments {
+    static constexpr int columns = K;
+    uint32_t x[M][K / 16][4];
+
+    __device__ void fragment(uint32_t (&a)[4], int m, int k) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = x[m][k][i];
+    }
+};
+
+// Rows of a tile, read into registers now if they are to be HELD there.
+template <bool HELD, int M, class S, int D>
+__device__ inline auto left_factor(Tile<S, D> tile, int row) {
+    const TileRows<S, D> rows = {tile, row};
+    if constexpr (HELD) {
+        Fragments<M, D> held;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) rows.fragment(held.x[m][k], m, k);
+        return held;
+    } else {
+        return rows;
+    }
+}
+
+// Sums, rounded: two neighbours of 8 columns are the fragment of 16 that they need to be. float
+// goes by way of `scratch`, a tile of the warp's own.
+template <int M, int N>
+__device__ inline Fragments<M, N> left_factor(const Sums<M, N>& sums, Tile<bf16, N>) {
+    Fragments<M, N> rounded;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int k = 0; k < N / 16; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = sums.x[m][2 * k + i / 2] + i % 2 * 2;
+                rounded.x[m][k][i] = pack_bf16(pair[0], pair[1]);
+            }
+    return rounded;
+}
+template <int M, int N>
+__device__ inline TileRows<float, N> left_factor(const Sums<M, N>& sums, Tile<float, N> scratch) {
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                scratch.at[sums.row(m, e) * scratch.stride + sums.column(n, e)] = sums.x[m][n][e];
+    __syncwarp();
+    return {scratch, 0};
+}
+
+// sums += left · rightᵀ, of N rows of right.
+template <int M, int N, class Left, int D>
+__device__ inline void multiply_transposed(Sums<M, N>& sums, const Left& left,
+                                           Tile<bf16, D> right) {
+    const int lane = threadIdx.x % warp;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) left.fragment(a[m], m, k);
+#pragma unroll
+        for (int n = 0; n < N / 8; n += 2) {
+            uint32_t b[4]; // 16 rows, 16 columns
+            ldmatrix(b, right.chunk(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(sums.x[m][n], a[m], b[0], b[1]);
+                mma(sums.x[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+template <int M, int N, int D>
+__device__ inline void multiply_transposed(Sums<M, N>& sums, const TileRows<float, D>& left,
+                                           Tile<float, D> right) {
+    const int stride = right.stride;
+    for (int k = 0; k < D; k++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sums.x[m][n][e] += left.tile.at[(left.row + sums.row(m, e)) * stride + k] *
+                                       right.at[sums.column(n, e) * stride + k];
+}
+
+// sums += left · right, of as many rows of right as left has columns.
+template <int M, int N, class Left>
+__device__ inline void multiply(Sums<M, N>& sums, const Left& left, Tile<bf16, N> right) {
+    const int lane = threadIdx.x % warp;
+#pragma unroll
+    for (int k = 0; k < Left::columns / 16; k++) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) left.fragment(a[m], m, k);
+#pragma unroll
+        for (int n = 0; n < N / 8; n += 2) {
+            uint32_t b[4]; // 16 rows, 16 columns
+            ldmatrix_transposed(b, right.chunk(16 * k + lane % 16, n + lane / 16));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(sums.x[m][n], a[m], b[0], b[1]);
+                mma(sums.x[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+template <int M, int N, int K>
+__device__ inline void multiply(Sums<M, N>& sums, const TileRows<float, K>& left,
+                                Tile<float, N> right) {
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sums.x[m][n][e] +=
+                        left.tile.at[(left.row + sums.row(m, e)) * left.tile.stride + k] *
+                        right.at[k * right.stride + sums.column(n, e)];
+}
+
+// Where a warp's sums become rows of memory, 16 at a time: floats of its own, padded for the banks.
+template <int D> const int store_stride = D + 8;
+template <int D> const int store_size = attention_warps * 16 * store_stride<D>;
+
+// The first `rows` rows of sums, `columns` of each, to memory. If there is a table, from the first
+// row's cos and sin on: turned back by it, channel i with channel i + channels/2.
+template <class S, int M, int D>
+__device__ inline void store(S* to, int64_t stride, int rows, int columns, const Sums<M, D>& sums,
+                             float* memory, const CosSin* table = nullptr, int channels = 0) {
+    const int half = channels / 2, chunks = D / 8;
+    float* own = memory + threadIdx.x / warp * 16 * store_stride<D>;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2)
+                *reinterpret_cast<float2*>(own + sums.row(0, e) * store_stride<D> +
+                                           sums.column(n, e)) =
+                    make_float2(sums.x[m][n][e], sums.x[m][n][e + 1]);
+        __syncwarp();
+        for (int i = threadIdx.x % warp; i < 16 * chunks; i += warp) {
+            const int row = 16 * m + i / chunks, column = i % chunks * 8;
+            if (row >= rows || column >= columns) continue;
+            const float* from = own + i / chunks * store_stride<D>;
+            float x[8];
+            load8(x, from + column);
+            for (int j = 0; j < 8 && table; j++) {
+                const int channel = column + j;
+                if (channel >= channels) break;
+                const bool first = channel < half;
+                const CosSin turn = table[int64_t(row) * half + (first ? channel : channel - half)];
+                x[j] = x[j] * turn.cos +
+                       (first ? from[channel + half] : -from[channel - half]) * turn.sin;
+            }
+            store8(to + row * stride + column, x);
+        }
+    }
+}
+
+// How much a warp has at once: 16·M rows of its own, STEP of the others, and of its own whether
+// they are HELD in registers. Chosen so that nothing spills, and so that two blocks or more are on
+// a multiprocessor where there are tensor cores to keep busy.
+template <class S, int D> struct AttentionTiles { // float
+    static constexpr int step = D == 64 ? 32 : 8;
+    static constexpr int forward_m = 1, forward_step = step, dq_m = 1, dq_step = step, dkv_m = 1,
+                         dkv_step = step;
+    static constexpr bool forward_held = false, dq_held = false, dkv_held = false;
+};
+template <> struct AttentionTiles<bf16, 64> {
+    static constexpr int forward_m = 2, forward_step = 64, dq_m = 2, dq_step = 32, dkv_m = 2,
+                         dkv_step = 32;
+    static constexpr bool forward_held = true, dq_held = true, dkv_held = false;
+};
+template <> struct AttentionTiles<bf16, 128> {
+    static constexpr int forward_m = 2, forward_step = 32, dq_m = 1, dq_step = 32, dkv_m = 1,
+                         dkv_step = 32;
+    static constexpr bool forward_held = false, dq_held = true, dkv_held = true;
+};
+
+// Which tile of which head (of b · heads + h) a block has. Blocks begin in the order of their
+// numbers: heads come in groups that fit into L2 together, and of a group first all tiles with the
+// most work.
+struct Turn {
+    int tile, head;
+
+    __device__ Turn(int tiles, int heads, int heads_at_once) {
+        const int group = blockIdx.x / (tiles * heads_at_once);
+        const int i = blockIdx.x % (tiles * heads_at_once);
+        const int here = min(heads_at_once, heads - group * heads_at_once);
+        tile = i / here, head = group * heads_at_once + i % here;
+    }
+};
+// bytes_each: what all blocks of a head read.
+inline int heads_that_fit(int heads, int64_t bytes_each) {
+    return int(std::clamp<int64_t>((int64_t(16) << 20) / bytes_each, 1, heads));
+}
+
+inline void check_head_size(const AttentionShape& a) {
+    if (a.HS > 128)
+        fail("attention on a GPU has heads of at most 128 channels, this model's have " +
+             std::to_string(a.channels) + ": train it with more heads, or with --device cpu");
+}
+
+// Numbers of a block's shared memory: tiles of `tiles` rows in all, with room for what stores, and
+// in float each warp's scratch (in bf16 none, but one is asked for).
+template <class S, int D> __host__ __device__ constexpr int attention_tile_numbers(int tiles) {
+    const int to_store = store_size<D> * int(sizeof(float) / sizeof(S));
+    return Tile<S, D>::size(tiles) > to_store ? Tile<S, D>::size(tiles) : to_store;
+}
+template <class S, int M, int STEP>
+constexpr int attention_scratch = sizeof(S) == 2 ? 0 : attention_warps* Tile<S, STEP>::size(16 * M);
+template <int M, class S, int STEP> __device__ inline Tile<S, STEP> own_scratch(S* scratch) {
+    return {scratch + attention_scratch<S, M, STEP> / attention_warps * (threadIdx.x / warp)};
+}
+
+const float log2_e = 1.44269504f, ln_2 = 0.693147181f;
+
+// A row's exponentials are 2^(c (score − reference)). The reference is the largest score so far,
+// or has been: it follows, and what was summed is scaled, once a score exceeds it by a factor of
+// 2⁸. That is exact all the same, and rarely happens.
+template <int M> struct OnlineSoftmax {
+    float reference[M][2], sum[M][2];
+
+    __device__ OnlineSoftmax() {
+#pragma unroll
+        for (int i = 0; i < 2 * M; i++) reference[i / 2][i % 2] = -INFINITY, sum[i / 2][i % 2] = 0;
+    }
+
+    // The scores s become exponentials. o: what those so far have weighted.
+    template <int N, int D> __device__ void step(Sums<M, N>& s, Sums<M, D>& o, float c) {
+        float largest[M][2];
+        bool outgrown = false;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float x = -INFINITY;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+                    x = fmaxf(x, fmaxf(s.x[m][n][2 * i], s.x[m][n][2 * i + 1]));
+                x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1)); // 4 lanes have a row
+                x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+                largest[m][i] = x;
+                outgrown |= c * (x - reference[m][i]) > 8;
+            }
+        if (__any_sync(0xFFFFFFFFu, outgrown)) {
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float next = fmaxf(reference[m][i], largest[m][i]);
+                    const float factor = fast_exp2(c * (reference[m][i] - next));
+                    reference[m][i] = next, sum[m][i] *= factor;
+#pragma unroll
+                    for (int n = 0; n < D / 8; n++)
+                        o.x[m][n][2 * i] *= factor, o.x[m][n][2 * i + 1] *= factor;
+                }
+        }
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float& x = s.x[m][n][e];
+                    x = fast_exp2(c * x - c * reference[m][e / 2]);
+                    sum[m][e / 2] += x;
+                }
+    }
+
+    // o becomes the mean, lse (of the warp's first row) the logarithm of each row's denominator.
+    template <int D> __device__ void finish(Sums<M, D>& o, float* lse, int rows, float c) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float x = sum[m][i];
+                x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+                x += __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+                const int row = o.row(m, 2 * i);
+                if (threadIdx.x % 4 == 0 && row < rows)
+                    lse[row] = ln_2 * (c * reference[m][i] + fast_log2(x));
+                const float inverse = 1.0f / x;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++)
+                    o.x[m][n][2 * i] *= inverse, o.x[m][n][2 * i + 1] *= inverse;
+            }
+    }
+};
+
+// Scores whose (row, column) is `hidden` become −∞: a probability of 0.
+template <int M, int N, class Hidden>
+__device__ inline void hide(Sums<M, N>& s, const Hidden& hidden) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (hidden(s.row(m, e), s.column(n, e))) s.x[m][n][e] = -INFINITY;
+}
+
+template <class S, int D, int M, int STEP, bool HELD>
+__global__ static void __launch_bounds__(attention_threads)
+    attention_forward_kernel(S* out, float* lse, const S* qkv, AttentionShape a,
+                             int heads_at_once) {
+    const int ROWS = attention_warps * 16 * M;
+    SharedMemory shared;
+    S* numbers = shared.take<S>(attention_tile_numbers<S, D>(ROWS + 4 * STEP));
+    S* scratch = shared.take<S>(attention_scratch<S, M, STEP>);
+    TileMemory<S> memory = {numbers};
+    const auto q_tile = memory.template take<D>(ROWS);
+    const auto k_tiles = memory.template take<D>(2 * STEP);
+    const auto v_tiles = memory.template take<D>(2 * STEP);
+
+    const int tiles = (a.T - a.first + ROWS - 1) / ROWS;
+    const Turn turn(tiles, a.B * a.NH, heads_at_once);
+    const int b = turn.head / a.NH, h = turn.head % a.NH, kv = h / (a.NH / a.KVH);
+    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const int t0 = a.first + (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
+    const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
+    auto load = [&](int key, int place) {
+        const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
+        k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
+        v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
+        copy_async_commit();
+    };
+    q_tile.template load<ROWS>(rows + int64_t(t0) * a.row() + h * a.HS, a.row(), a.T - t0, a.HS);
+    copy_async_commit();
+    load(0, 0);
+    copy_async_wait<1>();
+    __syncthreads();
+    const auto q = left_factor<HELD, M>(q_tile, warp_row);
+
+    const float c = a.scale() * log2_e;
+    Sums<M, D> o = {};
+    OnlineSoftmax<M> softmax;
+    for (int key = 0, place = 0; key < seen; key += STEP, place ^= STEP) {
+        copy_async_wait<0>();
+        __syncthreads(); // the tile is there, and nobody reads the one before it any more
+        if (key + STEP < seen) load(key + STEP, place ^ STEP);
+        if (t >= a.T || key >= t + 16 * M) continue; // nothing that this warp's rows see
+        const auto k = k_tiles.from_row(place);
+        const auto v = v_tiles.from_row(place);
+        Sums<M, STEP> s = {};
+        multiply_transposed(s, q, k);
+        if (key + STEP > t + 1)
+            hide(s, [=](int row, int column) { return key + column > t + row; });
+        softmax.step(s, o, c);
+        multiply(o, left_factor(s, own_scratch<M, S, STEP>(scratch)), v);
+    }
+    softmax.finish(o, lse + int64_t(turn.head) * a.T + t, a.T - t, c);
+    __syncthreads();
+    store(out + (int64_t(b) * a.T + t) * a.q_width() + h * a.HS, a.q_width(), a.T - t, a.HS, o,
+          reinterpret_cast<float*>(numbers));
+}
+
+template <class S, int D>
+void attention_forward_tiles(S* out, float* lse, const S* qkv, const AttentionShape& a,
+                             cudaStream_t stream) {
+    using Tiles = AttentionTiles<S, D>;
+    const int M = Tiles::forward_m, STEP = Tiles::forward_step;
+    const int ROWS = attention_warps * 16 * M, group = a.NH / a.KVH, heads = a.B * a.NH;
+    const size_t shared = shared_bytes<S>(attention_tile_numbers<S, D>(ROWS + 4 * STEP)) +
+                          shared_bytes<S>(attention_scratch<S, M, STEP>);
+    launch(attention_forward_kernel<S, D, M, STEP, Tiles::forward_held>,
+           blocks_for(a.T - a.first, ROWS) * heads, attention_threads, shared, stream, out, lse,
+           qkv, a, heads_that_fit(heads, 2 * int64_t(sizeof(S)) * a.T * a.HS / group));
+}
+
+// out (B, T, NH·HS) = softmax(q kᵀ · scale) v, causal: position t sees 0 … t. Keeps lse (B, NH, T),
+// the logarithm of each softmax's denominator.
+template <class S>
+void attention_forward(S* out, float* lse, const S* qkv, const AttentionShape& a,
+                       cudaStream_t stream) {
+    check_head_size(a);
+    if (a.HS <= 64)
+        attention_forward_tiles<S, 64>(out, lse, qkv, a, stream);
+    else
+        attention_forward_tiles<S, 128>(out, lse, qkv, a, stream);
+}
+
+// dO · O of a warp's 16·M rows, in shared and in global memory.
+template <int M, int D, class S>
+__device__ inline void output_dot(float* shared, float* delta, const S* dout, const S* out,
+                                  int64_t stride, int rows, int columns) {
+    const int lanes = D / 8, lane = threadIdx.x % warp; // so many have a row
+#pragma unroll
+    for (int i = 0; i < 16 * M; i += warp / lanes) {
+        const int row = i + lane / lanes, column = lane % lanes * 8;
+        float sum = 0;
+        if (row < rows && column < columns) {
+            float x[8], dx[8];
+            load8(x, out + row * stride + column);
+            load8(dx, dout + row * stride + column);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum += x[j] * dx[j];
+        }
+#pragma unroll
+        for (int offset = lanes / 2; offset > 0; offset /= 2)
+            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+        if (column == 0) {
+            shared[row] = sum;
+            if (row < rows) delta[row] = sum;
+        }
+    }
+}
+
+template <class S, int D, int M, int STEP, bool HELD>
+__global__ static void __launch_bounds__(attention_threads)
+    attention_dq_kernel(S* dqkv, const S* dout, const S* out, const S* qkv, const float* lse,
+                        const CosSin* table, float* delta, AttentionShape a, int heads_at_once) {
+    const int ROWS = attention_warps * 16 * M;
+    SharedMemory shared;
+    S* numbers = shared.take<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP));
+    S* scratch = shared.take<S>(attention_scratch<S, M, STEP>);
+    float* dots = shared.take<float>(ROWS);
+    TileMemory<S> memory = {numbers};
+    const auto q_tile = memory.template take<D>(ROWS), do_tile = memory.template take<D>(ROWS);
+    const auto k_tiles = memory.template take<D>(2 * STEP);
+    const auto v_tiles = memory.template take<D>(2 * STEP);
+
+    const int tiles = (a.T + ROWS - 1) / ROWS;
+    const Turn turn(tiles, a.B * a.NH, heads_at_once);
+    const int b = turn.head / a.NH, h = turn.head % a.NH, kv = h / (a.NH / a.KVH);
+    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const int t0 = (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
+    const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
+    const int64_t at = int64_t(turn.head) * a.T;                         // in lse and delta
+    const int64_t o_at = int64_t(b) * a.T * a.q_width() + h * a.HS;      // in out and dout
+    auto load = [&](int key, int place) {
+        const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
+        k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
+        v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
+        copy_async_commit();
+    };
+    q_tile.template load<ROWS>(rows + int64_t(t0) * a.row() + h * a.HS, a.row(), a.T - t0, a.HS);
+    do_tile.template load<ROWS>(dout + o_at + int64_t(t0) * a.q_width(), a.q_width(), a.T - t0,
+                                a.HS);
+    copy_async_commit();
+    load(0, 0);
+    output_dot<M, D>(dots + warp_row, delta + at + t, dout + o_at + int64_t(t) * a.q_width(),
+                     out + o_at + int64_t(t) * a.q_width(), a.q_width(), a.T - t, a.HS);
+    copy_async_wait<1>();
+    __syncthreads();
+    const auto q = left_factor<HELD, M>(q_tile, warp_row);
+    const auto dO = left_factor<HELD, M>(do_tile, warp_row);
+
+    const float c = a.scale() * log2_e;
+    Sums<M, D> dq = {};
+    float row_lse[M][2], dot[M][2]; // lse in base 2
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        const int row = dq.row(i / 2, i % 2 * 2);
+        row_lse[i / 2][i % 2] = t + row < a.T ? log2_e * lse[at + t + row] : INFINITY;
+        dot[i / 2][i % 2] = dots[warp_row + row];
+    }
+    for (int key = 0, place = 0; key < seen; key += STEP, place ^= STEP) {
+        copy_async_wait<0>();
+        __syncthreads();
+        if (key + STEP < seen) load(key + STEP, place ^ STEP);
+        if (t >= a.T || key >= t + 16 * M) continue;
+        const auto k = k_tiles.from_row(place);
+        const auto v = v_tiles.from_row(place);
+        Sums<M, STEP> s = {}, ds = {};
+        multiply_transposed(s, q, k);
+        multiply_transposed(ds, dO, v); // dP as yet
+        if (key + STEP > t + 1)
+            hide(s, [=](int row, int column) { return key + column > t + row; });
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float p = fast_exp2(c * s.x[m][n][e] - row_lse[m][e / 2]);
+                    ds.x[m][n][e] = p * (ds.x[m][n][e] - dot[m][e / 2]);
+                }
+        multiply(dq, left_factor(ds, own_scratch<M, S, STEP>(scratch)), k);
+    }
+    __syncthreads();
+    scale_sums(dq, a.scale());
+    store(dqkv + (int64_t(b) * a.T + t) * a.row() + h * a.HS, a.row(), a.T - t, a.HS, dq,
+          reinterpret_cast<float*>(numbers), table ? table + int64_t(t) * (a.channels / 2) : table,
+          a.channels);
+}
+
+// The same transposed: a block has a tile of keys, and goes through the queries that see them.
+template <class S, int D, int M, int STEP, bool HELD>
+__global__ static void __launch_bounds__(attention_threads)
+    attention_dkv_kernel(S* dqkv, const S* dout, const S* qkv, const float* lse,
+                         const CosSin* table, const float* delta, AttentionShape a,
+                         int heads_at_once) {
+    const int ROWS = attention_warps * 16 * M;
+    SharedMemory shared;
+    S* numbers = shared.take<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP));
+    S* scratch = shared.take<S>(attention_scratch<S, M, STEP>);
+    float* lses = shared.take<float>(2 * STEP); // in base 2
+    float* dots = shared.take<float>(2 * STEP);
+    TileMemory<S> memory = {numbers};
+    const auto k_tile = memory.template take<D>(ROWS), v_tile = memory.template take<D>(ROWS);
+    const auto q_tiles = memory.template take<D>(2 * STEP);
+    const auto do_tiles = memory.template take<D>(2 * STEP);
+
+    const int tiles = (a.T + ROWS - 1) / ROWS, group = a.NH / a.KVH;
+    const Turn turn(tiles, a.B * a.KVH, heads_at_once);
+    const int b = turn.head / a.KVH, kv = turn.head % a.KVH;
+    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const int key0 = turn.tile * ROWS;
+    const int warp_row = threadIdx.x / warp * 16 * M, key = key0 + warp_row;
+    const int steps = group * ((a.T - key0 + STEP - 1) / STEP);
+    int next_h = kv * group, next_t = key0; // the tile of queries that is on its way
+    float next_lse = 0, next_dot = 0;       // of one of them
+    auto load = [&](int place) {
+        const S* q = rows + int64_t(next_t) * a.row() + next_h * a.HS;
+        const S* dO = dout + (int64_t(b) * a.T + next_t) * a.q_width() + next_h * a.HS;
+        q_tiles.from_row(place).template load<STEP>(q, a.row(), a.T - next_t, a.HS);
+        do_tiles.from_row(place).template load<STEP>(dO, a.q_width(), a.T - next_t, a.HS);
+        copy_async_commit();
+        const bool there = threadIdx.x < STEP && next_t + int(threadIdx.x) < a.T;
+        const int64_t at = (int64_t(b) * a.NH + next_h) * a.T + next_t + threadIdx.x;
+        next_lse = there ? log2_e * lse[at] : INFINITY; // a probability of 0
+        next_dot = there ? delta[at] : 0;
+    };
+    const S* kv_rows = rows + int64_t(key0) * a.row() + (a.NH + kv) * a.HS;
+    k_tile.template load<ROWS>(kv_rows, a.row(), a.T - key0, a.HS);
+    v_tile.template load<ROWS>(kv_rows + a.kv_width(), a.row(), a.T - key0, a.HS);
+    copy_async_commit();
+    load(0);
+    copy_async_wait<1>();
+    __syncthreads();
+    const auto k = left_factor<HELD, M>(k_tile, warp_row);
+    const auto v = left_factor<false, M>(v_tile, warp_row);
+
+    const float c = a.scale() * log2_e;
+    Sums<M, D> dk = {}, dv = {};
+    for (int step = 0, place = 0; step < steps; step++, place ^= STEP) {
+        const int t = next_t;
+        copy_async_wait<0>();
+        if (threadIdx.x < STEP) {
+            lses[place + threadIdx.x] = next_lse;
+            dots[place + threadIdx.x] = next_dot;
+        }
+        __syncthreads();
+        next_t += STEP;
+        if (next_t >= a.T) next_t = key0, next_h++;
+        if (step + 1 < steps) load(place ^ STEP);
+        if (key >= a.T || t + STEP <= key) continue; // no query that sees this warp's keys
+        const auto q = q_tiles.from_row(place), dO = do_tiles.from_row(place);
+        Sums<M, STEP> p = {}, ds = {}; // (keys, queries); scores and dP as yet
+        multiply_transposed(p, k, q);
+        multiply_transposed(ds, v, dO);
+        if (t + 1 < key + 16 * M)
+            hide(p, [=](int row, int column) { return t + column < key + row; });
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int query = p.column(n, e);
+                    float& x = p.x[m][n][e];
+                    x = fast_exp2(c * x - lses[place + query]);
+                    ds.x[m][n][e] = x * (ds.x[m][n][e] - dots[place + query]);
+                }
+        const auto own = own_scratch<M, S, STEP>(scratch);
+        multiply(dv, left_factor(p, own), dO);
+        multiply(dk, left_factor(ds, own), q);
+    }
+    __syncthreads();
+    scale_sums(dk, a.scale());
+    S* drows = dqkv + (int64_t(b) * a.T + key) * a.row() + (a.NH + kv) * a.HS;
+    store(drows, a.row(), a.T - key, a.HS, dk, reinterpret_cast<float*>(numbers),
+          table ? table + int64_t(key) * (a.channels / 2) : table, a.channels);
+    store(drows + a.kv_width(), a.row(), a.T - key, a.HS, dv, reinterpret_cast<float*>(numbers));
+}
+
+template <class S, int D>
+void attention_backward_tiles(S* dqkv, const S* dout, const S* out, const S* qkv, const float* lse,
+                              const CosSin* table, float* delta, const AttentionShape& a,
+                              cudaStream_t stream) {
+    using Tiles = AttentionTiles<S, D>;
+    const int group = a.NH / a.KVH;
+    const int64_t head_bytes = 2 * int64_t(sizeof(S)) * a.T * a.HS; // k and v, or q and dout
+    {
+        const int M = Tiles::dq_m, STEP = Tiles::dq_step, ROWS = attention_warps * 16 * M;
+        const int heads = a.B * a.NH;
+        const size_t shared = shared_bytes<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP)) +
+                              shared_bytes<S>(attention_scratch<S, M, STEP>) +
+                              shared_bytes<float>(ROWS);
+        launch(attention_dq_kernel<S, D, M, STEP, Tiles::dq_held>, blocks_for(a.T, ROWS) * heads,
+               attention_threads, shared, stream, dqkv, dout, out, qkv, lse, table, delta, a,
+               heads_that_fit(heads, head_bytes / group));
+    }
+    {
+        const int M = Tiles::dkv_m, STEP = Tiles::dkv_step, ROWS = attention_warps * 16 * M;
+        const int heads = a.B * a.KVH;
+        const size_t shared = shared_bytes<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP)) +
+                              shared_bytes<S>(attention_scratch<S, M, STEP>) +
+                              2 * shared_bytes<float>(2 * STEP);
+        launch(attention_dkv_kernel<S, D, M, STEP, Tiles::dkv_held>, blocks_for(a.T, ROWS) * heads,
+               attention_threads, shared, stream, dqkv, dout, qkv, lse, table, delta, a,
+               heads_that_fit(heads, head_bytes * group));
+    }
+}
+
+// dqkv (B, T, row) from dout (B, T, NH·HS); where there is a table (T, channels/2), of what was
+// rotated by it. With P the softmax and O the output, of a query: dP = dO Vᵀ; dS = P ⊙ (dP − dO ·
+// O); dQ = dS K · scale; dK = dSᵀ Q · scale; dV = Pᵀ dO. delta (B, NH, T): scratch, dO · O. Scores
+// are computed twice, once for dQ and once for dK and dV, so that every sum is one warp's alone.
+template <class S>
+void attention_backward(S* dqkv, const S* dout, const S* out, const S* qkv, const float* lse,
+                        const CosSin* table, float* delta, const AttentionShape& a,
+                        cudaStream_t stream) {
+    check_head_size(a);
+    if (a.HS <= 64)
+        attention_backward_tiles<S, 64>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
+    else
+        attention_backward_tiles<S, 128>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
+}
+
 // ---------------------------------------------------------------------------------------------
 // The MLP's activations: h (rows, H) → a (rows, H)
 
@@ -1762,4 +2512,1336 @@ void adamw(S* parameters, float* master, const G* gradients, M* moment1, M* mome
 // ---------------------------------------------------------------------------------------------
 // The model
 
+// The model whose sizes are multiples of 8: what it has more is padded with zeros, which stay zero
+// (a channel of weight 0 adds nothing, and its gradient is a product with 0).
+inline Config padded(Config c) {
+    auto up = [](int& n) { n = (n + 7) / 8 * 8; };
+    up(c.vocab_size), up(c.mlp_width), up(c.head_size);
+    return c;
+}
+
+// Where the numbers of a parameter of the real model lie in that of the padded one.
+struct Placement {
+    struct Axis {
+        int64_t real = 1, padded = 1, group = 1, padded_group = 1;
+
+        Axis(int64_t n, int64_t m, const Config& real_model, const Config& model)
+            : real(n), padded(m), group(n), padded_group(m) {
+            const int head = real_model.head_size, padded_head = model.head_size;
+            if (n % head == 0 && n / head * padded_head == m)
+                group = head, padded_group = padded_head; // every head's channels
+        }
+        int64_t operator()(int64_t i) const { return i / group * padded_group + i % group; }
+    };
+    Axis rows, columns;
+
+    Placement(const Param& p, const Param& q, const Config& real_model, const Config& model)
+        : rows(p.shape[0], q.shape[0], real_model, model),
+          columns(p.shape.size() == 2 ? p.shape[1] : 1, q.shape.size() == 2 ? q.shape[1] : 1,
+                  real_model, model) {
+        if (p.shape.size() == 1 || p.shape[1] == q.shape[1])
+            columns.group = columns.real, columns.padded_group = columns.padded;
+    }
+    // f(i, j): number i of the real parameter is number j of the padded one.
+    template <class F> void each(const F& f) const {
+#pragma omp parallel for
+        for (int64_t r = 0; r < rows.real; r++)
+            for (int64_t c = 0; c < columns.real; c++)
+                f(r * columns.real + c, rows(r) * columns.padded + columns(c));
+    }
+};
+
+// The tokens of a micro-batch, as they lie on the host and on the GPU, one array behind the other:
+// inputs, targets, then TokenRows.
+struct BatchLayout {
+    int64_t rows;
+
+    int64_t ints() const { return 5 * rows + 8; }
+    int64_t targets() const { return rows; }
+    int64_t order() const { return 2 * rows; }
+    int64_t tokens() const { return 3 * rows; }
+    int64_t begin() const { return 4 * rows; } // (rows + 1)
+    int64_t count() const { return 5 * rows + 4; }
+    int64_t loss_scale() const { return 5 * rows + 5; } // a float
+};
+
+// Writes the micro-batch. counts: (V + 1), scratch.
+inline void fill_batch(int* out, const BatchLayout& at, const int* inputs, const int* targets,
+                       float loss_scale, int V, std::vector<int>& counts) {
+    std::copy(inputs, inputs + at.rows, out);
+    if (targets) std::copy(targets, targets + at.rows, out + at.targets());
+    counts.assign(V + 1, 0);
+    for (int64_t i = 0; i < at.rows; i++) counts[inputs[i] + 1]++;
+    int *tokens = out + at.tokens(), *begin = out + at.begin(), distinct = 0;
+    for (int token = 0; token < V; token++) {
+        if (counts[token + 1] > 0) tokens[distinct] = token, begin[distinct++] = counts[token];
+        counts[token + 1] += counts[token];
+    }
+    begin[distinct] = int(at.rows);
+    out[at.count()] = distinct;
+    for (int64_t i = 0; i < at.rows; i++) out[at.order() + counts[inputs[i]]++] = int(i);
+    std::memcpy(out + at.loss_scale(), &loss_scale, sizeof loss_scale);
+}
+
+// What a pass computes and keeps, laid out once. What a backward pass does not need, or computes
+// again, shares a slot. Widths are padded.
+template <class S> struct Activations {
+    int64_t rows = 0; // B·T at most
+
+    Array<float> embedded;             // (rows, C), if junction 0 has a norm
+    Slots<Array<float>> residual;      // (rows, C) of each junction: r
+    Slots<Array<S>> input;             // (rows, C) of each junction: u, where it is not r itself
+    Slots<Array<S>> branch;            // (rows, C) of each junction but the first: b
+    Slots<Array<JunctionStats>> stats; // (rows) of each junction
+    Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
+    Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), with OLMo 2's norm
+    Slots<Array<NormStats>> qk_stats;  // (rows, 2)
+    Slots<Array<S>> attended;          // (rows, NH·HS)
+    Slots<Array<float>> lse;           // (rows, NH)
+    Slots<Array<S>> hidden, activated; // (rows, H or 2·H), (rows, H)
+
+    int64_t head_rows = 0, logit_rows = 0; // rows of the head at once, in training and without
+    Array<char> logits;  // (head_rows, V) of S, then their gradients, or (logit_rows, V) floats
+    Array<float> losses; // (rows)
+
+    Array<float> dresidual;   // (rows, C)
+    Array<S> dinput, dbranch; // (rows, C)
+    Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
+    Array<float> delta;       // (rows, NH): dO · O
+    Array<char> scratch;      // partial sums
+
+    // Calls make(array, elements) for every array.
+    template <class Make>
+    void layout(const Config& c, int B, int T, const ModelOptions& o, int multiprocessors,
+                const Make& make) {
+        const int C = c.width, L = c.layers, K = 2 * L + 1, V = c.vocab_size;
+        const bool train = o.training, layers = o.recompute == Recompute::layers;
+        rows = int64_t(B) * T;
+        auto junction_of = [&](int k) { return junction(c.scheme, L, k); };
+        auto keep = [&](int) { return train && !layers; };
+        auto keep_light = [&](int) { return train && o.recompute == Recompute::none; };
+        make(embedded, junction_of(0).out_norm ? rows * C : 0);
+        // Of each layer its input is kept, from which the rest can be computed again.
+        residual.layout(K, rows * C, make, [&](int k) { return k % 2 == 0 || keep(k); });
+        input.layout(K, rows * C, make, keep_light,
+                     [&](int k) { return junction_of(k).in_norm || !std::is_same_v<S, float>; });
+        // A layer computed again needs both its branches at once.
+        branch.layout(
+            layers ? 3 : K, rows * C, make,
+            [&](int k) { return train && (layers || junction_of(k).keeps_branch()); },
+            [&](int k) { return k > 0; });
+        stats.layout(K, rows, make, [&](int) { return true; });
+        // Generating text goes on from every layer's k and v.
+        qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
+        const int64_t qk = c.qk_norm ? rows : 0;
+        qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
+        qk_stats.layout(L, qk * 2, make, keep);
+        attended.layout(L, rows * c.q_width(), make, keep);
+        lse.layout(L, rows * c.heads, make, keep);
+        hidden.layout(L, rows * c.mlp_in_width(), make, keep);
+        activated.layout(L, rows * c.mlp_width, make, keep_light);
+
+        // So many rows at once that the head's matrix is seldom read, and its gradient seldom added
+        // to: half a gigabyte of logits. Equal parts, of a multiple of 128 rows.
+        auto parts = [&](int64_t elements) {
+            const int64_t most = std::max<int64_t>(256, elements / V / 128 * 128);
+            const int64_t n = (rows + most - 1) / most;
+            return std::min(rows, ((rows + n - 1) / n + 127) / 128 * 128);
+        };
+        head_rows = train ? parts(int64_t(1) << 28) : 0;
+        logit_rows = train ? std::max<int64_t>(1, head_rows * int64_t(sizeof(S)) / 4)
+                           : parts(int64_t(1) << 26);
+        make(logits, std::max(head_rows * int64_t(sizeof(S)), logit_rows * 4) * V);
+        make(losses, rows);
+        if (!train) return;
+        make(dresidual, rows * C);
+        make(dinput, rows * C);
+        make(dbranch, rows * C);
+        make(dwide, rows * std::max(c.qkv_width(), c.mlp_in_width()));
+        make(dnarrow, rows * std::max(c.q_width(), c.mlp_width));
+        make(delta, rows * c.heads);
+        const AttentionShape a{B, T, c.heads, c.kv_heads, c.head_size, c.head_size};
+        make(scratch,
+             std::max({junction_scratch(C, multiprocessors),
+                       int64_t(sizeof(float)) * qk_norm_scratch(a),
+                       int64_t(sizeof(float)) *
+                           linear_scratch(rows, std::max({C, c.qkv_width(), c.mlp_in_width()}))}));
+    }
+};
+
+// Times parts of a pass by events, for a Profile: they are read once the GPU has come to them.
+struct GpuTimes {
+    struct Span {
+        const char *group, *name;
+        double flops, bytes;
+        cudaEvent_t start, stop;
+    };
+    std::vector<Span> spans;
+    std::vector<cudaEvent_t> events; // free ones
+
+    GpuTimes() = default;
+    GpuTimes(const GpuTimes&) = delete;
+    ~GpuTimes() {
+        for (const Span& span : spans) cudaEventDestroy(span.start), cudaEventDestroy(span.stop);
+        for (cudaEvent_t event : events) cudaEventDestroy(event);
+    }
+    cudaEvent_t event() {
+        if (events.empty()) {
+            cudaEvent_t made;
+            CUDA(cudaEventCreate(&made));
+            return made;
+        }
+        cudaEvent_t event = events.back();
+        events.pop_back();
+        return event;
+    }
+    // Books all spans; the stream has been waited for.
+    void book(Profile* profile) {
+        for (const Span& span : spans) {
+            float milliseconds = 0;
+            CUDA(cudaEventElapsedTime(&milliseconds, span.start, span.stop));
+            if (profile) {
+                Profile::Part& part = profile->part(span.group, span.name);
+                part.calls++;
+                part.seconds += milliseconds / 1e3;
+                part.flops += span.flops, part.bytes += span.bytes;
+            }
+            events.push_back(span.start), events.push_back(span.stop);
+        }
+        spans.clear();
+    }
+};
+
+// One part: from here to the end of the scope.
+struct GpuTimed {
+    GpuTimes* times;
+    cudaStream_t stream;
+
+    GpuTimed(GpuTimes* times, cudaStream_t stream, const char* group, const char* name,
+             double bytes, double flops)
+        : times(times), stream(stream) {
+        if (!times) return;
+        times->spans.push_back({group, name, flops, bytes, times->event(), times->event()});
+        CUDA(cudaEventRecord(times->spans.back().start, stream));
+    }
+    ~GpuTimed() noexcept(false) {
+        if (times) CUDA(cudaEventRecord(times->spans.back().stop, stream));
+    }
+    GpuTimed(const GpuTimed&) = delete;
+};
+
+struct Stream {
+    cudaStream_t stream = nullptr;
+    Stream() { CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+    ~Stream() { cudaStreamDestroy(stream); }
+    Stream(const Stream&) = delete;
+    operator cudaStream_t() const { return stream; }
+    void wait() const { CUDA(cudaStreamSynchronize(stream)); }
+};
+
+// Σ (x − shift)^power over n numbers, a block's share each.
+__global__ static void power_sum_kernel(double* partial, const float* x, double shift, int power,
+                                        int64_t n) {
+    SharedMemory shared;
+    double* sums = shared.take<double>(blockDim.x);
+    double sum = 0;
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        const double deviation = double(x[i]) - shift;
+        sum += power == 1 ? deviation : deviation * deviation;
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 1; i < int(blockDim.x); i++) sum += sums[i];
+    partial[blockIdx.x] = sum;
+}
+
+template <class X> __global__ static void find_nonfinite_kernel(int* found, const X* x, int64_t n) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x)
+        if (!std::isfinite(float(x[i]))) *found = 1; // all write the same
+}
+
+// Sums over the ranks that train one model together, each with a GPU of its own: by NCCL, or
+// without it through the host, which waits.
+struct Communicator {
+    const Ranks* ranks = nullptr;
+#ifdef LNS_NCCL
+    ncclComm_t nccl = nullptr;
+
+    static void check(ncclResult_t result, const char* what) {
+        if (result != ncclSuccess)
+            fail(what, " failed: ", ncclGetErrorString(result),
+                 "; NCCL_DEBUG=INFO in the environment tells more");
+    }
+    void join(const Ranks& all) {
+        ranks = &all;
+        if (all.size == 1) return;
+        ncclUniqueId id = {};
+        if (all.first()) check(ncclGetUniqueId(&id), "ncclGetUniqueId");
+        all.broadcast(&id, sizeof id);
+        check(ncclCommInitRank(&nccl, all.size, id, all.rank), "ncclCommInitRank");
+    }
+    ~Communicator() {
+        if (nccl) ncclCommDestroy(nccl);
+    }
+    template <class X> void sum(X* x, int64_t n, cudaStream_t stream) const {
+        if (ranks->size == 1) return;
+        const ncclDataType_t type = std::is_same_v<X, double>  ? ncclDouble
+                                    : std::is_same_v<X, float> ? ncclFloat
+                                                               : ncclBfloat16;
+        check(ncclAllReduce(x, x, size_t(n), type, ncclSum, nccl, stream), "ncclAllReduce");
+    }
+#else
+    void join(const Ranks& all) { ranks = &all; }
+    template <class X> void sum(X* x, int64_t n, cudaStream_t stream) const {
+        if (ranks->size == 1) return;
+        std::vector<X> values(static_cast<size_t>(n));
+        CUDA(cudaMemcpyAsync(values.data(), x, values.size() * sizeof(X), cudaMemcpyDeviceToHost,
+                             stream));
+        CUDA(cudaStreamSynchronize(stream));
+        if constexpr (std::is_same_v<X, double>) {
+            ranks->sum(values.data(), int(n));
+        } else {
+            std::vector<float> floats(values.begin(), values.end());
+            ranks->sum(floats.data(), n);
+            for (int64_t i = 0; i < n; i++) values[i] = X(floats[i]);
+        }
+        CUDA(cudaMemcpyAsync(x, values.data(), values.size() * sizeof(X), cudaMemcpyHostToDevice,
+                             stream));
+        CUDA(cudaStreamSynchronize(stream));
+    }
+#endif
+};
+
+template <class S, class G> struct CudaModel : Model {
+    static constexpr bool exact = std::is_same_v<S, float>; // parameters need no master weights
+
+    ModelOptions options;
+    Config shape;    // with padded sizes
+    Registry memory; // where its parameters lie
+    int multiprocessors = 0;
+    Stream stream, copies; // of the computation, of tokens copied ahead
+    Products products;
+
+    Array<S> parameters;
+    Array<float> master; // of the parameters, if they are bf16 and it is wanted
+    Array<G> gradients;
+    Array<float> moment1, moment2;
+    Array<bf16> rounded_moment1, rounded_moment2; // instead, with moments in bf16
+    Array<uint32_t> decays;                       // one bit for each 8 numbers
+    Activations<S> acts;
+    Array<CosSin> rope_table; // (T, channels/2)
+
+    // The numbers of a step that only the GPU sees.
+    Array<double> sums; // loss, norm; then scratch of the norm
+    Array<AdamWNumbers> numbers;
+    Pinned<double> sums_back; // loss, norm
+    Pinned<AdamWNumbers> numbers_ahead;
+
+    Array<int> batch;   // the micro-batch at work (BatchLayout)
+    Array<int> batches; // those of a step, copied ahead
+    Pinned<int> batches_ahead;
+    std::vector<cudaEvent_t> arrived; // of each of them
+    std::vector<int> counts;
+
+    std::vector<int> tokens; // of the last pass
+    int B = 0, T = 0;        // of the last pass
+    int first = 0;           // rows before this one were not computed anew in the last pass
+    bool continues = false;  // whether the next pass may go on where the last one ended
+    int64_t held = 0;        // bytes
+
+    // A micro-step of (B, T), captured the second time: the first chooses the products' algorithms.
+    struct Graph {
+        int B, T;
+        cudaGraphExec_t graph; // null: seen once
+    };
+    std::vector<Graph> graphs;
+    GpuTimes times;
+    double step_scale = 0; // loss_scale of the step under way
+
+    Communicator communicator;
+
+    CudaModel(const Config& c, int max_B, int max_T, const ModelOptions& o, const Ranks& ranks)
+        : Model(c), options(o), shape(padded(c)), memory(make_registry(shape)),
+          multiprocessors(lns::gpu().multiprocessors), products(stream) {
+        check_shape(c);
+        this->ranks = &ranks;
+        auto make = [&](auto& array, int64_t n) {
+            array = std::remove_reference_t<decltype(array)>(n);
+            held += n * int64_t(sizeof(array[0]));
+        };
+        make(parameters, memory.size + slack());
+        if (o.training) {
+            const bool rounded = o.moments == DType::bf16;
+            make(master, exact || !o.master_weights ? 0 : memory.size);
+            make(gradients, memory.size);
+            for (Array<float>* array : {&moment1, &moment2})
+                make(*array, rounded ? 0 : memory.size);
+            for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
+                make(*array, rounded ? memory.size : 0);
+            make(decays, blocks_for(memory.size, 8 * 32));
+            upload_decays();
+            make(numbers, 1);
+            numbers_ahead = Pinned<AdamWNumbers>(1);
+        }
+        acts.layout(shape, max_B, max_T, o, multiprocessors, make);
+        make(sums, 2 + 1024);
+        sums_back = Pinned<double>(2);
+        make(batch, BatchLayout{acts.rows}.ints());
+        if (c.rope) upload_rope_table(make);
+        held += products.bytes();
+        communicator.join(ranks);
+        CUDA(cudaDeviceSynchronize()); // the streams do not wait for what zeroed the arrays
+    }
+    ~CudaModel() override {
+        cudaStreamSynchronize(stream);
+        for (cudaEvent_t event : arrived) cudaEventDestroy(event);
+        for (const Graph& g : graphs)
+            if (g.graph) cudaGraphExecDestroy(g.graph);
+    }
+
+    static void check_shape(const Config& c) {
+        if (c.width % 8)
+            fail("a GPU takes 8 channels at once, and the model's width is ", c.width,
+                 ": choose a --width that is a multiple of 8, or --device cpu");
+        row_shape(c.width);
+    }
+    int64_t slack() const { return 0; }
+
+    void upload_decays() {
+        std::vector<uint32_t> bits(size_t(decays.size));
+        for (const Param& p : memory.params)
+            for (int64_t i = p.offset / 8; p.decay && i < (p.offset + p.size()) / 8; i++)
+                bits[i / 32] |= 1u << i % 32;
+        CUDA(cudaMemcpy(decays, bits.data(), bits.size() * 4, cudaMemcpyHostToDevice));
+    }
+    template <class Make> void upload_rope_table(const Make& make) {
+        const int half = config.head_size / 2;
+        const int64_t reach = std::min<int64_t>(config.positions, acts.rows);
+        std::vector<CosSin> table(size_t(reach * half));
+        for (int64_t t = 0; t < reach; t++)
+            for (int i = 0; i < half; i++) {
+                const double angle =
+                    double(t) * std::pow(config.rope_theta, -2.0 * i / config.head_size);
+                table[t * half + i] = {float(std::cos(angle)), float(std::sin(angle))};
+            }
+        make(rope_table, reach * half);
+        CUDA(cudaMemcpy(rope_table, table.data(), table.size() * sizeof(CosSin),
+                        cudaMemcpyHostToDevice));
+    }
+
+    std::string device() const override { return "cuda"; }
+    std::string dtype() const override { return exact ? "float32" : "bf16"; }
+    int64_t bytes() const override { return held; }
+
+    // Tensors of the last pass, from row `first` on. k counts junctions from 0, l layers from 0.
+    int64_t rows() const { return int64_t(B) * T - first; }
+    float* residual(int k) { return acts.residual[k] + int64_t(first) * shape.width; }
+    S* input(int k) { // u: what the sublayer after junction k sees
+        if constexpr (exact)
+            if (acts.input.slot[k] < 0) return residual(k);
+        return acts.input[k] + int64_t(first) * shape.width;
+    }
+    S* branch(int k) {
+        const bool layers = options.recompute == Recompute::layers;
+        return acts.branch[layers ? 2 - k % 2 : k] + int64_t(first) * shape.width;
+    }
+    float* embedded() {
+        return acts.embedded.size ? acts.embedded + int64_t(first) * shape.width : residual(0);
+    }
+    float* before(int k) { return k == 0 ? embedded() : residual(k - 1); } // r_prev
+    JunctionStats* stats(int k) { return acts.stats[k] + first; }
+    S* hidden(int l) { return acts.hidden[l] + int64_t(first) * shape.mlp_in_width(); }
+    S* activated(int l) { return acts.activated[l] + int64_t(first) * shape.mlp_width; }
+
+    // Those of attention, from row 0 on.
+    S* qkv(int l) { return acts.qkv[l]; }
+    S* qk_raw(int l) { return shape.qk_norm ? acts.qk_raw[l] : nullptr; }
+    NormStats* qk_stats(int l) { return shape.qk_norm ? acts.qk_stats[l] : nullptr; }
+    S* attended(int l) { return acts.attended[l]; }
+    float* lse(int l) { return acts.lse[l]; }
+    AttentionShape attention() const {
+        return {B, T, shape.heads, shape.kv_heads, shape.head_size, config.head_size, first};
+    }
+    const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
+    G* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
+    BatchLayout layout() const { return {int64_t(B) * T}; }
+    const int* inputs() const { return batch; }
+    const int* targets() const { return batch + layout().targets(); }
+    TokenRows by_token() const {
+        const BatchLayout at = layout();
+        return {batch + at.tokens(), batch + at.begin(), batch + at.order(), batch + at.count()};
+    }
+    const float* loss_scale() const {
+        return reinterpret_cast<const float*>(batch + layout().loss_scale());
+    }
+    JunctionPointers<const S> junction_parameters(int k) const {
+        return {static_cast<const S*>(parameters), memory.junctions[k]};
+    }
+    float* scratch() const { return reinterpret_cast<float*>(acts.scratch + 0); }
+
+    // Books the time until the end of the scope. bytes: of activations and weights, each read or
+    // written once.
+    GpuTimed timed(const char* group, const char* name, double bytes, double flops = 0) {
+        return GpuTimed(profile ? &times : nullptr, stream, group, name, bytes, flops);
+    }
+    double moved(double per_row) const { return double(rows()) * per_row * sizeof(S); }
+
+    void matrix_forward(const char* name, S* out, const S* in, int64_t w, int64_t bias, int C,
+                        int OC) {
+        GpuTimed t = timed_matrix("forward", name, C, OC, sizeof(S));
+        linear_forward(products, out, OC, in, weight(w), weight(bias), rows(), C, OC, stream);
+    }
+    void matrix_backward(const char* name, S* din, const S* dout, const S* in, int64_t w,
+                         int64_t bias, int C, int OC) {
+        {
+            GpuTimed t = timed_matrix("input gradient", name, C, OC, sizeof(S));
+            linear_backward_input(products, din, dout, OC, weight(w), rows(), C, OC, stream);
+        }
+        weight_gradient(name, dout, in, w, bias, C, OC);
+    }
+    void weight_gradient(const char* name, const S* dout, const S* in, int64_t w, int64_t bias,
+                         int C, int OC) {
+        GpuTimed t = timed_matrix("weight gradient", name, C, OC, 2 * sizeof(G));
+        linear_backward_weight(products, gradient(w), gradient(bias), dout, OC, in, rows(), C, OC,
+                               scratch(), stream);
+    }
+    GpuTimed timed_matrix(const char* group, const char* name, double C, double OC,
+                          double matrix_bytes) {
+        return timed(group, name, moved(C + OC) + C * OC * matrix_bytes,
+                     2 * double(rows()) * C * OC);
+    }
+
+    // Of the micro-batch in `batch`. Positions before `from` keep what the last pass left there.
+    void forward(int from = 0) {
+        first = from;
+        {
+            GpuTimed t = timed("forward", "embedding",
+                               double(rows()) * shape.width * (sizeof(S) + sizeof(float)));
+            embedding_forward(embedded(), inputs() + first, weight(memory.token_embedding),
+                              weight(memory.position_embedding), first, rows(), T, shape.width,
+                              stream);
+        }
+        join_forward(0);
+        for (int l = 0; l < shape.layers; l++) {
+            attention_sublayer_forward(l);
+            join_forward(2 * l + 1);
+            mlp_sublayer_forward(l);
+            join_forward(2 * l + 2);
+        }
+    }
+
+    // From the gradient of the final norm's output, in dinput.
+    void backward() {
+        for (int l = shape.layers - 1; l >= 0; l--) {
+            if (options.recompute == Recompute::layers) layer_again(l);
+            join_backward(2 * l + 2);
+            mlp_sublayer_backward(l);
+            join_backward(2 * l + 1);
+            attention_sublayer_backward(l);
+        }
+        join_backward(0);
+        GpuTimed t = timed("backward", "embedding", double(rows()) * shape.width * sizeof(float));
+        embedding_backward(gradient(memory.token_embedding), gradient(memory.position_embedding),
+                           by_token(), static_cast<const float*>(acts.dresidual), B, T, shape.width,
+                           shape.vocab_size, stream);
+    }
+
+    void join_forward(int k) {
+        const Junction j = junction(shape.scheme, shape.layers, k);
+        S* u = acts.input.slot[k] < 0 ? nullptr : input(k);
+        GpuTimed t = timed(
+            "forward", "junctions",
+            double(rows()) * shape.width *
+                ((1.0 + j.branch) * sizeof(float) + (1.0 * j.branch + (u != nullptr)) * sizeof(S)));
+        junction_forward(j, shape.norm, shape.norm_eps, before(k),
+                         k == 0 ? static_cast<const S*>(nullptr) : branch(k),
+                         junction_parameters(k), residual(k), u, stats(k), rows(), shape.width,
+                         stream);
+    }
+
+    void join_backward(int k) {
+        const Junction j = junction(shape.scheme, shape.layers, k);
+        const bool starts = k == 2 * shape.layers; // nothing came later
+        GpuTimed t = timed("backward", "junctions",
+                           double(rows()) * shape.width *
+                               ((2.0 - starts + j.in_norm + j.keeps_branch()) * sizeof(float) +
+                                (1.0 + j.branch * (1 + j.keeps_branch())) * sizeof(S)));
+        junction_backward(j, shape.norm, shape.norm_eps, before(k),
+                          k == 0 ? static_cast<const S*>(nullptr) : branch(k), residual(k),
+                          junction_parameters(k), stats(k), static_cast<const S*>(acts.dinput),
+                          starts, static_cast<float*>(acts.dresidual),
+                          static_cast<S*>(acts.dbranch),
+                          JunctionPointers<G>(gradients, memory.junctions[k]), acts.scratch, rows(),
+                          shape.width, multiprocessors, stream);
+    }
+
+    // u of junction k once more, from r and its statistics, if it was not kept.
+    void input_again(int k) {
+        if (acts.input.slot[k] < 0 || acts.input.keeps(k)) return;
+        GpuTimed t =
+            timed("again", "junctions", double(rows()) * shape.width * (sizeof(float) + sizeof(S)));
+        cuda::input_again(junction(shape.scheme, shape.layers, k), shape.norm, shape.norm_eps,
+                          residual(k), junction_parameters(k), stats(k), input(k), rows(),
+                          shape.width, stream);
+    }
+
+    // What of layer l was not kept, once more, from its input.
+    void layer_again(int l) {
+        input_again(2 * l);
+        attention_sublayer_forward(l);
+        join_forward(2 * l + 1);
+        mlp_sublayer_forward(l);
+    }
+
+    // branch(2l + 1) = attention of input(2l)
+    void attention_sublayer_forward(int l) {
+        const LayerParams& p = memory.layers[l];
+        const int C = shape.width, Q = shape.q_width(), W = shape.qkv_width();
+        matrix_forward("qkv", qkv(l) + int64_t(first) * W, input(2 * l), p.qkv, p.qkv_bias, C, W);
+        if (shape.rope || shape.qk_norm) {
+            GpuTimed t = timed("forward", "q and k", moved(2.0 * (Q + shape.kv_width())));
+            qk_forward(qkv(l), qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
+                       shape.norm_eps, cos_sin(), attention(), stream);
+        }
+        {
+            GpuTimed t = timed("forward", "attention", moved(W + Q), attention_flops(2));
+            attention_forward(attended(l), lse(l), static_cast<const S*>(qkv(l)), attention(),
+                              stream);
+        }
+        matrix_forward("attention out", branch(2 * l + 1), attended(l) + int64_t(first) * Q,
+                       p.attn_out, p.attn_out_bias, Q, C);
+    }
+    const CosSin* cos_sin() const { return shape.rope ? rope_table + 0 : nullptr; }
+
+    // Of so many products of queries with what they see, half of all: T²/2 of each head.
+    double attention_flops(int products) const {
+        return double(products) * double(rows()) * T * config.q_width();
+    }
+
+    // From dbranch to dinput.
+    void attention_sublayer_backward(int l) {
+        const LayerParams& p = memory.layers[l];
+        const int C = shape.width, Q = shape.q_width(), W = shape.qkv_width();
+        S *dattended = acts.dnarrow, *dqkv = acts.dwide;
+        input_again(2 * l);
+        matrix_backward("attention out", dattended, static_cast<const S*>(acts.dbranch),
+                        attended(l), p.attn_out, p.attn_out_bias, Q, C);
+        {
+            GpuTimed t =
+                timed("backward", "attention", moved(2.0 * W + 2.0 * Q), attention_flops(5));
+            attention_backward(dqkv, static_cast<const S*>(dattended),
+                               static_cast<const S*>(attended(l)), static_cast<const S*>(qkv(l)),
+                               static_cast<const float*>(lse(l)), cos_sin(),
+                               static_cast<float*>(acts.delta), attention(), stream);
+        }
+        if (shape.qk_norm) {
+            GpuTimed t = timed("backward", "q and k norm", moved(3.0 * (Q + shape.kv_width())));
+            qk_norm_backward(dqkv, static_cast<const S*>(qk_raw(l)),
+                             static_cast<const NormStats*>(qk_stats(l)), weight(p.q_norm),
+                             weight(p.k_norm), gradient(p.q_norm), gradient(p.k_norm), scratch(),
+                             attention(), stream);
+        }
+        matrix_backward("qkv", acts.dinput, dqkv, input(2 * l), p.qkv, p.qkv_bias, C, W);
+    }
+
+    // GELU at the end of the product before it; not where it is computed again from `hidden` alone,
+    // which has been rounded by then: a pass must see the same numbers twice.
+    bool gelu_in_product() const {
+        return !shape.gated_mlp && options.recompute != Recompute::activations;
+    }
+
+    // branch(2l + 2) = MLP of input(2l + 1)
+    void mlp_sublayer_forward(int l) {
+        const LayerParams& p = memory.layers[l];
+        const int C = shape.width, H = shape.mlp_width, W = shape.mlp_in_width();
+        if (gelu_in_product()) {
+            GpuTimed t = timed("forward", "MLP in", moved(C + 2.0 * H) + double(C) * H * sizeof(S),
+                               2 * double(rows()) * C * H);
+            linear_gelu_forward(products, activated(l), hidden(l),
+                                static_cast<const S*>(input(2 * l + 1)), weight(p.mlp_in),
+                                weight(p.mlp_in_bias), rows(), C, H, stream);
+        } else {
+            matrix_forward("MLP in", hidden(l), input(2 * l + 1), p.mlp_in, p.mlp_in_bias, C, W);
+            activate(l, "forward");
+        }
+        matrix_forward("MLP out", branch(2 * l + 2), activated(l), p.mlp_out, p.mlp_out_bias, H, C);
+    }
+
+    void activate(int l, const char* group) {
+        const int H = shape.mlp_width;
+        GpuTimed t =
+            timed(group, shape.gated_mlp ? "swiglu" : "gelu", moved(shape.mlp_in_width() + H));
+        if (shape.gated_mlp)
+            swiglu_forward(activated(l), static_cast<const S*>(hidden(l)), rows(), H, stream);
+        else
+            gelu_forward(activated(l), static_cast<const S*>(hidden(l)), rows() * H, stream);
+    }
+
+    void mlp_sublayer_backward(int l) {
+        const LayerParams& p = memory.layers[l];
+        const int C = shape.width, H = shape.mlp_width, W = shape.mlp_in_width();
+        S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
+        const S* dbranch = acts.dbranch;
+        if (!acts.activated.keeps(l) && options.recompute == Recompute::activations)
+            activate(l, "again");
+        weight_gradient("MLP out", dbranch, activated(l), p.mlp_out, p.mlp_out_bias, H, C);
+        if (!shape.gated_mlp) {
+            GpuTimed t =
+                timed("input gradient", "MLP out", moved(C + 2.0 * H) + double(C) * H * sizeof(S),
+                      2 * double(rows()) * C * H);
+            linear_gelu_backward_input(products, dhidden, dbranch, static_cast<const S*>(hidden(l)),
+                                       weight(p.mlp_out), rows(), H, C, stream);
+        } else {
+            {
+                GpuTimed t = timed_matrix("input gradient", "MLP out", H, C, sizeof(S));
+                linear_backward_input(products, dactivated, dbranch, C, weight(p.mlp_out), rows(),
+                                      H, C, stream);
+            }
+            GpuTimed t = timed("backward", "swiglu", moved(2.0 * W + H));
+            swiglu_backward(dhidden, static_cast<const S*>(dactivated),
+                            static_cast<const S*>(hidden(l)), rows(), H, stream);
+        }
+        input_again(2 * l + 1);
+        matrix_backward("MLP in", acts.dinput, dhidden, input(2 * l + 1), p.mlp_in, p.mlp_in_bias,
+                        C, W);
+    }
+
+    // The head and its loss, some rows at a time, so that (rows, V) logits never exist. The logits
+    // are S and overwritten by their gradient if that is wanted, else float.
+    template <class X> void head_forward(bool gradients, int64_t row, int64_t n) {
+        const int V = shape.vocab_size, C = shape.width;
+        X* logits = reinterpret_cast<X*>(acts.logits + 0);
+        {
+            GpuTimed t =
+                timed("forward", "head",
+                      double(n) * (C * sizeof(S) + V * sizeof(X)) + double(V) * C * sizeof(S),
+                      2.0 * double(n) * C * V);
+            linear_forward(products, logits, V, input(2 * shape.layers) + row * C,
+                           weight(memory.head), static_cast<const S*>(nullptr), n, C, V, stream);
+        }
+        GpuTimed t = timed("forward", "loss", double(n) * V * (1 + gradients) * sizeof(X));
+        cross_entropy<S>(acts.losses + row, logits, gradients, targets() + row, loss_scale(), n,
+                         config.vocab_size, V, stream);
+    }
+
+    // With the gradients, of the final norm's output in dinput.
+    void head() {
+        const int V = shape.vocab_size, C = shape.width;
+        const S* dlogits = reinterpret_cast<const S*>(acts.logits + 0);
+        for (int64_t row = 0; row < rows(); row += acts.head_rows) {
+            const int64_t n = std::min(acts.head_rows, rows() - row);
+            head_forward<S>(true, row, n);
+            const double bytes = double(n) * (C + V) * sizeof(S);
+            const double flops = 2.0 * double(n) * C * V;
+            {
+                GpuTimed t =
+                    timed("input gradient", "head", bytes + double(V) * C * sizeof(S), flops);
+                linear_backward_input(products, acts.dinput + row * C, dlogits, V,
+                                      weight(memory.head), n, C, V, stream);
+            }
+            GpuTimed t =
+                timed("weight gradient", "head", bytes + 2.0 * double(V) * C * sizeof(G), flops);
+            linear_backward_weight(products, gradient(memory.head), static_cast<G*>(nullptr),
+                                   dlogits, V, input(2 * shape.layers) + row * C, n, C, V,
+                                   scratch(), stream);
+        }
+    }
+
+    void add_loss() { add_losses(sums, static_cast<const float*>(acts.losses), rows(), stream); }
+
+    // Copies a micro-batch to where kernels look for it.
+    void set_batch(const int* tokens, const int* targets, double loss_scale) {
+        reserve_batches(1);
+        fill_batch(batches_ahead, layout(), tokens, targets, float(loss_scale), config.vocab_size,
+                   counts);
+        CUDA(cudaMemcpyAsync(batch, batches_ahead, size_t(layout().ints()) * sizeof(int),
+                             cudaMemcpyHostToDevice, stream));
+    }
+    void reserve_batches(int n) {
+        const int64_t ints = BatchLayout{acts.rows}.ints();
+        if (batches_ahead.size >= n * ints) return;
+        stream.wait();
+        batches_ahead = Pinned<int>(n * ints);
+        if (n == 1) return;
+        batches = Array<int>(n * ints);
+        while (int(arrived.size()) < n) {
+            arrived.emplace_back();
+            CUDA(cudaEventCreateWithFlags(&arrived.back(), cudaEventDisableTiming));
+        }
+    }
+
+    double take_loss() {
+        CUDA(cudaMemcpyAsync(sums_back, sums, sizeof(double), cudaMemcpyDeviceToHost, stream));
+        stream.wait();
+        times.book(profile);
+        return sums_back[0];
+    }
+
+    double loss(const int* inputs, const int* targets, int b, int t) override {
+        check_tokens(inputs, b, t);
+        check_targets(targets);
+        continues = false;
+        tokens.assign(inputs, inputs + int64_t(B) * T);
+        set_batch(inputs, targets, 0);
+        CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
+        forward();
+        for (int64_t row = 0; row < rows(); row += acts.logit_rows)
+            head_forward<float>(false, row, std::min(acts.logit_rows, rows() - row));
+        add_loss();
+        return take_loss();
+    }
+
+    double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
+                              double loss_scale) override {
+        if (!options.training) fail("this model was made without gradients");
+        check_tokens(inputs, b, t);
+        check_targets(targets);
+        set_batch(inputs, targets, loss_scale);
+        CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
+        micro_step();
+        return take_loss();
+    }
+
+    // Forward and backward of the micro-batch in `batch`; adds to the gradients and to the loss.
+    void micro_step() {
+        continues = false;
+        first = 0;
+        auto known = std::find_if(graphs.begin(), graphs.end(),
+                                  [&](const Graph& g) { return g.B == B && g.T == T; });
+        if (profile || known == graphs.end()) {
+            compute();
+            if (known == graphs.end()) graphs.push_back({B, T, nullptr});
+            return;
+        }
+        if (!known->graph) {
+            cudaGraph_t recorded;
+            CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+            compute();
+            CUDA(cudaStreamEndCapture(stream, &recorded));
+            CUDA(cudaGraphInstantiate(&known->graph, recorded, 0));
+            CUDA(cudaGraphDestroy(recorded));
+        }
+        CUDA(cudaGraphLaunch(known->graph, stream));
+    }
+    void compute() {
+        forward();
+        head();
+        backward();
+        add_loss();
+    }
+
+    void begin_step(const StepInput& step) override {
+        if (!options.training) fail("this model was made without gradients");
+        reserve_batches(std::max(2, step.micro_batches));
+        const int64_t n = int64_t(step.B) * step.T, ints = BatchLayout{n}.ints();
+        // 1. The tokens of all micro-batches, on a stream of their own.
+        for (int m = 0; m < step.micro_batches; m++) {
+            check_tokens(step.inputs + m * n, step.B, step.T);
+            check_targets(step.targets + m * n);
+            int* ahead = batches_ahead + m * ints;
+            fill_batch(ahead, layout(), step.inputs + m * n, step.targets + m * n,
+                       float(step.loss_scale), config.vocab_size, counts);
+            CUDA(cudaMemcpyAsync(batches + m * ints, ahead, size_t(ints) * sizeof(int),
+                                 cudaMemcpyHostToDevice, copies));
+            CUDA(cudaEventRecord(arrived[m], copies));
+        }
+        // 2. The gradient of the mean loss.
+        zero_gradients();
+        CUDA(cudaMemsetAsync(sums, 0, 2 * sizeof(double), stream));
+        for (int m = 0; m < step.micro_batches; m++) {
+            CUDA(cudaStreamWaitEvent(stream, arrived[m], 0));
+            CUDA(cudaMemcpyAsync(batch, batches + m * ints, size_t(ints) * sizeof(int),
+                                 cudaMemcpyDeviceToDevice, stream));
+            micro_step();
+        }
+        {
+            GpuTimed t = timed("update", "sum over ranks", double(memory.size) * sizeof(G));
+            communicator.sum(gradients + 0, memory.size, stream);
+            communicator.sum(sums + 0, 1, stream);
+        }
+        // 3. Its norm, and the step down it.
+        step_scale = step.loss_scale;
+        set_numbers(step.optimizer, step.grad_clip);
+        norm_of_gradients();
+        update(sums + 1, sums + 0);
+        CUDA(cudaMemcpyAsync(sums_back, sums, 2 * sizeof(double), cudaMemcpyDeviceToHost, stream));
+    }
+
+    StepResult end_step() override {
+        stream.wait();
+        times.book(profile);
+        return {sums_back[0] * step_scale, sums_back[1]};
+    }
+
+    // If the tokens continue those of the last call, as in generating text, only the new positions
+    // are computed: every layer's k and v are still there.
+    void logits(const int* inputs, int b, int t, bool last_only, float* out) override {
+        int from = 0;
+        if (continues && last_only && b == 1)
+            while (from < std::min(t - 1, T) && inputs[from] == tokens[from]) from++;
+        check_tokens(inputs, b, t);
+        tokens.assign(inputs, inputs + int64_t(B) * T);
+        set_batch(inputs, nullptr, 0);
+        forward(from);
+        const int V = shape.vocab_size, C = shape.width;
+        float* logits = reinterpret_cast<float*>(acts.logits + 0);
+        const int64_t step = last_only ? 1 : acts.logit_rows;
+        for (int64_t row = last_only ? T - 1 - first : 0; row < rows();
+             row += last_only ? T : step) {
+            const int64_t n = std::min(step, rows() - row);
+            linear_forward(products, logits, V, input(2 * shape.layers) + row * C,
+                           weight(memory.head), static_cast<const S*>(nullptr), n, C, V, stream);
+            const size_t wanted = size_t(config.vocab_size) * sizeof(float);
+            CUDA(cudaMemcpy2DAsync(out, wanted, logits, size_t(V) * sizeof(float), wanted,
+                                   size_t(n), cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            out += n * config.vocab_size;
+        }
+        continues = b == 1;
+    }
+
+    void check_tokens(const int* inputs, int b, int t) {
+        if (b < 1 || t < 1 || int64_t(b) * t > acts.rows)
+            fail("a batch of ", b, " x ", t, " tokens was given to a model made for ", acts.rows);
+        if (t > config.positions)
+            fail("a sequence of ", t, " tokens was given to a model of ", config.positions,
+                 " positions");
+        B = b, T = t, first = 0;
+        for (int64_t i = 0; i < int64_t(B) * T; i++)
+            if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
+                fail("token ", inputs[i], " is not in the model's vocabulary of ",
+                     config.vocab_size);
+    }
+    void check_targets(const int* targets) {
+        for (int64_t i = 0; i < rows(); i++)
+            if (targets[i] < -1 || targets[i] >= config.vocab_size)
+                fail("target ", targets[i], " is neither -1 nor in the model's vocabulary of ",
+                     config.vocab_size);
+    }
+
+    void initialize(uint64_t seed) override {
+        continues = false;
+        std::vector<float> values;
+        for (const Param& p : registry.params) {
+            values.resize(size_t(p.size()));
+            lns::initialize(p, seed, values.data());
+            write(Buffer::parameters, p, values.data());
+        }
+        auto clear = [&](auto& array) {
+            if (array.size)
+                CUDA(cudaMemsetAsync(array, 0, size_t(array.size) * sizeof(array[0]), stream));
+        };
+        clear(gradients), clear(moment1), clear(moment2);
+        clear(rounded_moment1), clear(rounded_moment2);
+        stream.wait();
+    }
+
+    void zero_gradients() override {
+        GpuTimed t = timed("update", "zero gradients", double(memory.size) * sizeof(G));
+        CUDA(cudaMemsetAsync(gradients, 0, size_t(memory.size) * sizeof(G), stream));
+    }
+
+    void norm_of_gradients() {
+        GpuTimed t = timed("update", "gradient norm", double(memory.size) * sizeof(G));
+        cuda::gradient_norm(sums + 1, static_cast<const G*>(gradients), memory.size, sums + 2,
+                            stream);
+    }
+    double gradient_norm() override {
+        norm_of_gradients();
+        CUDA(cudaMemcpyAsync(sums_back + 1, sums + 1, sizeof(double), cudaMemcpyDeviceToHost,
+                             stream));
+        stream.wait();
+        times.book(profile);
+        return sums_back[1];
+    }
+
+    void set_numbers(const AdamW& o, double grad_clip) {
+        AdamWNumbers& n = numbers_ahead[0];
+        n.lr = float(o.lr), n.beta1 = float(o.beta1), n.beta2 = float(o.beta2);
+        n.eps = float(o.eps), n.weight_decay = float(o.weight_decay);
+        n.correction1 = float(1 / (1 - std::pow(o.beta1, double(o.step))));
+        n.correction2 = float(1 / (1 - std::pow(o.beta2, double(o.step))));
+        n.grad_clip = float(grad_clip), n.grad_scale = float(o.grad_scale);
+        n.step = uint32_t(o.step);
+        CUDA(cudaMemcpyAsync(numbers, numbers_ahead, sizeof n, cudaMemcpyHostToDevice, stream));
+    }
+    void update(const AdamW& o) override {
+        set_numbers(o, 0);
+        update(nullptr, nullptr);
+        stream.wait();
+        times.book(profile);
+    }
+    // norm, loss: on the GPU, or null.
+    void update(const double* norm, const double* loss) {
+        continues = false;
+        if (options.moments == DType::bf16)
+            update(rounded_moment1 + 0, rounded_moment2 + 0, norm, loss);
+        else
+            update(moment1 + 0, moment2 + 0, norm, loss);
+    }
+    template <class M> void update(M* m, M* v, const double* norm, const double* loss) {
+        GpuTimed t = timed("update", "AdamW",
+                           double(memory.size) *
+                               (sizeof(G) + 4.0 * sizeof(M) +
+                                (master.size ? 2.0 * sizeof(float) + sizeof(S) : 2.0 * sizeof(S))));
+        adamw(parameters + 0, master + 0, static_cast<const G*>(gradients), m, v,
+              static_cast<const uint32_t*>(decays), static_cast<const AdamWNumbers*>(numbers), norm,
+              loss, options.stochastic_rounding, memory.size, stream);
+    }
+
+    // f(the array of a buffer)
+    template <class F> void with_buffer(Buffer buffer, const F& f) {
+        const bool rounded = options.moments == DType::bf16;
+        if (buffer == Buffer::parameters)
+            master.size ? f(master) : f(parameters);
+        else if (buffer == Buffer::gradients)
+            f(gradients);
+        else if (buffer == Buffer::moment1)
+            rounded ? f(rounded_moment1) : f(moment1);
+        else
+            rounded ? f(rounded_moment2) : f(moment2);
+    }
+    const Param& padded_param(const Param& p) const {
+        return memory.params[size_t(&p - registry.params.data())];
+    }
+
+    void read(Buffer buffer, const Param& p, float* out) override {
+        const Param& q = padded_param(p);
+        const Placement place(p, q, config, shape);
+        with_buffer(buffer, [&](auto& array) {
+            using X = std::remove_reference_t<decltype(array[0])>;
+            std::vector<X> values(size_t(q.size()));
+            CUDA(cudaMemcpyAsync(values.data(), array + q.offset, values.size() * sizeof(X),
+                                 cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            place.each([&](int64_t i, int64_t j) { out[i] = float(values[j]); });
+        });
+    }
+
+    void write(Buffer buffer, const Param& p, const float* numbers) override {
+        continues = false;
+        const Param& q = padded_param(p);
+        const Placement place(p, q, config, shape);
+        auto upload = [&](auto& array) {
+            using X = std::remove_reference_t<decltype(array[0])>;
+            std::vector<X> values(size_t(q.size()), X(0.0f));
+            place.each([&](int64_t i, int64_t j) { values[j] = X(numbers[i]); });
+            CUDA(cudaMemcpyAsync(array + q.offset, values.data(), values.size() * sizeof(X),
+                                 cudaMemcpyHostToDevice, stream));
+            stream.wait();
+        };
+        with_buffer(buffer, upload);
+        if (buffer == Buffer::parameters && master.size) upload(parameters);
+    }
+
+    std::vector<double> residual_variance() override {
+        const int blocks = 128;
+        Array<double> partial(blocks);
+        std::vector<double> parts(blocks), variance;
+        const int64_t n = rows() * shape.width;
+        auto mean_power = [&](const float* x, double shift, int power) {
+            launch(power_sum_kernel, blocks, 256, shared_bytes<double>(256), stream,
+                   static_cast<double*>(partial), x, shift, power, n);
+            CUDA(cudaMemcpyAsync(parts.data(), partial, blocks * sizeof(double),
+                                 cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            double sum = 0;
+            for (double part : parts) sum += part;
+            return sum / double(n);
+        };
+        for (int l = 0; l <= shape.layers; l++) {
+            const double mean = mean_power(residual(2 * l), 0, 1);
+            variance.push_back(mean_power(residual(2 * l), mean, 2));
+        }
+        return variance;
+    }
+
+    std::string first_nonfinite() override {
+        Array<int> found(1);
+        auto bad = [&](const auto* x, int64_t n) {
+            using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+            CUDA(cudaMemsetAsync(found, 0, sizeof(int), stream));
+            launch(find_nonfinite_kernel<X>, 256, 256, 0, stream, static_cast<int*>(found), x, n);
+            int result = 0;
+            CUDA(cudaMemcpyAsync(&result, found, sizeof(int), cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            return result != 0;
+        };
+        for (const Param& p : memory.params)
+            if (bad(weight(p.offset), p.size())) return "the parameter " + p.name;
+        if (rows() > 0) {
+            const int64_t n = rows(), C = shape.width;
+            if (bad(embedded(), n * C)) return "the embedding's output";
+            for (int k = 0; k <= 2 * shape.layers; k++) {
+                const int l = (k - 1) / 2;
+                std::string layer = "layer " + std::to_string(l + 1) + "'s ";
+                if (k > 0 && k % 2 == 1) {
+                    if (acts.qkv.keeps(l) && bad(qkv(l), n * shape.qkv_width()))
+                        return layer + "q, k and v";
+                    if (acts.attended.keeps(l) && bad(attended(l), n * shape.q_width()))
+                        return layer + "attention";
+                }
+                if (k > 0 && k % 2 == 0) {
+                    if (acts.hidden.keeps(l) && bad(hidden(l), n * shape.mlp_in_width()))
+                        return layer + "MLP input";
+                    if (acts.activated.keeps(l) && bad(activated(l), n * shape.mlp_width))
+                        return layer + "MLP activation";
+                }
+                if (acts.residual.keeps(k) && bad(residual(k), n * C))
+                    return k == 0 ? "the residual stream after the embedding"
+                                  : "the residual stream after " + layer +
+                                        (k % 2 == 1 ? "attention" : "MLP");
+                if (acts.input.keeps(k) && bad(input(k), n * C))
+                    return k == 2 * shape.layers
+                               ? "the final norm's output"
+                               : "the norm before layer " + std::to_string(k / 2 + 1) + "'s " +
+                                     (k % 2 == 0 ? "attention" : "MLP");
+            }
+            if (bad(static_cast<const float*>(acts.losses), n)) return "the loss";
+        }
+        if (options.training)
+            for (auto p = memory.params.rbegin(); p != memory.params.rend(); ++p)
+                if (bad(gradient(p->offset), p->size())) return "the gradient of " + p->name;
+        return "";
+    }
+};
+
+inline MemoryPlan plan(const Config& config, int B, int T, const ModelOptions& o, auto scalar,
+                       auto gradient) {
+    using S = decltype(scalar);
+    MemoryPlan plan;
+    const Config shape = padded(config);
+    const int64_t n = make_registry(shape).size;
+    plan.parameters = n * int64_t(sizeof(S));
+    if (o.training) {
+        plan.gradients = n * int64_t(sizeof gradient);
+        plan.optimizer = 2 * n * int64_t(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
+        if (sizeof(S) < sizeof(float) && o.master_weights)
+            plan.optimizer += n * int64_t(sizeof(float));
+        plan.optimizer += n / 64;
+    }
+    // Where a run is only planned, as many as an H100 has.
+    const int multiprocessors = why_no_gpu().empty() ? gpu().multiprocessors : 132;
+    Activations<S> acts;
+    acts.layout(shape, B, T, o, multiprocessors, [&](auto& array, int64_t elements) {
+        plan.activations += elements * int64_t(sizeof(array[0]));
+    });
+    if (config.rope)
+        plan.activations += std::min<int64_t>(config.positions, acts.rows) *
+                            (config.head_size / 2) * int64_t(sizeof(CosSin));
+    plan.activations += BatchLayout{acts.rows}.ints() * int64_t(sizeof(int));
+    plan.scratch = Products::workspace_bytes();
+    return plan;
+}
+
 } // namespace lns::cuda
+
+namespace lns {
+
+std::unique_ptr<Model> make_cuda_model(const Config& config, int B, int T,
+                                       const ModelOptions& options, const Ranks& ranks) {
+    using namespace cuda;
+    if (options.dtype == DType::float32)
+        return std::make_unique<CudaModel<float, float>>(config, B, T, options, ranks);
+    if (options.gradients == DType::float32)
+        return std::make_unique<CudaModel<cuda::bf16, float>>(config, B, T, options, ranks);
+    return std::make_unique<CudaModel<cuda::bf16, cuda::bf16>>(config, B, T, options, ranks);
+}
+
+MemoryPlan plan_cuda_memory(const Config& config, int B, int T, const ModelOptions& options) {
+    if (options.dtype == DType::float32) return cuda::plan(config, B, T, options, 0.0f, 0.0f);
+    if (options.gradients == DType::float32)
+        return cuda::plan(config, B, T, options, cuda::bf16(), 0.0f);
+    return cuda::plan(config, B, T, options, cuda::bf16(), cuda::bf16());
+}
+
+// ---------------------------------------------------------------------------------------------
+// The GPU
+
+void cuda::fail_call(const char* call, const char* file, int line, cudaError_t error) {
+    const char* advice = "";
+    if (error == cudaErrorMemoryAllocation)
+        advice = "; lower --batch, ask for --recompute, or see with nvidia-smi who else has memory";
+    if (error == cudaErrorNoKernelImageForDevice)
+        advice = "; this build has no code for this GPU: make CUDA_ARCH=native";
+    if (error == cudaErrorECCUncorrectable)
+        advice = "; the GPU's memory is faulty: go on with the last checkpoint on another one";
+    fail("the GPU failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ") in ",
+         std::string(call, std::min<size_t>(std::strcspn(call, "("), 60)), " at ", file, ":", line,
+         advice);
+}
+
+bool built_with_cuda() { return true; }
+
+std::string why_no_gpu() {
+    static const std::string why = []() -> std::string {
+        auto version = [](int v) { return cat(v / 1000, ".", v % 1000 / 10); };
+        int driver = 0, runtime = 0, count = 0, major = 0, minor = 0;
+        CUDA(cudaDriverGetVersion(&driver));
+        CUDA(cudaRuntimeGetVersion(&runtime));
+        if (driver == 0) return "there is no NVIDIA driver here";
+        const cudaError_t error = cudaGetDeviceCount(&count);
+        cudaGetLastError(); // told here, not by the next call
+        if (error == cudaErrorInsufficientDriver)
+            return cat("the NVIDIA driver is made for CUDA ", version(driver),
+                       ", and this build needs one for ", version(runtime), ": update it");
+        if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0))
+            return "the NVIDIA driver shows this process no GPU (see nvidia-smi, and "
+                   "CUDA_VISIBLE_DEVICES)";
+        if (error != cudaSuccess)
+            return cat("CUDA does not start: ", cudaGetErrorString(error), " (see nvidia-smi)");
+        CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+        CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+        if (major < 8)
+            return cat("the GPU has compute capability ", major, ".", minor,
+                       ", and 8.0 (Ampere) is the least that this program runs on");
+        return "";
+    }();
+    return why;
+}
+
+void use_gpu(const Ranks& ranks) {
+    if (const std::string why = why_no_gpu(); !why.empty()) fail(why);
+    int count = 0;
+    CUDA(cudaGetDeviceCount(&count));
+    CUDA(cudaSetDevice(ranks.local_rank % count));
+}
+
+Gpu gpu() {
+    if (const std::string why = why_no_gpu(); !why.empty()) fail(why);
+    Gpu g;
+    CUDA(cudaGetDeviceCount(&g.count));
+    CUDA(cudaGetDevice(&g.index));
+    cudaDeviceProp properties;
+    CUDA(cudaGetDeviceProperties(&properties, g.index));
+    g.name = properties.name;
+    g.id.assign(reinterpret_cast<const char*>(&properties.uuid), sizeof properties.uuid);
+    g.major = properties.major, g.minor = properties.minor;
+    if (g.major < 8)
+        fail("GPU ", g.index, " (", g.name, ") has compute capability ", g.major, ".", g.minor,
+             ", and 8.0 is needed: choose others with CUDA_VISIBLE_DEVICES");
+    g.multiprocessors = properties.multiProcessorCount;
+    size_t free = 0, total = 0;
+    CUDA(cudaMemGetInfo(&free, &total));
+    g.free = int64_t(free), g.memory = int64_t(total);
+    CUDA(cudaDriverGetVersion(&g.driver));
+    CUDA(cudaRuntimeGetVersion(&g.runtime));
+    return g;
+}
+
+namespace cuda {
+
+// Seconds of the fastest of so many runs of what `run` enqueues, after one that is not counted.
+template <class Run> double fastest(int runs, cudaStream_t stream, const Run& run) {
+    struct Events {
+        cudaEvent_t start = nullptr, stop = nullptr;
+        Events() {
+            CUDA(cudaEventCreate(&start));
+            CUDA(cudaEventCreate(&stop));
+        }
+        ~Events() { cudaEventDestroy(start), cudaEventDestroy(stop); }
+    } events;
+    run();
+    float best = INFINITY;
+    for (int i = 0; i < runs; i++) {
+        float milliseconds = 0;
+        CUDA(cudaEventRecord(events.start, stream));
+        run();
+        CUDA(cudaEventRecord(events.stop, stream));
+        CUDA(cudaEventSynchronize(events.stop));
+        CUDA(cudaEventElapsedTime(&milliseconds, events.start, events.stop));
+        best = std::min(best, milliseconds);
+    }
+    return std::max(double(best), 1e-3) / 1e3;
+}
+
+// Uniform in (−1, 1): a GPU multiplies zeros or ones faster, since it then needs less power.
+template <class S> __global__ static void random_kernel(S* x, int64_t n) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        uint32_t bits = uint32_t(i) * 0x9E3779B9u;
+        bits = (bits ^ bits >> 16) * 0x21F0AAADu;
+        bits = (bits ^ bits >> 15) * 0xD35A2D97u;
+        x[i] = S(float(bits ^ bits >> 15) * 0x1p-31f - 1.0f);
+    }
+}
+
+template <class S> static double product_flops(int n) {
+    Stream stream;
+    Products products(stream);
+    const int64_t size = int64_t(n) * n;
+    Array<S> a(size), b(size), out(size);
+    CUDA(cudaDeviceSynchronize()); // their zeros are written
+    launch(random_kernel<S>, blocks_for(size, 4096), 256, 0, stream, a, size);
+    launch(random_kernel<S>, blocks_for(size, 4096), 256, 0, stream, b, size);
+    auto product = [&] {
+        linear_forward(products, out + 0, n, static_cast<const S*>(a), static_cast<const S*>(b),
+                       static_cast<const S*>(nullptr), n, n, n, stream);
+    };
+    return 2.0 * n * n * n / fastest(20, stream, product);
+}
+
+enum class Access { read, write, update };
+
+// All of x (n), in place.
+template <Access access>
+__global__ static void access_kernel(float4* x, int64_t n, float factor, float term) {
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        const float4 v = access == Access::write ? make_float4(factor, term, factor, term) : x[i];
+        if (access == Access::read)
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        else
+            x[i] = make_float4(factor * v.x + term, factor * v.y + term, factor * v.z + term,
+                               factor * v.w + term);
+    }
+    // Never so, but the compiler cannot know that nobody wants the sum.
+    if (access == Access::read && sum.x + sum.y + sum.z + sum.w == -1.0f) x[0] = sum;
+}
+
+static Bandwidth access_bandwidth(int64_t bytes) {
+    Stream stream;
+    const int64_t n = bytes / int64_t(sizeof(float4));
+    Array<float> memory(n * 4);
+    CUDA(cudaDeviceSynchronize()); // its zeros are written
+    float4* x = reinterpret_cast<float4*>(memory + 0);
+    const int blocks = std::min(16 * gpu().multiprocessors, blocks_for(n, 256));
+    auto rate = [&](auto* kernel, double accesses) {
+        return accesses * double(bytes) / fastest(10, stream, [&] {
+                   launch(kernel, blocks, 256, 0, stream, x, n, 0.999f, 1e-3f);
+               });
+    };
+    Bandwidth b;
+    b.read = rate(access_kernel<Access::read>, 1);
+    b.write = rate(access_kernel<Access::write>, 1);
+    b.update = rate(access_kernel<Access::update>, 2);
+    return b;
+}
+
+} // namespace cuda
+
+double measured_gpu_flops(DType dtype) {
+    auto measure = [](auto scalar) {
+        using S = decltype(scalar);
+        const int small = 256, large = 8192;
+        const double flops = cuda::product_flops<S>(small);
+        const bool slow = 2.0 * large * large * large / flops > 10; // seconds; most GPUs take 0.3
+        const bool fits = 4 * int64_t(sizeof(S)) * large * large < gpu().free;
+        return slow || !fits ? flops : cuda::product_flops<S>(large);
+    };
+    return dtype == DType::bf16 ? measure(cuda::bf16()) : measure(0.0f);
+}
+
+Bandwidth measured_gpu_bandwidth() {
+    const int64_t small = 1 << 20, large = int64_t(1) << 30; // bytes; the largest caches have 1e8
+    const Bandwidth b = cuda::access_bandwidth(small);
+    const bool slow = double(large) / b.read > 1; // second
+    return slow || 2 * large > gpu().free ? b : cuda::access_bandwidth(large);
+}
+
+} // namespace lns

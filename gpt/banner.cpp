@@ -5,6 +5,7 @@
 
 #include "gpt/build.h"
 #include "gpt/error.h"
+#include "gpt/gpu.h"
 #include "gpt/terminal.h"
 
 namespace lns {
@@ -21,9 +22,20 @@ std::string kind_of(const std::string& name) {
 
 std::string plural(int64_t n, const char* what) { return cat(n, " ", what, n == 1 ? "" : "s"); }
 
+// "NVIDIA H100 80GB HBM3, 79.1 of 79.6 GiB free, …"
+std::string describe_gpu() {
+    const Gpu g = gpu();
+    auto version = [](int v) { return cat(v / 1000, ".", v % 1000 / 10); };
+    return cat(g.name, g.count > 1 ? cat(" (", g.index, " of 0 to ", g.count - 1, ")") : "", ", ",
+               format_bytes(double(g.free)), " of ", format_bytes(double(g.memory)),
+               " free, compute capability ", g.major, ".", g.minor, ", ",
+               plural(g.multiprocessors, "multiprocessor"), "; driver for CUDA ", version(g.driver),
+               ", built with ", version(g.runtime));
+}
+
 } // namespace
 
-std::string describe_machine(int threads, const Ranks& ranks, double peak,
+std::string describe_machine(int threads, const Ranks& ranks, const Peak& peak,
                              const ModelOptions& options) {
     const BuildInfo& build = build_info();
     std::string with;
@@ -33,9 +45,16 @@ std::string describe_machine(int threads, const Ranks& ranks, double peak,
     text += cat("machine    ", cpu_features(), "\n");
     text += cat("           ", plural(threads, "thread"),
                 ranks.size > 1 ? cat(" on each of ", ranks.size, " ranks") : "");
-    if (peak > 0)
-        text += format_number("; measured peak %.0f GFLOP/s in ", peak / 1e9) +
-                (options.dtype == DType::bf16 ? "bf16" : "float32");
+    if (options.device == Device::cuda) text += "\nGPU        " + describe_gpu();
+    if (peak.flops > 0)
+        text += cat(options.device == Device::cuda ? "\n           " : "; ", "measured peak ",
+                    format_flops(peak.measured), " in ",
+                    options.dtype == DType::bf16 ? "bf16" : "float32",
+                    peak.flops == peak.measured
+                        ? ""
+                        : ", of " + format_flops(peak.flops) + " by the data sheet");
+    if (options.device == Device::cpu && built_with_cuda() && !why_no_gpu().empty())
+        text += "\n           not on a GPU: " + why_no_gpu();
     return text + "\nnumbers    " + describe_numbers(options) + "\n";
 }
 
@@ -75,17 +94,19 @@ std::string describe_model(const Config& c, int B, int T, const ModelOptions& op
     text += "\n";
     for (const std::string& note : c.notes) text += "note: " + note + "\n";
     text += table.text();
-    MemoryPlan m = plan_cpu_memory(c, B, T, options);
+    MemoryPlan m = plan_memory(c, B, T, options);
     double flops = flops_per_token(c, T);
     text += cat("\nparameters ", format_count(double(registry.count())), "; ", format_count(flops),
                 " FLOPs a token to train, at ", T, " tokens a sequence\n");
-    const double program = double(resident_bytes().now + m.scratch);
-    text +=
-        cat("memory     ", format_bytes(double(m.total() + resident_bytes().now)), ": parameters ",
-            format_bytes(double(m.parameters)), ", gradients ", format_bytes(double(m.gradients)),
-            ", optimizer ", format_bytes(double(m.optimizer)), ", activations ",
-            format_bytes(double(m.activations)), " for ", B, " x ", T, " tokens, the program ",
-            format_bytes(program), "\n");
+    const bool cuda = options.device == Device::cuda;
+    const double program = cuda ? 0 : double(resident_bytes().now);
+    text += cat(
+        "memory     ", format_bytes(double(m.total()) + program),
+        cuda ? " of the GPU's: parameters " : ": parameters ", format_bytes(double(m.parameters)),
+        ", gradients ", format_bytes(double(m.gradients)), ", optimizer ",
+        format_bytes(double(m.optimizer)), ", activations ", format_bytes(double(m.activations)),
+        " for ", B, " x ", T, cuda ? " tokens, matrix products " : " tokens, the program ",
+        format_bytes(program + double(m.scratch)), "\n");
     return text;
 }
 

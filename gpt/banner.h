@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "gpt/device.h"
 #include "gpt/model.h"
 #include "gpt/ranks.h"
 #include "gpt/schedule.h"
@@ -10,9 +11,8 @@
 
 namespace lns {
 
-// What was built in, and what was found here. peak: FLOP/s of all ranks in the model's dtype, 0 if
-// not measured.
-std::string describe_machine(int threads, const Ranks& ranks, double peak,
+// What was built in, and what was found here. peak: of all ranks, 0 if not measured.
+std::string describe_machine(int threads, const Ranks& ranks, const Peak& peak,
                              const ModelOptions& options);
 
 // The model's table: each kind of parameter, how many; then totals, FLOPs and memory of one rank.

@@ -10,12 +10,13 @@
 #include "gpt/banner.h"
 #include "gpt/bf16.h"
 #include "gpt/build.h"
+#include "gpt/device.h"
 #include "gpt/error.h"
+#include "gpt/gpu.h"
 #include "gpt/model.h"
 #include "gpt/random.h"
 #include "gpt/setup.h"
 #include "gpt/terminal.h"
-#include "gpt/train.h"
 
 namespace lns {
 
@@ -27,27 +28,29 @@ double now() {
 }
 
 void measure_peaks(Bench& b) {
-    b.float32_peak = std::max(b.float32_peak, measured_peak_flops(b.threads));
-    b.bf16_peak = std::max(b.bf16_peak, measured_bf16_flops(b.threads));
+    const bool cuda = b.options.device == Device::cuda;
+    b.float32_peak = std::max(b.float32_peak, cuda ? measured_gpu_flops(DType::float32)
+                                                   : measured_peak_flops(b.threads));
+    b.bf16_peak = std::max(b.bf16_peak,
+                           cuda ? measured_gpu_flops(DType::bf16) : measured_bf16_flops(b.threads));
 }
 
 // One step; its loss a token.
 double step(Model& model, const Options& o, const std::vector<int>& tokens, int B, int T,
             int64_t number) {
-    const double n = double(B) * T;
-    model.zero_gradients();
-    const double loss =
-        model.loss_and_gradients(tokens.data(), tokens.data() + B * T, B, T, 1 / n) / n;
-    const double norm = model.gradient_norm();
-    if (!std::isfinite(loss) || !std::isfinite(norm))
-        fail("step ", number, ": the loss is ", loss, " and the gradient's norm ", norm,
-             ", and arithmetic on numbers that are not finite may take another time");
-    AdamW adam;
+    const int64_t n = int64_t(B) * T;
+    StepInput input = {tokens.data(), tokens.data() + n, 1, B, T};
+    input.loss_scale = 1 / double(n);
+    input.grad_clip = o.grad_clip;
+    AdamW& adam = input.optimizer;
     adam.lr = o.lr, adam.beta1 = o.beta1, adam.beta2 = o.beta2, adam.eps = o.eps;
     adam.weight_decay = o.weight_decay;
     adam.step = number;
-    if (norm > o.grad_clip) adam.grad_scale = o.grad_clip / norm;
-    model.update(adam);
+    model.begin_step(input);
+    const auto [loss, norm] = model.end_step();
+    if (!std::isfinite(loss) || !std::isfinite(norm))
+        fail("step ", number, ": the loss is ", loss, " and the gradient's norm ", norm,
+             ", and arithmetic on numbers that are not finite may take another time");
     return loss;
 }
 
@@ -61,23 +64,31 @@ double Bench::median_seconds() const {
 }
 double Bench::tokens_per_s() const { return double(B) * T / median_seconds(); }
 double Bench::peak() const { return dtype == "bf16" ? bf16_peak : float32_peak; }
-double Bench::mfu() const { return flops * tokens_per_s() / peak(); }
+double Bench::mfu_measured() const { return flops * tokens_per_s() / peak(); }
+double Bench::mfu() const {
+    const bool known = data_sheet_peak > 0 && dtype == "bf16";
+    return known ? flops * tokens_per_s() / data_sheet_peak : mfu_measured();
+}
 
-Bench measure_training(const Options& o) {
-    check_machine(o);
+Bench measure_training(const Options& o, const Ranks& ranks) {
     Bench b;
     b.config = model_config(o);
     check_length(o.batch, o.seq_len, b.config);
     b.B = int(o.batch), b.T = int(o.seq_len);
     const ModelOptions& options = b.options = model_options(o, true);
-    check_memory(b.B, b.T, b.config, options);
+    const bool cuda = options.device == Device::cuda;
+    check_devices(options, ranks);
+    check_memory(b.config, b.B, b.T, options);
     b.threads = use_threads(o.threads);
-    b.planned_memory = plan_cpu_memory(b.config, b.B, b.T, options).total() + resident_bytes().now;
+    b.planned_memory = plan_memory(b.config, b.B, b.T, options).total();
+    if (!cuda) b.planned_memory += resident_bytes().now;
+    if (cuda) b.gpu = gpu().name, b.data_sheet_peak = data_sheet_bf16_flops(b.gpu);
     b.flops = flops_per_token(b.config, b.T);
     measure_peaks(b);
 
     {
-        std::unique_ptr<Model> model = make_cpu_model(b.config, b.B, b.T, options);
+        const int64_t free = cuda ? gpu().free : 0;
+        std::unique_ptr<Model> model = make_model(b.config, b.B, b.T, options, ranks);
         b.device = model->device(), b.dtype = model->dtype();
         b.parameters = model->registry.count();
         model->initialize(uint64_t(o.seed));
@@ -91,16 +102,18 @@ Bench measure_training(const Options& o) {
             b.losses.push_back(step(*model, o, tokens, b.B, b.T, i + 2));
             b.seconds.push_back(now() - start);
         }
-    }
-    b.peak_memory = resident_bytes().peak; // before the bandwidth's arrays
+        b.model_memory = model->bytes();
+        b.peak_memory = cuda ? free - gpu().free : resident_bytes().peak;
+    } // the bandwidth's arrays need memory too
     measure_peaks(b);
-    b.bandwidth = measured_bandwidth(b.threads);
+    b.bandwidth = device_bandwidth(options, b.threads);
     return b;
 }
 
 std::string describe(const Bench& b) {
-    auto flops = [](double x) { return format_number("%.0f GFLOP/s", x / 1e9); };
+    auto flops = format_flops;
     auto bytes = [](double x) { return format_number("%.1f GB/s ", x / 1e9); };
+    const bool cuda = b.options.device == Device::cuda;
     const auto [least, most] = std::minmax_element(b.seconds.begin(), b.seconds.end());
     const Bandwidth& m = b.bandwidth;
     std::string text =
@@ -112,16 +125,24 @@ std::string describe(const Bench& b) {
                 format_number(" from %.4g", *least), format_number(" to %.4g s\n", *most));
     text += cat("speed      ", format_number("%.4g", b.tokens_per_s()), " tokens/s; of ",
                 format_count(b.flops), " FLOPs each: ", format_number("%.1f%%", 100 * b.mfu()),
-                " of the peak in ", b.dtype, " (MFU)\n");
+                b.mfu() == b.mfu_measured() ? " of the peak in " : " of the data sheet's peak in ",
+                b.dtype, " (MFU)",
+                b.mfu() == b.mfu_measured()
+                    ? ""
+                    : format_number(", %.1f%% of the measured", 100 * b.mfu_measured()),
+                "\n");
     text += cat("memory     ",
-                b.peak_memory ? format_bytes(double(b.peak_memory)) + " at most"
+                b.peak_memory ? format_bytes(double(b.peak_memory)) +
+                                    (cuda ? " of the GPU's taken" : " at most")
                               : "not known on this system",
                 "; --dry-run expects ", format_bytes(double(b.planned_memory)), "\n");
-    text +=
-        cat("peaks      ", flops(b.float32_peak), " in float32, ", flops(b.bf16_peak), " in bf16 (",
-            bf16_unit() == Bf16Unit::none ? "taken in float32: this CPU has no unit for it"
-                                          : name_of(bf16_unit()),
-            ")\n");
+    const std::string unit =
+        cuda ? "cuBLASLt; data sheet: " +
+                   (b.data_sheet_peak > 0 ? flops(b.data_sheet_peak) : std::string("not known"))
+        : bf16_unit() == Bf16Unit::none ? "taken in float32: this CPU has no unit for it"
+                                        : name_of(bf16_unit());
+    text += cat("peaks      ", flops(b.float32_peak), " in float32, ", flops(b.bf16_peak),
+                " in bf16 (", unit, ")\n");
     if (m.read > 0)
         text += cat("           memory: ", bytes(m.read), "read, ", bytes(m.write), "written, ",
                     bytes(m.update), "updated (read and written)\n");
@@ -143,16 +164,20 @@ std::string to_json(const Bench& b) {
         {"median_seconds", b.median_seconds()},
         {"tokens_per_s", b.tokens_per_s()},
         {"mfu", b.mfu()},
+        {"mfu_measured", b.mfu_measured()},
         {"losses", b.losses},
         {"peak_memory", b.peak_memory},
         {"planned_memory", b.planned_memory},
+        {"model_memory", b.model_memory},
         {"peak_flops", {{"float32", b.float32_peak}, {"bf16", b.bf16_peak}}},
+        {"data_sheet_flops", b.data_sheet_peak},
         {"bf16_unit", name_of(bf16_unit())},
         {"bandwidth",
          {{"read", b.bandwidth.read},
           {"write", b.bandwidth.write},
           {"update", b.bandwidth.update}}},
         {"cpu", cpu_features()},
+        {"gpu", b.gpu},
         {"version", build_info().version},
         {"config", nlohmann::json::parse(config_to_json(b.config))},
     };
@@ -163,12 +188,12 @@ int bench(const Options& o, const Ranks& ranks) {
     if (ranks.size > 1)
         fail("bench measures one process, and there are ", ranks.size,
              ": run it without mpirun, with --threads");
-    const Bench b = measure_training(o);
+    const Bench b = measure_training(o, ranks);
     if (o.json) {
         std::cout << to_json(b) << std::endl;
         return 0;
     }
-    std::cout << describe_machine(b.threads, ranks, 0, b.options) << describe(b);
+    std::cout << describe_machine(b.threads, ranks, {}, b.options) << describe(b);
     if (o.profile) {
         double seconds = 0;
         for (double s : b.seconds) seconds += s;

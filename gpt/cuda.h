@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -35,6 +36,17 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
     config.gridDim = grid, config.blockDim = block;
     config.dynamicSmemBytes = shared, config.stream = stream;
     CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(std::forward<Arguments>(arguments))...));
+}
+
+// Blocks of a kernel that one multiprocessor holds at once.
+template <class... Parameters>
+int blocks_at_once(void (*kernel)(Parameters...), int threads, size_t shared) {
+    if (shared > 48 * 1024)
+        CUDA(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+    int blocks = 0;
+    CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared));
+    return std::max(blocks, 1);
 }
 
 // Bytes of shared memory that an array takes.

@@ -49,20 +49,20 @@ struct Ranks;
 struct StepInput {
     const int *inputs, *targets; // (micro_batches, B, T)
     int micro_batches, B, T;
-    double loss_scale; // 1 / (targets ≥ 0, over all micro-batches and ranks)
-    double grad_clip;  // the gradient's norm is scaled down to this; 0: never
-    AdamW optimizer;   // its grad_scale is not looked at
+    double loss_scale = 1; // 1 / (targets ≥ 0, over all micro-batches and ranks)
+    double grad_clip = 0;  // the gradient's norm is scaled down to this; 0: never
+    AdamW optimizer = {};  // its grad_scale is not looked at
 };
 struct StepResult {
-    double loss;      // the mean over all ranks' targets
-    double grad_norm; // of the mean's gradient, before clipping
+    double loss = 0;      // the mean over all ranks' targets
+    double grad_norm = 0; // of the mean's gradient, before clipping
 };
 
 struct Model {
     Config config;
     Registry registry;
     Profile* profile = nullptr;   // where to book the time of each part of a pass, or null
-    const Ranks* ranks = nullptr; // that train it together; null: this process alone
+    const Ranks* ranks = nullptr; // that train it together, in steps; null: this process alone
     StepResult step_result = {};
 
     explicit Model(const Config& c) : config(c), registry(make_registry(c)) {}

@@ -106,7 +106,8 @@ void add_sampling(Flags& f, Options& o) {
 }
 
 void add_machine(Flags& f, Options& o) {
-    f.choice("--device", o.device, {"auto", "cpu", "cuda"}, "auto, cpu or cuda: where to compute");
+    f.choice("--device", o.device, {"auto", "cpu", "cuda"},
+             "auto, cpu or cuda: where to compute; auto: on a GPU if there is one");
     f.count("--threads", o.threads, 0, 4096, "0: as many as this process may use");
 }
 
@@ -116,11 +117,14 @@ void add_dtype(Flags& f, Options& o, const char* help) {
 
 void add_numbers(Flags& f, Options& o) {
     add_dtype(f, o,
-              "of weights, activations and their gradients: float32, bf16, or auto: bf16 where the "
-              "CPU multiplies it");
+              "of weights, activations and their gradients: float32, bf16, or auto: bf16 on a GPU "
+              "and where the CPU multiplies it");
     f.choice("--master-weights", o.master_weights, {"yes", "no"},
              "yes or no: with bf16, keep float32 weights beside, for the optimizer");
     f.choice("--moments", o.moments, {"float32", "bf16"}, "float32 or bf16: Adam's two averages");
+    f.choice("--gradients", o.gradients, {"auto", "float32", "bf16"},
+             "of parameters: float32, bf16 (on a GPU only), or auto: bf16 there if the weights "
+             "are, without a master copy");
     f.choice("--rounding", o.rounding, {"nearest", "stochastic"},
              "nearest or stochastic: of what the optimizer writes in bf16");
     f.change = Change::free;

@@ -50,7 +50,7 @@ struct Options {
     bool dry_run = false;
     std::string dump_state;
     std::string dtype = "auto", master_weights = "yes", moments = "float32", rounding = "nearest",
-                recompute = "none", device = "auto";
+                gradients = "auto", recompute = "none", device = "auto";
     bool profile = false;
     int64_t threads = 0; // 0: all that this process may use
 

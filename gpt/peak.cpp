@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <sstream>
 #include <unistd.h>
 
 #include "gpt/bf16.h"
@@ -173,6 +174,53 @@ double measured_bf16_flops(int threads) {
     }
 #endif
     return measured_peak_flops(threads);
+}
+
+double data_sheet_bf16_flops(const std::string& gpu) {
+    // Where a data sheet gives products with sparsity, half of that. Of two rows that fit, the
+    // first: what has a longer name stands before. Boards that are slower than their names' row
+    // (Max-Q, laptops) and parts of a GPU (MIG) are not known.
+    struct Row {
+        const char* words;
+        double tflops;
+    };
+    static const Row table[] = {
+        {"B200", 2250},              // NVIDIA DGX B200 data sheet: 36 PFLOPS with sparsity of 8
+        {"GB200", 2500},             // NVIDIA GB200 NVL72: 360 PFLOPS with sparsity of 72
+        {"H200 NVL", 835.5},         // NVIDIA H200 data sheet: 1,671 with sparsity
+        {"H200", 989.4},             // NVIDIA H200 data sheet, SXM: 1,979 with sparsity
+        {"GH200", 989.4},            // NVIDIA GH200 data sheet: 1,979 with sparsity
+        {"H100 PCIe", 756},          // NVIDIA H100 data sheet: 1,513 with sparsity
+        {"H100 NVL", 835.5},         // NVIDIA H100 NVL product brief: 1,671 with sparsity
+        {"H100", 989.4},             // NVIDIA H100 data sheet, SXM: 1,979 with sparsity
+        {"H20", 148},                // NVIDIA H20 data sheet
+        {"A100", 312},               // NVIDIA A100 data sheet, all of its boards
+        {"A40", 149.7},              // NVIDIA A40 data sheet
+        {"A30", 165},                // NVIDIA A30 data sheet
+        {"A10", 125},                // NVIDIA A10 data sheet
+        {"L40S", 362.05},            // NVIDIA L40S data sheet
+        {"L40", 181.05},             // NVIDIA L40 data sheet
+        {"L4", 121},                 // NVIDIA L4 data sheet: 242 with sparsity
+        {"RTX A6000", 154.8},        // NVIDIA Ampere GA102 whitepaper, appendix A
+        {"RTX 6000 Ada", 364.2},     // NVIDIA RTX 6000 Ada data sheet: 1,457 of FP8 with sparsity
+        {"GeForce RTX 3090", 71},    // NVIDIA Ampere GA102 whitepaper, appendix A
+        {"GeForce RTX 4080", 97.5},  // NVIDIA Ada GPU architecture whitepaper, appendix A
+        {"GeForce RTX 4090", 165.2}, // NVIDIA Ada GPU architecture whitepaper, appendix A
+        {"GeForce RTX 5090", 209.5}, // NVIDIA RTX Blackwell GPU architecture whitepaper, appendix
+    };
+    // "NVIDIA A100-SXM4-80GB" has the words NVIDIA, A100, SXM4, 80GB.
+    std::string name = " " + gpu + " ";
+    std::replace(name.begin(), name.end(), '-', ' ');
+    auto has = [&](const std::string& word) { return name.find(" " + word + " ") != name.npos; };
+    for (const char* other : {"MIG", "Laptop", "Max Q", "D", "Ti", "SUPER"})
+        if (has(other)) return 0;
+    for (const Row& row : table) {
+        std::istringstream words(row.words);
+        bool all = true;
+        for (std::string word; words >> word;) all = all && has(word);
+        if (all) return row.tflops * 1e12;
+    }
+    return 0;
 }
 
 Bandwidth measured_bandwidth(int threads, int64_t bytes) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "gpt/model.h"
 
@@ -16,6 +17,10 @@ double measured_peak_flops(int threads);
 // FLOP/s of products of bf16 summed in float32, by bf16_unit(): AMX tiles, VDPBF16PS, or without
 // either those of float32, which then take their place.
 double measured_bf16_flops(int threads);
+
+// FLOP/s of dense bf16 products summed in float32, by the data sheet of the GPU that CUDA calls so;
+// 0 if it is not in our table.
+double data_sheet_bf16_flops(const std::string& gpu);
 
 inline double measured_peak(DType dtype, int threads) {
     return dtype == DType::bf16 ? measured_bf16_flops(threads) : measured_peak_flops(threads);

@@ -11,6 +11,7 @@
 
 #include "gpt/bench.h"
 #include "gpt/checkpoint.h"
+#include "gpt/device.h"
 #include "gpt/error.h"
 #include "gpt/options.h"
 #include "gpt/ranks.h"
@@ -69,8 +70,7 @@ struct Stream {
     }
 };
 
-int sample(const Options& o) {
-    check_machine(o);
+int sample(const Options& o, const Ranks& ranks) {
     use_threads(o.threads);
     Trained trained(o.checkpoint);
     std::unique_ptr<Tokenizer> tokenizer;
@@ -97,7 +97,7 @@ int sample(const Options& o) {
 
     const int context = trained.length();
     std::unique_ptr<Model> model =
-        make_cpu_model(trained.config, 1, context, model_options(o, false, trained.dtype()));
+        make_model(trained.config, 1, context, model_options(o, false, trained.dtype()), ranks);
     load_weights(*model, trained.path);
     Stream stream;
     std::string text = o.prompt;
@@ -116,7 +116,6 @@ int sample(const Options& o) {
 }
 
 int eval(const Options& o, const Ranks& ranks) {
-    check_machine(o);
     use_threads(o.threads);
     Trained trained(o.checkpoint);
     const bool run_on_stories = !trained.state.flags.empty() && trained.flag("--train").empty();
@@ -139,8 +138,10 @@ int eval(const Options& o, const Ranks& ranks) {
         o.val_tokens > 0 ? o.val_tokens : trained.count("--val-tokens", 10000000);
 
     Loader loader(source, T, 0, false);
-    std::unique_ptr<Model> model =
-        make_cpu_model(trained.config, int(o.batch), T, model_options(o, false, trained.dtype()));
+    const ModelOptions options = model_options(o, false, trained.dtype());
+    check_devices(options, ranks);
+    check_memory(trained.config, int(o.batch), T, options);
+    std::unique_ptr<Model> model = make_model(trained.config, int(o.batch), T, options, ranks);
     load_weights(*model, trained.path);
     Evaluation e = evaluate(*model, loader, ranks, int(o.batch), T, wanted);
     if (ranks.first())
@@ -165,7 +166,7 @@ int dispatch(int argc, char** argv, const Ranks& ranks) {
     case Options::Command::train:
         return train(std::move(o), ranks);
     case Options::Command::sample:
-        return ranks.first() ? sample(o) : 0;
+        return ranks.first() ? sample(o, ranks) : 0;
     case Options::Command::eval:
         return eval(o, ranks);
     case Options::Command::bench:

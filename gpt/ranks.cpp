@@ -33,6 +33,11 @@ Ranks::Ranks() {
     MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &size);
+    MPI_Comm local; // of the ranks that share memory
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &local);
+    MPI_Comm_rank(local, &local_rank);
+    MPI_Comm_size(local, &local_size);
+    MPI_Comm_free(&local);
 }
 
 namespace {
@@ -59,6 +64,10 @@ void Ranks::sum(double* values, int n) const {
     if (size > 1) MPI_Allreduce(MPI_IN_PLACE, values, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
 }
 
+void Ranks::broadcast(void* data, int bytes) const {
+    if (size > 1) MPI_Bcast(data, bytes, MPI_BYTE, 0, MPI_COMM_WORLD);
+}
+
 void Ranks::barrier() const {
     if (size > 1) MPI_Barrier(MPI_COMM_WORLD);
 }
@@ -78,6 +87,7 @@ Ranks::Ranks() {
 Ranks::~Ranks() {}
 void Ranks::sum(float*, int64_t) const {}
 void Ranks::sum(double*, int) const {}
+void Ranks::broadcast(void*, int) const {}
 void Ranks::barrier() const {}
 void Ranks::abort(int exit_code) const { std::_Exit(exit_code); }
 

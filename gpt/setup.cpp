@@ -8,6 +8,7 @@
 #include "gpt/build.h"
 #include "gpt/checkpoint.h"
 #include "gpt/error.h"
+#include "gpt/gpu.h"
 #include "gpt/stories.h"
 #include "gpt/suggest.h"
 
@@ -185,17 +186,16 @@ void check_length(int64_t B, int64_t T, const Config& config) {
              width, " fit no machine's memory: lower one of them");
 }
 
-void check_machine(const Options& o) {
-    if (o.device == "cuda")
-        fail("--device cuda: this build has no CUDA; leave --device out to train on the CPU");
-}
-
 ModelOptions model_options(const Options& o, bool training, const std::string& trained) {
-    const std::string automatic = !trained.empty()                ? trained
-                                  : bf16_unit() != Bf16Unit::none ? "bf16"
-                                                                  : "float32";
-    const std::string dtype = o.dtype == "auto" ? automatic : o.dtype;
     ModelOptions m;
+    const std::string why_not = o.device == "cpu" ? "" : why_no_gpu();
+    if (o.device == "cuda" && !why_not.empty())
+        fail("--device cuda: ", why_not, "; to compute on the CPU, ask for --device cpu");
+    const bool cuda = o.device == "cuda" || (o.device == "auto" && why_not.empty());
+    m.device = cuda ? Device::cuda : Device::cpu;
+    const bool multiplies = cuda || bf16_unit() != Bf16Unit::none;
+    const std::string automatic = !trained.empty() ? trained : multiplies ? "bf16" : "float32";
+    const std::string dtype = o.dtype == "auto" ? automatic : o.dtype;
     m.training = training;
     m.dtype = dtype == "bf16" ? DType::bf16 : DType::float32;
     if (!training) return m;
@@ -213,6 +213,14 @@ ModelOptions model_options(const Options& o, bool training, const std::string& t
                    "is float32"
                  : "",
              ": ask for --dtype bf16 too, or leave it out");
+    if (o.gradients == "bf16" && !cuda)
+        fail("--gradients bf16: on a CPU gradients are float32 always, and this runs on one",
+             why_not.empty() ? "" : " (" + why_not + ")", ": leave it out");
+    if (o.gradients == "bf16" && m.dtype != DType::bf16)
+        fail("--gradients bf16: those of float32 weights are float32: ask for --dtype bf16 too, or "
+             "leave it out");
+    if (cuda && (o.gradients == "bf16" || (o.gradients == "auto" && rounded_weights)))
+        m.gradients = DType::bf16;
     if (m.stochastic_rounding && !rounded_weights && m.moments != DType::bf16)
         fail("--rounding stochastic: the optimizer writes nothing in bf16 here: ask for "
              "--master-weights no or --moments bf16 too, or leave it out");
@@ -222,7 +230,7 @@ ModelOptions model_options(const Options& o, bool training, const std::string& t
 std::string describe_numbers(const ModelOptions& m) {
     const bool bf16 = m.dtype == DType::bf16;
     std::string text = bf16 ? "bf16" : "float32";
-    if (bf16)
+    if (bf16 && m.device == Device::cpu)
         text += bf16_unit() == Bf16Unit::none ? " (which this CPU multiplies as float32: slowly)"
                                               : cat(" (", name_of(bf16_unit()), ")");
     if (!m.training) return text;
@@ -232,6 +240,7 @@ std::string describe_numbers(const ModelOptions& m) {
             : bf16 && m.master_weights ? ", float32 master weights, bf16 moments"
             : bf16                     ? cat(", no master weights, ", moments, " moments")
                                        : cat(", ", moments, " moments");
+    if (m.gradients == DType::bf16) text += ", bf16 gradients";
     if (m.stochastic_rounding) text += ", rounded stochastically";
     if (m.recompute == Recompute::activations)
         text += "; norms' outputs and activations are computed again";

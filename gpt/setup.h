@@ -44,12 +44,10 @@ void fit_vocabulary(const Options& options, Data& data, Config& config);
 // Sequences of T tokens must fit the model's positions, and B of them any machine at all.
 void check_length(int64_t B, int64_t T, const Config& config);
 
-// Throws for what this build cannot do: --device cuda.
-void check_machine(const Options& options);
-
-// How the model is to be held, of --dtype, --master-weights, … `auto` is `trained` ("float32" or
-// "bf16") if that is given, else bf16 where the CPU multiplies it. Throws if the flags contradict
-// each other.
+// Where the model is to compute and how it is held, of --device, --dtype, --master-weights, …
+// --device auto is a GPU if there is one; --dtype auto is `trained` ("float32" or "bf16") if that
+// is given, else bf16 on a GPU and where the CPU multiplies it. Throws if the flags contradict each
+// other or the machine.
 ModelOptions model_options(const Options& options, bool training, const std::string& trained = "");
 
 // "bf16 (AMX-BF16), float32 master weights and moments"

@@ -97,6 +97,11 @@ std::string format_bytes(double bytes) {
     return three_digits(bytes) + " " + units[unit];
 }
 
+std::string format_flops(double flops) {
+    return flops < 10e12 ? format_number("%.0f GFLOP/s", flops / 1e9)
+                         : format_number("%.1f TFLOP/s", flops / 1e12);
+}
+
 std::string format_duration(double seconds) {
     if (!std::isfinite(seconds) || seconds < 0) return "?";
     if (seconds < 59.95) return format_number("%.1fs", seconds);

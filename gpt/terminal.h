@@ -20,6 +20,8 @@ std::string format_number(const char* format, double value);
 std::string format_count(double count);
 // 1536 -> 1.50 KiB. Powers of 1024.
 std::string format_bytes(double bytes);
+// 5.3e12 -> 5300 GFLOP/s, 7.9e14 -> 790.0 TFLOP/s.
+std::string format_flops(double flops);
 // 12.3s, 3m20s, 1h02m, 2d03h.
 std::string format_duration(double seconds);
 // "64k" = 64,000, "10M", "1.5B", "1e6", "64Ki" = 65,536; what is not a whole count throws, naming

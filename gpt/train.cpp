@@ -5,15 +5,16 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <exception>
 #include <filesystem>
 #include <optional>
 #include <unistd.h>
 
 #include "gpt/banner.h"
 #include "gpt/checkpoint.h"
+#include "gpt/device.h"
 #include "gpt/error.h"
 #include "gpt/files.h"
-#include "gpt/peak.h"
 #include "gpt/rundir.h"
 #include "gpt/sample.h"
 #include "gpt/schedule.h"
@@ -43,11 +44,15 @@ struct Run {
     int64_t tokens_per_step = 0;         // over all micro-batches and ranks
     int threads = 1;                     // of this rank
     ModelOptions numbers;
-    double peak = 0, flops = 0; // FLOP/s of all ranks, in that dtype; FLOPs to train on one token
+    Peak peak;        // of all ranks
+    double flops = 0; // to train on one token
     std::unique_ptr<Model> model;
 
     TrainerState state;
     std::vector<int> inputs, targets;      // (micro_batches, B, T), of this rank
+    bool drawn = false;                    // they are the next step's
+    LoaderState before_draw;               // where the loader stood before them
+    std::exception_ptr draw_error;         // what came of drawing them
     std::vector<double> variance;          // of the residual stream, at the last validation
     std::optional<RunDirectory> directory; // of rank 0
     std::string last_checkpoint;           // "": none yet
@@ -100,56 +105,62 @@ void draw_batch(Run& run) {
     }
 }
 
+// Draws a step's tokens while the step before is still computed. What goes wrong in it belongs to
+// the step that they are for.
+void draw_ahead(Run& run) {
+    run.before_draw = run.loader->state();
+    run.drawn = true;
+    try {
+        draw_batch(run);
+    } catch (...) {
+        run.draw_error = std::current_exception();
+    }
+}
+
 Step train_step(Run& run) {
     const Options& o = run.o;
     const double start = now();
     Model& model = *run.model;
-    Step step;
+    const int64_t number = run.state.step + 1;
 
     // The first step of a process also finds its memory and its kernels.
     Profile* profile = o.profile && run.steps_made > 0 ? &run.profile : nullptr;
+    Profile* cpu_profile = run.numbers.device == Device::cpu ? profile : nullptr;
     model.profile = profile;
 
     // 1. The tokens, and how many of them count.
-    if (!o.overfit_batch) {
-        Timed t(profile, "", "data", 0, 0);
-        draw_batch(run);
-    }
+    if (!o.overfit_batch && !run.drawn) draw_ahead(run);
+    if (run.draw_error) std::rethrow_exception(run.draw_error);
     double valid = 0;
     for (int target : run.targets) valid += target >= 0;
     valid = run.ranks.sum(valid);
     if (valid == 0)
-        fail("step ", run.state.step + 1,
+        fail("step ", number,
              ": none of its tokens has a target, so there is no loss to lower: check the data");
 
-    // 2. The gradient of the mean loss, over all micro-batches and ranks.
-    model.zero_gradients();
-    const size_t n = size_t(run.B) * run.T;
-    for (int m = 0; m < run.micro_batches; m++)
-        step.loss += model.loss_and_gradients(&run.inputs[m * n], &run.targets[m * n], run.B, run.T,
-                                              1 / valid);
-    {
-        Timed t(run.ranks.size > 1 ? profile : nullptr, "", "sum over ranks", 0, 0);
-        step.loss = run.ranks.sum(step.loss) / valid;
-        run.ranks.sum(model.host_gradients(), model.registry.size);
-    }
-
-    // 3. Its norm, and the step down it.
-    step.grad_norm = model.gradient_norm();
-    if (!std::isfinite(step.loss)) fail_nonfinite(run, run.state.step + 1, "the loss");
-    if (!std::isfinite(step.grad_norm)) fail_nonfinite(run, run.state.step + 1, "the gradient");
-    run.state.step++;
-    run.state.tokens += run.tokens_per_step;
-    AdamW adam;
-    adam.lr = step.lr = learning_rate(run.schedule, run.state.step);
+    // 2. The gradient of the mean loss over all micro-batches and ranks, its norm, and the step
+    // down it; meanwhile the next step's tokens, which a GPU leaves the CPU time for.
+    StepInput input = {run.inputs.data(), run.targets.data(), run.micro_batches, run.B, run.T};
+    input.loss_scale = 1 / valid;
+    input.grad_clip = o.grad_clip;
+    AdamW& adam = input.optimizer;
+    adam.lr = learning_rate(run.schedule, number);
     adam.beta1 = o.beta1, adam.beta2 = o.beta2, adam.eps = o.eps;
     adam.weight_decay = o.weight_decay;
-    adam.step = run.state.step;
-    if (o.grad_clip > 0 && step.grad_norm > o.grad_clip)
-        adam.grad_scale = o.grad_clip / step.grad_norm;
-    model.update(adam);
+    adam.step = number;
+    model.begin_step(input);
+    run.drawn = false;
+    if (!o.overfit_batch && number < o.steps) {
+        Timed t(cpu_profile, "", "data", 0, 0);
+        draw_ahead(run);
+    }
+    const StepResult result = model.end_step();
+    if (!std::isfinite(result.loss)) fail_nonfinite(run, number, "the loss");
+    if (!std::isfinite(result.grad_norm)) fail_nonfinite(run, number, "the gradient");
+    run.state.step = number;
+    run.state.tokens += run.tokens_per_step;
 
-    step.seconds = now() - start;
+    const Step step = {result.loss, adam.lr, result.grad_norm, now() - start};
     model.profile = nullptr;
     if (profile) run.profiled += step.seconds, run.profiled_steps++;
     run.steps_made++;
@@ -183,7 +194,7 @@ std::string sample_text(Run& run) {
 
 // On rank 0. Until the new checkpoint stands whole under its name, no older one is touched.
 void save(Run& run) {
-    run.state.loader = run.loader->state();
+    run.state.loader = run.drawn ? run.before_draw : run.loader->state();
     run.state.flags = run.o.flags;
     run.state.tokenizer = run.data.id;
     run.state.windows = run.loader->windows_per_epoch();
@@ -224,9 +235,9 @@ void dump_state(Run& run) {
 // What the options name, read and checked, before anything is allocated or written.
 void prepare(Run& run, const std::string& resume_from) {
     Options& o = run.o;
-    check_machine(o);
     run.threads = use_threads(o.threads);
     run.numbers = model_options(o, true);
+    check_devices(run.numbers, run.ranks);
     o.flags["--dtype"] = run.numbers.dtype == DType::bf16 ? "bf16" : "float32";
     run.config = resume_from.empty() ? model_config(o) : checkpoint_config(resume_from);
     if (!resume_from.empty()) o.vocab = run.config.vocab_size; // the data cannot change it now
@@ -242,21 +253,6 @@ void prepare(Run& run, const std::string& resume_from) {
     run.schedule = {o.lr_schedule, o.lr, o.steps, o.warmup_steps(), o.final_lr_frac};
     run.flops = flops_per_token(run.config, run.T);
 }
-
-} // namespace
-
-void check_memory(int B, int T, const Config& config, const ModelOptions& options) {
-#ifdef _SC_PHYS_PAGES
-    const double has = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
-    const double needs = double(plan_cpu_memory(config, B, T, options).total());
-    if (has > 0 && needs > has)
-        fail("training needs ", format_bytes(needs), " of memory and this machine has ",
-             format_bytes(has), ": lower --batch, --seq-len or the model's size",
-             options.recompute == Recompute::layers ? "" : ", or ask for --recompute layers");
-#endif
-}
-
-namespace {
 
 // The banner.
 void describe(Run& run) {
@@ -291,10 +287,10 @@ void open_directory(Run& run, bool goes_on) {
 
 // Weights, moments and the place in the data, of a new run or of one that goes on.
 void start(Run& run, const std::string& resume_from) {
-    check_memory(run.B, run.T, run.config, run.numbers);
+    check_memory(run.config, run.B, run.T, run.numbers);
     run.inputs.resize(size_t(run.micro_batches) * run.B * run.T);
     run.targets.resize(run.inputs.size());
-    run.model = make_cpu_model(run.config, run.B, run.T, run.numbers);
+    run.model = make_model(run.config, run.B, run.T, run.numbers, run.ranks);
     run.model->initialize(uint64_t(run.o.seed));
     if (!run.o.init_from.empty() && resume_from.empty()) load_weights(*run.model, run.o.init_from);
     if (run.o.overfit_batch) draw_batch(run);
@@ -324,7 +320,7 @@ std::string log_line(const Run& run, const Step& step, double val_loss) {
     line["grad_norm"] = step.grad_norm;
     line["tokens"] = run.state.tokens;
     line["tokens_per_s"] = tokens_per_s;
-    line["mfu"] = finite(run.flops * tokens_per_s / run.peak);
+    line["mfu"] = finite(run.flops * tokens_per_s / run.peak.flops);
     line["seconds"] = run.state.seconds;
     return line.dump();
 }
@@ -335,7 +331,7 @@ std::string progress_line(const Run& run, const Step& step, double seconds_a_ste
     double tokens_per_s = double(run.tokens_per_step) / seconds_a_step;
     return cat("step ", run.state.step, "/", run.o.steps, format_number("  loss %.3f", step.loss),
                "  ", format_count(tokens_per_s), " tok/s",
-               format_number("  MFU %.0f%%", 100 * run.flops * tokens_per_s / run.peak), "  ",
+               format_number("  MFU %.0f%%", 100 * run.flops * tokens_per_s / run.peak.flops), "  ",
                format_duration(seconds_a_step * double(run.o.steps - run.state.step)), " left",
                format_number("  lr %.1e", step.lr), format_number("  |g| %.3g", step.grad_norm));
 }
@@ -431,7 +427,11 @@ int train(Options options, const Ranks& ranks) {
     if (o.resume) resume_from = newest_checkpoint(o.out);
     prepare(run, resume_from);
     ranks.barrier(); // the peak is that of all at once
-    if (!o.dry_run) run.peak = ranks.sum(measured_peak(run.numbers.dtype, run.threads));
+    if (!o.dry_run) {
+        run.peak = device_peak(run.numbers, run.threads);
+        run.peak.flops = ranks.sum(run.peak.flops);
+        run.peak.measured = ranks.sum(run.peak.measured);
+    }
     describe(run);
     if (o.dry_run) {
         double step = run.flops * double(run.tokens_per_step);
@@ -457,9 +457,9 @@ int train(Options options, const Ranks& ranks) {
     install_stop_handlers();
     const bool finished = loop(run);
     if (o.profile && run.profiled_steps > 0)
-        run.print("\n" +
-                  profile_table(run.profile, run.profiled_steps, run.profiled,
-                                {run.peak / ranks.size, measured_bandwidth(run.threads).update}));
+        run.print("\n" + profile_table(run.profile, run.profiled_steps, run.profiled,
+                                       {run.peak.measured / ranks.size,
+                                        device_bandwidth(run.numbers, run.threads).update}));
     if (o.steps == 0 && ranks.first()) save(run); // the weights that a run would start from
     run.progress.finish();
     if (!finished) {

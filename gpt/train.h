@@ -19,9 +19,6 @@ struct Evaluation {
 // most an epoch), B windows at a time on each rank. Leaves the loader anywhere.
 Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int T, int64_t tokens);
 
-// Throws if training needs more memory than this machine has: it would be killed without a word.
-void check_memory(int B, int T, const Config& config, const ModelOptions& options);
-
 // Trains as the options say; the exit status.
 int train(Options options, const Ranks& ranks);
 

@@ -122,7 +122,8 @@ TEST(BadInput, Flags) {
     EXPECT_TRUE(fails_with("--dtype float32 --master-weights no", {"--master-weights", "bf16"}));
     EXPECT_TRUE(fails_with("--dtype bf16 --rounding stochastic", {"--rounding", "--moments"}));
     EXPECT_TRUE(fails_with("--dtype fp16", {"'fp16'", "bf16"}));
-    EXPECT_TRUE(fails_with("--device cuda", {"cuda", "no CUDA"}));
+    EXPECT_TRUE(fails_with("--device gpu", {"--device", "cuda"}));
+    EXPECT_TRUE(fails_with("--device cpu --dtype bf16 --gradients bf16", {"--gradients", "CPU"}));
     EXPECT_TRUE(fails_with("--width 10 --heads 3", {"10", "3 heads"}));
     EXPECT_TRUE(fails_with("--heads 4 --kv-heads 3", {"4 heads", "3 kv heads"}));
     EXPECT_TRUE(fails_with("-t 1025", {"1025", "1024 positions"}));

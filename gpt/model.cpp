@@ -1,0 +1,29 @@
+#include "gpt/model.h"
+
+#include <cmath>
+
+#include "gpt/ranks.h"
+
+namespace lns {
+
+void Model::begin_step(const StepInput& step) {
+    const int64_t n = int64_t(step.B) * step.T;
+    zero_gradients();
+    double loss = 0;
+    for (int m = 0; m < step.micro_batches; m++)
+        loss += loss_and_gradients(step.inputs + m * n, step.targets + m * n, step.B, step.T,
+                                   step.loss_scale);
+    if (ranks && ranks->size > 1) {
+        Timed t(profile, "", "sum over ranks", 0, 0);
+        loss = ranks->sum(loss);
+        ranks->sum(host_gradients(), registry.size);
+    }
+    step_result = {loss * step.loss_scale, gradient_norm()};
+    if (!std::isfinite(step_result.loss) || !std::isfinite(step_result.grad_norm)) return;
+    AdamW optimizer = step.optimizer;
+    const bool clip = step.grad_clip > 0 && step_result.grad_norm > step.grad_clip;
+    optimizer.grad_scale = clip ? step.grad_clip / step_result.grad_norm : 1;
+    update(optimizer);
+}
+
+} // namespace lns

@@ -1,0 +1,39 @@
+// Where a pass keeps one tensor of each layer, or of each junction: those that the backward pass
+// will need have a slot of their own, the others share one.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+namespace lns {
+
+// A: an array in the host's or the device's memory, which converts to a pointer to its numbers.
+template <class A> struct Slots {
+    A array;
+    std::vector<int> slot; // of each; −1: it has none
+    std::vector<bool> own;
+    int64_t stride = 0; // elements of a slot
+
+    // make(array, elements) allocates; kept(i): whether the i-th of n has a slot of its own;
+    // made(i): whether there is one at all.
+    template <class Make, class Kept, class Made>
+    void layout(int n, int64_t elements, const Make& make, const Kept& kept, const Made& made) {
+        int slots = 0, shared = -1;
+        stride = elements;
+        for (int i = 0; i < n; i++) {
+            own.push_back(made(i) && kept(i));
+            if (made(i) && !own[i] && shared < 0) shared = slots++;
+            slot.push_back(!made(i) ? -1 : own[i] ? slots++ : shared);
+        }
+        make(array, slots * elements);
+    }
+    template <class Make, class Kept>
+    void layout(int n, int64_t elements, const Make& make, const Kept& kept) {
+        layout(n, elements, make, kept, [](int) { return true; });
+    }
+    bool keeps(int i) const { return own[i]; }
+    auto operator[](int i) const { return array + slot[i] * stride; }
+};
+
+} // namespace lns
