@@ -859,9 +859,9 @@ struct ProductDescriptors {
 };
 
 // cuBLASLt, its workspace, and the algorithm of each product: chosen by measurement where it is met
-// for the first time, and remembered (gpt/cache.h) so that the next run has the same bits. Under
-// capture nothing can be measured: what a graph is to hold has been run once before, or has the
-// algorithm that cuBLASLt guesses to be best.
+// for the first time, and remembered (gpt/cache.h) so that the next run has the same bits. Where
+// nothing can be remembered, or measured since a stream is being captured, it is the one that
+// cuBLASLt guesses to be best; a graph's products should have been run before.
 struct Products {
     const cudaStream_t stream; // of all products, since they share the workspace
 
@@ -943,10 +943,11 @@ struct Products {
         if (candidates.empty()) return std::nullopt;
         cudaStreamCaptureStatus capture;
         CUDA(cudaStreamIsCapturing(stream, &capture));
-        if (capture != cudaStreamCaptureStatusNone) return candidates[0];
-        const Algorithm best = fastest(p, q, candidates);
-        const std::optional<Algorithm> settled = from_text(cache.settle(key, to_text(best)));
-        return settled && runs(q, *settled) ? *settled : best;
+        if (capture != cudaStreamCaptureStatusNone || cache.path().empty()) return candidates[0];
+        const std::optional<std::string> text =
+            cache.settle(key, to_text(fastest(p, q, candidates)));
+        const std::optional<Algorithm> settled = text ? from_text(*text) : std::nullopt;
+        return settled && runs(q, *settled) ? *settled : candidates[0];
     }
 
     // What cuBLASLt thinks will serve, the best first. Split sums must go through the workspace in
@@ -1016,7 +1017,7 @@ struct Products {
             CUDA(cudaMemcpyAsync(kept, p.d, bytes, cudaMemcpyDeviceToDevice, stream));
         }
         std::vector<float> times(candidates.size(), std::numeric_limits<float>::infinity());
-        for (int turn = 0; turn < 4; turn++)
+        for (int turn = 0; turn < 3; turn++)
             for (size_t i = 0; i < candidates.size(); i++) {
                 bool ran = true;
                 float time = 0;
@@ -2454,7 +2455,7 @@ __global__ static void root_of_sums_kernel(double* norm, const double* partial, 
 template <class G>
 void gradient_norm(double* norm, const G* gradients, int64_t n, double* scratch,
                    cudaStream_t stream) {
-    const int blocks = int(std::clamp<int64_t>(n / (256 * 8), 1, norm_blocks));
+    const int blocks = int(std::clamp<int64_t>(n / (4 * 256 * 8), 1, norm_blocks));
     launch(square_sums_kernel<G>, blocks, 256, shared_bytes<double>(warp), stream, scratch,
            gradients, n);
     launch(root_of_sums_kernel, 1, norm_blocks, shared_bytes<double>(warp), stream, norm, scratch,
