@@ -2253,10 +2253,9 @@ void swiglu_backward(S* dh, const S* da, const S* h, int64_t rows, int H, cudaSt
 // ---------------------------------------------------------------------------------------------
 // Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
 
-// exp(x − y), y finite.
+// exp(x − y), and 1 where they are the same.
 __device__ inline float exp_of_difference(float x, float y) {
-    const float log2_e = 1.44269504088896f;
-    return fast_exp2(fmaf(x, log2_e, -(y * log2_e)));
+    return fast_exp2((x - y) * 1.44269504088896f);
 }
 
 // A block has a row, which it reads once and, if it fits, keeps in shared memory: each thread reads
@@ -2469,7 +2468,7 @@ __global__ static void adamw_kernel(S* parameters, float* master, const G* gradi
     else
         load8(w, parameters + at);
     const AdamWNumbers o = *numbers;
-    if ((norm && !isfinite(*norm)) || (loss && !isfinite(*loss))) return;
+    if ((norm && !std::isfinite(*norm)) || (loss && !std::isfinite(*loss))) return;
     float scale = o.grad_scale;
     if (norm)
         scale = o.grad_clip > 0 && *norm > double(o.grad_clip) ? float(o.grad_clip / *norm) : 1;

@@ -7,16 +7,18 @@
 // one's products run the other computes its exponentials.
 #pragma once
 
-const int hopper_box = 64;          // rows and channels that one copy brings
-const int hopper_rows = 128;        // of a block's own tiles, 64 for each computing warpgroup
-const int hopper_threads = 3 * 128; // of a block
-const int hopper_copying = 2;       // the number of the warpgroup that copies
+namespace hopper {
+
+const int box_size = 64;           // rows and channels that one copy brings
+const int block_rows = 128;        // of a block's own tiles, 64 for each computing warpgroup
+const int block_threads = 3 * 128; // of a block
+const int copying = 2;             // the number of the warpgroup that copies
 const float log2_e = 1.44269504f, ln_2 = 0.693147181f;
 
 // A tile (rows, HS) in shared memory is HS / 64 boxes behind each other, each (rows, 64): where
 // channel c begins in the box of its own, as wgmma's descriptors count, in bytes.
 __device__ constexpr int channel_offset(int rows, int c) {
-    return (c / hopper_box * hopper_box * rows + c % hopper_box) * int(sizeof(bf16));
+    return (c / box_size * box_size * rows + c % box_size) * int(sizeof(bf16));
 }
 
 // Tiles of one kind, one after the other, in `stages` places of shared memory: those ahead arrive
@@ -44,11 +46,11 @@ template <int rows, int HS, int stages> struct TileRing {
         await_free(i);
         barrier_expect(&there[at], size * int(sizeof(bf16)));
 #pragma unroll
-        for (int c = 0; c < HS; c += hopper_box)
+        for (int c = 0; c < HS; c += box_size)
 #pragma unroll
-            for (int row = 0; row < rows; row += hopper_box)
-                copy_box(tiles + at * size + c * rows + row * hopper_box, heads, c, head, t + row,
-                         b, &there[at]);
+            for (int row = 0; row < rows; row += box_size)
+                copy_box(tiles + at * size + c * rows + row * box_size, heads, c, head, t + row, b,
+                         &there[at]);
     }
     __device__ const bf16* await(int i) {
         barrier_wait(&there[i % stages], i / stages);
@@ -76,11 +78,11 @@ __device__ inline void multiply_tiles(float (&s)[N / 2], const bf16* a, const bf
 // o (64, HS) += p (64, N) · b, of a tile with N rows; a group.
 template <int HS, int N>
 __device__ inline void add_product(float (&o)[HS / 2], uint32_t (&p)[N / 16][4], const bf16* b) {
-    const uint64_t b_matrix = matrix(b, channel_offset(N, hopper_box));
+    const uint64_t b_matrix = matrix(b, channel_offset(N, box_size));
     wgmma_fence(o, p);
 #pragma unroll
     for (int row = 0; row < N; row += 16)
-        wgmma_transposed(o, p[row / 16], advanced(b_matrix, row * hopper_box * 2), true);
+        wgmma_transposed(o, p[row / 16], advanced(b_matrix, row * box_size * 2), true);
     wgmma_commit();
 }
 
@@ -171,23 +173,23 @@ struct OnlineSoftmax {
 
 // The n-th piece of work, a tile of a head: heavy tiles first (tile 0 is the heaviest), but only so
 // many heads at once that what their tiles share stays in the L2 cache.
-struct HopperWork {
+struct Work {
     int head, tile; // head: of B · heads
 
-    __device__ HopperWork(int n, int heads, int tiles, int heads_at_once) {
+    __device__ Work(int n, int heads, int tiles, int heads_at_once) {
         const int begin = n / (heads_at_once * tiles) * heads_at_once; // the first of these heads
         const int size = min(heads_at_once, heads - begin), rest = n - begin * tiles;
         head = begin + rest % size, tile = rest / size;
     }
 };
-inline int hopper_heads_at_once(const AttentionShape& a) {
+inline int most_heads(const AttentionShape& a) {
     const int64_t cache = 32 << 20, each = int64_t(a.T) * a.HS * 2 * int(sizeof(bf16));
     return int(std::clamp<int64_t>(cache / each, 8, 1 << 12));
 }
 
 template <int HS> struct ForwardTiles {
     static const int keys = 128; // at once
-    using Own = TileRing<hopper_rows, HS, 1>;
+    using Own = TileRing<block_rows, HS, 1>;
     using Others = TileRing<keys, HS, 2>;
     static const int memory = Own::memory + 2 * Others::memory;
     static const int barriers = Own::barriers + 2 * Others::barriers;
@@ -195,9 +197,9 @@ template <int HS> struct ForwardTiles {
 };
 
 template <int HS>
-__global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : warp, 1)
-    hopper_forward_kernel(bf16* out, float* lse, const __grid_constant__ TensorMap heads,
-                          AttentionShape a, int heads_at_once) {
+__global__ static void __launch_bounds__(hopper_instructions ? block_threads : warp, 1)
+    forward_kernel(bf16* out, float* lse, const __grid_constant__ TensorMap heads, AttentionShape a,
+                   int heads_at_once) {
     if constexpr (hopper_instructions) {
         using Tiles = ForwardTiles<HS>;
         const int keys = Tiles::keys;
@@ -207,6 +209,7 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
         typename Tiles::Own q_tile(memory, barriers);
         typename Tiles::Others k_tiles(memory, barriers), v_tiles(memory, barriers);
         if (threadIdx.x == 0) {
+            prefetch(heads);
             q_tile.init(), k_tiles.init(), v_tiles.init();
             barrier_init_done();
         }
@@ -214,7 +217,7 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
 
         // Blocks stay and take one tile of queries after the other: the next one's data come while
         // this one's are in use. Every other round in reverse, so that all have as much to do.
-        const int rows = (a.T + hopper_rows - 1) / hopper_rows, all = a.B * a.NH * rows;
+        const int rows = (a.T + block_rows - 1) / block_rows, all = a.B * a.NH * rows;
         auto work_of = [&](int round) {
             return round * int(gridDim.x) +
                    (round % 2 == 0 ? int(blockIdx.x) : int(gridDim.x) - 1 - int(blockIdx.x));
@@ -223,13 +226,13 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
         const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
         int tile = 0; // of keys, counted over all rounds
 
-        if (warpgroup == hopper_copying) {
+        if (warpgroup == copying) {
             release_registers<24>();
-            if (threadIdx.x == hopper_copying * 128) {
+            if (threadIdx.x == copying * 128) {
 #pragma unroll 1
                 for (int round = 0; work_of(round) < all; round++) {
-                    const HopperWork work(work_of(round), a.B * a.NH, rows, heads_at_once);
-                    const int t0 = (rows - 1 - work.tile) * hopper_rows, b = work.head / a.NH,
+                    const Work work(work_of(round), a.B * a.NH, rows, heads_at_once);
+                    const int t0 = (rows - 1 - work.tile) * block_rows, b = work.head / a.NH,
                               h = work.head % a.NH, kv = a.NH + h / (a.NH / a.KVH);
                     q_tile.copy(round, heads, h, t0, b);
 #pragma unroll 1
@@ -256,18 +259,18 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
 
 #pragma unroll 1
             for (int round = 0; work_of(round) < all; round++) {
-                const HopperWork work(work_of(round), a.B * a.NH, rows, heads_at_once);
-                const int t0 = (rows - 1 - work.tile) * hopper_rows, b = work.head / a.NH,
+                const Work work(work_of(round), a.B * a.NH, rows, heads_at_once);
+                const int t0 = (rows - 1 - work.tile) * block_rows, b = work.head / a.NH,
                           h = work.head % a.NH;
                 const int t = t0 + row; // this lane's rows are t and t + 8
                 const bool last = work_of(round + 1) >= all;
                 OnlineSoftmax softmax;
 
                 // From the queries' own keys, some of which come after them, back to the first.
-                const bf16* const q = q_tile.await(round) + warpgroup * 64 * hopper_box;
+                const bf16* const q = q_tile.await(round) + warpgroup * 64 * box_size;
                 const bf16* k = k_tiles.await(tile);
                 await_turn();
-                multiply_tiles<HS, hopper_rows, keys>(s, q, k);
+                multiply_tiles<HS, block_rows, keys>(s, q, k);
                 pass_turn(last && t0 == 0);
 #pragma unroll
                 for (int n = 0; n < HS / 2; n++) o[n] = 0;
@@ -285,7 +288,7 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
                 for (int to_go = t0 / keys; to_go > 0; to_go--, tile++) {
                     k = k_tiles.await(tile);
                     await_turn();
-                    multiply_tiles<HS, hopper_rows, keys>(s, q, k);
+                    multiply_tiles<HS, block_rows, keys>(s, q, k);
                     add_product<HS, keys>(o, p, v_tiles.await(tile - 1));
                     pass_turn(last && to_go == 1);
                     wgmma_wait<1>(s);
@@ -322,7 +325,7 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
 inline TensorMap heads_map(const bf16* array, int heads, const AttentionShape& a) {
     const uint64_t head = a.HS * sizeof(bf16), row = head * heads;
     return tensor_map(array, {uint64_t(a.HS), uint64_t(heads), uint64_t(a.T), uint64_t(a.B)},
-                      {head, row, row * a.T}, {hopper_box, 1, hopper_box, 1});
+                      {head, row, row * a.T}, {box_size, 1, box_size, 1});
 }
 
 inline int multiprocessors() {
@@ -333,24 +336,14 @@ inline int multiprocessors() {
 }
 
 template <int HS>
-bool hopper_forward(bf16* out, float* lse, const bf16* qkv, const AttentionShape& a,
+bool launch_forward(bf16* out, float* lse, const bf16* qkv, const AttentionShape& a,
                     cudaStream_t stream) {
-    if (!has_hopper_code(hopper_forward_kernel<HS>)) return false;
-    const int work = a.B * a.NH * blocks_for(a.T, hopper_rows);
-    launch(hopper_forward_kernel<HS>, std::min(work, multiprocessors()), hopper_threads,
+    if (!has_hopper_code(forward_kernel<HS>)) return false;
+    const int work = a.B * a.NH * blocks_for(a.T, block_rows);
+    launch(forward_kernel<HS>, std::min(work, multiprocessors()), block_threads,
            ForwardTiles<HS>::shared(), stream, out, lse, heads_map(qkv, a.NH + 2 * a.KVH, a), a,
-           hopper_heads_at_once(a));
+           most_heads(a));
     return true;
-}
-
-// As attention_forward; false, and nothing done, where it is not for this GPU or shape: heads of 64
-// or 128 channels, from position 0 on.
-inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
-                                     const AttentionShape& a, cudaStream_t stream) {
-    if (a.first != 0) return false;
-    if (a.HS == 64) return hopper_forward<64>(out, lse, qkv, a, stream);
-    if (a.HS == 128) return hopper_forward<128>(out, lse, qkv, a, stream);
-    return false;
 }
 
 // The backward pass is two kernels with the same tiles: own ones of 128 rows, which stay, and two
@@ -358,7 +351,7 @@ inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
 // and goes over queries. Each computes the scores and their gradient again.
 template <int HS> struct BackwardTiles {
     static const int others = 64, stages = 3;
-    using Own = TileRing<hopper_rows, HS, 1>;
+    using Own = TileRing<block_rows, HS, 1>;
     using Others = TileRing<others, HS, stages>;
     static const int memory = 2 * Own::memory + 2 * Others::memory;
     static const int barriers = 2 * Own::barriers + 2 * Others::barriers;
@@ -370,8 +363,8 @@ template <int HS> struct BackwardTiles {
 
 // delta (B, NH, T) = dO · O of each row and head; HS / 8 threads each.
 template <int HS>
-__global__ static void hopper_output_dot_kernel(float* delta, const bf16* dout, const bf16* out,
-                                                AttentionShape a) {
+__global__ static void output_dot_kernel(float* delta, const bf16* dout, const bf16* out,
+                                         AttentionShape a) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, at = i / (HS / 8);
     const bool inside = at < a.rows() * a.NH;
     float sum = 0;
@@ -407,11 +400,10 @@ __device__ inline void turn_back(float (&d)[HS / 2], const CosSin* table, int t,
 
 // dq of 128 queries: dS = P ⊙ (dO Vᵀ − delta), dQ = dS K · scale.
 template <int HS>
-__global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : warp, 1)
-    hopper_dq_kernel(bf16* dqkv, const float* lse, const float* delta, const CosSin* table,
-                     const __grid_constant__ TensorMap heads,
-                     const __grid_constant__ TensorMap dout_heads, AttentionShape a,
-                     int heads_at_once) {
+__global__ static void __launch_bounds__(hopper_instructions ? block_threads : warp, 1)
+    dq_kernel(bf16* dqkv, const float* lse, const float* delta, const CosSin* table,
+              const __grid_constant__ TensorMap heads, const __grid_constant__ TensorMap dout_heads,
+              AttentionShape a, int heads_at_once) {
     if constexpr (hopper_instructions) {
         using Tiles = BackwardTiles<HS>;
         const int keys = Tiles::others;
@@ -421,21 +413,22 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
         typename Tiles::Own q_tile(memory, barriers), dout_tile(memory, barriers);
         typename Tiles::Others k_tiles(memory, barriers), v_tiles(memory, barriers);
         if (threadIdx.x == 0) {
+            prefetch(heads), prefetch(dout_heads);
             q_tile.init(), dout_tile.init(), k_tiles.init(), v_tiles.init();
             barrier_init_done();
         }
         __syncthreads();
 
-        const int rows = (a.T + hopper_rows - 1) / hopper_rows;
-        const HopperWork work(blockIdx.x, a.B * a.NH, rows, heads_at_once);
-        const int t0 = (rows - 1 - work.tile) * hopper_rows;
+        const int rows = (a.T + block_rows - 1) / block_rows;
+        const Work work(blockIdx.x, a.B * a.NH, rows, heads_at_once);
+        const int t0 = (rows - 1 - work.tile) * block_rows;
         const int b = work.head / a.NH, h = work.head % a.NH, kv = h / (a.NH / a.KVH);
-        const int tiles = t0 / keys + hopper_rows / keys; // of keys, back to the first
+        const int tiles = t0 / keys + block_rows / keys; // of keys, back to the first
         const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
 
-        if (warpgroup == hopper_copying) {
+        if (warpgroup == copying) {
             release_registers<24>();
-            if (threadIdx.x == hopper_copying * 128) {
+            if (threadIdx.x == copying * 128) {
                 q_tile.copy(0, heads, h, t0, b);
                 dout_tile.copy(0, dout_heads, h, t0, b);
 #pragma unroll 1
@@ -459,8 +452,8 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
             float dq[HS / 2] = {}, s[keys / 2], ds[keys / 2];
             uint32_t packed[keys / 16][4];
 
-            const bf16* const q = q_tile.await(0) + warpgroup * 64 * hopper_box;
-            const bf16* const dout = dout_tile.await(0) + warpgroup * 64 * hopper_box;
+            const bf16* const q = q_tile.await(0) + warpgroup * 64 * box_size;
+            const bf16* const dout = dout_tile.await(0) + warpgroup * 64 * box_size;
             // Warpgroup 0's queries are before the first tile's keys.
             const int begin = 1 - warpgroup;
             for (int i = 0; i < begin; i++) {
@@ -470,8 +463,8 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
 #pragma unroll 1
             for (int i = begin; i < tiles; i++) {
                 const bf16* k = k_tiles.await(i);
-                multiply_tiles<HS, hopper_rows, keys>(s, q, k);
-                multiply_tiles<HS, hopper_rows, keys>(ds, dout, v_tiles.await(i));
+                multiply_tiles<HS, block_rows, keys>(s, q, k);
+                multiply_tiles<HS, block_rows, keys>(ds, dout, v_tiles.await(i));
                 wgmma_wait<1>(s);
                 if (i > begin) k_tiles.release(i - 1);
                 if (i == begin) {
@@ -503,11 +496,10 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
 // dk and dv of 128 keys, from all queries of all heads that share them: dV = Pᵀ dO, dK = dSᵀ Q ·
 // scale. Scores are transposed here, a row is a key: so Pᵀ and dSᵀ are operands as they are.
 template <int HS>
-__global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : warp, 1)
-    hopper_dkv_kernel(bf16* dqkv, const float* lse, const float* delta, const CosSin* table,
-                      const __grid_constant__ TensorMap heads,
-                      const __grid_constant__ TensorMap dout_heads, AttentionShape a,
-                      int heads_at_once) {
+__global__ static void __launch_bounds__(hopper_instructions ? block_threads : warp, 1)
+    dkv_kernel(bf16* dqkv, const float* lse, const float* delta, const CosSin* table,
+               const __grid_constant__ TensorMap heads,
+               const __grid_constant__ TensorMap dout_heads, AttentionShape a, int heads_at_once) {
     if constexpr (hopper_instructions) {
         using Tiles = BackwardTiles<HS>;
         const int queries = Tiles::others;
@@ -519,24 +511,25 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
         typename Tiles::Own k_tile(memory, barriers), v_tile(memory, barriers);
         typename Tiles::Others q_tiles(memory, barriers), dout_tiles(memory, barriers);
         if (threadIdx.x == 0) {
+            prefetch(heads), prefetch(dout_heads);
             k_tile.init(), v_tile.init(), dout_tiles.init();
             q_tiles.init(1 + warp); // a warp brings lse and delta
             barrier_init_done();
         }
         __syncthreads();
 
-        const int rows = (a.T + hopper_rows - 1) / hopper_rows;
-        const HopperWork work(blockIdx.x, a.B * a.KVH, rows, heads_at_once);
-        const int t0 = work.tile * hopper_rows; // the first keys have most to do
+        const int rows = (a.T + block_rows - 1) / block_rows;
+        const Work work(blockIdx.x, a.B * a.KVH, rows, heads_at_once);
+        const int t0 = work.tile * block_rows; // the first keys have most to do
         const int b = work.head / a.KVH, kv = work.head % a.KVH, group = a.NH / a.KVH;
         const int first = t0 / queries,
                   each = (a.T + queries - 1) / queries - first; // tiles of a head
         const int tiles = group * each;
         const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
 
-        if (warpgroup == hopper_copying) {
+        if (warpgroup == copying) {
             release_registers<24>();
-            if (threadIdx.x == hopper_copying * 128) {
+            if (threadIdx.x == copying * 128) {
                 k_tile.copy(0, heads, a.NH + kv, t0, b);
                 v_tile.copy(0, heads, a.NH + a.KVH + kv, t0, b);
 #pragma unroll 1
@@ -545,7 +538,7 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
                     q_tiles.copy(i, heads, h, t, b);
                     dout_tiles.copy(i, dout_heads, h, t, b);
                 }
-            } else if (threadIdx.x / warp == hopper_copying * 4 + 1) {
+            } else if (threadIdx.x / warp == copying * 4 + 1) {
 #pragma unroll 1
                 for (int i = 0; i < tiles; i++) {
                     const int h = kv * group + i / each, at = i % Tiles::stages;
@@ -567,8 +560,8 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
             float dk[HS / 2] = {}, dv[HS / 2] = {}, s[queries / 2], ds[queries / 2];
             uint32_t p_packed[queries / 16][4], ds_packed[queries / 16][4];
 
-            const bf16* const k = k_tile.await(0) + warpgroup * 64 * hopper_box;
-            const bf16* const v = v_tile.await(0) + warpgroup * 64 * hopper_box;
+            const bf16* const k = k_tile.await(0) + warpgroup * 64 * box_size;
+            const bf16* const v = v_tile.await(0) + warpgroup * 64 * box_size;
             int in_use = -1; // the tile whose products may still run
             auto release = [&](int i) {
                 if (i >= 0) q_tiles.release(i), dout_tiles.release(i);
@@ -582,8 +575,8 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
                     release(i);
                     continue;
                 }
-                multiply_tiles<HS, hopper_rows, queries>(s, k, q);
-                multiply_tiles<HS, hopper_rows, queries>(ds, v, dout);
+                multiply_tiles<HS, block_rows, queries>(s, k, q);
+                multiply_tiles<HS, block_rows, queries>(ds, v, dout);
                 wgmma_wait<1>(s);
                 release(in_use);
                 in_use = i;
@@ -621,21 +614,33 @@ __global__ static void __launch_bounds__(hopper_instructions ? hopper_threads : 
 }
 
 template <int HS>
-bool hopper_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* qkv,
+bool launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* qkv,
                      const float* lse, const CosSin* table, float* delta, const AttentionShape& a,
                      cudaStream_t stream) {
-    if (!has_hopper_code(hopper_dkv_kernel<HS>)) return false;
-    launch(hopper_output_dot_kernel<HS>, blocks_for(a.rows() * a.q_width(), 8 * 256), 256, 0,
-           stream, delta, dout, out, a);
+    if (!has_hopper_code(dkv_kernel<HS>)) return false;
+    launch(output_dot_kernel<HS>, blocks_for(a.rows() * a.q_width(), 8 * 256), 256, 0, stream,
+           delta, dout, out, a);
     const TensorMap heads = heads_map(qkv, a.NH + 2 * a.KVH, a),
                     dout_heads = heads_map(dout, a.NH, a);
-    const int rows = blocks_for(a.T, hopper_rows), heads_at_once = hopper_heads_at_once(a);
+    const int rows = blocks_for(a.T, block_rows), heads_at_once = most_heads(a);
     const size_t shared = BackwardTiles<HS>::shared();
-    launch(hopper_dkv_kernel<HS>, a.B * a.KVH * rows, hopper_threads, shared, stream, dqkv, lse,
-           delta, table, heads, dout_heads, a, heads_at_once);
-    launch(hopper_dq_kernel<HS>, a.B * a.NH * rows, hopper_threads, shared, stream, dqkv, lse,
-           delta, table, heads, dout_heads, a, heads_at_once);
+    launch(dkv_kernel<HS>, a.B * a.KVH * rows, block_threads, shared, stream, dqkv, lse, delta,
+           table, heads, dout_heads, a, heads_at_once);
+    launch(dq_kernel<HS>, a.B * a.NH * rows, block_threads, shared, stream, dqkv, lse, delta, table,
+           heads, dout_heads, a, heads_at_once);
     return true;
+}
+
+} // namespace hopper
+
+// As attention_forward; false, and nothing done, where it is not for this GPU or shape: heads of 64
+// or 128 channels, from position 0 on.
+inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
+                                     const AttentionShape& a, cudaStream_t stream) {
+    if (a.first != 0) return false;
+    if (a.HS == 64) return hopper::launch_forward<64>(out, lse, qkv, a, stream);
+    if (a.HS == 128) return hopper::launch_forward<128>(out, lse, qkv, a, stream);
+    return false;
 }
 
 // As attention_backward; false, and nothing done, where it is not for this GPU or shape: as the
@@ -644,8 +649,9 @@ inline bool hopper_attention_backward(bf16* dqkv, const bf16* dout, const bf16* 
                                       const bf16* qkv, const float* lse, const CosSin* table,
                                       float* delta, const AttentionShape& a, cudaStream_t stream) {
     if (a.first != 0 || (table && a.channels != a.HS)) return false;
-    if (a.HS == 64) return hopper_backward<64>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
+    if (a.HS == 64)
+        return hopper::launch_backward<64>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
     if (a.HS == 128)
-        return hopper_backward<128>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
+        return hopper::launch_backward<128>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
     return false;
 }

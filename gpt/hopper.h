@@ -4,6 +4,8 @@
 // simulator dev/sim/hopper.h defines them.
 #pragma once
 
+#include <type_traits>
+
 #include "gpt/cuda.h"
 
 #ifndef __CUDACC__
@@ -62,9 +64,8 @@ inline TensorMap tensor_map(const __nv_bfloat16* array, const uint64_t (&sizes)[
                strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
-        fail("cuTensorMapEncodeTiled refused an array of " + std::to_string(sizes[0]) + " × " +
-             std::to_string(sizes[1]) + " × " + std::to_string(sizes[2]) + " × " +
-             std::to_string(sizes[3]) + " numbers: error " + std::to_string(int(result)) +
+        fail("cuTensorMapEncodeTiled refused an array of ", sizes[0], " × ", sizes[1], " × ",
+             sizes[2], " × ", sizes[3], " numbers: error ", int(result),
              ". This is a bug: please report it");
     return map;
 }

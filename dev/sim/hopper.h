@@ -12,10 +12,6 @@
 
 #include "dev/sim/sim.h"
 
-#ifndef __grid_constant__
-#define __grid_constant__
-#endif
-
 namespace lns::cuda {
 
 constexpr bool hopper_instructions = true;
@@ -60,7 +56,11 @@ inline void prefetch(const TensorMap&) {}
 
 // ---- What a block's instructions have under way
 
-namespace hopper {
+} // namespace lns::cuda
+
+namespace lns::sim::hopper {
+
+using cuda::TensorMap;
 
 struct Copy {
     TensorMap map;
@@ -90,12 +90,12 @@ struct Warpgroup {
 
 struct Block {
     std::vector<Copy> copies;
-    Warpgroup warpgroups[sim::max_threads / 128];
+    Warpgroup warpgroups[max_threads / 128];
     int free_registers = 0;
 };
 
-inline Block& block() { return sim::block_state<Block>(); }
-inline Warpgroup& warpgroup() { return block().warpgroups[sim::thread_rank() / 128]; }
+inline Block& block() { return block_state<Block>(); }
+inline Warpgroup& warpgroup() { return block().warpgroups[thread_rank() / 128]; }
 
 // The 128-byte swizzle: bits 4-6 of an address are xored with bits 7-9.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
@@ -109,22 +109,22 @@ static_assert(sizeof(Barrier) == 8);
 
 inline Barrier read(const uint64_t* barrier) {
     Barrier state;
-    sim::shared_offset(barrier); // or fails
+    shared_offset(barrier); // or fails
     std::memcpy(&state, barrier, 8);
-    if (state.expected == 0xFFFFF) sim::fail_in_kernel("uses an mbarrier that was not initialized");
+    if (state.expected == 0xFFFFF) fail_in_kernel("uses an mbarrier that was not initialized");
     return state;
 }
 inline void write(uint64_t* barrier, Barrier state) {
     if (state.pending == 0 && state.bytes == 0) {
         state.phase ^= 1, state.pending = state.expected;
-        sim::condition_met();
+        condition_met();
     }
     std::memcpy(barrier, &state, 8);
 }
 
 inline void land(const Copy& copy) {
     const TensorMap& map = copy.map;
-    uint32_t to = sim::shared_offset(copy.shared);
+    uint32_t to = shared_offset(copy.shared);
     for (uint32_t i3 = 0; i3 < map.box[3]; i3++)
         for (uint32_t i2 = 0; i2 < map.box[2]; i2++)
             for (uint32_t i1 = 0; i1 < map.box[1]; i1++)
@@ -137,14 +137,14 @@ inline void land(const Copy& copy) {
                         inside = inside && index[d] >= 0 && uint64_t(index[d]) < map.sizes[d];
                         from += index[d] * int64_t(map.strides[d]);
                     }
-                    unsigned char* number = sim::shared_pointer(swizzled(to));
+                    unsigned char* number = shared_pointer(swizzled(to));
                     if (inside)
                         std::memcpy(number, from, 2);
                     else
                         std::memset(number, 0, 2);
                 }
     Barrier state = read(copy.barrier);
-    state.bytes -= int64_t(to) - sim::shared_offset(copy.shared);
+    state.bytes -= int64_t(to) - shared_offset(copy.shared);
     write(copy.barrier, state);
 }
 
@@ -156,12 +156,11 @@ struct Matrix {
         : start(descriptor % (1 << 14) << 4), leading((descriptor >> 16) % (1 << 14) << 4),
           stride((descriptor >> 32) % (1 << 14) << 4) {
         if (descriptor & ~0xC00E'3FFF'3FFF'3FFFull)
-            sim::fail_in_kernel("wgmma: a matrix descriptor has bits that must be 0");
-        if (descriptor >> 62 != 1)
-            sim::fail_in_kernel("wgmma: only the 128-byte swizzle is simulated");
+            fail_in_kernel("wgmma: a matrix descriptor has bits that must be 0");
+        if (descriptor >> 62 != 1) fail_in_kernel("wgmma: only the 128-byte swizzle is simulated");
         if ((descriptor >> 49) % 8 != 0 || start % 1024 >= 128)
-            sim::fail_in_kernel("wgmma: a matrix does not begin in the first row of a swizzle "
-                                "pattern, which is aligned to 1,024 bytes");
+            fail_in_kernel("wgmma: a matrix does not begin in the first row of a swizzle "
+                           "pattern, which is aligned to 1,024 bytes");
     }
     // In row i (of M or N), at k: with K along the rows, or else across (canonical layouts,
     // 9.7.15.5.1.2.1.3).
@@ -170,7 +169,7 @@ struct Matrix {
                                     ? i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride
                                     : i % 8 * 128 + i / 8 * stride + k * 2;
         uint16_t number;
-        std::memcpy(&number, sim::shared_pointer(swizzled(start + offset)), 2);
+        std::memcpy(&number, shared_pointer(swizzled(start + offset)), 2);
         return __uint_as_float(uint32_t(number) << 16);
     }
 };
@@ -225,8 +224,8 @@ inline void finish_group(Warpgroup& group) {
         for (int t = 0; t < 128; t++) {
             const auto* at = reinterpret_cast<const unsigned char*>(product.sums[t]);
             for (size_t i = 0; i < bytes; i++)
-                if (at[i] != sim::poison_byte)
-                    sim::fail_in_kernel("wgmma: sums were written before wgmma_wait");
+                if (at[i] != poison_byte)
+                    fail_in_kernel("wgmma: sums were written before wgmma_wait");
             std::memcpy(product.sums[t], &group.sums.at(first)[t * n], bytes);
             group.fenced[t][product.sums[t]].assign(at, at + bytes);
         }
@@ -250,10 +249,10 @@ inline void check_fenced(const Registers& fenced, const void* registers, size_t 
         const size_t skip = static_cast<const char*>(registers) - static_cast<const char*>(begin);
         if (skip + bytes <= copy.size()) {
             if (std::memcmp(copy.data() + skip, registers, bytes) == 0) return;
-            sim::fail_in_kernel("wgmma: registers were written since wgmma_fence");
+            fail_in_kernel("wgmma: registers were written since wgmma_fence");
         }
     }
-    sim::fail_in_kernel("wgmma: registers that no wgmma_fence has named");
+    fail_in_kernel("wgmma: registers that no wgmma_fence has named");
 }
 
 inline void issue(void** operands) {
@@ -270,7 +269,7 @@ inline void issue(void** operands) {
     for (int t = 0; t < 128; t++) {
         const Operands& mine = *static_cast<Operands*>(operands[t]);
         if (mine.a != first.a || mine.b != first.b || mine.add != first.add)
-            sim::fail_in_kernel("wgmma: descriptors differ among the threads of a warpgroup");
+            fail_in_kernel("wgmma: descriptors differ among the threads of a warpgroup");
         const size_t n = mine.n / 2, bytes = n * sizeof(float);
         product.sums[t] = mine.sums;
         if (mine.registers) {
@@ -280,7 +279,7 @@ inline void issue(void** operands) {
         if (!continues) {
             check_fenced(group.fenced[t], mine.sums, bytes);
             std::memcpy(&sums[t * n], mine.sums, bytes);
-            sim::poison(mine.sums, bytes);
+            poison(mine.sums, bytes);
         }
     }
     group.open.push_back(product);
@@ -291,43 +290,55 @@ template <class X> void note(Registers& fenced, const X& registers) {
     fenced[at].assign(at, at + sizeof(X));
 }
 
-} // namespace hopper
+// A multiprocessor's 65,536 registers are shared among the block's threads evenly at first.
+inline void set_registers(void** registers) {
+    Warpgroup& group = warpgroup();
+    const int wanted = *static_cast<int*>(registers[0]);
+    if (group.registers == 0) group.registers = 65536 / block_threads() / 8 * 8;
+    block().free_registers -= (wanted - group.registers) * 128;
+    group.registers = wanted;
+    condition_met();
+}
+
+} // namespace lns::sim::hopper
+
+namespace lns::cuda {
 
 // ---- Barriers in shared memory
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
     sim::shared_offset(barrier);
-    hopper::Barrier state = {};
+    sim::hopper::Barrier state = {};
     state.expected = state.pending = arrivals;
     std::memcpy(barrier, &state, 8);
 }
 inline void barrier_init_done() {}
 inline void barrier_arrive(uint64_t* barrier) {
-    hopper::Barrier state = hopper::read(barrier);
+    sim::hopper::Barrier state = sim::hopper::read(barrier);
     if (state.pending == 0) sim::fail_in_kernel("more arrivals at an mbarrier than it counts");
     state.pending--;
-    hopper::write(barrier, state);
+    sim::hopper::write(barrier, state);
 }
 inline void barrier_expect(uint64_t* barrier, int bytes) {
-    hopper::Barrier state = hopper::read(barrier);
+    sim::hopper::Barrier state = sim::hopper::read(barrier);
     if (state.pending == 0) sim::fail_in_kernel("more arrivals at an mbarrier than it counts");
     state.pending--, state.bytes += bytes;
-    hopper::write(barrier, state);
+    sim::hopper::write(barrier, state);
 }
 inline void barrier_wait(uint64_t* barrier, int phase, sim::Site where = sim::here()) {
     bool again = false;
     sim::wait_until("barrier_wait", where, [&] {
         if (again) { // copies arrive when nothing else can go on
-            std::vector<hopper::Copy>& copies = hopper::block().copies;
-            std::vector<hopper::Copy> others;
-            for (const hopper::Copy& copy : copies)
+            std::vector<sim::hopper::Copy>& copies = sim::hopper::block().copies;
+            std::vector<sim::hopper::Copy> others;
+            for (const sim::hopper::Copy& copy : copies)
                 if (copy.barrier != barrier) others.push_back(copy);
             std::swap(copies, others);
-            for (const hopper::Copy& copy : others)
-                if (copy.barrier == barrier) hopper::land(copy);
+            for (const sim::hopper::Copy& copy : others)
+                if (copy.barrier == barrier) sim::hopper::land(copy);
         }
         again = true;
-        return int(hopper::read(barrier).phase) != (phase & 1);
+        return int(sim::hopper::read(barrier).phase) != (phase & 1);
     });
 }
 
@@ -338,37 +349,24 @@ inline void copy_box(void* shared, const TensorMap& map, int c0, int c1, int c2,
     if (sim::shared_offset(to) % 1024 != 0)
         sim::fail_in_kernel("copy_box: the destination is not aligned to 1,024 bytes");
     sim::shared_offset(to + bytes - 1);
-    hopper::read(barrier);
+    sim::hopper::read(barrier);
     sim::poison(to, bytes);
-    hopper::block().copies.push_back({map, {c0, c1, c2, c3}, to, barrier});
+    sim::hopper::block().copies.push_back({map, {c0, c1, c2, c3}, to, barrier});
 }
 
 // ---- Warps of different tasks
 
-namespace hopper {
-
-// A multiprocessor's 65,536 registers are shared among the block's threads evenly at first.
-inline void set_registers(void** registers) {
-    Warpgroup& group = warpgroup();
-    const int wanted = *static_cast<int*>(registers[0]);
-    if (group.registers == 0) group.registers = 65536 / sim::block_threads() / 8 * 8;
-    block().free_registers -= (wanted - group.registers) * 128;
-    group.registers = wanted;
-    sim::condition_met();
-}
-
-} // namespace hopper
-
 template <int registers> void release_registers(sim::Site where = sim::here()) {
     static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
     int wanted = registers;
-    sim::meet_warpgroup("release_registers", where, &wanted, hopper::set_registers);
+    sim::meet_warpgroup("release_registers", where, &wanted, sim::hopper::set_registers);
 }
 template <int registers> void take_registers(sim::Site where = sim::here()) {
     static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);
     int wanted = registers;
-    sim::meet_warpgroup("take_registers", where, &wanted, hopper::set_registers);
-    sim::wait_until("take_registers", where, [] { return hopper::block().free_registers >= 0; });
+    sim::meet_warpgroup("take_registers", where, &wanted, sim::hopper::set_registers);
+    sim::wait_until("take_registers", where,
+                    [] { return sim::hopper::block().free_registers >= 0; });
 }
 
 inline void named_barrier_wait(int id, int threads, sim::Site where = sim::here()) {
@@ -387,14 +385,14 @@ inline uint64_t matrix(const void* shared, int next = 16) {
 inline uint64_t advanced(uint64_t matrix, int bytes) { return matrix + (bytes >> 4); }
 
 template <class... Each> void wgmma_fence(Each&... registers) {
-    hopper::Registers& fenced = hopper::warpgroup().fenced[sim::thread_rank() % 128];
-    (hopper::note(fenced, registers), ...);
+    sim::hopper::Registers& fenced = sim::hopper::warpgroup().fenced[sim::thread_rank() % 128];
+    (sim::hopper::note(fenced, registers), ...);
     sim::meet_warpgroup("wgmma_fence", sim::here(), &fenced, [](void**) {});
 }
 inline void wgmma_commit(sim::Site where = sim::here()) {
-    hopper::Warpgroup& mine = hopper::warpgroup();
+    sim::hopper::Warpgroup& mine = sim::hopper::warpgroup();
     sim::meet_warpgroup("wgmma_commit", where, &mine, [](void** operands) {
-        auto& group = *static_cast<hopper::Warpgroup*>(operands[0]);
+        auto& group = *static_cast<sim::hopper::Warpgroup*>(operands[0]);
         group.groups.push_back(std::move(group.open));
         group.open.clear();
     });
@@ -402,24 +400,25 @@ inline void wgmma_commit(sim::Site where = sim::here()) {
 template <int N, class... Sums> void wgmma_wait(Sums&... sums) {
     void* first[] = {sums..., nullptr};
     sim::meet_warpgroup("wgmma_wait", sim::here(), first, [](void** operands) {
-        hopper::Warpgroup& group = hopper::warpgroup();
-        while (group.groups.size() > N) hopper::finish_group(group);
+        sim::hopper::Warpgroup& group = sim::hopper::warpgroup();
+        while (group.groups.size() > N) sim::hopper::finish_group(group);
         for (auto** each = static_cast<void**>(operands[0]); *each; each++)
-            if (hopper::under_way(group, static_cast<float*>(*each)))
+            if (sim::hopper::under_way(group, static_cast<float*>(*each)))
                 sim::fail_in_kernel("wgmma_wait names sums that may still be under way");
     });
 }
 
 template <int N>
 void wgmma(float (&d)[N], uint64_t a, uint64_t b, bool add, sim::Site where = sim::here()) {
-    hopper::Operands operands = {sim::thread_rank() % 128, 2 * N, d, nullptr, a, b, false, add};
-    sim::meet_warpgroup("wgmma", where, &operands, hopper::issue);
+    sim::hopper::Operands operands = {
+        sim::thread_rank() % 128, 2 * N, d, nullptr, a, b, false, add};
+    sim::meet_warpgroup("wgmma", where, &operands, sim::hopper::issue);
 }
 template <int N>
 void wgmma_transposed(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool add,
                       sim::Site where = sim::here()) {
-    hopper::Operands operands = {sim::thread_rank() % 128, 2 * N, d, a, 0, b, true, add};
-    sim::meet_warpgroup("wgmma_transposed", where, &operands, hopper::issue);
+    sim::hopper::Operands operands = {sim::thread_rank() % 128, 2 * N, d, a, 0, b, true, add};
+    sim::meet_warpgroup("wgmma_transposed", where, &operands, sim::hopper::issue);
 }
 
 } // namespace lns::cuda

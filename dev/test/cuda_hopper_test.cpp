@@ -19,6 +19,8 @@ namespace lns::cuda {
 namespace lns::cuda {
 namespace {
 
+using namespace hopper;
+
 class HopperGpu : public testing::Test {
   protected:
     void SetUp() override { setenv("LNS_SIM_ARCH", "90", 1); }

@@ -8,6 +8,7 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
@@ -107,8 +108,7 @@ double gelu(double x) {
 }
 double dgelu(double x) {
     const double t = std::tanh(0.79788456080286536 * (x + 0.044715 * x * x * x));
-    return 0.5 * (1 + t) +
-           0.5 * x * (1 - t * t) * 0.79788456080286536 * (1 + 3 * 0.044715 * x * x);
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.79788456080286536 * (1 + 3 * 0.044715 * x * x);
 }
 
 // a (n, k) · b (m, k)ᵀ + bias (m)
@@ -190,8 +190,8 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
         for (int j = 0; j < OC; j++) wanted_bias[j] += dout[i * OC + j];
     OnDevice<G> dw_(dw), dbias_(dbias);
     OnDevice<float> scratch(linear_scratch(rows, OC));
-    linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows, C,
-                           OC, scratch + 0, stream);
+    linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows,
+                           C, OC, scratch + 0, stream);
     expect_near(dw_, wanted, tolerance<G>());
     in_every_order(dbias_, [&] {
         dbias_.write(dbias);
@@ -280,7 +280,8 @@ TEST(CudaLayers, AlgorithmsAreRemembered) {
 // Of two processes that measure the same, the second takes what the first has written.
 TEST(CudaLayers, CacheSettlesOnTheFirst) {
     namespace fs = std::filesystem;
-    const fs::path directory = fs::temp_directory_path() / ("lns-settle-" + std::to_string(getpid()));
+    const fs::path directory =
+        fs::temp_directory_path() / ("lns-settle-" + std::to_string(getpid()));
     fs::remove_all(directory);
     const Variable where("LNS_CACHE", directory.string());
     Cache one("test.txt"), other("test.txt");
@@ -310,8 +311,8 @@ TEST(CudaLayers, ProductsAreCaptured) {
     Stream stream;
     Products products(stream);
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    linear_forward(products, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
-                   C, OC, stream);
+    linear_forward(products, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr),
+                   rows, C, OC, stream);
     cudaGraph_t graph;
     cudaGraphExec_t executable;
     CUDA(cudaStreamEndCapture(stream, &graph));
@@ -328,9 +329,9 @@ struct QkCase {
     bool norm, table;
 };
 const QkCase qk_cases[] = {
-    {{2, 3, 2, 1, 16, 16}, true, true},  {{1, 7, 4, 2, 32, 32}, false, true},
-    {{2, 2, 3, 3, 8, 6}, true, true},    {{1, 5, 2, 1, 56, 52}, true, true},
-    {{1, 5, 2, 2, 24, 24}, false, true}, {{1, 9, 2, 1, 8, 5}, true, false},
+    {{2, 3, 2, 1, 16, 16}, true, true},    {{1, 7, 4, 2, 32, 32}, false, true},
+    {{2, 2, 3, 3, 8, 6}, true, true},      {{1, 5, 2, 1, 56, 52}, true, true},
+    {{1, 5, 2, 2, 24, 24}, false, true},   {{1, 9, 2, 1, 8, 5}, true, false},
     {{1, 6, 2, 1, 16, 16, 4}, true, true}, {{1, 2, 40, 20, 128, 128}, true, true},
 };
 std::string name_of(const QkCase& c) {
@@ -406,8 +407,7 @@ template <class S> void check_qk_forward(const QkCase& c) {
             EXPECT_NEAR(got[2 * row + i].rstd, rstds[2 * row + i], 1e-5 * rstds[2 * row + i]);
             EXPECT_EQ(got[2 * row + i].mean, 0);
         }
-        for (int i = 0; i < Q + K; i++)
-            EXPECT_EQ(kept[row * (Q + K) + i], raws[row * (Q + K) + i]);
+        for (int i = 0; i < Q + K; i++) EXPECT_EQ(kept[row * (Q + K) + i], raws[row * (Q + K) + i]);
     }
 }
 
@@ -525,10 +525,11 @@ TEST(CudaLayers, LargeActivations) {
     Stream stream;
     gelu_forward(out + 0, h_.in(), 8, stream);
     for (int i = 0; i < 8; i++) EXPECT_EQ(out.read()[i], i < 4 ? 0 : double(float(h[i])));
-    swiglu_forward(out + 0, OnDevice<float>(Doubles{-1e30, -1e4, -100, -90, 90, 100, 1e4, 1e30,
-                                                    1, 1, 1, 1, 1, 1, 1, 1})
-                                .in(),
-                   1, 8, stream);
+    swiglu_forward(
+        out + 0,
+        OnDevice<float>(Doubles{-1e30, -1e4, -100, -90, 90, 100, 1e4, 1e30, 1, 1, 1, 1, 1, 1, 1, 1})
+            .in(),
+        1, 8, stream);
     for (const double x : out.read()) EXPECT_TRUE(std::isfinite(x));
 }
 
@@ -564,7 +565,8 @@ template <class X> void check_loss(int64_t rows, int V, int64_t row) {
 
     auto run = [&] {
         x.write(wide);
-        cross_entropy<X>(losses_ + 0, x + 0, true, targets_.in(), scale_.in(), rows, V, row, stream);
+        cross_entropy<X>(losses_ + 0, x + 0, true, targets_.in(), scale_.in(), rows, V, row,
+                         stream);
     };
     in_every_order(x, run);
     in_every_order(losses_, run);
@@ -572,7 +574,9 @@ template <class X> void check_loss(int64_t rows, int V, int64_t row) {
     const Doubles got = x.read(), wanted = widen(gradients, rows, V, row, 0);
     EXPECT_LT(distance(got, wanted), tolerance<X>());
     for (size_t i = 0; i < got.size(); i++)
-        if (wanted[i] == 0) EXPECT_EQ(got[i], 0); // columns of padding, ignored rows
+        if (wanted[i] == 0) { // columns of padding, ignored rows
+            EXPECT_EQ(got[i], 0);
+        }
 
     OnDevice<double> sum(Doubles{1});
     in_every_order(sum, [&] {
@@ -648,9 +652,9 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     for (int64_t i = 0; i < n / 8; i += 3) decays[i / 32] |= 1u << i % 32;
     const double norm = 50;
     AdamWNumbers o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
-    const double scale = c.grad_clip < 0                           ? 0.25
+    const double scale = c.grad_clip < 0                         ? 0.25
                          : c.grad_clip > 0 && norm > c.grad_clip ? c.grad_clip / norm
-                                                                   : 1;
+                                                                 : 1;
     OnDevice<S> w_(w);
     OnDevice<float> master(exact);
     OnDevice<M> m_(m), v_(v);
@@ -675,6 +679,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     });
     const Doubles got_w = w_.read(), got_m = m_.read(), got_v = v_.read(), got_x = master.read();
     double drift = 0;
+    int different = 0;
     for (int64_t i = 0; i < n; i++) {
         const double d = scale * g[i];
         const double m1 = 0.9f * m[i] + (1 - 0.9f) * d, v1 = 0.95f * v[i] + (1 - 0.95f) * d * d;
@@ -688,15 +693,18 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
         EXPECT_NEAR(got_m[i], m1, near(m1, std::abs(m[i]) + std::abs(d), sizeof(M) == 2));
         EXPECT_NEAR(got_v[i], v1, near(v1, v1, sizeof(M) == 2));
         EXPECT_NEAR(got_w[i], x, near(x, 1 + std::abs(x), sizeof(S) == 2));
-        if (c.with_master) EXPECT_NEAR(got_x[i], x, near(x, 1 + std::abs(x), false));
+        if (c.with_master) {
+            EXPECT_NEAR(got_x[i], x, near(x, 1 + std::abs(x), false));
+        }
         drift += (got_w[i] - x) / std::max(std::abs(x), 1e-3);
         if (!c.stochastic) continue;
-        // The same bits as on the CPU, from what the CPU would round.
+        // What the CPU draws from the same bits, but where the sums before differ by rounding.
         const uint32_t random = lns::mix_bits(uint32_t(i) * 0x9E3779B9u + o.step);
-        if (sizeof(M) == 2) {
-            const double down = double(X_of(round_stochastically(float(m1), random)));
-            EXPECT_NEAR(got_m[i], down, 1e-5 * std::abs(m1) + (got_m[i] != down ? std::abs(m1) / 127 : 0));
-        }
+        const uint16_t cpu = round_stochastically(float(m1), random);
+        different += got_m[i] != double(std::bit_cast<float>(uint32_t(cpu) << 16));
+    }
+    if (c.stochastic && sizeof(M) == 2) {
+        EXPECT_LT(different, n / 100);
     }
     EXPECT_LT(std::abs(drift / n), 3e-4); // no bias
 }
