@@ -2759,7 +2759,7 @@ __global__ static void power_sum_kernel(double* partial, const float* x, double 
 template <class X> __global__ static void find_nonfinite_kernel(int* found, const X* x, int64_t n) {
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
          i += int64_t(gridDim.x) * blockDim.x)
-        if (!isfinite(float(x[i]))) *found = 1; // all write the same
+        if (!std::isfinite(float(x[i]))) *found = 1; // all write the same
 }
 
 // Sums over the ranks that train one model together, each with a GPU of its own: by NCCL, or

@@ -111,7 +111,7 @@ __device__ inline void barrier_wait(uint64_t* barrier, int phase) {
 
 // A box of the map's array, whose first number has these coordinates (innermost first), to shared
 // memory, aligned to 1,024 bytes; what lies beyond the array is 0. One thread asks for it; the
-// barrier counts all the box's bytes when they are there (9.7.9.27.1.2).
+// barrier counts all the box's bytes when they are there.
 __device__ inline void copy_box(void* shared, const TensorMap& map, int c0, int c1, int c2, int c3,
                                 uint64_t* barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "

@@ -25,7 +25,7 @@ template <class Kernel> bool has_hopper_code(Kernel*) {
 
 // ---- Tensor maps
 
-struct alignas(64) TensorMap {
+struct TensorMap {
     const unsigned char* array;
     uint64_t sizes[4], strides[4]; // numbers, bytes
     uint32_t box[4];

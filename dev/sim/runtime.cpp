@@ -423,6 +423,7 @@ const char* cudaGetErrorName(cudaError_t error) {
         LNS_SIM_NAME(cudaErrorNoDevice);
         LNS_SIM_NAME(cudaErrorInvalidDevice);
         LNS_SIM_NAME(cudaErrorNoKernelImageForDevice);
+        LNS_SIM_NAME(cudaErrorECCUncorrectable);
         LNS_SIM_NAME(cudaErrorInvalidResourceHandle);
         LNS_SIM_NAME(cudaErrorIllegalState);
         LNS_SIM_NAME(cudaErrorNotReady);
@@ -472,6 +473,8 @@ const char* cudaGetErrorString(cudaError_t error) {
         return "invalid device ordinal";
     case cudaErrorNoKernelImageForDevice:
         return "no kernel image is available for execution on the device";
+    case cudaErrorECCUncorrectable:
+        return "uncorrectable ECC error encountered";
     case cudaErrorInvalidResourceHandle:
         return "invalid resource handle";
     case cudaErrorIllegalState:

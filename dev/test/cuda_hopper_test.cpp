@@ -309,6 +309,18 @@ TEST_F(HopperGpu, FaultsAreFound) {
     has(found<Fault::written_early>(), "sums were written before wgmma_wait");
 }
 
+TEST(HopperWork, EachTileOfEachHeadOnce) {
+    const int heads = 8, tiles = 5;
+    for (int heads_at_once : {1, 3, 8, 100}) {
+        std::vector<int> done(heads * tiles);
+        for (int n = 0; n < heads * tiles; n++) {
+            const Work work(n, heads, tiles, heads_at_once);
+            done.at(work.head * tiles + work.tile)++;
+        }
+        EXPECT_EQ(done, std::vector<int>(heads * tiles, 1)) << heads_at_once;
+    }
+}
+
 TEST_F(HopperGpu, OthersAreRefused) {
     AttentionShape a = {};
     a.B = 1, a.T = 64, a.NH = a.KVH = 2, a.HS = a.channels = 48;
@@ -318,6 +330,8 @@ TEST_F(HopperGpu, OthersAreRefused) {
     a.first = 0;
     setenv("LNS_SIM_ARCH", "80", 1);
     EXPECT_FALSE(hopper_attention_forward(nullptr, nullptr, nullptr, a, nullptr));
+    EXPECT_FALSE(hopper_attention_backward(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                           nullptr, a, nullptr));
 }
 
 } // namespace
