@@ -3702,8 +3702,6 @@ void cuda::fail_call(const char* call, const char* file, int line, cudaError_t e
         advice = "; lower --batch, ask for --recompute, or see with nvidia-smi who else has memory";
     if (error == cudaErrorNoKernelImageForDevice)
         advice = "; this build has no code for this GPU: make CUDA_ARCH=native";
-    if (error == cudaErrorECCUncorrectable)
-        advice = "; the GPU's memory is faulty: go on with the last checkpoint on another one";
     fail("the GPU failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ") in ",
          std::string(call, std::min<size_t>(std::strcspn(call, "("), 60)), " at ", file, ":", line,
          advice);
@@ -3845,7 +3843,7 @@ static Bandwidth access_bandwidth(int64_t bytes) {
     Array<float> memory(n * 4);
     CUDA(cudaDeviceSynchronize()); // its zeros are written
     float4* x = reinterpret_cast<float4*>(memory + 0);
-    const int blocks = std::min(16 * gpu().multiprocessors, blocks_for(n, 256));
+    const int blocks = std::min(16 * gpu().multiprocessors, blocks_for(n, 4096));
     auto rate = [&](auto* kernel, double accesses) {
         return accesses * double(bytes) / fastest(10, stream, [&] {
                    launch(kernel, blocks, 256, 0, stream, x, n, 0.999f, 1e-3f);
@@ -3865,7 +3863,7 @@ double measured_gpu_flops(DType dtype) {
         using S = decltype(scalar);
         const int small = 256, large = 8192;
         const double flops = cuda::product_flops<S>(small);
-        const bool slow = 2.0 * large * large * large / flops > 10; // seconds; most GPUs take 0.3
+        const bool slow = 2.0 * large * large * large / flops > 2; // seconds; a GPU takes 0.3
         const bool fits = 4 * int64_t(sizeof(S)) * large * large < gpu().free;
         return slow || !fits ? flops : cuda::product_flops<S>(large);
     };
@@ -3873,9 +3871,9 @@ double measured_gpu_flops(DType dtype) {
 }
 
 Bandwidth measured_gpu_bandwidth() {
-    const int64_t small = 1 << 20, large = int64_t(1) << 30; // bytes; the largest caches have 1e8
+    const int64_t small = 1 << 18, large = int64_t(1) << 30; // bytes; the largest caches have 1e8
     const Bandwidth b = cuda::access_bandwidth(small);
-    const bool slow = double(large) / b.read > 1; // second
+    const bool slow = double(large) / b.read > 0.2; // seconds; a GPU takes 0.001
     return slow || 2 * large > gpu().free ? b : cuda::access_bandwidth(large);
 }
 
