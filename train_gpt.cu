@@ -2765,11 +2765,11 @@ struct GpuTimed {
     GpuTimed(const GpuTimed&) = delete;
 };
 
-struct Stream {
+struct OwnStream {
     cudaStream_t stream = nullptr;
-    Stream() { CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
-    ~Stream() { cudaStreamDestroy(stream); }
-    Stream(const Stream&) = delete;
+    OwnStream() { CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+    ~OwnStream() { cudaStreamDestroy(stream); }
+    OwnStream(const OwnStream&) = delete;
     operator cudaStream_t() const { return stream; }
     void wait() const { CUDA(cudaStreamSynchronize(stream)); }
 };
@@ -2857,7 +2857,7 @@ template <class S, class G> struct CudaModel : Model {
     Config shape;    // with padded sizes
     Registry memory; // where its parameters lie
     int multiprocessors = 0;
-    Stream stream, copies; // of the computation, of tokens copied ahead
+    OwnStream stream, copies; // of the computation, of tokens copied ahead
     Products products;
 
     Array<S> parameters;
@@ -3321,8 +3321,12 @@ template <class S, class G> struct CudaModel : Model {
         continues = false;
         tokens.assign(inputs, inputs + int64_t(B) * T);
         set_batch(inputs, targets, 0);
-        CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
         forward();
+        return loss_of_input();
+    }
+    // Of the final norm's output.
+    double loss_of_input() {
+        CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
         for (int64_t row = 0; row < rows(); row += acts.logit_rows)
             head_forward<float>(false, row, std::min(acts.logit_rows, rows() - row));
         add_loss();
@@ -3570,6 +3574,151 @@ template <class S, class G> struct CudaModel : Model {
         };
         with_buffer(buffer, upload);
         if (buffer == Buffer::parameters && master.size) upload(parameters);
+    }
+
+    // Layer by layer: a junction between two layers in two parts, the norms on the way out of one
+    // and the norm on the way into the next. r is residual(2l) before layer l.
+    static Junction way_out(Junction j) {
+        j.in_norm = false;
+        return j;
+    }
+    static Junction way_in(const Junction& j) {
+        Junction in;
+        in.branch = false;
+        in.in_norm = j.in_norm, in.in_scale = j.in_scale;
+        return in;
+    }
+    int at = 0; // r is residual(at)
+
+    void join_part_forward(const Junction& j, int k, const float* r_prev, S* u) {
+        junction_forward(j, shape.norm, shape.norm_eps, r_prev,
+                         j.branch ? branch(k) : static_cast<const S*>(nullptr),
+                         junction_parameters(k), residual(k), u, stats(k), rows(), shape.width,
+                         stream);
+    }
+    void join_part_backward(const Junction& j, int k, const float* r_prev, bool starts = false) {
+        junction_backward(j, shape.norm, shape.norm_eps, r_prev,
+                          j.branch ? branch(k) : static_cast<const S*>(nullptr), residual(k),
+                          junction_parameters(k), stats(k), static_cast<const S*>(acts.dinput),
+                          starts, static_cast<float*>(acts.dresidual),
+                          static_cast<S*>(acts.dbranch),
+                          JunctionPointers<G>(gradients, memory.junctions[k]), acts.scratch, rows(),
+                          shape.width, multiprocessors, stream);
+    }
+    // r into the place of junction k, and u from it.
+    void enter(int k) {
+        if (at != k)
+            CUDA(cudaMemcpyAsync(residual(k), residual(at), stream_bytes(),
+                                 cudaMemcpyDeviceToDevice, stream));
+        at = k;
+        join_part_forward(way_in(junction(config.scheme, config.layers, k)), k, residual(k),
+                          acts.input.slot[k] < 0 ? nullptr : input(k));
+    }
+    void enter_backward(int k, bool starts = false) {
+        const Junction j = way_in(junction(config.scheme, config.layers, k));
+        join_part_backward(j, k, residual(k), starts);
+    }
+    size_t stream_bytes() const { return size_t(rows()) * shape.width * sizeof(float); }
+    void check_probes() const {
+        if (!options.training || options.recompute != Recompute::none)
+            fail("a model that runs layer by layer must be made to train, without --recompute");
+    }
+
+    void embed(const int* inputs, int b, int t) override {
+        check_probes();
+        check_tokens(inputs, b, t);
+        continues = false, at = 0;
+        set_batch(inputs, nullptr, 0);
+        embedding_forward(embedded(), this->inputs(), weight(memory.token_embedding),
+                          weight(memory.position_embedding), first, rows(), T, shape.width, stream);
+        join_part_forward(way_out(junction(config.scheme, config.layers, 0)), 0, embedded(),
+                          nullptr);
+        stream.wait();
+    }
+    void run_layer(int l) override {
+        enter(2 * l);
+        attention_sublayer_forward(l);
+        join_forward(2 * l + 1);
+        mlp_sublayer_forward(l);
+        at = 2 * l + 2;
+        join_part_forward(way_out(junction(config.scheme, config.layers, at)), at,
+                          residual(2 * l + 1), nullptr);
+        stream.wait();
+        times.book(profile);
+    }
+    // The targets, to where kernels look for them.
+    void set_targets(const int* targets, double loss_scale) {
+        check_targets(targets);
+        const float scale = float(loss_scale);
+        const BatchLayout to = layout();
+        CUDA(cudaMemcpyAsync(batch + to.targets(), targets, size_t(to.rows) * sizeof(int),
+                             cudaMemcpyHostToDevice, stream));
+        CUDA(cudaMemcpyAsync(batch + to.loss_scale(), &scale, sizeof scale, cudaMemcpyHostToDevice,
+                             stream));
+        stream.wait();
+    }
+    double finish(const int* targets) override {
+        set_targets(targets, 0);
+        enter(2 * config.layers);
+        return loss_of_input();
+    }
+    void finish_backward(const int* targets, double loss_scale) override {
+        set_targets(targets, loss_scale);
+        enter(2 * config.layers);
+        head();
+        enter_backward(2 * config.layers, true);
+        stream.wait();
+        times.book(profile);
+    }
+    void run_layer_backward(int l) override {
+        CUDA(cudaMemsetAsync(acts.dinput, 0, size_t(rows()) * shape.width * sizeof(S), stream));
+        const Junction out = junction(config.scheme, config.layers, 2 * l + 2);
+        join_part_backward(way_out(out), 2 * l + 2, residual(2 * l + 1));
+        mlp_sublayer_backward(l);
+        join_backward(2 * l + 1);
+        attention_sublayer_backward(l);
+        enter_backward(2 * l);
+        stream.wait();
+        times.book(profile);
+    }
+    void read(Stream which, float* out) override {
+        auto copy = [&](const auto* x) {
+            using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+            std::vector<X> values(size_t(rows()) * shape.width);
+            CUDA(cudaMemcpyAsync(values.data(), x, values.size() * sizeof(X),
+                                 cudaMemcpyDeviceToHost, stream));
+            stream.wait();
+            for (size_t i = 0; i < values.size(); i++) out[i] = float(values[i]);
+        };
+        switch (which) {
+        case Stream::residual:
+            return copy(residual(at));
+        case Stream::attention:
+            if (branch(at - 1) != branch(at)) return copy(branch(at - 1));
+            return copy_difference(out); // they share a slot, where no junction needs b again
+        case Stream::mlp:
+            return copy(branch(at));
+        case Stream::gradient:
+            return copy(acts.dresidual + 0);
+        }
+    }
+    // b of the attention that ran last, whose junction was r ← skip · r + b.
+    void copy_difference(float* out) {
+        const float skip = float(junction(config.scheme, config.layers, at - 1).skip);
+        std::vector<float> before(size_t(rows()) * shape.width);
+        CUDA(
+            cudaMemcpyAsync(out, residual(at - 1), stream_bytes(), cudaMemcpyDeviceToHost, stream));
+        CUDA(cudaMemcpyAsync(before.data(), residual(at - 2), stream_bytes(),
+                             cudaMemcpyDeviceToHost, stream));
+        stream.wait();
+        for (size_t i = 0; i < before.size(); i++) out[i] -= skip * before[i];
+    }
+    void write(Stream which, const float* values) override {
+        if (which != Stream::residual && which != Stream::gradient)
+            fail("of the streams between layers r and its gradient alone can be written");
+        CUDA(cudaMemcpyAsync(which == Stream::residual ? residual(at) : acts.dresidual + 0, values,
+                             stream_bytes(), cudaMemcpyHostToDevice, stream));
+        stream.wait();
     }
 
     std::vector<double> residual_variance() override {
