@@ -405,7 +405,8 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         bench->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
         Flags f{*bench, changes, "Flags"};
         add_model(f, o);
-        f.count("-b,--batch", o.batch, 1, 1000000, "sequences of a step");
+        f.count("-b,--batch", o.batch, 0, 1000000,
+                "sequences of a step; 0: the largest power of two that the memory has room for");
         f.count("-t,--seq-len", o.seq_len, 1, 100000000, "tokens of each; tiny's default is 128");
         f.count("-x,--steps", o.timed_steps, 1, most, "so many, after one that is not measured");
         f.flag("--json", o.json, "one JSON object on one line, instead of a table");
