@@ -2299,11 +2299,9 @@ __device__ inline float exp_of_difference(float x, float y) {
 // so far is scaled down where a larger logit is met. Moves, per number: those of X, once read and,
 // with gradients, once written.
 template <bool kept, class X>
-__global__ static __launch_bounds__(1024) void cross_entropy_kernel(float* losses, X* logits,
-                                                                    bool gradients,
-                                                                    const int* targets,
-                                                                    const float* loss_scale, int V,
-                                                                    int64_t row) {
+__global__ static __launch_bounds__(kept ? 1024 : 512) void cross_entropy_kernel(
+    float* losses, X* logits, bool gradients, const int* targets, const float* loss_scale, int V,
+    int64_t row) {
     const float least = -1e30f;
     SharedMemory shared;
     float* exchange = shared.take<float>(2 * warp);

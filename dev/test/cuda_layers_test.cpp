@@ -75,15 +75,21 @@ template <class X> void expect_near(const OnDevice<X>& got, const Doubles& wante
     EXPECT_LT(distance(got.read(), wanted), allowed);
 }
 
-// Runs body, which fills `out` anew, in every order of threads: the bits must be the same.
-template <class X> void in_every_order(const OnDevice<X>& out, const std::function<void()>& body) {
-    std::vector<X> first;
+// Runs body, which fills these anew, in every order of threads: the bits must be the same.
+template <class... X>
+void in_every_order(const std::function<void()>& body, const OnDevice<X>&... filled) {
+    std::string first;
     sim::in_every_order([&] {
         body();
-        const std::vector<X> now = out.raw();
+        std::string now;
+        auto append = [&](const auto& values) {
+            now.append(reinterpret_cast<const char*>(values.data()),
+                       values.size() * sizeof(values[0]));
+        };
+        (append(filled.raw()), ...);
         if (first.empty()) first = now;
-        EXPECT_EQ(std::memcmp(now.data(), first.data(), now.size() * sizeof(X)), 0)
-            << "another order of threads gave other bits: " << sim::name_of(sim::order());
+        EXPECT_TRUE(now == first) << "another order of threads gave other bits: "
+                                  << sim::name_of(sim::order());
     });
 }
 
@@ -201,11 +207,13 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
     linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows,
                            C, OC, scratch + 0, stream);
     expect_near(dw_, wanted, tolerance<G>());
-    in_every_order(dbias_, [&] {
-        dbias_.write(dbias);
-        linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
-                               rows, C, OC, scratch + 0, stream);
-    });
+    in_every_order(
+        [&] {
+            dbias_.write(dbias);
+            linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
+                                   rows, C, OC, scratch + 0, stream);
+        },
+        dbias_);
     expect_near(dbias_, wanted_bias, tolerance<G>());
 }
 
@@ -350,7 +358,7 @@ const QkCase qk_cases[] = {
     {{2, 2, 3, 3, 8, 6}, true, true},      {{1, 5, 2, 1, 56, 52}, true, true},
     {{1, 5, 2, 2, 24, 24}, false, true},   {{1, 9, 2, 1, 8, 5}, true, false},
     {{1, 6, 2, 1, 16, 16, 4}, true, true}, {{1, 2, 40, 20, 128, 128}, true, true},
-    {{2, 300, 2, 1, 96, 96}, true, true}, // more rows than blocks
+    {{2, 260, 2, 1, 96, 96}, true, true}, // more rows than blocks
 };
 std::string name_of(const QkCase& c) {
     return cat("B ", c.a.B, ", T ", c.a.T, ", NH ", c.a.NH, ", KVH ", c.a.KVH, ", HS ", c.a.HS,
@@ -411,11 +419,13 @@ template <class S> void check_qk_forward(const QkCase& c) {
     const OnDevice<S> q_weight_(q_weight), k_weight_(k_weight);
     const OnDevice<CosSin> table_(table.empty() ? std::vector<CosSin>(1) : table);
     Stream stream;
-    in_every_order(out, [&] {
-        out.write(qkv);
-        qk_forward(out + 0, c.norm ? raw + 0 : nullptr, stats + 0, q_weight_.in(), k_weight_.in(),
-                   eps, c.table ? table_.in() : nullptr, a, stream);
-    });
+    in_every_order(
+        [&] {
+            out.write(qkv);
+            qk_forward(out + 0, c.norm ? raw + 0 : nullptr, stats + 0, q_weight_.in(),
+                       k_weight_.in(), eps, c.table ? table_.in() : nullptr, a, stream);
+        },
+        out);
     expect_near(out, wanted, tolerance<S>());
     if (!c.norm) return;
     const std::vector<NormStats> got = stats.raw();
@@ -475,9 +485,7 @@ template <class S, class G> void check_qk_norm_backward(const QkCase& c) {
         qk_norm_backward(out + 0, raw_.in(), stats_.in(), q_weight_.in(), k_weight_.in(), dq_ + 0,
                          dk_ + 0, scratch + 0, a, stream);
     };
-    in_every_order(out, backward);
-    in_every_order(dq_, backward);
-    in_every_order(dk_, backward);
+    in_every_order(backward, out, dq_, dk_);
     expect_near(out, wanted, tolerance<S>());
     expect_near(dq_, dq, tolerance<G>());
     expect_near(dk_, dk, tolerance<G>());
@@ -586,8 +594,7 @@ template <class X> void check_loss(int64_t rows, int V, int64_t row) {
         cross_entropy<X>(losses_ + 0, x + 0, true, targets_.in(), scale_.in(), rows, V, row,
                          stream);
     };
-    in_every_order(x, run);
-    in_every_order(losses_, run);
+    in_every_order(run, x, losses_);
     expect_near(losses_, losses, 1e-6);
     const Doubles got = x.read(), wanted = widen(gradients, rows, V, row, 0);
     EXPECT_LT(distance(got, wanted), tolerance<X>());
@@ -597,10 +604,12 @@ template <class X> void check_loss(int64_t rows, int V, int64_t row) {
         }
 
     OnDevice<double> sum(Doubles{1});
-    in_every_order(sum, [&] {
-        sum.write(Doubles{1});
-        add_losses(sum + 0, losses_.in(), rows, stream);
-    });
+    in_every_order(
+        [&] {
+            sum.write(Doubles{1});
+            add_losses(sum + 0, losses_.in(), rows, stream);
+        },
+        sum);
     EXPECT_NEAR(sum.read()[0], total, 1e-6 * total);
 }
 
@@ -644,7 +653,7 @@ template <class G> void check_norm(int64_t n) {
     const OnDevice<G> g_(g);
     OnDevice<double> norm(1), scratch(norm_blocks);
     Stream stream;
-    in_every_order(norm, [&] { gradient_norm(norm + 0, g_.in(), n, scratch + 0, stream); });
+    in_every_order([&] { gradient_norm(norm + 0, g_.in(), n, scratch + 0, stream); }, norm);
     EXPECT_NEAR(norm.read()[0], std::sqrt(square), 1e-6 * std::sqrt(square)) << n;
 }
 
@@ -691,10 +700,12 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     EXPECT_EQ(m_.read(), m);
     EXPECT_EQ(v_.read(), v);
     EXPECT_EQ(master.read(), exact);
-    in_every_order(w_, [&] {
-        w_.write(w), m_.write(m), v_.write(v), master.write(exact);
-        step(c.grad_clip < 0 ? nullptr : norm_.in(), loss.in());
-    });
+    in_every_order(
+        [&] {
+            w_.write(w), m_.write(m), v_.write(v), master.write(exact);
+            step(c.grad_clip < 0 ? nullptr : norm_.in(), loss.in());
+        },
+        w_, m_, v_, master);
     const Doubles got_w = w_.read(), got_m = m_.read(), got_v = v_.read(), got_x = master.read();
     double drift = 0;
     int different = 0;
