@@ -3950,7 +3950,7 @@ template <class S> __global__ static void random_kernel(S* x, int64_t n) {
 }
 
 template <class S> static double product_flops(int n) {
-    Stream stream;
+    OwnStream stream;
     Products products(stream);
     const int64_t size = int64_t(n) * n;
     Array<S> a(size), b(size), out(size);
@@ -3985,7 +3985,7 @@ __global__ static void access_kernel(float4* x, int64_t n, float factor, float t
 }
 
 static Bandwidth access_bandwidth(int64_t bytes) {
-    Stream stream;
+    OwnStream stream;
     const int64_t n = bytes / int64_t(sizeof(float4));
     Array<float> memory(n * 4);
     CUDA(cudaDeviceSynchronize()); // its zeros are written
