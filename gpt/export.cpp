@@ -213,6 +213,14 @@ std::string copy_tokenizer(const std::string& from, const std::string& to) {
     return copied;
 }
 
+// Whether dir holds our tokenizer of bytes, of which older checkpoints have no tokenizer.json.
+bool is_bytes(const std::string& dir) {
+    const std::string path = dir + "/tokenizer_config.json";
+    if (!fs::exists(path)) return false;
+    const json config = json::parse(read_file(path), nullptr, false);
+    return config.is_object() && config.value("kind", json()) == "bytes";
+}
+
 // "1,234,567 bytes" would not be read: 1.2 MB.
 std::string size_text(int64_t bytes) {
     const char* units[] = {"bytes", "kB", "MB", "GB", "TB"};
@@ -263,6 +271,7 @@ int export_model(const Options& o) {
         {{"format", "pt"}, {"exported_from", "lns.cpp, norm scheme " + config.scheme.name()}});
     write_file_atomic(at + "/config.json", exported_config(plan, from, number));
     const std::string copied = fs::is_directory(from) ? copy_tokenizer(from, at) : "";
+    if (is_bytes(at)) load_tokenizer("bytes")->save(at);
     directory.commit();
 
     std::printf("wrote %s: %s, %s, %zu tensors, %s in %zu file%s\n", dir.c_str(),
