@@ -213,12 +213,12 @@ std::string copy_tokenizer(const std::string& from, const std::string& to) {
     return copied;
 }
 
-// Whether dir holds our tokenizer of bytes, of which older checkpoints have no tokenizer.json.
-bool is_bytes(const std::string& dir) {
+// A field of dir's tokenizer_config.json, null if there is none.
+json tokenizer_field(const std::string& dir, const char* field) {
     const std::string path = dir + "/tokenizer_config.json";
-    if (!fs::exists(path)) return false;
+    if (!fs::exists(path)) return {};
     const json config = json::parse(read_file(path), nullptr, false);
-    return config.is_object() && config.value("kind", json()) == "bytes";
+    return config.is_object() ? config.value(field, json()) : json();
 }
 
 // "1,234,567 bytes" would not be read: 1.2 MB.
@@ -271,7 +271,12 @@ int export_model(const Options& o) {
         {{"format", "pt"}, {"exported_from", "lns.cpp, norm scheme " + config.scheme.name()}});
     write_file_atomic(at + "/config.json", exported_config(plan, from, number));
     const std::string copied = fs::is_directory(from) ? copy_tokenizer(from, at) : "";
-    if (is_bytes(at)) load_tokenizer("bytes")->save(at);
+    // Older checkpoints have no tokenizer.json beside it.
+    if (tokenizer_field(at, "kind") == "bytes") load_tokenizer("bytes")->save(at);
+    // One that no class of transformers is known to compute: without byte pieces, such as T5's.
+    const bool own_pieces = fs::exists(at + "/tokenizer.model") &&
+                            !fs::exists(at + "/tokenizer.json") &&
+                            tokenizer_field(at, "tokenizer_class").is_null();
     directory.commit();
 
     std::printf("wrote %s: %s, %s, %zu tensors, %s in %zu file%s\n", dir.c_str(),
@@ -289,6 +294,10 @@ int export_model(const Options& o) {
         std::printf("no tokenizer lies with the weights: put one there\n");
     else
         std::printf("the tokenizer's files beside it: %s\n", copied.c_str());
+    if (own_pieces)
+        std::printf(
+            "of tokenizer.model, which has no byte pieces, stock tools may make other tokens: "
+            "compare them before use\n");
     return 0;
 }
 
