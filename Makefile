@@ -220,8 +220,8 @@ test: $(if $(call yes,$(SANITIZE)),,$(existing)) $O/unit_tests $(sim_test_progra
 # Options of its own: DEVICE=cuda, QUICK=1, TORCH=new (installs PyTorch under $(BUILD)),
 # ARGS='--only tiny --rounds 5'.
 bench: train_gpt
-	@python3 dev/bench/bench.py $(addprefix --device ,$(DEVICE)) $(if $(call yes,$(QUICK)),--quick) $(if $(filter new,$(TORCH)),--install-torch) \
-	    --out $(BUILD)/bench.json $(ARGS)
+	@python3 dev/bench/bench$(if $(filter cuda,$(DEVICE)),_gpu).py $(if $(call yes,$(QUICK)),--quick) \
+	    $(if $(filter new,$(TORCH)),--install-torch) --out $(BUILD)/bench$(addprefix -,$(DEVICE)).json $(ARGS)
 
 endif
 

@@ -37,6 +37,7 @@ struct Row {
     std::vector<std::pair<std::string, double>> errors; // of what, how much
     std::vector<double> tolerances;
     std::string note; // why it failed
+    bool printed = false;
 
     void add(const char* what, double error, double tolerance) {
         errors.push_back({what, error});
@@ -46,6 +47,17 @@ struct Row {
         for (size_t i = 0; i < errors.size(); i++)
             if (!(errors[i].second <= tolerances[i])) return false; // NaN fails
         return !errors.empty() && note.empty();
+    }
+    void print() {
+        std::printf("%-4s %-66s", passed() ? "ok" : "FAIL", name.c_str());
+        for (size_t i = 0; i < errors.size(); i++)
+            std::printf("  %s %.1e%s", errors[i].first.c_str(), errors[i].second,
+                        errors[i].second <= tolerances[i]
+                            ? ""
+                            : cat(" (at most ", tolerances[i], ")").c_str());
+        std::printf("%s%s\n", note.empty() ? "" : "  ", note.c_str());
+        std::fflush(stdout);
+        printed = true;
     }
 };
 
@@ -1054,21 +1066,6 @@ Row check_random() {
     return row;
 }
 
-// ---------------------------------------------------------------------------------------------
-// The GPU, against the CPU: train_gpt.cu through the interface that both implement
-
-#ifdef LNS_CUDA
-
-const Ranks& alone() {
-    static const Ranks ranks;
-    return ranks;
-}
-
-std::unique_ptr<Model> gpu_model(const Config& c, int B, int T, ModelOptions options = {}) {
-    options.device = Device::cuda;
-    return make_cuda_model(c, B, T, options, alone());
-}
-
 // A buffer's tensors; all of one number count as one, as in gradients_of.
 std::map<std::string, Doubles> tensors_of(Model& model, Buffer buffer) {
     std::map<std::string, Doubles> all;
@@ -1094,6 +1091,85 @@ void fill_like(Model& model) {
     }
 }
 
+// Layer by layer, a model computes what it computes at once, forward and backward; a layer that is
+// left out is as if the model had been built without it.
+template <class Make>
+Row check_layers(const std::string& prefix, const std::string& name, const std::string& scheme,
+                 const Make& make) {
+    Row row{cat(prefix, name, "  ", scheme, "  layer by layer"), {}, {}, ""};
+    Config c = bf16_config(name, scheme);
+    const int B = 2, T = 9;
+    std::vector<int> inputs, targets;
+    test_batch(c, B * T, inputs, targets, true);
+    std::unique_ptr<Model> whole = make(c, B, T), parts = make(c, B, T);
+    fill_like(*whole), fill_like(*parts);
+    whole->zero_gradients(), parts->zero_gradients();
+    const double loss = whole->loss_and_gradients(inputs.data(), targets.data(), B, T, 0.1);
+    parts->embed(inputs.data(), B, T);
+    for (int l = 0; l < c.layers; l++) parts->run_layer(l);
+    const double found = parts->finish(targets.data());
+    row.add("loss", std::fabs(found - loss) / loss, 1e-6); // a pass may round its logits
+    parts->finish_backward(targets.data(), 0.1);
+    for (int l = c.layers - 1; l >= 0; l--) parts->run_layer_backward(l);
+    auto gradients = tensors_of(*whole, Buffer::gradients);
+    auto by_layer = tensors_of(*parts, Buffer::gradients);
+    double worst = 0, all = 0; // without what the embedding gets below its norm
+    for (const auto& [n, g] : gradients) all += norm(g) * norm(g);
+    for (const auto& [n, g] : gradients) {
+        const bool embedding = n.find("wte") != std::string::npos ||
+                               n.find("wpe") != std::string::npos ||
+                               n.find("embed") != std::string::npos;
+        if (!embedding)
+            worst = std::max(worst, relative_error(by_layer.at(n), g, 1e-3 * std::sqrt(all)));
+    }
+    row.add("gradients", worst, 1e-5);
+
+    // Without the middle one of 3 layers. The scales of lns and the layers of mix are by number, so
+    // that only where they do not matter the shorter model is the same.
+    parts->embed(inputs.data(), B, T);
+    std::vector<float> before(size_t(B) * T * c.width), after(before.size()), b(before.size());
+    parts->read(Model::Stream::residual, before.data());
+    parts->run_layer(0);
+    parts->read(Model::Stream::residual, after.data());
+    parts->read(Model::Stream::attention, b.data());
+    double size = 0;
+    for (float x : b) size += double(x) * x;
+    if (!(size > 0) || before == after) row.note = "the first layer does nothing";
+    parts->run_layer(2);
+    const double without = parts->finish(targets.data());
+    Config shorter = c;
+    shorter.layers = 2;
+    complete_config(shorter);
+    std::unique_ptr<Model> two = make(shorter, B, T);
+    for (const Param& p : two->registry.params) {
+        std::string from = p.name;
+        for (const char* layers : {"layers.1.", "h.1."})
+            if (size_t at = from.find(layers); at != std::string::npos)
+                from[at + std::string(layers).size() - 2] = '2';
+        std::vector<float> values(p.size());
+        parts->read(Buffer::parameters, *parts->registry.find(from), values.data());
+        two->write(Buffer::parameters, p, values.data());
+    }
+    const double built = two->loss(inputs.data(), targets.data(), B, T);
+    row.add("removed", std::fabs(without - built) / built, 1e-6);
+    return row;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The GPU, against the CPU: train_gpt.cu through the interface that both implement
+
+#ifdef LNS_CUDA
+
+const Ranks& alone() {
+    static const Ranks ranks;
+    return ranks;
+}
+
+std::unique_ptr<Model> gpu_model(const Config& c, int B, int T, ModelOptions options = {}) {
+    options.device = Device::cuda;
+    return make_cuda_model(c, B, T, options, alone());
+}
+
 // Two passes, of which the second adds to the first, then a step of AdamW.
 struct Trained {
     double loss = 0;
@@ -1105,6 +1181,7 @@ Trained train_once(Model& model, int B, int T) {
     Trained out;
     std::vector<int> inputs, targets;
     test_batch(model.config, B * T, inputs, targets, B * T > 1);
+    model.initialize(1); // moments too
     fill_like(model);
     out.change = tensors_of(model, Buffer::parameters);
     model.zero_gradients();
@@ -1113,8 +1190,9 @@ Trained train_once(Model& model, int B, int T) {
     out.gradients = tensors_of(model, Buffer::gradients);
     out.logits.resize(size_t(B) * T * model.config.vocab_size);
     model.logits(inputs.data(), B, T, false, out.logits.data());
-    // With so large an eps the step is nearly linear in the gradient, and as accurate.
-    model.update({.lr = 1, .eps = 1, .weight_decay = 0.1, .step = 1, .grad_scale = 0.5});
+    // With so large an eps the step is nearly linear in the gradient, and with so large a rate it
+    // is not below the weights' rounding: its error is the gradient's.
+    model.update({.lr = 100, .eps = 1, .weight_decay = 1e-3, .step = 1, .grad_scale = 0.5});
     for (const auto& [name, after] : tensors_of(model, Buffer::parameters))
         for (size_t i = 0; i < after.size(); i++)
             out.change[name][i] = after[i] - out.change[name][i];
@@ -1173,6 +1251,7 @@ std::vector<Row> check_gpu_shapes(const std::function<bool(const std::string&)>&
         c.scheme = parse_scheme("lns");
         complete_config(c);
         rows.push_back(check_gpu(name, c, s.B, s.T));
+        rows.back().print();
     }
     return rows;
 }
@@ -1401,7 +1480,9 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
         return rows;
     }
     auto keep = [&](const std::string& name, const auto& check) {
-        if (wanted("cuda: " + name)) rows.push_back(check());
+        if (!wanted("cuda: " + name)) return;
+        rows.push_back(check());
+        rows.back().print();
     };
     for (const std::string& name : architectures)
         for (const std::string& scheme : all_schemes()) {
@@ -1422,6 +1503,12 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
             keep(
                 cat(name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  bits repeat"),
                 [&] { return check_gpu_bits(name, scheme, dtype); });
+    for (auto [name, scheme] :
+         {std::pair{"gpt2", "layerscale"}, {"llama-gqa", "post"}, {"qwen2", "sandwich+gpas"}})
+        keep(cat(name, "  ", scheme, "  layer by layer"), [&] {
+            return check_layers("cuda: ", name, scheme,
+                                [](const Config& c, int B, int T) { return gpu_model(c, B, T); });
+        });
     for (const std::string& name : architectures)
         keep(name + "  generating, variance, evaluation",
              [&] { return check_gpu_inference(name); });
@@ -1497,6 +1584,14 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_causal(name)), keep(check_continuation(name));
     }
     keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
+    auto on_cpu = [](const Config& c, int B, int T) { return make_cpu_model(c, B, T, {}); };
+    for (auto [name, scheme] : {std::pair{"llama", "pre"},
+                                {"gpt2", "layerscale"},
+                                {"olmo2", "olmo2"},
+                                {"qwen2", "sandwich+gpas"},
+                                {"llama-gqa", "post"},
+                                {"olmo", "peri"}})
+        keep(check_layers("claim: ", name, scheme, on_cpu));
     for (auto [name, scheme] : {std::pair{"llama", "lns"},
                                 {"gpt2", "pre"},
                                 {"olmo2", "sandwich+gpas"},
@@ -1546,15 +1641,9 @@ int run_tests(int argc, char** argv) {
         fail("expected no arguments or -k NAME, found '", argv[1], "'");
 
     int failed = 0, passed = 0;
-    for (const Row& row : all_rows(filter)) {
+    for (Row& row : all_rows(filter)) {
         (row.passed() ? passed : failed)++;
-        std::printf("%-4s %-66s", row.passed() ? "ok" : "FAIL", row.name.c_str());
-        for (size_t i = 0; i < row.errors.size(); i++)
-            std::printf("  %s %.1e%s", row.errors[i].first.c_str(), row.errors[i].second,
-                        row.errors[i].second <= row.tolerances[i]
-                            ? ""
-                            : cat(" (at most ", row.tolerances[i], ")").c_str());
-        std::printf("%s%s\n", row.note.empty() ? "" : "  ", row.note.c_str());
+        if (!row.printed) row.print();
     }
     if (passed + failed == 0) fail("no check's name contains '", filter, "'");
     std::printf("\n%d passed, %d failed\n", passed, failed);

@@ -1451,6 +1451,123 @@ template <class S> struct CpuModel : Model {
             return nullptr;
     }
 
+    // Layer by layer: a junction between two layers in two parts, the norms on the way out of one
+    // and the norm on the way into the next. r is residual(2l) before layer l.
+    static Junction way_out(Junction j) {
+        j.in_norm = false;
+        return j;
+    }
+    static Junction way_in(const Junction& j) {
+        Junction in;
+        in.branch = false;
+        in.in_norm = j.in_norm, in.in_scale = j.in_scale;
+        return in;
+    }
+    int at = 0; // r is residual(at)
+
+    void join_part_forward(const Junction& j, int k, const A* r_prev, S* u) {
+        junction_forward(j, config.norm, config.norm_eps, r_prev,
+                         j.branch ? branch(k) : static_cast<const S*>(nullptr),
+                         JunctionPointers<const S>(parameters, registry.junctions[k]), residual(k),
+                         u, stats(k), stopped[k], rows(), config.width);
+    }
+    void join_part_backward(const Junction& j, int k, const A* r_prev) {
+        junction_backward(j, config.norm, r_prev, j.branch ? branch(k) : nullptr, residual(k),
+                          JunctionPointers<const S>(parameters, registry.junctions[k]), stats(k),
+                          static_cast<const S*>(acts.dinput), static_cast<A*>(acts.dresidual),
+                          static_cast<S*>(acts.dbranch),
+                          JunctionPointers<A>(gradients, registry.junctions[k]),
+                          static_cast<A*>(acts.scratch), rows(), config.width);
+    }
+    // r into the place of junction k, and u from it.
+    void enter(int k) {
+        if (at != k) std::copy_n(residual(at), rows() * config.width, residual(k));
+        at = k;
+        join_part_forward(way_in(junction(config.scheme, config.layers, k)), k, residual(k),
+                          acts.input.slot[k] < 0 ? nullptr : input(k));
+    }
+    void enter_backward(int k) {
+        Junction j = way_in(junction(config.scheme, config.layers, k));
+        join_part_backward(j, k, residual(k));
+    }
+    void check_probes() const {
+        if (!options.training || options.recompute != Recompute::none)
+            fail("a model that runs layer by layer must be made to train, without --recompute");
+    }
+
+    void embed(const int* inputs, int b, int t) override {
+        check_probes();
+        check_tokens(inputs, b, t);
+        first = 0, continues = false, at = 0;
+        tokens.assign(inputs, inputs + int64_t(B) * T);
+        embedding_forward(embedded(), inputs, weight(registry.token_embedding),
+                          weight(registry.position_embedding), first, rows(), T, config.width);
+        join_part_forward(way_out(junction(config.scheme, config.layers, 0)), 0, embedded(),
+                          nullptr);
+    }
+    void run_layer(int l) override {
+        enter(2 * l);
+        attention_sublayer_forward(l);
+        join_forward(2 * l + 1);
+        mlp_sublayer_forward(l);
+        at = 2 * l + 2;
+        join_part_forward(way_out(junction(config.scheme, config.layers, at)), at,
+                          residual(2 * l + 1), nullptr);
+    }
+    double finish(const int* targets) override {
+        check_targets(targets);
+        enter(2 * config.layers);
+        head_forward(targets, nullptr, 0, 0, rows());
+        return sum_of_losses();
+    }
+    void finish_backward(const int* targets, double loss_scale) override {
+        check_targets(targets);
+        enter(2 * config.layers);
+        write_fresh_zeros();
+        head(targets, loss_scale);
+        std::fill_n(acts.dresidual + 0, rows() * config.width, A(0));
+        enter_backward(2 * config.layers);
+    }
+    void run_layer_backward(int l) override {
+        write_fresh_zeros();
+        std::fill_n(acts.dinput + 0, rows() * config.width, S(0));
+        const Junction out = junction(config.scheme, config.layers, 2 * l + 2);
+        join_part_backward(way_out(out), 2 * l + 2, residual(2 * l + 1));
+        mlp_sublayer_backward(l);
+        join_backward(2 * l + 1);
+        attention_sublayer_backward(l);
+        enter_backward(2 * l);
+    }
+    void read(Stream stream, float* out) override {
+        auto copy = [&](const auto* x) {
+            for (int64_t i = 0; i < rows() * config.width; i++) out[i] = float(x[i]);
+        };
+        switch (stream) {
+        case Stream::residual:
+            return copy(residual(at));
+        case Stream::attention:
+            if (branch(at - 1) != branch(at)) return copy(branch(at - 1));
+            return copy_difference(out); // they share a slot, where no junction needs b again
+        case Stream::mlp:
+            return copy(branch(at));
+        case Stream::gradient:
+            return copy(acts.dresidual + 0);
+        }
+    }
+    // b of the attention that ran last, whose junction was r ← skip · r + b.
+    void copy_difference(float* out) {
+        const A skip = A(junction(config.scheme, config.layers, at - 1).skip);
+        const A *after = residual(at - 1), *before = residual(at - 2);
+        for (int64_t i = 0; i < rows() * config.width; i++)
+            out[i] = float(after[i] - skip * before[i]);
+    }
+    void write(Stream stream, const float* values) override {
+        if (stream != Stream::residual && stream != Stream::gradient)
+            fail("of the streams between layers r and its gradient alone can be written");
+        A* to = stream == Stream::residual ? residual(at) : acts.dresidual + 0;
+        for (int64_t i = 0; i < rows() * config.width; i++) to[i] = A(values[i]);
+    }
+
     std::vector<double> residual_variance() override {
         std::vector<double> variance;
         const int64_t n = rows() * config.width;

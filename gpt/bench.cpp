@@ -73,11 +73,12 @@ double Bench::mfu() const {
 Bench measure_training(const Options& o, const Ranks& ranks) {
     Bench b;
     b.config = model_config(o);
-    check_length(o.batch, o.seq_len, b.config);
-    b.B = int(o.batch), b.T = int(o.seq_len);
+    check_length(std::max<int64_t>(o.batch, 1), o.seq_len, b.config);
+    b.T = int(o.seq_len);
     const ModelOptions& options = b.options = model_options(o, true);
     const bool cuda = options.device == Device::cuda;
     check_devices(options, ranks);
+    b.B = o.batch > 0 ? int(o.batch) : batch_that_fits(b.config, b.T, options);
     check_memory(b.config, b.B, b.T, options);
     b.threads = use_threads(o.threads);
     b.planned_memory = plan_memory(b.config, b.B, b.T, options).total();
@@ -181,6 +182,13 @@ std::string to_json(const Bench& b) {
         {"version", build_info().version},
         {"config", nlohmann::json::parse(config_to_json(b.config))},
     };
+    for (const Profile::Part& p : b.profile.parts)
+        j["profile"].push_back({{"part", p.name},
+                                {"group", p.group},
+                                {"calls", p.calls},
+                                {"seconds", p.seconds},
+                                {"flops", p.flops},
+                                {"bytes", p.bytes}});
     return j.dump();
 }
 

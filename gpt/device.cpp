@@ -1,6 +1,7 @@
 #include "gpt/device.h"
 
 #include <algorithm>
+#include <cmath>
 #include <unistd.h>
 
 #include "gpt/error.h"
@@ -87,26 +88,38 @@ std::string what_would_fit(const Config& config, int B, int T, ModelOptions opti
 
 } // namespace
 
+double memory_to_be_had(const ModelOptions& options) {
+    // What CUDA takes for itself is gone from what is free by now; cuBLASLt loads its kernels
+    // later.
+    if (options.device == Device::cuda) return std::max(double(gpu().free) - 256e6, 0.0);
+#ifdef _SC_PHYS_PAGES
+    const double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
+    if (bytes > 0) return bytes;
+#endif
+    return INFINITY;
+}
+
 void check_memory(const Config& config, int B, int T, const ModelOptions& options) {
     const double needs = double(plan_memory(config, B, T, options).total());
-    if (options.device == Device::cuda) {
-        const Gpu on = gpu();
-        // What CUDA takes for itself and our kernels lies outside what is free by now; cuBLASLt
-        // loads its own later.
-        const double has = double(on.free) - 256e6;
-        if (needs > has)
-            fail("this needs ", format_bytes(needs), " of the GPU's memory, and of ", on.name,
-                 "'s ", format_bytes(double(on.memory)), " there are ",
-                 format_bytes(std::max(has, 0.0)), " to be had",
-                 what_would_fit(config, B, T, options, has));
-        return;
-    }
-#ifdef _SC_PHYS_PAGES
-    const double has = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
-    if (has > 0 && needs > has)
-        fail("training needs ", format_bytes(needs), " of memory and this machine has ",
-             format_bytes(has), what_would_fit(config, B, T, options, has));
-#endif
+    const double has = memory_to_be_had(options);
+    if (needs <= has) return;
+    if (options.device == Device::cuda)
+        fail("this needs ", format_bytes(needs), " of the GPU's memory, and of ", gpu().name, "'s ",
+             format_bytes(double(gpu().memory)), " there are ", format_bytes(has), " to be had",
+             what_would_fit(config, B, T, options, has));
+    fail("training needs ", format_bytes(needs), " of memory and this machine has ",
+         format_bytes(has), what_would_fit(config, B, T, options, has));
+}
+
+int batch_that_fits(const Config& config, int T, const ModelOptions& options) {
+    check_memory(config, 1, T, options);
+    const double has = memory_to_be_had(options);
+    const int64_t most = options.device == Device::cuda ? 1 << 18 : 1 << 12;
+    int B = 1;
+    while (2 * int64_t(B) * T <= most &&
+           double(plan_memory(config, 2 * B, T, options).total()) <= has)
+        B *= 2;
+    return B;
 }
 
 Peak device_peak(const ModelOptions& options, int threads) {

@@ -18,6 +18,10 @@ void check_devices(const ModelOptions& options, const Ranks& ranks);
 // what would fit.
 void check_memory(const Config& config, int B, int T, const ModelOptions& options);
 
+// The largest power of two of sequences of T tokens that fits, but no more than 2¹⁸ tokens on a GPU
+// and 2¹² on a CPU: what they can do is seen at fewer.
+int batch_that_fits(const Config& config, int T, const ModelOptions& options);
+
 // FLOP/s of products in the model's dtype: of a GPU in bf16 what its data sheet says, if we know
 // it, else measured.
 struct Peak {

@@ -107,6 +107,25 @@ struct Model {
     // else null.
     virtual float* host_gradients() { return nullptr; }
 
+    // Layer by layer, for probes: the residual stream r (B·T, C) is at hand between layers (l from
+    // 0), which may run in any order and number. For models made to train, that keep what a
+    // backward pass needs.
+    virtual void embed(const int* inputs, int B, int T) = 0; // r ← what the first layer sees
+    virtual void run_layer(int l) = 0;                       // r ← what layer l makes of r
+    virtual double finish(const int* targets) = 0; // the loss of r behind the last norm, as loss()
+    // And back, through what ran last: dr is the gradient of r, and parameters' gradients are
+    // added.
+    virtual void finish_backward(const int* targets, double loss_scale) = 0; // the loss too
+    virtual void run_layer_backward(int l) = 0;
+    enum class Stream {
+        residual,  // r
+        attention, // b of the attention in the layer that ran last
+        mlp,       // b of its MLP
+        gradient,  // dr
+    };
+    virtual void read(Stream stream, float* out) = 0;           // (B·T, C)
+    virtual void write(Stream stream, const float* values) = 0; // r and dr alone
+
     // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after
     // each layer, L + 1 numbers.
     virtual std::vector<double> residual_variance() = 0;

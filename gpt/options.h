@@ -16,6 +16,7 @@ struct Options {
         sample,
         eval,
         bench,
+        export_model,
         stop
     } command = Command::train; // stop: --help
 
@@ -57,6 +58,10 @@ struct Options {
     // sample and eval
     std::string checkpoint;
     bool ignore_eot = false;
+
+    // export
+    std::string export_dir, export_dtype = "float32";
+    int64_t shard_size = 5000000000;
 
     // bench
     int64_t timed_steps = 5;

@@ -13,6 +13,7 @@
 #include "gpt/checkpoint.h"
 #include "gpt/device.h"
 #include "gpt/error.h"
+#include "gpt/export.h"
 #include "gpt/options.h"
 #include "gpt/ranks.h"
 #include "gpt/rundir.h"
@@ -171,6 +172,8 @@ int dispatch(int argc, char** argv, const Ranks& ranks) {
         return eval(o, ranks);
     case Options::Command::bench:
         return bench(o, ranks);
+    case Options::Command::export_model:
+        return ranks.first() ? export_model(o) : 0;
     case Options::Command::stop:
         return 0;
     }
