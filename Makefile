@@ -118,7 +118,8 @@ endif
 # What there is to build
 objects = $(patsubst %.cpp,$O/%.o,$1)
 library := $(call objects,$(wildcard gpt/*.cpp))
-tests := $(call objects,$(wildcard dev/test/*_test.cpp))
+sim_tests := $(wildcard dev/test/sim_test.cpp dev/test/cuda_*_test.cpp)
+tests := $(call objects,$(filter-out $(sim_tests),$(wildcard dev/test/*_test.cpp)))
 programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp))
 existing := $(foreach p,$(programs),$(if $(wildcard $p.cpp),$p))
 -include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing))))
@@ -181,8 +182,40 @@ no-cli11 no-json no-gtest:
 	@echo 'The library $(patsubst no-%,%,$(@:no-json=no-nlohmann-json)) is missing: run make deps.'; exit 1
 $(tests): | $(if $(call word_of,GTEST),,no-gtest)
 
-test: $(if $(call yes,$(SANITIZE)),,$(existing)) $O/unit_tests
-	@dev/run_tests.sh $O/unit_tests $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
+# The simulated GPU (dev/sim/README.md): train_gpt.cu compiled by the host's compiler. Its objects
+# have a folder of their own, named after what they are compiled with.
+sim_optimize := $(if $(call yes,$(SANITIZE)),$(optimize),-O2 -fsanitize=alignment -fno-sanitize-recover=alignment) -g
+sim_flags := $(filter-out -DLNS_CUDA,$(flags)) -Idev/sim -DLNS_CUDA -DLNS_SIM -fno-strict-aliasing -Wno-unknown-pragmas \
+    $(if $(call found,MPI),-DLNS_NCCL) $(if $(call word_of,BOOSTCONTEXT),-DLNS_BOOST_CONTEXT)
+sim_libs := $(filter-out -lnccl -lcublasLt -lcudart_static,$(libs)) $(if $(call word_of,BOOSTCONTEXT),-lboost_context)
+S := $O/sim-$(shell echo $(sim_optimize) $(sim_flags) $(sim_libs) | cksum | cut -d' ' -f1)
+sim_library := $(patsubst %.cpp,$S/%.o,$(wildcard dev/sim/*.cpp))
+sim_programs := train_gpt_sim test_gpt_sim
+sim_test_programs := $(if $(filter Linux,$(shell uname)),$(sim_tests:dev/test/%.cpp=$S/%))
+-include $(wildcard $S/*.d $S/dev/*/*.d)
+
+.PHONY: $(sim_programs)
+$(sim_programs): %: $S/% FORCE
+	@[ $< -ef $@ ] || ln -f $< $@ 2>/dev/null || cp -f $< $@
+$S/train_gpt_sim: $O/train_gpt.o $S/train_gpt.cu.o
+$S/test_gpt_sim: $S/test_gpt.o $S/train_gpt.cu.o
+$(sim_test_programs): $S/%: $S/dev/test/%.o
+$(sim_test_programs): sim_libs += -lgtest_main -lgtest
+$(addprefix $S/,$(sim_programs)) $(sim_test_programs): $(sim_library) $O/libgpt.a
+	$(call say,LINK,$(@F))$(CXX) $(sim_optimize) $(sim_flags) $(filter %.o,$^) $O/libgpt.a -o $@ $(sim_libs)
+$S/%.o: %.cpp | $O/.found
+	@mkdir -p $(@D)
+	$(call say,SIM,$<)$(CXX) $(sim_optimize) $(sim_flags) -MMD -MP -c $< -o $@
+$S/%.cu.o: %.cu | $O/.found
+	@mkdir -p $(@D)
+	$(call say,SIM,$<)$(CXX) $(sim_optimize) $(sim_flags) -MMD -MP -x c++ -c $< -o $@
+$S/test_gpt.o: sim_optimize += -DTESTING
+$S/dev/sim/products.o: sim_optimize := -O3 -g
+$(sim_tests:%.cpp=$S/%.o): | $(if $(call word_of,GTEST),,no-gtest)
+
+test: $(if $(call yes,$(SANITIZE)),,$(existing)) $O/unit_tests $(sim_test_programs) $(if $(sim_test_programs),test_gpt_sim)
+	@dev/run_tests.sh $O/unit_tests $(sim_test_programs) $(if $(sim_test_programs),test_gpt_sim) \
+	    $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
 
 # Options of its own: DEVICE=cuda, QUICK=1, TORCH=new (installs PyTorch under $(BUILD)),
 # ARGS='--only tiny --rounds 5'.
@@ -198,7 +231,7 @@ format:
 check-format:
 	clang-format --dry-run -Werror $(sources)
 clean:
-	rm -rf $(BUILD) train_gpt test_gpt data/tokenize data/stories
+	rm -rf $(BUILD) train_gpt test_gpt train_gpt_sim test_gpt_sim data/tokenize data/stories
 
 help:
 	@echo 'make [train_gpt]     the trainer'
@@ -206,6 +239,8 @@ help:
 	@echo 'make test            build and run every test; make test_gpt builds the gradient checks alone'
 	@echo 'make bench           time training steps, beside PyTorch; QUICK=1: in minutes; TORCH=new: get it;'
 	@echo '                     DEVICE=cuda: on the GPU'
+	@echo 'make train_gpt_sim test_gpt_sim'
+	@echo '                     the same on a simulated GPU (dev/sim/README.md)'
 	@echo 'make data/tokenize   text to token shards'
 	@echo 'make data/stories    the generator of the embedded corpus'
 	@echo 'make format          clang-format in place; make check-format only looks'

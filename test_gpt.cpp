@@ -37,6 +37,7 @@ struct Row {
     std::vector<std::pair<std::string, double>> errors; // of what, how much
     std::vector<double> tolerances;
     std::string note; // why it failed
+    bool printed = false;
 
     void add(const char* what, double error, double tolerance) {
         errors.push_back({what, error});
@@ -46,6 +47,17 @@ struct Row {
         for (size_t i = 0; i < errors.size(); i++)
             if (!(errors[i].second <= tolerances[i])) return false; // NaN fails
         return !errors.empty() && note.empty();
+    }
+    void print() {
+        std::printf("%-4s %-66s", passed() ? "ok" : "FAIL", name.c_str());
+        for (size_t i = 0; i < errors.size(); i++)
+            std::printf("  %s %.1e%s", errors[i].first.c_str(), errors[i].second,
+                        errors[i].second <= tolerances[i]
+                            ? ""
+                            : cat(" (at most ", tolerances[i], ")").c_str());
+        std::printf("%s%s\n", note.empty() ? "" : "  ", note.c_str());
+        std::fflush(stdout);
+        printed = true;
     }
 };
 
@@ -1173,6 +1185,7 @@ std::vector<Row> check_gpu_shapes(const std::function<bool(const std::string&)>&
         c.scheme = parse_scheme("lns");
         complete_config(c);
         rows.push_back(check_gpu(name, c, s.B, s.T));
+        rows.back().print();
     }
     return rows;
 }
@@ -1401,7 +1414,9 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
         return rows;
     }
     auto keep = [&](const std::string& name, const auto& check) {
-        if (wanted("cuda: " + name)) rows.push_back(check());
+        if (!wanted("cuda: " + name)) return;
+        rows.push_back(check());
+        rows.back().print();
     };
     for (const std::string& name : architectures)
         for (const std::string& scheme : all_schemes()) {
@@ -1546,15 +1561,9 @@ int run_tests(int argc, char** argv) {
         fail("expected no arguments or -k NAME, found '", argv[1], "'");
 
     int failed = 0, passed = 0;
-    for (const Row& row : all_rows(filter)) {
+    for (Row& row : all_rows(filter)) {
         (row.passed() ? passed : failed)++;
-        std::printf("%-4s %-66s", row.passed() ? "ok" : "FAIL", row.name.c_str());
-        for (size_t i = 0; i < row.errors.size(); i++)
-            std::printf("  %s %.1e%s", row.errors[i].first.c_str(), row.errors[i].second,
-                        row.errors[i].second <= row.tolerances[i]
-                            ? ""
-                            : cat(" (at most ", row.tolerances[i], ")").c_str());
-        std::printf("%s%s\n", row.note.empty() ? "" : "  ", row.note.c_str());
+        if (!row.printed) row.print();
     }
     if (passed + failed == 0) fail("no check's name contains '", filter, "'");
     std::printf("\n%d passed, %d failed\n", passed, failed);

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -33,6 +34,7 @@
 #include "gpt/cuda.h"
 #include "gpt/error.h"
 #include "gpt/gpu.h"
+#include "gpt/hopper.h"
 #include "gpt/model.h"
 #include "gpt/slots.h"
 
@@ -857,9 +859,9 @@ struct ProductDescriptors {
 };
 
 // cuBLASLt, its workspace, and the algorithm of each product: chosen by measurement where it is met
-// for the first time, and remembered (gpt/cache.h) so that the next run has the same bits. Under
-// capture nothing can be measured: what a graph is to hold has been run once before, or has the
-// algorithm that cuBLASLt guesses to be best.
+// for the first time, and remembered (gpt/cache.h) so that the next run has the same bits. Where
+// nothing can be remembered, or measured since a stream is being captured, it is the one that
+// cuBLASLt guesses to be best; a graph's products should have been run before.
 struct Products {
     const cudaStream_t stream; // of all products, since they share the workspace
 
@@ -941,10 +943,11 @@ struct Products {
         if (candidates.empty()) return std::nullopt;
         cudaStreamCaptureStatus capture;
         CUDA(cudaStreamIsCapturing(stream, &capture));
-        if (capture != cudaStreamCaptureStatusNone) return candidates[0];
-        const Algorithm best = fastest(p, q, candidates);
-        const std::optional<Algorithm> settled = from_text(cache.settle(key, to_text(best)));
-        return settled && runs(q, *settled) ? *settled : best;
+        if (capture != cudaStreamCaptureStatusNone || cache.path().empty()) return candidates[0];
+        const std::optional<std::string> text =
+            cache.settle(key, to_text(fastest(p, q, candidates)));
+        const std::optional<Algorithm> settled = text ? from_text(*text) : std::nullopt;
+        return settled && runs(q, *settled) ? *settled : candidates[0];
     }
 
     // What cuBLASLt thinks will serve, the best first. Split sums must go through the workspace in
@@ -1014,7 +1017,7 @@ struct Products {
             CUDA(cudaMemcpyAsync(kept, p.d, bytes, cudaMemcpyDeviceToDevice, stream));
         }
         std::vector<float> times(candidates.size(), std::numeric_limits<float>::infinity());
-        for (int turn = 0; turn < 4; turn++)
+        for (int turn = 0; turn < 3; turn++)
             for (size_t i = 0; i < candidates.size(); i++) {
                 bool ran = true;
                 float time = 0;
@@ -1477,7 +1480,7 @@ template <class S, int D> struct Tile {
     S* at;
 
     __device__ S* chunk(int row, int c) const {
-        const int place = sizeof(S) == 2 ? c ^ (row % 8) : c;
+        const int place = sizeof(S) == 2 ? (c & ~7) | ((c ^ row) & 7) : c;
         return at + row * stride + place * per_chunk;
     }
     __device__ Tile from_row(int row) const { return {at + row * stride}; } // a multiple of 8
@@ -1486,14 +1489,14 @@ template <class S, int D> struct Tile {
     // first `columns` of a row, becomes 0.
     template <int ROWS>
     __device__ void load(const S* from, int from_stride, int rows, int columns) const {
-        const int chunks = D / per_chunk;
-        static_assert(ROWS * chunks % attention_threads == 0);
+        const int chunks = D / per_chunk, rows_at_once = attention_threads / chunks;
+        static_assert(ROWS % rows_at_once == 0 && (rows_at_once % 8 == 0 || sizeof(S) > 2));
+        const int first = threadIdx.x / chunks, c = threadIdx.x % chunks;
+        const S* mine = from + first * from_stride + c * per_chunk;
+        if (c * per_chunk >= columns) rows = 0;
 #pragma unroll
-        for (int i = 0; i < ROWS * chunks; i += attention_threads) {
-            const int row = (i + threadIdx.x) / chunks, c = (i + threadIdx.x) % chunks;
-            copy_async(chunk(row, c), from + row * from_stride + c * per_chunk,
-                       row < rows && c * per_chunk < columns);
-        }
+        for (int row = 0; row < ROWS; row += rows_at_once)
+            copy_async(from_row(row).chunk(first, c), mine + row * from_stride, first + row < rows);
     }
 };
 
@@ -1514,6 +1517,16 @@ template <int M, int N> struct Sums {
     static __device__ int row(int m, int e) { return 16 * m + e / 2 * 8 + threadIdx.x % warp / 4; }
     static __device__ int column(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e % 2; }
 };
+
+// Over the 4 lanes that have a row, in each of them.
+__device__ inline float quad_sum(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+__device__ inline float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
 
 template <int M, int N> __device__ inline void scale_sums(Sums<M, N>& sums, float factor) {
 #pragma unroll
@@ -1702,24 +1715,24 @@ __device__ inline void store(S* to, int64_t stride, int rows, int columns, const
     }
 }
 
-// How much a warp has at once: 16·M rows of its own, STEP of the others, and of its own whether
-// they are HELD in registers. Chosen so that nothing spills, and so that two blocks or more are on
-// a multiprocessor where there are tensor cores to keep busy.
+// How much a warp has at once: 16·M rows of its own, STEP of the others, and whether its own are
+// HELD in registers (those of keys and values, in the backward pass, are not). Chosen so that
+// nothing spills and two blocks or more fit on a multiprocessor.
 template <class S, int D> struct AttentionTiles { // float
     static constexpr int step = D == 64 ? 32 : 8;
     static constexpr int forward_m = 1, forward_step = step, dq_m = 1, dq_step = step, dkv_m = 1,
                          dkv_step = step;
-    static constexpr bool forward_held = false, dq_held = false, dkv_held = false;
+    static constexpr bool forward_held = false, dq_held = false;
 };
 template <> struct AttentionTiles<bf16, 64> {
     static constexpr int forward_m = 2, forward_step = 64, dq_m = 2, dq_step = 32, dkv_m = 2,
                          dkv_step = 32;
-    static constexpr bool forward_held = true, dq_held = true, dkv_held = false;
+    static constexpr bool forward_held = true, dq_held = true;
 };
 template <> struct AttentionTiles<bf16, 128> {
     static constexpr int forward_m = 2, forward_step = 32, dq_m = 1, dq_step = 32, dkv_m = 1,
                          dkv_step = 32;
-    static constexpr bool forward_held = false, dq_held = true, dkv_held = true;
+    static constexpr bool forward_held = false, dq_held = true;
 };
 
 // Which tile of which head (of b · heads + h) a block has. Blocks begin in the order of their
@@ -1753,7 +1766,8 @@ template <class S, int D> __host__ __device__ constexpr int attention_tile_numbe
     return Tile<S, D>::size(tiles) > to_store ? Tile<S, D>::size(tiles) : to_store;
 }
 template <class S, int M, int STEP>
-constexpr int attention_scratch = sizeof(S) == 2 ? 0 : attention_warps* Tile<S, STEP>::size(16 * M);
+constexpr int attention_scratch = sizeof(S) == 2 ? 0
+                                                 : Tile<S, STEP>::size(16 * M) * attention_warps;
 template <int M, class S, int STEP> __device__ inline Tile<S, STEP> own_scratch(S* scratch) {
     return {scratch + attention_scratch<S, M, STEP> / attention_warps * (threadIdx.x / warp)};
 }
@@ -1783,10 +1797,8 @@ template <int M> struct OnlineSoftmax {
 #pragma unroll
                 for (int n = 0; n < N / 8; n++)
                     x = fmaxf(x, fmaxf(s.x[m][n][2 * i], s.x[m][n][2 * i + 1]));
-                x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1)); // 4 lanes have a row
-                x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-                largest[m][i] = x;
-                outgrown |= c * (x - reference[m][i]) > 8;
+                largest[m][i] = quad_max(x);
+                outgrown |= c * (largest[m][i] - reference[m][i]) > 8;
             }
         if (__any_sync(0xFFFFFFFFu, outgrown)) {
 #pragma unroll
@@ -1819,9 +1831,7 @@ template <int M> struct OnlineSoftmax {
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float x = sum[m][i];
-                x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-                x += __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+                const float x = quad_sum(sum[m][i]);
                 const int row = o.row(m, 2 * i);
                 if (threadIdx.x % 4 == 0 && row < rows)
                     lse[row] = ln_2 * (c * reference[m][i] + fast_log2(x));
@@ -1861,11 +1871,12 @@ __global__ static void __launch_bounds__(attention_threads)
     const int tiles = (a.T - a.first + ROWS - 1) / ROWS;
     const Turn turn(tiles, a.B * a.NH, heads_at_once);
     const int b = turn.head / a.NH, h = turn.head % a.NH, kv = h / (a.NH / a.KVH);
-    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const S* rows = qkv + int64_t(b * a.T) * a.row();
+    const S* keys = rows + (a.NH + kv) * a.HS;
     const int t0 = a.first + (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
     const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
     auto load = [&](int key, int place) {
-        const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
+        const S* row = keys + int64_t(key) * a.row();
         k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
         v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
         copy_async_commit();
@@ -1894,9 +1905,9 @@ __global__ static void __launch_bounds__(attention_threads)
         softmax.step(s, o, c);
         multiply(o, left_factor(s, own_scratch<M, S, STEP>(scratch)), v);
     }
-    softmax.finish(o, lse + int64_t(turn.head) * a.T + t, a.T - t, c);
+    softmax.finish(o, lse + int64_t(b * a.NH + h) * a.T + t, a.T - t, c);
     __syncthreads();
-    store(out + (int64_t(b) * a.T + t) * a.q_width() + h * a.HS, a.q_width(), a.T - t, a.HS, o,
+    store(out + int64_t(b * a.T + t) * a.q_width() + h * a.HS, a.q_width(), a.T - t, a.HS, o,
           reinterpret_cast<float*>(numbers));
 }
 
@@ -1913,22 +1924,39 @@ void attention_forward_tiles(S* out, float* lse, const S* qkv, const AttentionSh
            qkv, a, heads_that_fit(heads, 2 * int64_t(sizeof(S)) * a.T * a.HS / group));
 }
 
+#include "gpt/attention_hopper.cuh"
+
+// Hopper has instructions of its own for this (wgmma, TMA). They wait until a card has shown where
+// they win: LNS_ATTENTION=hopper takes them where they can serve, mma is the default.
+inline bool hopper_wanted() {
+    static const bool wanted = [] {
+        const char* set = std::getenv("LNS_ATTENTION");
+        const std::string name = set ? set : "mma";
+        if (name != "mma" && name != "hopper")
+            fail("LNS_ATTENTION is '", name, "' in the environment: expected mma or hopper");
+        return name == "hopper";
+    }();
+    return wanted;
+}
+
 // out (B, T, NH·HS) = softmax(q kᵀ · scale) v, causal: position t sees 0 … t. Keeps lse (B, NH, T),
 // the logarithm of each softmax's denominator.
 template <class S>
 void attention_forward(S* out, float* lse, const S* qkv, const AttentionShape& a,
                        cudaStream_t stream) {
     check_head_size(a);
+    if constexpr (std::is_same_v<S, bf16>)
+        if (hopper_wanted() && hopper_attention_forward(out, lse, qkv, a, stream)) return;
     if (a.HS <= 64)
         attention_forward_tiles<S, 64>(out, lse, qkv, a, stream);
     else
         attention_forward_tiles<S, 128>(out, lse, qkv, a, stream);
 }
 
-// dO · O of a warp's 16·M rows, in shared and in global memory.
+// dO · O of a warp's 16·M rows, to shared memory.
 template <int M, int D, class S>
-__device__ inline void output_dot(float* shared, float* delta, const S* dout, const S* out,
-                                  int64_t stride, int rows, int columns) {
+__device__ inline void output_dot(float* dots, const S* dout, const S* out, int64_t stride,
+                                  int rows, int columns) {
     const int lanes = D / 8, lane = threadIdx.x % warp; // so many have a row
 #pragma unroll
     for (int i = 0; i < 16 * M; i += warp / lanes) {
@@ -1944,10 +1972,7 @@ __device__ inline void output_dot(float* shared, float* delta, const S* dout, co
 #pragma unroll
         for (int offset = lanes / 2; offset > 0; offset /= 2)
             sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
-        if (column == 0) {
-            shared[row] = sum;
-            if (row < rows) delta[row] = sum;
-        }
+        if (column == 0) dots[row] = sum;
     }
 }
 
@@ -1968,13 +1993,14 @@ __global__ static void __launch_bounds__(attention_threads)
     const int tiles = (a.T + ROWS - 1) / ROWS;
     const Turn turn(tiles, a.B * a.NH, heads_at_once);
     const int b = turn.head / a.NH, h = turn.head % a.NH, kv = h / (a.NH / a.KVH);
-    const S* rows = qkv + int64_t(b) * a.T * a.row();
+    const S* rows = qkv + int64_t(b * a.T) * a.row();
+    const S* keys = rows + (a.NH + kv) * a.HS;
     const int t0 = (tiles - 1 - turn.tile) * ROWS, seen = min(t0 + ROWS, a.T);
     const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
     const int64_t at = int64_t(turn.head) * a.T;                         // in lse and delta
     const int64_t o_at = int64_t(b) * a.T * a.q_width() + h * a.HS;      // in out and dout
     auto load = [&](int key, int place) {
-        const S* row = rows + int64_t(key) * a.row() + (a.NH + kv) * a.HS;
+        const S* row = keys + int64_t(key) * a.row();
         k_tiles.from_row(place).template load<STEP>(row, a.row(), a.T - key, a.HS);
         v_tiles.from_row(place).template load<STEP>(row + a.kv_width(), a.row(), a.T - key, a.HS);
         copy_async_commit();
@@ -1984,7 +2010,7 @@ __global__ static void __launch_bounds__(attention_threads)
                                 a.HS);
     copy_async_commit();
     load(0, 0);
-    output_dot<M, D>(dots + warp_row, delta + at + t, dout + o_at + int64_t(t) * a.q_width(),
+    output_dot<M, D>(dots + warp_row, dout + o_at + int64_t(t) * a.q_width(),
                      out + o_at + int64_t(t) * a.q_width(), a.q_width(), a.T - t, a.HS);
     copy_async_wait<1>();
     __syncthreads();
@@ -1993,12 +2019,12 @@ __global__ static void __launch_bounds__(attention_threads)
 
     const float c = a.scale() * log2_e;
     Sums<M, D> dq = {};
-    float row_lse[M][2], dot[M][2]; // lse in base 2
+    float row_lse[M][2], dot[M][2], sum[M][2]; // lse in base 2; of a row of dS
 #pragma unroll
     for (int i = 0; i < 2 * M; i++) {
         const int row = dq.row(i / 2, i % 2 * 2);
         row_lse[i / 2][i % 2] = t + row < a.T ? log2_e * lse[at + t + row] : INFINITY;
-        dot[i / 2][i % 2] = dots[warp_row + row];
+        dot[i / 2][i % 2] = dots[warp_row + row], sum[i / 2][i % 2] = 0;
     }
     for (int key = 0, place = 0; key < seen; key += STEP, place ^= STEP) {
         copy_async_wait<0>();
@@ -2020,18 +2046,26 @@ __global__ static void __launch_bounds__(attention_threads)
                 for (int e = 0; e < 4; e++) {
                     const float p = fast_exp2(c * s.x[m][n][e] - row_lse[m][e / 2]);
                     ds.x[m][n][e] = p * (ds.x[m][n][e] - dot[m][e / 2]);
+                    sum[m][e / 2] += ds.x[m][n][e];
                 }
         multiply(dq, left_factor(ds, own_scratch<M, S, STEP>(scratch)), k);
     }
+    // A row of dS should add up to 0: what it adds up to, O's rounding has taken from dO · O.
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        const int row = dq.row(i / 2, i % 2 * 2);
+        const float exact = dot[i / 2][i % 2] + quad_sum(sum[i / 2][i % 2]);
+        if (threadIdx.x % 4 == 0 && t + row < a.T) delta[at + t + row] = exact;
+    }
     __syncthreads();
     scale_sums(dq, a.scale());
-    store(dqkv + (int64_t(b) * a.T + t) * a.row() + h * a.HS, a.row(), a.T - t, a.HS, dq,
+    store(dqkv + int64_t(b * a.T + t) * a.row() + h * a.HS, a.row(), a.T - t, a.HS, dq,
           reinterpret_cast<float*>(numbers), table ? table + int64_t(t) * (a.channels / 2) : table,
           a.channels);
 }
 
 // The same transposed: a block has a tile of keys, and goes through the queries that see them.
-template <class S, int D, int M, int STEP, bool HELD>
+template <class S, int D, int M, int STEP>
 __global__ static void __launch_bounds__(attention_threads)
     attention_dkv_kernel(S* dqkv, const S* dout, const S* qkv, const float* lse,
                          const CosSin* table, const float* delta, AttentionShape a,
@@ -2040,7 +2074,7 @@ __global__ static void __launch_bounds__(attention_threads)
     SharedMemory shared;
     S* numbers = shared.take<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP));
     S* scratch = shared.take<S>(attention_scratch<S, M, STEP>);
-    float* lses = shared.take<float>(2 * STEP); // in base 2
+    float* lses = shared.take<float>(2 * STEP);
     float* dots = shared.take<float>(2 * STEP);
     TileMemory<S> memory = {numbers};
     const auto k_tile = memory.template take<D>(ROWS), v_tile = memory.template take<D>(ROWS);
@@ -2050,46 +2084,44 @@ __global__ static void __launch_bounds__(attention_threads)
     const int tiles = (a.T + ROWS - 1) / ROWS, group = a.NH / a.KVH;
     const Turn turn(tiles, a.B * a.KVH, heads_at_once);
     const int b = turn.head / a.KVH, kv = turn.head % a.KVH;
-    const S* rows = qkv + int64_t(b) * a.T * a.row();
     const int key0 = turn.tile * ROWS;
     const int warp_row = threadIdx.x / warp * 16 * M, key = key0 + warp_row;
-    const int steps = group * ((a.T - key0 + STEP - 1) / STEP);
     int next_h = kv * group, next_t = key0; // the tile of queries that is on its way
-    float next_lse = 0, next_dot = 0;       // of one of them
     auto load = [&](int place) {
-        const S* q = rows + int64_t(next_t) * a.row() + next_h * a.HS;
-        const S* dO = dout + (int64_t(b) * a.T + next_t) * a.q_width() + next_h * a.HS;
+        const int64_t row = b * a.T + next_t;
+        const S* q = qkv + row * a.row() + next_h * a.HS;
+        const S* dO = dout + row * a.q_width() + next_h * a.HS;
         q_tiles.from_row(place).template load<STEP>(q, a.row(), a.T - next_t, a.HS);
         do_tiles.from_row(place).template load<STEP>(dO, a.q_width(), a.T - next_t, a.HS);
+        const int t = next_t + threadIdx.x;
+        const int64_t at = int64_t(b * a.NH + next_h) * a.T + t;
+        if (threadIdx.x < STEP) { // beyond T zeros do: q and dO are 0, too
+            copy_async<sizeof(float)>(lses + place + threadIdx.x, lse + at, t < a.T);
+            copy_async<sizeof(float)>(dots + place + threadIdx.x, delta + at, t < a.T);
+        }
         copy_async_commit();
-        const bool there = threadIdx.x < STEP && next_t + int(threadIdx.x) < a.T;
-        const int64_t at = (int64_t(b) * a.NH + next_h) * a.T + next_t + threadIdx.x;
-        next_lse = there ? log2_e * lse[at] : INFINITY; // a probability of 0
-        next_dot = there ? delta[at] : 0;
     };
-    const S* kv_rows = rows + int64_t(key0) * a.row() + (a.NH + kv) * a.HS;
+    const S* kv_rows = qkv + int64_t(b * a.T + key0) * a.row() + (a.NH + kv) * a.HS;
     k_tile.template load<ROWS>(kv_rows, a.row(), a.T - key0, a.HS);
     v_tile.template load<ROWS>(kv_rows + a.kv_width(), a.row(), a.T - key0, a.HS);
     copy_async_commit();
     load(0);
     copy_async_wait<1>();
     __syncthreads();
-    const auto k = left_factor<HELD, M>(k_tile, warp_row);
+    const auto k = left_factor<false, M>(k_tile, warp_row);
     const auto v = left_factor<false, M>(v_tile, warp_row);
 
     const float c = a.scale() * log2_e;
     Sums<M, D> dk = {}, dv = {};
-    for (int step = 0, place = 0; step < steps; step++, place ^= STEP) {
+    bool more = true;
+    for (int place = 0; more; place ^= STEP) {
         const int t = next_t;
         copy_async_wait<0>();
-        if (threadIdx.x < STEP) {
-            lses[place + threadIdx.x] = next_lse;
-            dots[place + threadIdx.x] = next_dot;
-        }
         __syncthreads();
         next_t += STEP;
         if (next_t >= a.T) next_t = key0, next_h++;
-        if (step + 1 < steps) load(place ^ STEP);
+        more = next_h < (kv + 1) * group;
+        if (more) load(place ^ STEP);
         if (key >= a.T || t + STEP <= key) continue; // no query that sees this warp's keys
         const auto q = q_tiles.from_row(place), dO = do_tiles.from_row(place);
         Sums<M, STEP> p = {}, ds = {}; // (keys, queries); scores and dP as yet
@@ -2105,7 +2137,7 @@ __global__ static void __launch_bounds__(attention_threads)
                 for (int e = 0; e < 4; e++) {
                     const int query = p.column(n, e);
                     float& x = p.x[m][n][e];
-                    x = fast_exp2(c * x - lses[place + query]);
+                    x = fast_exp2(c * x - log2_e * lses[place + query]);
                     ds.x[m][n][e] = x * (ds.x[m][n][e] - dots[place + query]);
                 }
         const auto own = own_scratch<M, S, STEP>(scratch);
@@ -2114,7 +2146,7 @@ __global__ static void __launch_bounds__(attention_threads)
     }
     __syncthreads();
     scale_sums(dk, a.scale());
-    S* drows = dqkv + (int64_t(b) * a.T + key) * a.row() + (a.NH + kv) * a.HS;
+    S* drows = dqkv + int64_t(b * a.T + key) * a.row() + (a.NH + kv) * a.HS;
     store(drows, a.row(), a.T - key, a.HS, dk, reinterpret_cast<float*>(numbers),
           table ? table + int64_t(key) * (a.channels / 2) : table, a.channels);
     store(drows + a.kv_width(), a.row(), a.T - key, a.HS, dv, reinterpret_cast<float*>(numbers));
@@ -2143,7 +2175,7 @@ void attention_backward_tiles(S* dqkv, const S* dout, const S* out, const S* qkv
         const size_t shared = shared_bytes<S>(attention_tile_numbers<S, D>(2 * ROWS + 4 * STEP)) +
                               shared_bytes<S>(attention_scratch<S, M, STEP>) +
                               2 * shared_bytes<float>(2 * STEP);
-        launch(attention_dkv_kernel<S, D, M, STEP, Tiles::dkv_held>, blocks_for(a.T, ROWS) * heads,
+        launch(attention_dkv_kernel<S, D, M, STEP>, blocks_for(a.T, ROWS) * heads,
                attention_threads, shared, stream, dqkv, dout, qkv, lse, table, delta, a,
                heads_that_fit(heads, head_bytes * group));
     }
@@ -2158,6 +2190,10 @@ void attention_backward(S* dqkv, const S* dout, const S* out, const S* qkv, cons
                         const CosSin* table, float* delta, const AttentionShape& a,
                         cudaStream_t stream) {
     check_head_size(a);
+    if constexpr (std::is_same_v<S, bf16>)
+        if (hopper_wanted() &&
+            hopper_attention_backward(dqkv, dout, out, qkv, lse, table, delta, a, stream))
+            return;
     if (a.HS <= 64)
         attention_backward_tiles<S, 64>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
     else
@@ -2419,7 +2455,7 @@ __global__ static void root_of_sums_kernel(double* norm, const double* partial, 
 template <class G>
 void gradient_norm(double* norm, const G* gradients, int64_t n, double* scratch,
                    cudaStream_t stream) {
-    const int blocks = int(std::clamp<int64_t>(n / (256 * 8), 1, norm_blocks));
+    const int blocks = int(std::clamp<int64_t>(n / (4 * 256 * 8), 1, norm_blocks));
     launch(square_sums_kernel<G>, blocks, 256, shared_bytes<double>(warp), stream, scratch,
            gradients, n);
     launch(root_of_sums_kernel, 1, norm_blocks, shared_bytes<double>(warp), stream, norm, scratch,

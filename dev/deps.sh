@@ -14,6 +14,7 @@ header  sentencepiece_processor.h|optional|SentencePiece tokenizers          |li
 command mpicc                    |optional|training on several processes     |libopenmpi-dev      |openmpi-devel       |openmpi      |open-mpi
 command mpirun                   |optional|training on several processes     |openmpi-bin         |openmpi             |openmpi      |open-mpi
 header  gtest/gtest.h            |optional|make test                         |libgtest-dev        |gtest-devel         |gtest        |googletest
+header  boost/context/fiber.hpp |optional|quick threads of the simulated GPU|libboost-context-dev|boost-devel        |boost        |boost
 command clang-format             |optional|make format                       |clang-format        |clang-tools-extra   |clang        |clang-format
 command git                      |optional|the commit in the record of a run |git                 |git                 |git          |git
 command pkg-config               |optional|libraries outside /usr            |pkg-config          |pkgconf-pkg-config  |pkgconf      |pkgconf

@@ -12,7 +12,7 @@ for test in "$@"; do
     /*) command=("$test") ;;
     *) command=("./$test") ;;
     esac
-    [[ $test == */unit_tests ]] && command+=(--gtest_brief=1)
+    [[ $test == */unit_tests || $test == *_test ]] && command+=(--gtest_brief=1)
     "${command[@]}" 2>&1 | tee "$output"
     status=${PIPESTATUS[0]}
 

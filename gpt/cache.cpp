@@ -65,21 +65,22 @@ const std::string* Cache::find(const std::string& key) const {
     return found == entries_.end() ? nullptr : &found->second;
 }
 
-std::string Cache::settle(const std::string& key, const std::string& value) {
-    if (path_.empty()) return value;
+std::optional<std::string> Cache::settle(const std::string& key, const std::string& value) {
+    if (path_.empty()) return std::nullopt;
     try {
         std::filesystem::create_directories(std::filesystem::path(path_).parent_path());
         const Fd lock(open((path_ + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
-        if (!lock || flock(lock.fd, LOCK_EX) != 0) return value;
+        if (!lock || flock(lock.fd, LOCK_EX) != 0) return std::nullopt;
         read();
         const auto [entry, ours] = entries_.emplace(key, value);
         if (!ours) return entry->second;
         std::string text;
         for (const auto& [k, v] : entries_) text += line_of(k, v) + "\n";
         write_file_atomic(path_, text);
+        return value;
     } catch (const std::exception&) { // Error, or what std::filesystem throws
+        return std::nullopt;
     }
-    return value;
 }
 
 } // namespace lns

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 
 namespace lns {
@@ -16,10 +17,10 @@ class Cache {
     const std::string* find(const std::string& key) const; // null if there is none
 
     // The value that is remembered from now on: this one, or one that another process wrote
-    // meanwhile, so that all processes go on with the same.
-    std::string settle(const std::string& key, const std::string& value);
+    // meanwhile, so that all processes go on with the same. None if nothing can be remembered.
+    std::optional<std::string> settle(const std::string& key, const std::string& value);
 
-    const std::string& path() const { return path_; } // "" if nothing is remembered
+    const std::string& path() const { return path_; } // "" if nothing shall be remembered
 
   private:
     std::string path_;

@@ -129,13 +129,19 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes from global to shared memory, without waiting; zeros where `valid` is false, and then
-// nothing is read. Done once its group, closed by commit, has been waited for: wait<N> returns when
-// all but the last N groups of this thread have arrived.
+// 16 bytes (or 4) from global to shared memory, without waiting; zeros where `valid` is false, and
+// then nothing is read. Done once its group, closed by commit, has been waited for: wait<N> returns
+// when all but the last N groups of this thread have arrived.
+template <int BYTES = 16>
 __device__ inline void copy_async(void* shared, const void* global, bool valid = true) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(valid ? 16 : 0)
-                 : "memory");
+    if constexpr (BYTES == 16) // past the L1 cache
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                     "l"(global), "r"(valid ? 16 : 0)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)),
+                     "l"(global), "r"(valid ? BYTES : 0), "n"(BYTES)
+                     : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ inline void copy_async_wait() {

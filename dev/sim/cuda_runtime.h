@@ -239,6 +239,11 @@ inline float __int2float_rn(int x) { return float(x); }
 inline float __uint2float_rn(unsigned x) { return float(x); }
 inline float __double2float_rn(double x) { return float(x); }
 
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+using std::signbit;
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
@@ -542,13 +547,14 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int val
     return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
-// Two blocks, of every kernel: what a kernel's registers would allow is not known here.
-template <class... Parameters>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Parameters...),
-                                                          int threads, size_t shared) {
-    if (threads < 1 || threads > 1024 || shared > 227 * 1024) return cudaErrorInvalidValue;
-    *blocks = 2;
-    return cudaSuccess;
+// As far as threads and shared memory limit it; registers are not known here.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                          int threads, size_t shared);
+template <class T>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T* kernel, int threads,
+                                                          size_t shared) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        blocks, reinterpret_cast<const void*>(kernel), threads, shared);
 }
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0 };

@@ -109,8 +109,9 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     });
 }
 
+template <int BYTES = 16>
 inline void copy_async(void* shared, const void* global, bool valid = true) {
-    sim::copy_later(shared, global, 16, valid);
+    sim::copy_later(shared, global, BYTES, valid);
 }
 inline void copy_async_commit() { sim::copy_commit(); }
 template <int N> inline void copy_async_wait() { sim::copy_wait(N); }

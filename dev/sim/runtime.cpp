@@ -389,6 +389,16 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     return cudaSuccess;
 }
 
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                          size_t shared) {
+    if (threads < 1 || threads > lns::sim::max_threads) return result(cudaErrorInvalidValue);
+    const Limits limit = limits();
+    const size_t of_block = shared + 1024; // the system keeps as much for itself
+    *blocks = std::min({limit.threads_of_multiprocessor / ((threads + 31) / 32 * 32),
+                        int(limit.shared_of_multiprocessor / of_block), 32});
+    return cudaSuccess;
+}
+
 cudaError_t lns::sim::launch_kernel(const cudaLaunchConfig_t& config, const void* kernel,
                                     std::function<void()> thread) {
     const dim3 grid = config.gridDim, block = config.blockDim;

@@ -92,7 +92,8 @@ Order parse_order(const std::string& text) {
         const std::string seed = text.size() > 9 ? text.substr(9) : "1";
         return {Direction::shuffled, std::strtoull(seed.c_str(), nullptr, 10)};
     }
-    fail("LNS_SIM_ORDER is \"", text, "\", not forward, reversed or shuffled:SEED");
+    fail("the simulator's order of threads is \"", text,
+         "\" (LNS_SIM_ORDER), not forward, reversed or shuffled:SEED");
 }
 
 Order& current_order() {
@@ -114,6 +115,7 @@ struct RandomBits {
 
 Order order() { return current_order(); }
 void set_order(Order order) { current_order() = order; }
+void set_order(const std::string& name) { current_order() = parse_order(name); }
 
 std::string name_of(Order order) {
     switch (order.direction) {

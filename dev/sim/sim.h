@@ -121,9 +121,11 @@ struct Order {
     uint64_t seed = 0; // of shuffled
 };
 
-// From LNS_SIM_ORDER (forward, reversed, shuffled:SEED) unless set.
+// From LNS_SIM_ORDER (forward, reversed, shuffled:SEED) unless set, in the same words or as a
+// value.
 Order order();
 void set_order(Order order);
+void set_order(const std::string& name);
 std::string name_of(Order order);
 std::vector<Order> every_order(int shuffles = 2);
 
