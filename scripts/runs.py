@@ -46,7 +46,21 @@ class Run:
         starts = record.get("starts")
         starts = starts if isinstance(starts, list) else []
         self.starts = [start for start in starts if isinstance(start, dict)]
-        self.probe = Probe(read_json(probe_file), probe_file) if has_probe else None
+        self.probe = Probe(read_json(probe_file), probe_file) if has_probe else self._last_probe()
+
+    def _last_probe(self):
+        """What was measured last while the run trained."""
+        for record in reversed(self.log):
+            values = record.get("probe")
+            if isinstance(values, dict):
+                variance = section(values, "variance").get("residual") or record.get(
+                    "residual_variance"
+                )
+                layers = len(variance) - 1 if isinstance(variance, list) else self.layers
+                where = f"{self.path}/log.jsonl, step {record['step']:g}: probe"
+                if layers:
+                    return Probe({"step": record["step"], **values}, where, layers)
+        return None
 
     @property
     def name(self):
@@ -94,6 +108,18 @@ class Run:
         """[(tokens trained on, loss in nats a token)], in order; the finite ones."""
         found = [(r["tokens"], number(r.get("val_loss"))) for r in self.log]
         return [(tokens, loss) for tokens, loss in found if math.isfinite(loss)]
+
+    @property
+    def variance_history(self):
+        """[(tokens, variance of the residual stream after the embedding and each layer)]."""
+        found = []
+        for record in self.log:
+            values = record.get("residual_variance")
+            if values is None:
+                values = section(section(record, "probe"), "variance").get("residual")
+            if is_list_of_numbers(values) and len(values) > 1:
+                found.append((record["tokens"], [number(value) for value in values]))
+        return [item for item in found if len(item[1]) == len(found[-1][1])]
 
     @property
     def variances(self):
