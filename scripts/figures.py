@@ -9,16 +9,15 @@ import numpy
 from matplotlib import colors as mcolors
 from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
 
-from groups import best_of_each, by_tokenizer, perplexity, tokenizer_name
+from groups import by_tokenizer, drawn_of, perplexity, tokenizer_name
 from plotting import COLOURS, GRID, MONO, TEXT, count, line_style, plain, pyplot, scale_axis
 from plotting import spread, use_style
 
-FONT_SIZE, LABEL_SIZE = 11, 9.5  # points
-WIDTH, HEIGHT = 4.7, 3.3  # inches
+FONT_SIZE, LABEL_SIZE = 11.5, 10  # points
+WIDTH, HEIGHT = 4.5, 3.3  # inches
 LETTER = 0.602 * LABEL_SIZE / 72  # inches that a letter of MONO is wide
 GAP = 1.2 * LABEL_SIZE / 72  # inches between two labels
 LONGEST = 22  # letters of a label
-MANY = 8  # groups, from where on only the best learning rate of each scheme is drawn
 POINTS = 300  # of a training curve; a panel has fewer pixels for it
 PIXELS = 192  # of a drawn matrix's side
 
@@ -40,7 +39,7 @@ class Picture:
 
 
 def prepare():
-    use_style(FONT_SIZE, {"svg.fonttype": "none", "xtick.labelsize": 10, "ytick.labelsize": 10})
+    use_style(FONT_SIZE, {"svg.fonttype": "none", "xtick.labelsize": 10.5, "ytick.labelsize": 10.5})
     warnings.filterwarnings("ignore", message=".*[Gg]lyph.*missing")
 
 
@@ -57,10 +56,10 @@ def short(label):
 
 def new_panel(title, labels=(), height=HEIGHT, right=0.15):
     """Figure and axes, with room on the right for labels."""
-    height = max(height, 1 + GAP * len(labels))
+    height = max(height, 1.1 + GAP * len(labels))
     figure = pyplot.figure(figsize=(WIDTH, height))
     if labels:
-        right = 0.3 + LETTER * max(map(len, labels))
+        right = 0.3 + LETTER * (max(map(len, labels)) + 1)
     left, bottom, top = 0.66, 0.56, 0.38
     box = (left / WIDTH, bottom / height)
     box += ((WIDTH - left - right) / WIDTH, (height - bottom - top) / height)
@@ -74,22 +73,28 @@ def new_panel(title, labels=(), height=HEIGHT, right=0.15):
 
 def label_ends(axes, ends):
     """ends: [(x, y, text, colour)]. Each text stands to the right of the axes, and a thin line leads
-    to it from its point; from the frame where the point lies outside."""
+    to it from its point; where the point lies above the frame, an arrow says so."""
     figure = axes.figure
     figure.canvas.draw()  # fixes the axes, so that points can be placed
     size, box = figure.bbox, axes.bbox
     gap = GAP * figure.dpi
     points = [axes.transData.transform((x, y)) for x, y, *_ in ends]
-    points = [
-        (numpy.clip(x, box.x0, box.x1), numpy.clip(y, box.y0, box.y1) if y == y else box.y1)
-        for x, y in points
-    ]
+    texts = [f"{end[2]} ↑" if y > box.y1 + 1 else end[2] for end, (_, y) in zip(ends, points)]
+    points = [(numpy.clip(x, box.x0, box.x1), numpy.clip(y, box.y0, box.y1)) for x, y in points]
     heights = spread([y for _, y in points], gap, box.y0)
-    limit = box.y1 + gap / 2
-    for i in sorted(range(len(heights)), key=lambda i: -heights[i]):
-        heights[i] = min(heights[i], limit)
-        limit = heights[i] - gap
-    for (x, y), height, (_, _, text, colour) in zip(points, heights, ends):
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    for bound, indices, step, keep in (
+        (box.y0, order, gap, max),
+        (box.y1 + gap / 2, order[::-1], -gap, min),
+    ):
+        for i in indices:
+            heights[i] = keep(heights[i], bound)
+            bound = heights[i] + step
+    for (x, y), height, text, (*_, colour) in zip(points, heights, texts, ends):
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 1, "shrinkB": 0}
+        arrow["relpos"] = (0, 0.5)
+        if x < box.x1 - 0.1 * box.width:  # a long line, which must not look like the curve
+            arrow.update(linestyle=(0, (1, 2)), alpha=0.8)
         axes.annotate(
             text,
             (x / size.width, y / size.height),
@@ -100,7 +105,7 @@ def label_ends(axes, ends):
             family=MONO,
             fontsize=LABEL_SIZE,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 1, "shrinkB": 0},
+            arrowprops=arrow,
         )
 
 
@@ -138,7 +143,8 @@ def limits(axes, values, log=True, ratio=30):
 
 
 def tokens_axis(axes, low, high):
-    axes.set_xlim(low, high)
+    room = 0.015 * (high - low)
+    axes.set_xlim(low - (room if low else 0), high + room)
     axes.set_xlabel("training tokens")
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count(tokens)))
@@ -149,7 +155,7 @@ def layer_axis(axes, first, last, label="layer", room=0.0):
     axes.set_xlim(first - room, last + room)
     step = max(1, math.ceil((last - first) / 6))
     ticks = [first, *range(first - first % step + step, last + 1, step)]
-    if len(ticks) > 1 and ticks[1] - ticks[0] < step / 2:
+    if len(ticks) > 2 and ticks[1] - ticks[0] <= step / 2:
         del ticks[1]
     axes.set_xticks(ticks)
 
@@ -175,83 +181,81 @@ def smoothed(points):
 def mark_end(axes, group, x, y):
     """The end of a run that diverged."""
     axes.plot([x], [y], marker="x", markersize=9, markeredgewidth=2.4, color=colour_of(group),
-              clip_on=False, zorder=5)  # fmt: skip
+              zorder=5)  # fmt: skip
 
 
-def stopped_runs(group):
-    """The runs that diverged, and are not in the group's curve unless all did."""
+def diverged_runs(group):
     return [run for run, (word, _) in zip(group.runs, group.outcomes) if word == "diverged"]
 
 
 def training_panel(groups, title, name):
-    ends, seen, starts = [], [], []
+    """A line a run; of a group of seeds the first is labelled, and the others are paler."""
     curves = []
     for group in groups:
-        diverged = stopped_runs(group)
-        for run in group.logged:
-            if run.losses:
-                curves.append((group, run, run in diverged, *smoothed(run.losses)))
+        for run in sorted(group.logged, key=lambda run: run not in group.counted):
+            tokens, losses = smoothed(run.losses)
+            known = numpy.isfinite(losses)
+            if known.any():
+                curves.append((group, run, tokens[known], losses[known]))
     if not curves:
         return None
-    labels = [short(group.label) for group in groups]
-    figure, axes = new_panel(title, labels)
-    labelled = set()
-    for group, run, diverged, xs, ys in curves:
-        draw_line(axes, group, xs, ys, marks=False, linewidth=1.5,
-                  alpha=0.9 if group.label not in labelled else 0.5)  # fmt: skip
-        if diverged:
-            mark_end(axes, group, xs[-1], min(finite(ys) or [0], key=lambda y: abs(y - ys[-1])))
+    figure, axes = new_panel(title, [short(group.tag) for group, *_ in curves])
+    ends, good, starts = {}, [], []
+    for group, run, xs, ys in curves:
+        first = group.label not in ends
+        draw_line(axes, group, xs, ys, marks=False, linewidth=1.5, alpha=0.95 if first else 0.5)
+        if run in diverged_runs(group):
+            mark_end(axes, group, xs[-1], ys[-1])
         else:
-            seen += finite(ys)
-            starts.append(finite(ys)[len(finite(ys)) // 20] if finite(ys) else 0)
-        if group.label not in labelled:
-            labelled.add(group.label)
-            ends.append((xs[-1], ys[-1], short(group.label), colour_of(group)))
+            good += list(ys)
+            starts.append(ys[len(ys) // 20])
+        ends.setdefault(group.label, (xs[-1], ys[-1], short(group.tag), colour_of(group)))
     tokens_axis(axes, 0, max(xs[-1] for *_, xs, _ in curves))
-    values = seen or [y for *_, ys in curves for y in finite(ys)]
-    top = max(starts) if starts else max(values, default=1)
-    limits(axes, [v for v in values if v <= top], log=False)
+    # Every loss falls from about log(vocabulary) in the first steps; what differs comes after.
+    every = [y for *_, ys in curves for y in ys]
+    limits(axes, [y for y in good if y <= max(starts)] or every, log=False)
     axes.set_ylabel("nats a token")
-    label_ends(axes, ends)
+    label_ends(axes, list(ends.values()))
     return Panel(name, title, figure)
 
 
 def validation_panel(groups, title, name, of=lambda loss: loss, unit="nats a token", from_=0.0):
-    """The mean over seeds, and a band from the least to the greatest."""
-    curves = [(group, group.curve) for group in groups]
-    curves = [(group, curve) for group, curve in curves if curve]
+    """of(loss): the mean over seeds, and a band from the least to the greatest; from the share
+    from_ of the training on."""
+    end = max((group.tokens for group in groups), default=0)
+    begin = from_ * end
+    curves = []
+    for group in groups:
+        curve = [(tokens, [of(loss) for loss in losses]) for tokens, losses in group.curve]
+        shown = [point for point in curve if point[0] >= begin]
+        if len(shown) > (1 if from_ else 0):
+            curves.append((group, curve, shown))
     if not curves:
         return None
-    end = max(curve[-1][0] for _, curve in curves)
-    begin = from_ * end
-    good = [(g, c) for g, c in curves if not g.diverged] or curves
-    texts = [f"{short(g.label)} {of(curve[-1][1]):.2f}" for g, curve in curves]
+    texts = [f"{short(g.tag)} {numpy.mean(curve[-1][1]):.2f}" for g, curve, _ in curves]
     figure, axes = new_panel(title, texts)
     ends = []
-    for (group, curve), text in zip(curves, texts):
-        tokens, mean, low, high = (list(column) for column in zip(*curve))
-        mean, low, high = ([of(value) for value in values] for values in (mean, low, high))
+    for (group, curve, _), text in zip(curves, texts):
+        tokens = [t for t, _ in curve]
+        mean = [numpy.mean(values) for _, values in curve]
         draw_line(axes, group, tokens, mean)
-        if low != high:
+        if len(curve[0][1]) > 1:
+            low, high = [min(v) for _, v in curve], [max(v) for _, v in curve]
             axes.fill_between(tokens, low, high, color=colour_of(group), alpha=0.2, linewidth=0)
-        if group.diverged:
-            mark_end(axes, group, tokens[-1], mean[-1])
         ends.append((tokens[-1], mean[-1], text, colour_of(group)))
-        for run in stopped_runs(group) if not group.diverged else ():
+        for run in diverged_runs(group):
             if run.validations:
                 xs, ys = zip(*((t, of(loss)) for t, loss in run.validations))
                 draw_line(axes, group, xs, ys, marks=False, linewidth=1, alpha=0.6)
-    # Every loss falls from about log(vocabulary) in the first steps; what differs comes after.
+                mark_end(axes, group, xs[-1], ys[-1])
     values = []
-    for _, curve in good:
-        later = [of(v) for t, *three in curve[len(curve) // 8 :] for v in three if t >= begin]
-        values += later or [of(curve[-1][1])]
+    for group, curve, shown in [c for c in curves if not c[0].diverged] or curves:
+        later = shown if from_ else curve[len(curve) // 8 :]
+        values += [v for _, several in later for v in several]
     limits(axes, values, log=False)
-    # A run that stopped early keeps its marks: they are in the panel that begins at 0.
     tokens_axis(axes, begin, end)
     axes.set_ylabel(unit)
-    shown = [end for end in ends if end[0] >= begin]
-    label_ends(axes, shown)
+    label_ends(axes, ends)
     return Panel(name, title, figure)
 
 
@@ -259,7 +263,8 @@ def learning_rate_panel(groups, name):
     schemes = {}
     for group in groups:
         if math.isfinite(group.lr):
-            schemes.setdefault(group.scheme, []).append(group)
+            if group.losses or group.diverged:
+                schemes.setdefault(group.scheme, []).append(group)
     schemes = {s: gs for s, gs in schemes.items() if len({group.lr for group in gs}) > 1}
     values = [p for gs in schemes.values() for g in gs for p in g.perplexities]
     if not values:
@@ -300,7 +305,7 @@ def loss_pictures(groups):
     for key, same in classes:
         apart = f" ({tokenizer_name(key)})" if len(classes) > 1 else ""
         tag = name_of(str(classes.index((key, same)) + 1)) if len(classes) > 1 else ""
-        drawn = best_of_each(same, MANY)
+        drawn = drawn_of(same)
         chosen = "" if len(drawn) == len(same) else " Of each scheme the best learning rate is drawn."
         panels = [
             training_panel(drawn, "Training loss, smoothed", name_of("training-loss", tag)),
@@ -308,7 +313,7 @@ def loss_pictures(groups):
         ]
         pictures.append(
             Picture(
-                f"Loss{apart}",
+                f"Training and validation loss{apart}",
                 "Look at the order of the curves at the right end, and whether the gaps there still "
                 "grow or close; the marks are validations, a band spans the seeds, a cross ends a "
                 f"run that diverged.{chosen}",
@@ -343,26 +348,31 @@ def loss_pictures(groups):
 # Probes
 
 
-def line_panel(groups, get, title, name, first=1, axis="layer", unit="", errors=None, log=True):
-    """get(probe) -> a list, a number a layer from the layer `first` on; drawn for all groups."""
-    curves = [(group, get(group.probe)) for group in groups]
-    curves = [(group, ys) for group, ys in curves if ys and finite(ys)]
+def series(groups, *keys):
+    """[(group, a number a layer)] of the groups whose probe has it."""
+    return [(group, group.probe.series(*keys)) for group in groups if group.probe.series(*keys)]
+
+
+def line_panel(curves, title, name, first=1, axis="layer", unit="", errors=None):
+    """curves: [(group, a number a layer from the layer `first` on)]; errors: their standard
+    errors, likewise."""
+    curves = [(group, ys) for group, ys in curves if finite(ys)]
     if not curves:
         return None
-    labels = [short(group.label) for group, _ in curves]
-    figure, axes = new_panel(title, labels)
+    figure, axes = new_panel(title, [short(group.tag) for group, _ in curves])
     ends = []
     for group, ys in curves:
         xs = list(range(first, first + len(ys)))
         draw_line(axes, group, xs, ys)
-        error = errors(group.probe) if errors else None
-        if error:
-            axes.errorbar(xs, ys, yerr=[e if math.isfinite(e) else 0 for e in error], fmt="none",
-                          ecolor=colour_of(group), elinewidth=1, capsize=2)  # fmt: skip
         at = max(i for i, y in enumerate(ys) if math.isfinite(y))
-        ends.append((xs[at], ys[at], short(group.label), colour_of(group)))
-    limits(axes, [y for _, ys in curves for y in ys], log=log)
-    layer_axis(axes, first, first + max(len(ys) for _, ys in curves) - 1, axis)
+        ends.append((xs[at], ys[at], short(group.tag), colour_of(group)))
+    for group, error in errors or ():
+        ys = dict((id(g), ys) for g, ys in curves).get(id(group))
+        if ys:
+            axes.errorbar(range(first, first + len(ys)), ys, yerr=numpy.nan_to_num(error), fmt="none",
+                          ecolor=colour_of(group), elinewidth=1, capsize=2)  # fmt: skip
+    limits(axes, [y for _, ys in curves for y in ys])
+    layer_axis(axes, first, first + max(len(ys) for _, ys in curves) - 1, axis, 0.3)
     axes.set_ylabel(unit)
     label_ends(axes, ends)
     return Panel(name, title, figure)
@@ -417,7 +427,7 @@ def variance_fits(group):
 
 def fit_panel(group, values, bounds):
     fits = variance_fits(group)
-    title = f"{short(group.label)}: variance and its fits"
+    title = f"{short(group.tag)}: variance and its fits"
     figure, axes = new_panel(title)
     layers = numpy.arange(1, len(values) + 1)
     axes.plot(layers, values, color=colour_of(group), marker=line_style(group.index)["marker"],
@@ -434,13 +444,13 @@ def fit_panel(group, values, bounds):
     limits(axes, bounds, ratio=5)
     layer_axis(axes, 1, len(values), "after layer", 0.3)
     axes.legend(fontsize=LABEL_SIZE, frameon=False, loc="best")
-    return Panel(name_of("variance-fit", group.label), title, figure)
+    return Panel(name_of("variance-fit", group.tag), title, figure)
 
 
 def history_panel(group, history, bounds, tokens_most):
     """The variance by layer at up to 10 times of the training, from dark to bright."""
     at = numpy.unique(numpy.linspace(0, len(history) - 1, min(len(history), 10)).astype(int))
-    title = f"{short(group.label)}: variance through training"
+    title = f"{short(group.tag)}: variance through training"
     figure, axes = new_panel(title, right=0.85)
     norm = mcolors.Normalize(0, tokens_most)
     map_ = pyplot.get_cmap("viridis")
@@ -448,10 +458,10 @@ def history_panel(group, history, bounds, tokens_most):
         tokens, values = history[i]
         axes.plot(range(1, len(values)), values[1:], color=map_(norm(tokens)), linewidth=1.6)
     limits(axes, bounds)
-    layer_axis(axes, 1, len(history[-1][1]) - 1, "after layer")
+    layer_axis(axes, 1, len(history[-1][1]) - 1, "after layer", 0.3)
     bar = colour_bar(axes, norm, map_, "training tokens")
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count(tokens)))
-    return Panel(name_of("variance-history", group.label), title, figure)
+    return Panel(name_of("variance-history", group.tag), title, figure)
 
 
 def colour_bar(axes, norm, map_, label):
@@ -517,20 +527,20 @@ def bar_panel(group, values, bounds, name, title, axis="layer"):
     return Panel(name, title, figure)
 
 
-def increases(probe, *keys):
-    """The losses under these keys above the whole model's."""
-    values, loss = probe.series(*keys), probe.number("loss")
-    return [value - loss for value in values] if values and math.isfinite(loss) else None
-
-
-def bar_panels(groups, get, kind, title):
-    """A panel for each group, on one scale."""
-    found = [(group, get(group.probe)) for group in groups]
-    found = [(group, values) for group, values in found if values and finite(values)]
-    bounds = finite([value for _, values in found for value in values])
+def increases(groups, *keys):
+    """[(group, the losses under these keys above the whole model's)]."""
     return [
-        bar_panel(g, v, bounds, name_of(kind, g.label), title(g)) for g, v in found
-    ]  # fmt: skip
+        (group, [value - group.probe.number("loss") for value in values])
+        for group, values in series(groups, *keys)
+        if math.isfinite(group.probe.number("loss"))
+    ]
+
+
+def bar_panels(values, kind, title):
+    """A panel for each of [(group, a number a layer)], on one scale."""
+    values = [(group, bars) for group, bars in values if finite(bars)]
+    bounds = finite([bar for _, bars in values for bar in bars])
+    return [bar_panel(g, bars, bounds, name_of(kind, g.tag), title(g)) for g, bars in values]
 
 
 def variance_pictures(groups):
@@ -539,14 +549,11 @@ def variance_pictures(groups):
     bounds = [v for _, vs in values for v in finite(vs) if v > 0]
     probed = [group for group in groups if group.probe]
 
-    shown = {id(group): v for group, v in values}
-    overlay = [group for group, _ in values]
     panels = [
-        any_line_panel(overlay, lambda g: shown[id(g)], "Residual stream", "variance", "after layer"),
-        line_panel(probed, lambda p: p.series("variance", "attention"), "What attention adds",
+        line_panel(values, "Residual stream", "variance", axis="after layer"),
+        line_panel(series(probed, "variance", "attention"), "What attention adds",
                    "variance-attention"),
-        line_panel(probed, lambda p: p.series("variance", "mlp"), "What the MLP adds",
-                   "variance-mlp"),
+        line_panel(series(probed, "variance", "mlp"), "What the MLP adds", "variance-mlp"),
     ]  # fmt: skip
     pictures = [
         Picture(
@@ -581,24 +588,10 @@ def variance_pictures(groups):
     return pictures
 
 
-def any_line_panel(groups, get, title, name, axis):
-    """line_panel of numbers that need not come from a probe."""
-
-    @dataclass
-    class Shown:
-        label: str
-        index: int
-        probe: object
-
-    return line_panel(
-        [Shown(g.label, g.index, g) for g in groups], get, title, name, axis=axis
-    )  # fmt: skip
-
-
 def gradient_picture(groups):
     def panel(kind, title, first):
-        return line_panel(groups, lambda p: p.series("gradient_norm", kind), title,
-                          f"gradient-{kind}", first)  # fmt: skip
+        curves = series(groups, "gradient_norm", kind)
+        return line_panel(curves, title, f"gradient-{kind}", first)
 
     return Picture(
         "Gradient norms",
@@ -629,7 +622,7 @@ def angular_picture(groups):
         "of them, hardly turns the residual stream, and could be left out (0: same direction, 0.5: "
         "orthogonal; one colour scale for all).",
         [
-            heat_panel(name_of("angular", key, g.label), f"{short(g.label)}: {words}", rows, norm,
+            heat_panel(name_of("angular", key, g.tag), f"{short(g.tag)}: {words}", rows, norm,
                        "angle between them / π", "from after layer ℓ", "to n layers on", 0)
             for g, key, words, rows in found
         ],
@@ -642,8 +635,8 @@ def removal_pictures(groups):
             "Removal of one layer",
             "Look at the bars of the deep half: near zero, the model does not need those layers; the "
             "scale, logarithmic where the bars span much, is the same for all.",
-            bar_panels(groups, lambda p: increases(p, "removal", "single"), "removal",
-                       lambda g: f"{short(g.label)}: one layer removed"),
+            bar_panels(increases(groups, "removal", "single"), "removal",
+                       lambda g: f"{short(g.tag)}: one layer removed"),
         )
     ]  # fmt: skip
     found = []
@@ -664,7 +657,7 @@ def removal_pictures(groups):
             "Look how far up the dark region reaches: that many consecutive layers, from ℓ on, can "
             "be skipped at little cost; a model that uses its depth is bright throughout.",
             [
-                heat_panel(name_of("removal-blocks", g.label), f"{short(g.label)}: n layers removed",
+                heat_panel(name_of("removal-blocks", g.tag), f"{short(g.tag)}: n layers removed",
                            rows, norm, "loss, nats above the whole", "first layer removed, ℓ",
                            "layers removed, n", 1, "cividis")
                 for g, rows in found
@@ -683,7 +676,7 @@ def matrix_panel(group, layer, rows, norm):
         padded[: len(cells), : len(cells)] = cells
         side = size // block
         cells = padded.reshape(side, block, side, block).max(axis=(1, 3))
-    title = f"{short(group.label)}: |J| of layer {layer:g}" if layer == layer else f"{short(group.label)}: |J|"
+    title = f"{short(group.tag)}: |J| of layer {layer:g}" if layer == layer else f"{short(group.tag)}: |J|"
     figure, axes = new_panel(title, height=3.9, right=0.95)
     map_ = pyplot.get_cmap("viridis")
     axes.imshow(numpy.maximum(cells, norm.vmin), cmap=map_, norm=norm, aspect="auto",
@@ -694,13 +687,13 @@ def matrix_panel(group, layer, rows, norm):
     axes.locator_params(nbins=5)
     bar = colour_bar(axes, norm, map_, "|∂r out / ∂r in|")
     bar.ax.yaxis.set_major_formatter(FuncFormatter(plain))
-    return Panel(name_of("jacobian-matrix", group.label), title, figure)
+    return Panel(name_of("jacobian-matrix", group.tag), title, figure)
 
 
 def jacobian_pictures(groups):
     def panel(kind, title):
-        return line_panel(groups, lambda p: p.series("jacobian", kind), title, f"jacobian-{kind}",
-                          errors=lambda p: p.series("jacobian", f"{kind}_error"))  # fmt: skip
+        return line_panel(series(groups, "jacobian", kind), title, f"jacobian-{kind}",
+                          errors=series(groups, "jacobian", f"{kind}_error"))  # fmt: skip
 
     found = []
     for group in groups:
@@ -729,23 +722,22 @@ def use_pictures(groups):
     def title(group):
         share = group.probe.number("usefulness", "share")
         told = f", {share:.0%} matter" if math.isfinite(share) else ""
-        return f"{short(group.label)}: made linear{told}"
+        return f"{short(group.tag)}: made linear{told}"
 
     return [
         Picture(
             "Usefulness",
             "Look how many bars are tall: each is the loss added when a layer is replaced by its best "
             "linear fit, and a layer that costs little so does nothing that a matrix could not.",
-            bar_panels(groups, lambda p: increases(p, "usefulness", "linear_loss"), "usefulness",
-                       title),
+            bar_panels(increases(groups, "usefulness", "linear_loss"), "usefulness", title),
         ),
         Picture(
             "Permutation",
             "Look for layers whose order does not matter: near zero, neighbours ℓ and ℓ + 1 can be "
             "swapped, as if they worked side by side and not one on the other.",
             [
-                line_panel(groups, lambda p: increases(p, "permutation"), "Neighbours swapped",
-                           "permutation", axis="layer ℓ, swapped with the next",
+                line_panel(increases(groups, "permutation"), "Neighbours swapped", "permutation",
+                           axis="layer ℓ, swapped with the next",
                            unit="loss, nats above the whole")
             ],
         ),
@@ -753,7 +745,7 @@ def use_pictures(groups):
 
 
 def probe_pictures(groups):
-    drawn = best_of_each(groups, MANY)
+    drawn = drawn_of(groups)
     probed = [group for group in drawn if group.probe]
     pictures = variance_pictures(drawn)
     pictures += [gradient_picture(probed), angular_picture(probed), *removal_pictures(probed)]

@@ -10,18 +10,19 @@ from runs import RunError, number
 HARMLESS = {"--seed", "--threads", "--device", "--keep", "--save-every", "--val-every", "--batch"}
 HARMLESS |= {"--sample-every", "--sample-tokens", "--prompt", "--temperature", "--top-k", "--top-p"}
 HARMLESS |= {"--recompute", "--probe-every", "--probes", "--profile"}
+MANY = 8  # groups, from where on pictures show of each scheme only the best learning rate
 DATA = ("--train", "--val", "--tokenizer", "--val-tokens", "--seq-len")  # what is predicted
 
 
 class Group:
     """runs: that differ only by seed; label; tokenizer: a key that is equal where perplexities may
-    be compared; index: of its colour and line."""
+    be compared; tag: the label in a picture; index: of its colour and line."""
 
     def __init__(self, runs):
         self.runs = runs
         self.scheme = runs[0].scheme
         self.flags = {k: v for k, v in runs[0].flags.items() if k not in HARMLESS}
-        self.label = self.scheme
+        self.label = self.tag = self.scheme
         self.tokenizer = None
         self.index = 0
         self.outcomes = [run.outcome() if run.log else ("none", "no log") for run in runs]
@@ -63,16 +64,19 @@ class Group:
         return statistics.fmean(speeds) if speeds else math.nan
 
     @property
+    def counted(self):
+        """The runs that have a log and did not diverge; all if all did."""
+        judged = zip(self.runs, self.outcomes)
+        return [run for run, (word, _) in judged if word in ("finished", "short")] or self.logged
+
+    @property
     def curve(self):
-        """[(tokens, mean, least, greatest)] of the validation losses, where every run that did not
-        diverge has one; of all runs if all diverged."""
-        runs = [r for r, (word, _) in zip(self.runs, self.outcomes) if word in ("finished", "short")]
-        curves = [dict(run.validations) for run in runs or self.logged if run.validations]
+        """[(tokens, the validation losses of the runs that count)], where each of them has one."""
+        curves = [dict(run.validations) for run in self.counted if run.validations]
         if not curves:
             return []
         common = sorted(set.intersection(*(set(curve) for curve in curves)))
-        values = [[curve[tokens] for curve in curves] for tokens in common]
-        return [(t, statistics.fmean(v), min(v), max(v)) for t, v in zip(common, values)]
+        return [(tokens, [curve[tokens] for curve in curves]) for tokens in common]
 
     @property
     def bits_per_byte(self):
@@ -120,7 +124,8 @@ def tokens_to_reach(curve, loss):
     """The tokens at which a curve first is at the loss or below, on a straight line between its
     points; None if it never is."""
     before = None
-    for tokens, value, *_ in curve:
+    for tokens, values in curve:
+        value = statistics.fmean(values)
         if value <= loss:
             if before is None or before[1] <= value:
                 return tokens
@@ -155,9 +160,13 @@ def group_runs(runs):
     first = {"pre": 0, "lns": 1}
     groups.sort(key=lambda g: first.get(g.scheme, 2))  # stable: else in the order given
     label_groups(groups)
-    for index, group in enumerate(groups):
-        group.index = index
     set_tokenizers(groups)
+    for index, group in enumerate(drawn_of(groups)):
+        for other in groups if len(groups) > MANY else [group]:
+            if other.scheme == group.scheme:
+                other.index = index
+    for index, group in enumerate(drawn_of(groups)):
+        group.index = index
     return groups, notes + notes_on(groups)
 
 
@@ -235,22 +244,22 @@ def reference(groups):
     return min(pre, key=lambda group: group.loss, default=None)
 
 
-def best_of_each(groups, limit):
-    """All groups, or, if they are more than limit, of those that differ only in learning rate the
-    best."""
-    if len(groups) <= limit:
-        return groups
+def drawn_of(groups):
+    """The groups that a picture shows: all, or, if they are many, of those that differ only in
+    learning rate the best. Their tags tell them apart."""
     best = {}
     for group in groups:
-        if group.flags and group.logged:
-            flags = tuple(sorted((k, v) for k, v in group.flags.items() if k != "--lr"))
-        else:
-            flags = group.label
-        key = (group.scheme, flags)
+        key = group.label
+        if group.flags and group.logged and len(groups) > MANY:
+            key = (group.scheme, *sorted((k, v) for k, v in group.flags.items() if k != "--lr"))
         rank = (not group.losses, group.loss if group.losses else 0)
         if key not in best or rank < best[key][0]:
             best[key] = (rank, group)
-    return [group for _, group in best.values()]
+    drawn = [group for _, group in best.values()]
+    schemes = [group.scheme for group in drawn]
+    for group in drawn:
+        group.tag = group.label if schemes.count(group.scheme) > 1 else group.scheme
+    return drawn
 
 
 def notes_on(groups):

@@ -17,7 +17,7 @@ except ImportError:
         "matplotlib`, or on Debian and Ubuntu with `apt install python3-matplotlib`"
     )
 
-COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"]
+COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
 LINES = ["-", "--", "-.", (0, (1, 1.2))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 TEXT, GRID = "#222222", "#DDDDDD"

@@ -20,14 +20,14 @@ import statistics
 import sys
 
 import figures
-from groups import by_tokenizer, check, group_runs, mean_and_spread, perplexity, reference
+from groups import by_tokenizer, check, drawn_of, group_runs, mean_and_spread, perplexity, reference
 from groups import tokenizer_name, tokens_to_reach
 from plotting import COLOURS, GRID, TEXT, count, matplotlib, pyplot
 from runs import RISE, Run, RunError
 
 # Of the SVG's colours, what the page sets by itself: in the dark they are lighter.
 VARIABLES = {TEXT: "ink", GRID: "grid", **{c: f"c{i}" for i, c in enumerate(COLOURS)}}
-DARK = ["#F08A3C", "#5AA9E0", "#2BC39A", "#E0A0C4", "#DDDDDD", "#F0B93A", "#7CC8F2"]
+DARK = ["#F08A3C", "#5AA9E0", "#2BC39A", "#E0A0C4", "#DDDDDD", "#7CC8F2", "#F0B93A"]
 
 CSS = """
 :root { color-scheme: light dark; --ink: #222222; --paper: #ffffff; --soft: #5a5a5a; --grid: #dddddd;
@@ -35,7 +35,7 @@ CSS = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --soft: #a8a8a8;
   --grid: #3a3d42; --warn: #43371a; --line: #44474c; DARK } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1120px; padding: 12px; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; max-width: 1300px; padding: 12px; color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, "DejaVu Sans", Verdana, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.6em; line-height: 1.2; margin: .5em 0 } h2 { font-size: 1.35em; margin: 2em 0 .4em;
   border-bottom: 2px solid var(--line) } h3 { font-size: 1.1em; margin: 1.6em 0 .2em }
@@ -44,14 +44,14 @@ a { color: inherit }
 .warn { background: var(--warn); padding: .6em .9em; border-radius: 6px; max-width: none }
 .panels { display: grid; gap: 8px 20px;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 335px), 1fr)) }
-.panels > div { max-width: 540px; break-inside: avoid }
+.panels > div { max-width: 480px; break-inside: avoid }
 .panels svg { display: block; width: 100%; height: auto }
 .panels text { fill: var(--ink) }
 .scroll { overflow-x: auto; margin: .6em 0 }
 table { border-collapse: collapse; font-size: .94em; font-variant-numeric: tabular-nums }
 th, td { padding: .28em .7em; text-align: right; border-bottom: 1px solid var(--line);
   overflow-wrap: normal; white-space: nowrap }
-th { vertical-align: bottom; font-weight: 600; white-space: normal; min-width: 5.2em }
+th { vertical-align: bottom; font-weight: 600; white-space: normal; min-width: 6.4em }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--paper); font-family: ui-monospace, "DejaVu Sans Mono", monospace }
 td:last-child.words { text-align: left; white-space: normal; min-width: 13em }
@@ -66,7 +66,8 @@ code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace }
   .panels { grid-template-columns: 1fr 1fr } .warn { border: 1px solid #000000 }
   h2, h3, .look { break-after: avoid } table, tr { break-inside: avoid }
   .scroll { overflow: visible } th, td { padding: .2em .4em } details { display: block } }
-@media (max-width: 480px) { body { padding: 10px } th, td { padding: .25em .45em } }
+@media (max-width: 480px) { body { padding: 10px } th, td { padding: .25em .45em }
+  th:first-child, td:first-child { white-space: normal; max-width: 10.5em; overflow-wrap: anywhere } }
 """
 
 
@@ -157,7 +158,7 @@ def result_rows(groups, pre, with_bits):
         losses = mean_and_spread(group.losses, 4)
         row = [label(group), mean_and_spread(group.perplexities), losses]
         if not losses and group.curve:  # how far an unfinished run came
-            loss = group.curve[-1][1]
+            loss = statistics.fmean(group.curve[-1][1])
             row[1:] = [f"({perplexity(loss):.2f})", f"({loss:.4f})"]
         if with_bits:
             row.append(mean_and_spread(group.bits_per_byte or [], 4))
@@ -197,14 +198,21 @@ def result(groups):
     for key, same in classes:
         pre = reference(same)
         if len(classes) > 1:
-            parts.append(f"<h3>{escape(tokenizer_name(key).capitalize())}</h3>")
+            parts.append(f"<h3>Tokenizer: {escape(tokenizer_name(key))}</h3>")
         parts.append(summary(same, pre))
         head = ["scheme", "perplexity", "loss, nats a token"]
         head += ["bits per byte"] if with_bits else []
         head += ["seeds"]
         head += ["tokens to reach Pre-LN’s result"] if pre else []
         head += ["tokens", "tokens/s", ""]
-        parts.append(table(head, result_rows(same, pre, with_bits), words=True))
+        drawn = drawn_of(same)
+        parts.append(table(head, result_rows(drawn, pre, with_bits), words=True))
+        if len(drawn) < len(same):
+            every = table(head, result_rows(same, pre, with_bits), words=True)
+            parts.append(
+                "<p>Of each scheme the best learning rate stands here, and in the pictures.</p>"
+                f"<details><summary>Every learning rate</summary>{every}</details>"
+            )
     note = (
         "Perplexity and loss are the last validation’s, the mean ± the sample standard deviation over "
         "seeds of the runs that finished; in brackets, of a run that did not. A run diverged if a "
@@ -250,8 +258,11 @@ def depth(groups):
         values = [v for v in (values or [])[len(values or []) // 2 :] if math.isfinite(v)]
         return statistics.fmean(values) if values else math.nan
 
+    def added(group, *keys):
+        return deep(next((values for _, values in figures.increases([group], *keys)), None))
+
     rows = []
-    for group in figures.best_of_each(groups, figures.MANY):
+    for group in drawn_of(groups):
         fits = figures.variance_fits(group)
         variance = figures.residual_variance(group)
         if not group.probe and not variance:
@@ -262,10 +273,10 @@ def depth(groups):
             distance = distance or group.probe.rows("angular_distance", "last_token")
             row = [
                 deep(distance[0] if distance else None),
-                deep(figures.increases(group.probe, "removal", "single")),
+                added(group, "removal", "single"),
                 deep(group.probe.series("jacobian", "deviation")),
                 group.probe.number("usefulness", "share"),
-                deep(figures.increases(group.probe, "permutation")),
+                added(group, "permutation"),
             ]
         texts = [f"{v:.3g}" if math.isfinite(v) else "" for v in row]
         texts[3] = f"{row[3]:.0%}" if math.isfinite(row[3]) else ""
