@@ -5,13 +5,9 @@ import math
 import warnings
 from dataclasses import dataclass, field
 
-import numpy
-from matplotlib import colors as mcolors
-from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
-
 from groups import by_tokenizer, drawn_of, perplexity, tokenizer_name
-from plotting import COLOURS, GRID, MONO, TEXT, count, line_style, plain, pyplot, scale_axis
-from plotting import spread, use_style
+from plotting import COLOURS, GRID, MONO, TEXT, FuncFormatter, SymmetricalLogLocator, count
+from plotting import line_style, mcolors, numpy, plain, pyplot, scale_axis, spread, use_style
 
 FONT_SIZE, LABEL_SIZE = 11.5, 10  # points
 WIDTH, HEIGHT = 4.5, 3.3  # inches

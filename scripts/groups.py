@@ -149,7 +149,9 @@ def group_runs(runs):
         for run in same:
             key = run.seed if run.seed is not None else run.path
             if key in kept:
-                less, more = sorted((kept[key], run), key=lambda r: len(r.log))
+                less, more = run, kept[key]
+                if len(less.log) > len(more.log):
+                    less, more = more, less
                 notes.append(
                     f"{less.path} is not counted: it has the flags and the seed of {more.path}."
                 )

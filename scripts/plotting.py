@@ -9,8 +9,11 @@ import sys
 
 try:
     import matplotlib
+    import numpy
+    from matplotlib import colors as mcolors
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import SymmetricalLogLocator
 except ImportError:
     sys.exit(
         f"{os.path.basename(sys.argv[0])}: Matplotlib is missing: install it with `pip install "

@@ -67,7 +67,8 @@ code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace }
   h2, h3, .look { break-after: avoid } table, tr { break-inside: avoid }
   .scroll { overflow: visible } th, td { padding: .2em .4em } details { display: block } }
 @media (max-width: 480px) { body { padding: 10px } th, td { padding: .25em .45em }
-  th:first-child, td:first-child { white-space: normal; max-width: 10.5em; overflow-wrap: anywhere } }
+  th:first-child, td:first-child { white-space: normal; min-width: 8em; max-width: 10.5em;
+    overflow-wrap: anywhere } }
 """
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Makes run directories as ./train_gpt writes them, with losses and probes that formulas give.
+"""Makes a run directory as ./train_gpt writes it, with losses and probes that formulas give.
 
-    make_runs.py DIR SCHEME [--seed N] [--final LOSS] [--lr LR] [--layers L] [--probe] …
+    make_run.py DIR SCHEME [--seed N] [--final LOSS] [--lr LR] [--layers L] [--probe] …
 
 The validation loss falls from 5.5 to --final, as exp(−5 tokens / all tokens) does."""
 
@@ -27,7 +27,7 @@ parser.add_argument("--probe", action="store_true")
 parser.add_argument("--no-log", action="store_true")
 args = parser.parse_args()
 L, width, per_step = args.layers, 24, 1000
-random.seed(hash((args.scheme, args.seed)) if False else f"{args.scheme} {args.seed}")
+random.seed(f"{args.scheme} {args.seed}")
 lns = args.scheme.startswith("lns")
 # Pre-LN grows as e^(0.3 ℓ), LNS as ℓ.
 variance = [0.01] + [layer if lns else math.exp(0.3 * layer) for layer in range(1, L + 1)]
@@ -103,6 +103,5 @@ if args.probe:
                          for i in range(width)]}},
         "usefulness": {"linear_loss": [args.final + 0.6 * f for f in fade],
                        "share": sum(0.6 * f > 0.1 * args.final for f in fade) / L},
-        "permutation": [0.5 * f for f in fade[1:]] and
-                       [args.final + 0.5 * f for f in fade[1:]],
+        "permutation": [args.final + 0.5 * f for f in fade[1:]],
     })  # fmt: skip
