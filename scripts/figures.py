@@ -609,7 +609,6 @@ def angular_picture(groups):
             rows = group.probe.rows("angular_distance", key)
             if rows:
                 found.append((group, key, words, rows))
-    found.sort(key=lambda item: item[0].index)  # a group's two beside each other
     values = [v for *_, rows in found for row in rows for v in finite(row)]
     norm = mcolors.Normalize(0, max(values, default=1) or 1)
     return Picture(

@@ -316,8 +316,7 @@ def subject(groups):
     if not runs:
         return ""
     told = []
-    facts = {(run.preset, run.layers, run.config.get("hidden_size") or run.config.get("n_embd"))
-             for run in runs if run.config}  # fmt: skip
+    facts = {(run.preset, run.layers, run.width) for run in runs if run.config}
     if len(facts) == 1:
         preset, layers, width = facts.pop()
         told.append(f"model {preset}, {layers} layers of width {width}")

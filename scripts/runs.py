@@ -37,7 +37,8 @@ class Run:
             self.log, self.cut = read_log(log_file)
         checkpoints = glob.glob(os.path.join(glob.escape(self.path), "step-*[0-9]"))
         newest = max(checkpoints, key=lambda name: (len(name), name), default="")
-        self.config = read_json(os.path.join(newest, "config.json")) if newest else {}
+        config = read_json(os.path.join(newest, "config.json")) if newest else {}
+        self.config = {**scalars(config), "lns_cpp": section(config, "lns_cpp")} if config else {}
         state = read_json(os.path.join(newest, "trainer_state.json")) if newest else {}
         self.tokenizer = section(state, "tokenizer")
         record_file = os.path.join(self.path, "run.json")
@@ -53,10 +54,8 @@ class Run:
         for record in reversed(self.log):
             values = record.get("probe")
             if isinstance(values, dict):
-                variance = section(values, "variance").get("residual") or record.get(
-                    "residual_variance"
-                )
-                layers = len(variance) - 1 if isinstance(variance, list) else self.layers
+                variance = probed_variance(record) or record.get("residual_variance")
+                layers = len(variance) - 1 if variance else self.layers
                 where = f"{self.path}/log.jsonl, step {record['step']:g}: probe"
                 if layers:
                     return Probe({"step": record["step"], **values}, where, layers)
@@ -83,6 +82,10 @@ class Run:
     @property
     def layers(self):
         return self.config.get("num_hidden_layers") or self.config.get("n_layer")
+
+    @property
+    def width(self):
+        return self.config.get("hidden_size") or self.config.get("n_embd")
 
     @property
     def seed(self):
@@ -116,8 +119,8 @@ class Run:
         for record in self.log:
             values = record.get("residual_variance")
             if values is None:
-                values = section(section(record, "probe"), "variance").get("residual")
-            if is_list_of_numbers(values) and len(values) > 1:
+                values = probed_variance(record)
+            if values and len(values) > 1:
                 found.append((record["tokens"], [number(value) for value in values]))
         return [item for item in found if len(item[1]) == len(found[-1][1])]
 
@@ -174,7 +177,7 @@ class Probe:
 
     @property
     def scheme(self):
-        return self.values.get("scheme") or ""
+        return str(self.values.get("scheme") or "")
 
     def number(self, *keys):
         """The number under these keys; NaN if there is none."""
@@ -240,10 +243,23 @@ def number(value):
         return math.nan
 
 
+def scalars(values):
+    """The strings and numbers of an object."""
+    return {k: v for k, v in values.items() if isinstance(v, (str, int, float))}
+
+
 def section(values, key):
-    """values[key] if that is an object, else {}."""
-    found = values.get(key)
-    return found if isinstance(found, dict) else {}
+    """The strings and numbers of values[key], if that is an object; else {}."""
+    found = values.get(key) if isinstance(values, dict) else None
+    return scalars(found) if isinstance(found, dict) else {}
+
+
+def probed_variance(record):
+    """That of the residual stream in the `probe` of a line of log.jsonl, or None."""
+    values = record
+    for key in ("probe", "variance", "residual"):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if is_list_of_numbers(values) else None
 
 
 def read_json(path):
