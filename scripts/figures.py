@@ -1,12 +1,12 @@
-"""The report's pictures. A panel is as wide as a phone's screen shows without shrinking its letters,
-so a page sets as many side by side as it has room for."""
+"""The report's pictures. A panel is as wide as a phone's screen shows without shrinking its
+letters, so a page sets as many side by side as it has room for."""
 
 import math
 import warnings
 from dataclasses import dataclass, field
 
 from groups import by_tokenizer, drawn_of, perplexity, tokenizer_name
-from plotting import COLOURS, GRID, MONO, TEXT, FuncFormatter, SymmetricalLogLocator, count
+from plotting import GRID, MONO, TEXT, FuncFormatter, SymmetricalLogLocator, count
 from plotting import line_style, mcolors, numpy, plain, pyplot, scale_axis, spread, use_style
 
 FONT_SIZE, LABEL_SIZE = 11.5, 10  # points
@@ -68,8 +68,8 @@ def new_panel(title, labels=(), height=HEIGHT, right=0.15):
 
 
 def label_ends(axes, ends):
-    """ends: [(x, y, text, colour)]. Each text stands to the right of the axes, and a thin line leads
-    to it from its point; where the point lies above the frame, an arrow says so."""
+    """ends: [(x, y, text, colour)]. Each text stands to the right of the axes, and a thin line
+    leads to it from its point; where the point lies above the frame, an arrow says so."""
     figure = axes.figure
     figure.canvas.draw()  # fixes the axes, so that points can be placed
     size, box = figure.bbox, axes.bbox
@@ -139,6 +139,7 @@ def limits(axes, values, log=True, ratio=30):
 
 
 def tokens_axis(axes, low, high):
+    high = max(high, low + 1)
     room = 0.015 * (high - low)
     axes.set_xlim(low - (room if low else 0), high + room)
     axes.set_xlabel("training tokens")
@@ -199,7 +200,8 @@ def training_panel(groups, title, name):
     ends, good, starts = {}, [], []
     for group, run, xs, ys in curves:
         first = group.label not in ends
-        draw_line(axes, group, xs, ys, marks=False, linewidth=1.5, alpha=0.95 if first else 0.5)
+        alpha = 0.95 if first else 0.5
+        draw_line(axes, group, xs, ys, marks=len(xs) < 3, linewidth=1.5, alpha=alpha)
         if run in diverged_runs(group):
             mark_end(axes, group, xs[-1], ys[-1])
         else:
@@ -302,7 +304,9 @@ def loss_pictures(groups):
         apart = f" ({tokenizer_name(key)})" if len(classes) > 1 else ""
         tag = name_of(str(classes.index((key, same)) + 1)) if len(classes) > 1 else ""
         drawn = drawn_of(same)
-        chosen = "" if len(drawn) == len(same) else " Of each scheme the best learning rate is drawn."
+        chosen = ""
+        if len(drawn) < len(same):
+            chosen = " Of each scheme the best learning rate is drawn."
         panels = [
             training_panel(drawn, "Training loss, smoothed", name_of("training-loss", tag)),
             validation_panel(drawn, "Validation loss", name_of("validation-loss", tag)),
@@ -310,9 +314,9 @@ def loss_pictures(groups):
         pictures.append(
             Picture(
                 f"Training and validation loss{apart}",
-                "Look at the order of the curves at the right end, and whether the gaps there still "
-                "grow or close; the marks are validations, a band spans the seeds, a cross ends a "
-                f"run that diverged.{chosen}",
+                "Look at the order of the curves at the right end, and whether the gaps there "
+                "still grow or close; the marks are validations, a band spans the seeds, a cross "
+                f"ends a run that diverged.{chosen}",
                 panels,
             )
         )
@@ -365,8 +369,8 @@ def line_panel(curves, title, name, first=1, axis="layer", unit="", errors=None)
     for group, error in errors or ():
         ys = dict((id(g), ys) for g, ys in curves).get(id(group))
         if ys:
-            axes.errorbar(range(first, first + len(ys)), ys, yerr=numpy.nan_to_num(error), fmt="none",
-                          ecolor=colour_of(group), elinewidth=1, capsize=2)  # fmt: skip
+            axes.errorbar(range(first, first + len(ys)), ys, yerr=numpy.nan_to_num(error),
+                          fmt="none", ecolor=colour_of(group), elinewidth=1, capsize=2)  # fmt: skip
     limits(axes, [y for _, ys in curves for y in ys])
     layer_axis(axes, first, first + max(len(ys) for _, ys in curves) - 1, axis, 0.3)
     axes.set_ylabel(unit)
@@ -410,8 +414,9 @@ def variance_fits(group):
         (layers, "exponential_rate", "exponential_r2"),
     ):
         own_slope, own_constant = numpy.polyfit(xs, logs, 1)
-        spread_ = ((logs - logs.mean()) ** 2).sum()
-        own_r2 = 1 - ((logs - own_constant - own_slope * xs) ** 2).sum() / spread_ if spread_ else 1
+        total = ((logs - logs.mean()) ** 2).sum()
+        left = ((logs - own_constant - own_slope * xs) ** 2).sum()
+        own_r2 = 1 - left / total if total else 1
         told = group.probe.number("variance", slope) if group.probe else math.nan
         told_r2 = group.probe.number("variance", r2) if group.probe else math.nan
         if math.isfinite(told):
@@ -456,6 +461,7 @@ def history_panel(group, history, bounds, tokens_most):
     limits(axes, bounds)
     layer_axis(axes, 1, len(history[-1][1]) - 1, "after layer", 0.3)
     bar = colour_bar(axes, norm, map_, "training tokens")
+    bar.ax.locator_params(nbins=5)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda tokens, _: count(tokens)))
     return Panel(name_of("variance-history", group.tag), title, figure)
 
@@ -554,15 +560,15 @@ def variance_pictures(groups):
     pictures = [
         Picture(
             "Variance by layer",
-            "Look at how far the residual stream rises with depth, and whether what each layer adds "
-            "keeps pace with it: a branch that is small beside the stream changes little.",
+            "Look at how far the residual stream rises with depth, and whether what each layer "
+            "adds keeps pace with it: a branch that is small beside the stream changes little.",
             panels,
         ),
         Picture(
             "Power or exponential?",
             "Look which line the marks follow on the logarithmic axis: the straight dashed one is "
-            "exponential growth, the bending solid one a power of the layer's number ℓ (the paper's "
-            "Theorem 3.3 predicts up to exponential growth for Pre-LN, a power for LNS).",
+            "exponential growth, the bending solid one a power of the layer's number ℓ (the "
+            "paper's Theorem 3.3 predicts up to exponential growth for Pre-LN, a power for LNS).",
             [fit_panel(group, v, bounds) for group, v in values],
         ),
     ]
@@ -591,8 +597,8 @@ def gradient_picture(groups):
 
     return Picture(
         "Gradient norms",
-        "Look for a slope: gradients that shrink or grow by orders of magnitude from layer to layer "
-        "train some layers much faster than others; level curves are healthy.",
+        "Look for a slope: gradients that shrink or grow by orders of magnitude from layer to "
+        "layer train some layers much faster than others; level curves are healthy.",
         [
             panel("residual", "‖∂loss/∂r‖ after each layer", 0),
             panel("attention", "Attention's parameters", 1),
@@ -613,9 +619,9 @@ def angular_picture(groups):
     norm = mcolors.Normalize(0, max(values, default=1) or 1)
     return Picture(
         "Angular distance",
-        "Look at the lowest rows toward the right: dark there means that a deep layer, or a run of n "
-        "of them, hardly turns the residual stream, and could be left out (0: same direction, 0.5: "
-        "orthogonal; one colour scale for all).",
+        "Look at the lowest rows toward the right: dark there means that a deep layer, or a run of "
+        "n of them, hardly turns the residual stream, and could be left out (0: same direction, "
+        "0.5: orthogonal; one colour scale for all).",
         [
             heat_panel(name_of("angular", key, g.tag), f"{short(g.tag)}: {words}", rows, norm,
                        "angle between them / π", "from after layer ℓ", "to n layers on", 0)
@@ -628,8 +634,8 @@ def removal_pictures(groups):
     pictures = [
         Picture(
             "Removal of one layer",
-            "Look at the bars of the deep half: near zero, the model does not need those layers; the "
-            "scale, logarithmic where the bars span much, is the same for all.",
+            "Look at the bars of the deep half: near zero, the model does not need those layers; "
+            "the scale, logarithmic where the bars span much, is the same for all.",
             bar_panels(increases(groups, "removal", "single"), "removal",
                        lambda g: f"{short(g.tag)}: one layer removed"),
         )
@@ -671,11 +677,12 @@ def matrix_panel(group, layer, rows, norm):
         padded[: len(cells), : len(cells)] = cells
         side = size // block
         cells = padded.reshape(side, block, side, block).max(axis=(1, 3))
-    title = f"{short(group.tag)}: |J| of layer {layer:g}" if layer == layer else f"{short(group.tag)}: |J|"
+    title = f"{short(group.tag)}: |J|" + (f" of layer {layer:g}" if layer == layer else "")
     figure, axes = new_panel(title, height=3.9, right=0.95)
     map_ = pyplot.get_cmap("viridis")
     axes.imshow(numpy.maximum(cells, norm.vmin), cmap=map_, norm=norm, aspect="auto",
-                extent=(0.5, len(rows) + 0.5, len(rows) + 0.5, 0.5), interpolation="none")  # fmt: skip
+                extent=(0.5, len(rows) + 0.5, len(rows) + 0.5, 0.5),
+                interpolation="none")  # fmt: skip
     axes.grid(False)
     axes.set_xlabel("channel in")
     axes.set_ylabel("channel out")
@@ -722,8 +729,9 @@ def use_pictures(groups):
     return [
         Picture(
             "Usefulness",
-            "Look how many bars are tall: each is the loss added when a layer is replaced by its best "
-            "linear fit, and a layer that costs little so does nothing that a matrix could not.",
+            "Look how many bars are tall: each is the loss added when a layer is replaced by its "
+            "best linear fit, and a layer that costs little so does nothing that a "
+            "matrix could not.",
             bar_panels(increases(groups, "usefulness", "linear_loss"), "usefulness", title),
         ),
         Picture(

@@ -1,5 +1,5 @@
-"""Runs that differ only by their seed are one group: their mean, their spread, their label; and what
-a reader should know before comparing groups."""
+"""Runs that differ only by their seed are one group: their mean, their spread, their label; and
+what a reader should know before comparing groups."""
 
 import math
 import statistics
@@ -283,8 +283,8 @@ def notes_on(groups):
             if run.cut:
                 last = f"step {run.log[-1]['step']:g}" if run.log else "no whole step"
                 notes.append(
-                    f"{run.path}: the last line of log.jsonl is cut short, by a kill or because the "
-                    f"run still writes it. It is left out; the last whole line is {last}."
+                    f"{run.path}: the last line of log.jsonl is cut short, by a kill or because "
+                    f"the run still writes it. It is left out; the last whole line is {last}."
                 )
             step = run.probe.number("step") if run.probe and run.log else math.nan
             if math.isfinite(step) and step != run.log[-1]["step"]:

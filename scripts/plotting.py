@@ -1,4 +1,4 @@
-"""What picture.py and the report's figures share: colours, fonts, axes, labels at the ends of lines.
+"""What picture.py and the report's figures share: Matplotlib, colours, fonts, axes.
 
 Okabe and Ito's colours can be told apart by colour-blind eyes; line styles and markers differ too.
 """

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Writes one HTML file about runs: the table of schemes, loss and perplexity, and what the probes say
-of each layer. Nothing is loaded from elsewhere; it can be read on a phone, in the dark and printed.
+"""Writes one HTML file about runs: the table of schemes, loss and perplexity, and what the probes
+say of each layer. Nothing is loaded from elsewhere; it can be read on a phone, in the dark and
+printed.
 
     scripts/report.py RUN... [-o report.html] [--png DIR]
 
 RUN is a directory that ./train_gpt -o wrote, finished or not, with the probe.json that
-./train_gpt probe wrote there, or a directory that holds a probe.json alone. Runs that differ only by
-their seed are one group: their mean, and the standard deviation. The same runs give the same bytes,
-with the same version of Matplotlib.
+./train_gpt probe wrote there, or a directory that holds a probe.json alone. Runs that differ only
+by their seed are one group: their mean, and the standard deviation. The same runs give the same
+bytes, with the same version of Matplotlib.
 """
 
 import argparse
@@ -30,20 +31,23 @@ VARIABLES = {TEXT: "ink", GRID: "grid", **{c: f"c{i}" for i, c in enumerate(COLO
 DARK = ["#F08A3C", "#5AA9E0", "#2BC39A", "#E0A0C4", "#DDDDDD", "#7CC8F2", "#F0B93A"]
 
 CSS = """
-:root { color-scheme: light dark; --ink: #222222; --paper: #ffffff; --soft: #5a5a5a; --grid: #dddddd;
-  --warn: #fff3d6; --line: #d0d0d0; LIGHT }
+:root { color-scheme: light dark; --ink: #222222; --paper: #ffffff; --soft: #5a5a5a;
+  --grid: #dddddd; --warn: #fff3d6; --line: #d0d0d0; LIGHT }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --soft: #a8a8a8;
   --grid: #3a3d42; --warn: #43371a; --line: #44474c; DARK } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1300px; padding: 12px; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; max-width: 1300px; padding: 12px; color: var(--ink);
+  background: var(--paper);
   font: 16px/1.5 system-ui, "DejaVu Sans", Verdana, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.6em; line-height: 1.2; margin: .5em 0 } h2 { font-size: 1.35em; margin: 2em 0 .4em;
-  border-bottom: 2px solid var(--line) } h3 { font-size: 1.1em; margin: 1.6em 0 .2em }
+h1 { font-size: 1.6em; line-height: 1.2; margin: .5em 0 }
+h2 { font-size: 1.35em; margin: 2em 0 .4em; border-bottom: 2px solid var(--line) }
+h3 { font-size: 1.1em; margin: 1.6em 0 .2em }
 p { margin: .4em 0; max-width: 46em } .soft { color: var(--soft) } nav a { margin-right: 1em }
 a { color: inherit }
 .warn { background: var(--warn); padding: .6em .9em; border-radius: 6px; max-width: none }
 .panels { display: grid; gap: 8px 20px;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 335px), 1fr)) }
+.panels.two { max-width: 860px }
 .panels > div { max-width: 480px; break-inside: avoid }
 .panels svg { display: block; width: 100%; height: auto }
 .panels text { fill: var(--ink) }
@@ -91,8 +95,7 @@ def svg(panel):
     text = text.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'<g id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|'
-                  r'LineCollection|FillBetween|QuadMesh|PolyCollection)[\w.]*"', "<g", text)  # fmt: skip
+    text = re.sub(r'<g id="[A-Za-z]+[\w.]*_\d+"', "<g", text)  # names that nothing refers to
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
     view = re.search(r'viewBox="([^"]*)"', text).group(1)
     head = f'<svg viewBox="{view}" role="img" aria-label="{escape(panel.title)}">'
@@ -155,7 +158,9 @@ def result_rows(groups, pre, with_bits):
         reached = ""
         if pre:
             tokens = tokens_to_reach(group.curve, pre.loss)
-            reached = f"{count(tokens)} ({tokens / pre.tokens:.2f}×)" if tokens else "not reached"
+            reached = "not reached"
+            if tokens and pre.tokens:
+                reached = f"{count(tokens)} ({tokens / pre.tokens:.2f}×)"
         losses = mean_and_spread(group.losses, 4)
         row = [label(group), mean_and_spread(group.perplexities), losses]
         if not losses and group.curve:  # how far an unfinished run came
@@ -188,13 +193,13 @@ def result(groups):
         ending = (
             "Bits per byte are, and stand in the tables."
             if with_bits
-            else "The logs do not tell how many bytes a token is, so there is no other measure here."
+            else "The logs do not tell how many bytes a token is, so nothing else is compared."
         )
         parts.append(
             "<p class=warn><b>These runs do not share a tokenizer, and their perplexities are not "
-            "comparable</b>: a token of a larger vocabulary is more text, and harder to predict. So "
-            "tables and curves are apart, and losses in nats a token, also those of the probes, are "
-            f"to be compared within one only. {ending} ({escape(words)}.)</p>"
+            "comparable</b>: a token of a larger vocabulary is more text, and harder to predict. "
+            "So tables and curves are apart, and losses in nats a token, also those of the probes, "
+            f"are to be compared within one only. {ending} ({escape(words)}.)</p>"
         )
     for key, same in classes:
         pre = reference(same)
@@ -215,15 +220,15 @@ def result(groups):
                 f"<details><summary>Every learning rate</summary>{every}</details>"
             )
     note = (
-        "Perplexity and loss are the last validation’s, the mean ± the sample standard deviation over "
-        "seeds of the runs that finished; in brackets, of a run that did not. A run diverged if a "
-        "loss was not finite, if it ended above where it began, or more than "
+        "Perplexity and loss are the last validation’s, the mean ± the sample standard deviation "
+        "over seeds of the runs that finished; in brackets, of a run that did not. A run diverged if "
+        "a loss was not finite, if it ended above where it began, or more than "
         f"{RISE} nats above its best validation."
     )
     if any(reference(same) for _, same in classes):
         note += (
-            " Tokens to reach Pre-LN’s result are read off the validation curve between its points; "
-            "before the end the learning rate is still high, so a small saving is no proof."
+            " Tokens to reach Pre-LN’s result are read off the validation curve between its "
+            "points; before the end the learning rate is still high, so a small saving is no proof."
         )
     else:
         note += " There is no finished run of <code>pre</code>, so none is compared with it."
@@ -237,7 +242,8 @@ def summary(groups, pre):
     words = []
     if finished:
         best = min(finished, key=lambda group: group.loss)
-        words.append(f"Lowest perplexity: {best.label}, {mean_and_spread(best.perplexities)}.")
+        what = "Lowest" if len(finished) > 1 else "Final"
+        words.append(f"{what} perplexity: {best.label}, {mean_and_spread(best.perplexities)}.")
         if pre and best is not pre:
             gain = 1 - statistics.fmean(best.perplexities) / statistics.fmean(pre.perplexities)
             words.append(f"That is {gain:.1%} below {pre.label}.")
@@ -296,17 +302,19 @@ def depth(groups):
     used = [i for i in range(len(head)) if i < 2 or any(row[i] != "–" for _, row in rows)]
     rows = [(kind, [row[i] for i in used]) for kind, row in rows]
     return (
-        "<p>The variance is of all layers; the columns after its fits are means over the deeper half "
-        "of the layers, but for the share of layers that matter.</p>"
+        "<p>The variance is of all layers; the columns after its fits are means over the deeper "
+        "half of the layers, but for the share of layers that matter.</p>"
         + table([head[i] for i in used], rows)
     )
 
 
 def picture(item):
     panels = "".join(f"<div>{svg(panel)}</div>\n" for panel in item.panels)
+    n = len(item.panels)
+    two = " two" if n % 2 == 0 and n % 3 else ""  # a row, else three; one on a phone
     return (
         f"<h3>{escape(item.title)}</h3>\n<p class=look>{escape(item.look)}</p>\n"
-        f"<div class=panels>\n{panels}</div>\n"
+        f'<div class="panels{two}">\n{panels}</div>\n'
     )
 
 
@@ -319,7 +327,7 @@ def subject(groups):
     facts = {(run.preset, run.layers, run.width) for run in runs if run.config}
     if len(facts) == 1:
         preset, layers, width = facts.pop()
-        told.append(f"model {preset}, {layers} layers of width {width}")
+        told.append(f"model {preset}, {layers} layer{'s' if layers != 1 else ''} of width {width}")
     tokens = {group.tokens for group in groups if group.losses}
     if len(tokens) == 1:
         told.append(f"{count(tokens.pop())} tokens of training")

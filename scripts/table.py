@@ -5,8 +5,8 @@
 
 RUN is a directory that ./train_gpt -o wrote, finished or not. A run counts as diverged if it
 stopped at a number that is not finite (scripts/compare.sh leaves that in RUN/outcome), if it ended
-above the loss that it began with, or if its last validation loss lies more than half a nat above its
-best.
+above the loss that it began with, or if its last validation loss lies more than half a nat above
+its best.
 """
 
 import argparse

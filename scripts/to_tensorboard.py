@@ -4,10 +4,11 @@
     scripts/to_tensorboard.py RUN... -o DIR
     tensorboard --logdir DIR
 
-RUN is a directory that ./train_gpt -o wrote, finished or not. Each becomes DIR/NAME; the same command
-again replaces it. Nothing needs to be installed here, TensorBoard only where the files are looked at:
-an event file is a sequence of records (length, its checksum, the bytes, their checksum), and a record
-a protocol buffer, here with only the fields that a scalar needs (tensorflow/core/util/event.proto).
+RUN is a directory that ./train_gpt -o wrote, finished or not. Each becomes DIR/NAME; the same
+command again replaces it. Nothing needs to be installed here, TensorBoard only where the files are
+looked at: an event file is a sequence of records (length, its checksum, the bytes, their checksum),
+and a record a protocol buffer, here with only the fields that a scalar needs
+(tensorflow/core/util/event.proto).
 """
 
 import argparse
@@ -84,7 +85,7 @@ def event(wall_time, step, scalars):
 
 def float32(value):
     """What a float32 can hold of it; infinity where it is too large."""
-    return value if not math.isfinite(value) or abs(value) < 3e38 else math.copysign(math.inf, value)
+    return math.copysign(math.inf, value) if abs(value) > 3e38 else value
 
 
 def scalars_of(line):

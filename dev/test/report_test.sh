@@ -224,7 +224,7 @@ report "$dir"/{pre-2,lns-2,bytes} >/dev/null
 text=$(page)
 check "report: two tokenizers are a warning" says "$text" "their perplexities are not comparable"
 check "report: no bytes, no other measure" says "$text" "The logs do not tell how many bytes a token is"
-check "report: no gain over another tokenizer" says "$text" "Lowest perplexity: lns train bytes:257, 4.48."
+check "report: no gain over another tokenizer" says "$text" "Final perplexity: lns train bytes:257, 4.48."
 make_run bits pre --bits
 report "$dir"/{bits,bytes} >/dev/null
 check "report: bits per byte where they are known" says "$(page)" "pre|7.39|2.0000|1.0000|1|"
