@@ -221,8 +221,8 @@ def result(groups):
             )
     note = (
         "Perplexity and loss are the last validation’s, the mean ± the sample standard deviation "
-        "over seeds of the runs that finished; in brackets, of a run that did not. A run diverged if "
-        "a loss was not finite, if it ended above where it began, or more than "
+        "over seeds of the runs that finished; in brackets, of a run that did not. A run diverged "
+        "if a loss was not finite, if it ended above where it began, or more than "
         f"{RISE} nats above its best validation."
     )
     if any(reference(same) for _, same in classes):
