@@ -28,8 +28,8 @@ struct Helpers {
         for (int i = 1; i < threads; i++) std::thread([this] { help(); }).detach();
     }
 
-    void do_work() {
-        for (int64_t i = next++; i < n; i = next++) (*work)(i);
+    void do_work(const std::function<void(int64_t)>& f, int64_t count) {
+        for (int64_t i = next++; i < count; i = next++) f(i);
     }
 
     void help() {
@@ -40,8 +40,10 @@ struct Helpers {
             seen = job;
             if (!work) continue;
             at_work++;
+            const std::function<void(int64_t)>& f = *work; // which its owner may take back
+            const int64_t count = n;
             lock.unlock();
-            do_work();
+            do_work(f, count);
             lock.lock();
             if (--at_work == 0) done.notify_one();
         }
@@ -53,7 +55,7 @@ struct Helpers {
             work = &f, n = count, next = 0, job++;
         }
         wake.notify_all();
-        do_work();
+        do_work(f, count);
         std::unique_lock lock(mutex);
         work = nullptr;
         done.wait(lock, [&] { return at_work == 0; });
