@@ -21,6 +21,7 @@ import glob
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -130,9 +131,9 @@ def run_program(command, env, timeout):
 
 
 def run_ours(case, o):
-    command = [o.program, "bench", "--json", "-m", case.model, "-b", str(case.batch), "-t",
-               str(case.seq_len), "--dtype", case.dtype, "--threads", str(case.threads),
-               "--steps", str(steps_of(case, o))]
+    command = [o.program, "bench", "--json", "--device", "cpu", "-m", case.model, "-b",
+               str(case.batch), "-t", str(case.seq_len), "--dtype", case.dtype, "--threads",
+               str(case.threads), "--steps", str(steps_of(case, o))]
     result, why = run_json(command, dict(os.environ), 600)
     if result is None:
         case.missing = why.replace("train_gpt: ", "")
@@ -176,7 +177,8 @@ def find_torch(o):
     """The Pythons that have it, oldest PyTorch first."""
     wanted = [p for p in o.torch.split(",") if p]
     found = []
-    for python in wanted or ["/usr/bin/python3", os.path.join(NEWEST, "bin", "python")]:
+    usual = ["/usr/bin/python3", shutil.which("python3"), os.path.join(NEWEST, "bin", "python")]
+    for python in wanted or dict.fromkeys(p for p in usual if p):
         if not os.path.exists(python) and not wanted:
             continue
         description, why = run_json([python, "-c", DESCRIBE], torch_environment(2, True), 120)

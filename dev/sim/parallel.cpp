@@ -40,7 +40,7 @@ struct Helpers {
             seen = job;
             if (!work) continue;
             at_work++;
-            const auto& f = *work;
+            const std::function<void(int64_t)>& f = *work; // which its owner may take back
             const int64_t count = n;
             lock.unlock();
             do_work(f, count);
