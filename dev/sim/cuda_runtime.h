@@ -393,7 +393,8 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 
 // Devices. LNS_SIM_ARCH is the compute capability (80, 86, 89, 90 or 100; 0: there is no GPU),
-// LNS_SIM_MEMORY its memory in bytes (K, M and G may follow).
+// LNS_SIM_MEMORY its memory in bytes (K, M and G may follow), LNS_SIM_GPUS how many there are, of
+// which a process uses one.
 
 struct cudaUUID_t {
     char bytes[16];

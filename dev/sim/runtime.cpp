@@ -531,25 +531,39 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 
 // ---------------------------------------------------------------------------------------------
 
+namespace {
+int device_count() {
+    const char* value = std::getenv("LNS_SIM_GPUS");
+    return lns::sim::architecture() == 0 ? 0 : value ? std::atoi(value) : 1;
+}
+int current_device = 0;
+} // namespace
+
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = lns::sim::architecture() ? 1 : 0;
+    *count = device_count();
     return *count ? cudaSuccess : result(cudaErrorNoDevice);
 }
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
-    return lns::sim::architecture() ? cudaSuccess : result(cudaErrorNoDevice);
+    *device = current_device;
+    return device_count() ? cudaSuccess : result(cudaErrorNoDevice);
 }
 cudaError_t cudaSetDevice(int device) {
-    if (!lns::sim::architecture()) return result(cudaErrorNoDevice);
-    return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice);
+    if (!device_count()) return result(cudaErrorNoDevice);
+    if (device < 0 || device >= device_count()) return result(cudaErrorInvalidDevice);
+    if (memory().used > 0 && device != current_device)
+        fail("cudaSetDevice: the simulator's process has memory on GPU ", current_device,
+             " already, and uses one only");
+    current_device = device;
+    return cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
-    if (!lns::sim::architecture()) return result(cudaErrorNoDevice);
-    if (device != 0) return result(cudaErrorInvalidDevice);
+    if (!device_count()) return result(cudaErrorNoDevice);
+    if (device < 0 || device >= device_count()) return result(cudaErrorInvalidDevice);
     const Limits limit = limits();
     *p = {};
     std::strcpy(p->name, "simulated GPU");
+    p->uuid.bytes[0] = char(device + 1);
     p->totalGlobalMem = device_memory();
     p->sharedMemPerBlock = 48 * 1024;
     p->regsPerBlock = p->regsPerMultiprocessor = 65536;
@@ -621,8 +635,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device) {
-    if (device != 0) return result(cudaErrorInvalidDevice);
-    std::snprintf(id, size_t(length), "0000:00:00.0");
+    if (device < 0 || device >= device_count()) return result(cudaErrorInvalidDevice);
+    std::snprintf(id, size_t(length), "0000:%02x:00.0", unsigned(device) & 0xFF);
     return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
