@@ -1080,7 +1080,7 @@ std::map<std::string, Doubles> tensors_of(Model& model, Buffer buffer) {
 
 // Weights that bf16 has exactly: matrices of the size of a model's start; norms, biases and gates
 // as they start, or at values that are not special.
-void fill_like(Model& model, bool special = false) {
+void fill_like(Model& model, bool as_started = false) {
     model.initialize(1); // moments too
     for (const Param& p : model.registry.params) {
         std::vector<float> values(p.size());
@@ -1090,7 +1090,7 @@ void fill_like(Model& model, bool special = false) {
             other =
                 random_values(size_t(p.size()), p.name, 0, 0.25 / std::sqrt(model.config.width));
         for (size_t i = 0; i < values.size(); i++)
-            values[i] = float(bf16(p.decay || !special ? float(other[i]) : values[i]));
+            values[i] = float(bf16(p.decay || !as_started ? float(other[i]) : values[i]));
         model.write(Buffer::parameters, p, values.data());
     }
 }
@@ -1181,11 +1181,11 @@ struct Trained {
     std::vector<float> logits;
 };
 
-Trained train_once(Model& model, int B, int T, bool special = false) {
+Trained train_once(Model& model, int B, int T, bool as_started = false) {
     Trained out;
     std::vector<int> inputs, targets;
     test_batch(model.config, B * T, inputs, targets, B * T > 1);
-    fill_like(model, special);
+    fill_like(model, as_started);
     out.change = tensors_of(model, Buffer::parameters);
     model.zero_gradients();
     for (int pass = 0; pass < 2; pass++)
