@@ -347,19 +347,24 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
     const uint64_t tokens_stream = fnv1a("jacobian tokens"), signs_stream = fnv1a("jacobian signs");
 
     // Rounds of one sample a sequence, dealt out to the batches in turn.
-    const int64_t round = std::max(1, batches[0].B);
-    const int64_t rounds = (s.jacobian_samples + round - 1) / round;
-    for (size_t i = 0; i < batches.size() && int64_t(i) < rounds; i++) {
+    std::vector<int64_t> rounds(batches.size());
+    for (size_t i = 0; j.probes < s.jacobian_samples; i = (i + 1) % batches.size()) {
+        rounds[i]++;
+        for (const std::vector<int>& positions : positions_that_count(batches[i]))
+            j.probes += !positions.empty();
+    }
+    uint64_t sample = 0;
+    for (size_t i = 0; i < batches.size(); i++) {
+        if (rounds[i] == 0) break;
         const ProbeBatch& batch = batches[i];
         const std::vector<std::vector<int>> positions = positions_that_count(batch);
         Pass pass(model, batch);
         pass.run_layers(0, L);
-        for (int64_t at = int64_t(i); at < rounds; at += int64_t(batches.size())) {
+        for (int64_t round = 0; round < rounds[i]; round++) {
             Floats v(size_t(pass.rows) * C); // 0 but in one row of each sequence
             std::vector<int64_t> rows;
             for (int b = 0; b < batch.B; b++) {
                 if (positions[b].empty()) continue;
-                const uint64_t sample = uint64_t(at * round + b);
                 const uint32_t which =
                     random_below(uint32_t(positions[b].size()), s.seed, tokens_stream, sample);
                 const int64_t row = int64_t(b) * batch.T + positions[b][which];
@@ -367,6 +372,7 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
                     v[row * C + c] =
                         random_bits(s.seed, signs_stream, sample * C + c) >> 63 ? 1.0f : -1.0f;
                 rows.push_back(row);
+                sample++;
             }
             for (int l = 0; l < L; l++) {
                 model.write(Stream::gradient, v.data());
@@ -381,7 +387,6 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
                     deviation[l].add(from_identity / C), norm[l].add(whole / C);
                 }
             }
-            j.probes += int64_t(rows.size());
         }
     }
     for (int l = 0; l < L; l++) {
@@ -648,7 +653,7 @@ nlohmann::ordered_json to_json(const Probes& p, bool sparse) {
 namespace {
 
 std::string number(double x) { return format_number("%.3g", x); }
-std::string signed_number(double x) { return format_number("%+.3f", x); }
+std::string signed_number(double x) { return format_number("%+.4f", x); }
 std::string of_each(const PerLayer& x, int index) {
     return index < 0 || index >= int(x.size()) ? "-" : number(x[index]);
 }
