@@ -427,7 +427,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         f.count("--jacobian-samples", o.jacobian_samples, 2, most, "tokens to sample it at");
         f.count("--jacobian-layer", o.jacobian_layer, 0, most,
                 "whose whole matrix to write, for a width of at most 256; 0: three quarters down");
-        f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once; default: 8");
+        f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
         f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
         f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(), "of what is sampled");
         f.text("-o,--out", o.out, "FILE", "where to write; default: probe.json in the run");
@@ -496,10 +496,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                          "`, where the flags of training are: put those of `", used.get_name(),
                          "` behind it");
         if (bench->parsed() && o.model == "tiny" && bench->count("--seq-len") == 0) o.seq_len = 128;
-        if (probe->parsed()) {
-            if (probe->count("--batch") == 0) o.batch = 8;
-            if (probe->count("--seq-len") == 0) o.seq_len = 0;
-        }
+        if (probe->parsed() && probe->count("--seq-len") == 0) o.seq_len = 0;
         if (!eval->parsed()) return o;
         if (eval->count("--seq-len") == 0) o.seq_len = 0;
         if (eval->count("--val-tokens") == 0) o.val_tokens = 0;

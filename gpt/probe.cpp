@@ -688,7 +688,7 @@ std::string describe_streams(const Probes& p) {
         const double most = *std::max_element(v.residual.begin(), v.residual.end());
         t.column("var r", [&](int l) { return number(v.residual[l]); });
         t.column("", [&](int l) { return bar(v.residual[l], most, 16); });
-        sublayers("attn", v.attention), sublayers("mlp", v.mlp);
+        sublayers("var attn", v.attention), sublayers("var mlp", v.mlp);
         after =
             cat("variance of r over the layers: as ", number(v.power.slope), " powers of l, R2 ",
                 format_number("%.3f", v.power.r2), "; as exp(", number(v.exponential.slope),
@@ -698,7 +698,8 @@ std::string describe_streams(const Probes& p) {
     if (p.gradient_norm) {
         const Probes::GradientNorm& g = *p.gradient_norm;
         t.column("|dr|", [&](int l) { return number(g.residual[l]); });
-        sublayers("|g| attn", g.attention), sublayers("mlp", g.mlp), sublayers("norm", g.norm);
+        sublayers("|g| attn", g.attention), sublayers("|g| mlp", g.mlp),
+            sublayers("|g| norm", g.norm);
     }
     return t.text() + after;
 }
