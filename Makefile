@@ -213,7 +213,7 @@ $S/test_gpt.o: sim_optimize += -DTESTING
 $S/dev/sim/products.o: sim_optimize := -O3 -g
 $(sim_tests:%.cpp=$S/%.o): | $(if $(call word_of,GTEST),,no-gtest)
 
-test: $(if $(call yes,$(SANITIZE)),,$(existing)) $O/unit_tests $(sim_test_programs) $(if $(sim_test_programs),test_gpt_sim)
+test: $(if $(call yes,$(SANITIZE)),,$(existing)) $O/unit_tests $(sim_test_programs) $(if $(sim_test_programs),train_gpt_sim test_gpt_sim)
 	@dev/run_tests.sh $O/unit_tests $(sim_test_programs) $(if $(sim_test_programs),test_gpt_sim) \
 	    $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
 

@@ -4018,9 +4018,9 @@ double measured_gpu_flops(DType dtype) {
 }
 
 Bandwidth measured_gpu_bandwidth() {
-    const int64_t small = 1 << 18, large = int64_t(1) << 30; // bytes; the largest caches have 1e8
+    const int64_t small = 1 << 20, large = int64_t(1) << 30; // bytes; the largest caches have 1e8
     const Bandwidth b = cuda::access_bandwidth(small);
-    const bool slow = double(large) / b.read > 0.2; // seconds; a GPU takes 0.001
+    const bool slow = double(large) / b.read > 0.01; // seconds; a GPU takes 0.001
     return slow || 2 * large > gpu().free ? b : cuda::access_bandwidth(large);
 }
 

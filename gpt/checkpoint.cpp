@@ -22,15 +22,6 @@ void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
         for (int64_t c = 0; c < columns; c++) out[c * rows + r] = in[r * columns + c];
 }
 
-// A parameter's values as they lie in a file.
-void read_file_layout(Model& model, Buffer buffer, const Param& p, std::vector<float>& out) {
-    out.resize(p.size());
-    model.read(buffer, p, out.data());
-    if (!p.transposed) return;
-    std::vector<float> values = out;
-    transpose(values.data(), p.shape[0], p.shape[1], out.data());
-}
-
 std::string shape_text(const std::vector<int64_t>& shape) {
     std::string text;
     for (int64_t d : shape) text += (text.empty() ? "" : " x ") + std::to_string(d);
@@ -58,84 +49,143 @@ json to_json(const TrainerState& s) {
               {"fingerprint", s.tokenizer.fingerprint}}}};
 }
 
-// The files of a directory's weights: one, or the shards that an index names.
-struct Weights {
-    std::vector<std::unique_ptr<Safetensors>> files;
+// "'a', 'b' and 7 more"
+std::string some_of(const std::vector<std::string>& names) {
+    const size_t shown = names.size() > 4 ? 3 : names.size();
+    std::string text;
+    for (size_t i = 0; i < shown; i++)
+        text += cat(i == 0 ? "" : i + 1 == names.size() ? " and " : ", ", "'", names[i], "'");
+    return names.size() > shown ? cat(text, " and ", names.size() - shown, " more") : text;
+}
 
-    explicit Weights(const std::string& path) {
-        std::string index = path + "/model.safetensors.index.json";
-        if (!fs::is_directory(path)) {
-            files.push_back(std::make_unique<Safetensors>(path));
-        } else if (fs::exists(path + "/model.safetensors") || !fs::exists(index)) {
-            files.push_back(std::make_unique<Safetensors>(path + "/model.safetensors"));
-        } else {
-            json j = json::parse(read_file(index), nullptr, false);
-            if (!j.is_object() || !j["weight_map"].is_object())
-                fail(index, ": not an index of weights, expected an object with a 'weight_map'");
-            std::set<std::string> names;
-            for (const json& name : j["weight_map"]) names.insert(name.get<std::string>());
-            for (const std::string& name : names)
-                files.push_back(std::make_unique<Safetensors>(path + "/" + name));
-        }
+// The shards that an index names.
+std::set<std::string> shard_names(const std::string& index) {
+    json j = json::parse(read_file(index), nullptr, false);
+    if (!j.is_object() || !j["weight_map"].is_object() || j["weight_map"].empty())
+        fail(index, ": not an index of weights, expected an object with a 'weight_map'");
+    std::set<std::string> names;
+    for (const json& name : j["weight_map"]) {
+        if (!name.is_string() || name.get<std::string>().find('/') != std::string::npos)
+            fail(index, ": its weight_map has ", name.dump(), ", expected the name of a file");
+        names.insert(name.get<std::string>());
     }
-    // Null if there is none. GPT-2's own files leave "transformer." out.
-    std::pair<const Safetensors*, const TensorView*> find(const std::string& name) const {
-        for (const auto& file : files) {
-            const TensorView* view = file->find(name);
-            if (!view && name.rfind("transformer.", 0) == 0) view = file->find(name.substr(12));
-            if (view) return {file.get(), view};
-        }
-        return {nullptr, nullptr};
-    }
-};
+    return names;
+}
 
-void load_tensors(Model& model, Buffer buffer, const std::string& prefix, const Weights& weights) {
-    std::vector<float> values, transposed;
+// What Hugging Face files may have beside the parameters: attention masks, rotary frequencies, and
+// a tied head a second time.
+bool is_no_parameter(const std::string& name, bool tied) {
+    return name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") ||
+           name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
+}
+
+void load_tensors(Model& model, Buffer buffer, const std::string& prefix,
+                  const WeightFiles& weights) {
+    std::vector<float> values;
     for (const Param& p : model.registry.params) {
-        auto [file, view] = weights.find(prefix + p.name);
-        if (!view)
-            fail(weights.files[0]->path(), ": the tensor '", prefix, p.name,
-                 "' is missing: this is not a whole checkpoint of this model");
-        if (view->shape != p.file_shape())
-            fail(file->path(), ": the tensor '", view->name, "' is ", shape_text(view->shape),
-                 ", expected ", shape_text(p.file_shape()));
-        values.resize(p.size());
-        file->read_f32(*view, values.data());
-        if (p.transposed) {
-            transposed.resize(p.size());
-            transpose(values.data(), p.shape[1], p.shape[0], transposed.data());
-            std::swap(values, transposed);
-        }
+        weights.read(p, prefix, values);
         model.write(buffer, p, values.data());
     }
 }
 
-// Every tensor must be a parameter, but for what Hugging Face files have beside them: attention
-// masks, rotary frequencies, and a tied head a second time.
-void check_no_others(const Model& model, const Weights& weights) {
-    auto ends = [](const std::string& name, const std::string& end) {
-        return name.size() >= end.size() && name.substr(name.size() - end.size()) == end;
-    };
-    for (const auto& file : weights.files)
-        for (const TensorView& view : file->tensors()) {
-            const std::string& name = view.name;
-            if (model.registry.find(name) || model.registry.find("transformer." + name)) continue;
-            if (ends(name, ".attn.bias") || ends(name, ".masked_bias") ||
-                ends(name, ".rotary_emb.inv_freq") ||
-                (name == "lm_head.weight" && model.config.tied))
-                continue;
-            fail(file->path(), ": the tensor '", name,
-                 "' is no parameter of this model: its config.json and its weights do not belong "
-                 "together");
+} // namespace
+
+WeightFiles::WeightFiles(const std::string& path) : name(path) {
+    auto in_dir = [&](const char* file) { return path + "/" + file; };
+    const std::string whole = in_dir("model.safetensors");
+    const std::string index = in_dir("model.safetensors.index.json");
+    if (!fs::is_directory(path)) {
+        files.push_back(std::make_unique<Safetensors>(path));
+    } else if (fs::exists(whole)) {
+        files.push_back(std::make_unique<Safetensors>(name = whole));
+    } else if (fs::exists(index)) {
+        name = index;
+        for (const std::string& shard : shard_names(index)) {
+            if (!fs::exists(path + "/" + shard))
+                fail(index, " names the file ", shard, ", and it is not there: fetch it too");
+            files.push_back(std::make_unique<Safetensors>(path + "/" + shard));
         }
+    } else {
+        const bool pickled = fs::exists(in_dir("pytorch_model.bin")) ||
+                             fs::exists(in_dir("pytorch_model.bin.index.json"));
+        fail(path, " has no model.safetensors",
+             pickled ? ", only PyTorch's pytorch_model.bin, which is not read here: save the model "
+                       "again with transformers, which writes safetensors"
+                     : ", nor an index of several: there are no weights");
+    }
 }
 
-} // namespace
+std::pair<const Safetensors*, const TensorView*>
+WeightFiles::find(const std::string& tensor) const {
+    for (const auto& file : files) {
+        const TensorView* view = file->find(tensor);
+        for (const std::string root : {"transformer.", "model."})
+            if (!view && tensor.starts_with(root)) view = file->find(tensor.substr(root.size()));
+        if (view) return {file.get(), view};
+    }
+    return {nullptr, nullptr};
+}
+
+void WeightFiles::check(const Config& config, const Registry& registry, bool others) const {
+    std::vector<std::string> missing, unknown;
+    std::set<std::string> known;
+    for (const Param& p : registry.params) {
+        auto [file, view] = find(p.name);
+        if (!view)
+            missing.push_back(p.name);
+        else if (view->shape != p.file_shape())
+            fail(file->path(), ": the tensor '", view->name, "' is ", shape_text(view->shape),
+                 ", expected ", shape_text(p.file_shape()));
+        else
+            known.insert(view->name);
+    }
+    if (!missing.empty()) {
+        const bool one = missing.size() == 1;
+        fail(name, ": the tensor", one ? " " : "s ", some_of(missing), one ? " is" : " are",
+             " missing: ",
+             one && missing[0] == "lm_head.weight"
+                 ? "if the head is the embedding, its config.json has to say "
+                   "\"tie_word_embeddings\": true"
+                 : "this is not a whole checkpoint of this model");
+    }
+    if (others) return;
+    for (const auto& file : files)
+        for (const TensorView& view : file->tensors())
+            if (!known.count(view.name) && !is_no_parameter(view.name, config.tied))
+                unknown.push_back(view.name);
+    if (unknown.empty()) return;
+    const bool one = unknown.size() == 1;
+    fail(name, ": the tensor", one ? " " : "s ", some_of(unknown),
+         one ? " is no parameter" : " are no parameters",
+         " of this model: its config.json and its weights do not belong together");
+}
+
+void WeightFiles::read(const Param& p, const std::string& prefix, std::vector<float>& out) const {
+    auto [file, view] = find(prefix + p.name);
+    if (!view)
+        fail(name, ": the tensor '", prefix, p.name,
+             "' is missing: this is not a whole checkpoint of this model");
+    if (view->shape != p.file_shape())
+        fail(file->path(), ": the tensor '", view->name, "' is ", shape_text(view->shape),
+             ", expected ", shape_text(p.file_shape()));
+    out.resize(p.size());
+    file->read_f32(*view, out.data());
+    if (!p.transposed) return;
+    const std::vector<float> values = out;
+    transpose(values.data(), p.shape[1], p.shape[0], out.data());
+}
+
+void to_file_layout(const Param& p, std::vector<float>& values) {
+    if (!p.transposed) return;
+    const std::vector<float> rows = values;
+    transpose(rows.data(), p.shape[0], p.shape[1], values.data());
+}
 
 TensorOut param_tensor(Model& model, Buffer buffer, const Param& param, const std::string& name) {
     return {name, "F32", param.file_shape(), [&model, buffer, &param](const TensorSink& sink) {
-                std::vector<float> values;
-                read_file_layout(model, buffer, param, values);
+                std::vector<float> values(param.size());
+                model.read(buffer, param, values.data());
+                to_file_layout(param, values);
                 sink(values.data(), values.size() * sizeof(float));
             }};
 }
@@ -206,8 +256,8 @@ void load_weights(Model& model, const std::string& path) {
     if (std::string difference = config_difference(checkpoint_config(at), model.config);
         !difference.empty())
         fail(at, " is of another model than asked for: ", difference);
-    Weights weights(at);
-    if (fs::is_directory(at)) check_no_others(model, weights);
+    WeightFiles weights(at);
+    weights.check(model.config, model.registry, !fs::is_directory(at));
     load_tensors(model, Buffer::parameters, "", weights);
 }
 
@@ -239,7 +289,7 @@ TrainerState load_checkpoint(Model& model, const std::string& path) {
     if (!fs::exists(at + "/optimizer.safetensors"))
         fail(at, " has no optimizer.safetensors, so training cannot go on from it exactly: start "
                  "from its weights with --init-from");
-    Weights moments(at + "/optimizer.safetensors");
+    WeightFiles moments(at + "/optimizer.safetensors");
     load_tensors(model, Buffer::moment1, "m.", moments);
     load_tensors(model, Buffer::moment2, "v.", moments);
     return read_trainer_state(at);

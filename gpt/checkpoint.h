@@ -10,7 +10,10 @@
 
 #include <cmath>
 #include <map>
+#include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "gpt/loader.h"
 #include "gpt/model.h"
@@ -51,6 +54,29 @@ void load_weights(Model& model, const std::string& path);
 // The parameters and moments, to go on training.
 TrainerState load_checkpoint(Model& model, const std::string& path);
 TrainerState read_trainer_state(const std::string& path);
+
+// The files that hold a model's tensors, mapped into memory: model.safetensors of a directory, the
+// shards that its index names, or a single file. The root of Hugging Face's names, "transformer."
+// or "model.", may be left out in them, as in GPT-2's own.
+class WeightFiles {
+  public:
+    explicit WeightFiles(const std::string& path);
+
+    // Throws, and names them, unless all parameters are there in their shapes and, unless `others`
+    // are allowed, nothing else but what Hugging Face's files may have beside them.
+    void check(const Config& config, const Registry& registry, bool others) const;
+
+    // The tensor prefix + p.name as float32, in memory's layout (not the file's).
+    void read(const Param& p, const std::string& prefix, std::vector<float>& out) const;
+
+  private:
+    std::string name; // of the file, or the index, for the errors
+    std::vector<std::unique_ptr<Safetensors>> files;
+    std::pair<const Safetensors*, const TensorView*> find(const std::string& tensor) const;
+};
+
+// A parameter's values, from memory's layout to the file's.
+void to_file_layout(const Param& p, std::vector<float>& values);
 
 // A parameter's value or gradient as a tensor of a file, read from the model while it is written.
 TensorOut param_tensor(Model& model, Buffer buffer, const Param& param, const std::string& name);

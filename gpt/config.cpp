@@ -59,17 +59,21 @@ std::vector<std::string> preset_names() {
     return names;
 }
 
+Scheme stock_scheme(const std::string& model_type) {
+    return parse_scheme(model_type == "olmo2" ? "olmo2" : "pre");
+}
+
 Config architecture(const std::string& model_type) {
     Config c;
     c.model_type = model_type;
-    c.scheme = parse_scheme(model_type == "olmo2" ? "olmo2" : "pre");
+    c.scheme = stock_scheme(model_type);
     if (model_type == "gpt2") {
         c.norm = NormType::layer;
         c.norm_bias = true;
         c.norm_eps = 1e-5;
         c.rope = false;
         c.gated_mlp = false;
-        c.qkv_bias = c.bias = true;
+        c.qkv_bias = c.attn_out_bias = c.mlp_bias = true;
         c.tied = true;
     } else if (model_type == "qwen2") {
         c.rope_theta = 1e6;
@@ -193,6 +197,11 @@ const std::set<std::string> harmless = {"_name_or_path",
                                         "decoder_start_token_id",
                                         "_attn_implementation",
                                         "lns_cpp",
+                                        "_num_labels",
+                                        "n_special",
+                                        "predict_special_tokens",
+                                        "is_llama_config",
+                                        "transformers.js_config",
                                         "num_labels"};
 
 // Typed access to the fields, with errors that name the file and the field.
@@ -277,9 +286,10 @@ void read_llama_family(Fields& f, Config& c) {
     c.width = f.integer("hidden_size");
     c.layers = f.integer("num_hidden_layers");
     c.heads = f.integer("num_attention_heads");
-    c.kv_heads = f.integer("num_key_value_heads", c.heads);
+    // Where it is absent transformers takes as many as heads, but 32 for Qwen2.
+    c.kv_heads = f.integer("num_key_value_heads", c.model_type == "qwen2" ? -1 : c.heads);
     c.mlp_width = f.integer("intermediate_size");
-    c.positions = f.integer("max_position_embeddings", 2048);
+    c.positions = f.integer("max_position_embeddings", c.model_type == "qwen2" ? 32768 : 2048);
     if (const json* head_dim = f.find("head_dim"); head_dim) c.head_size = f.integer("head_dim");
     // What transformers assumes when a field is absent.
     if (c.norm == NormType::rms)
@@ -287,25 +297,32 @@ void read_llama_family(Fields& f, Config& c) {
     else
         f.find("rms_norm_eps");
     c.rope_theta = f.number("rope_theta", 10000);
-    if (const json* rope = f.find("rope_parameters")) { // transformers 5
+    for (const char* field : {"rope_scaling", "rope_parameters"}) { // the latter of transformers 5
+        const json* rope = f.find(field);
+        if (!rope) continue;
         if (!rope->is_object())
-            fail(f.where, ": the field 'rope_parameters' is ", rope->dump(),
-                 ", expected an object");
+            fail(f.where, ": the field '", field, "' is ", rope->dump(), ", expected an object");
+        Fields inner{*rope, cat(f.where, ", ", field), {}};
         for (const auto& [key, value] : rope->items()) {
-            if (key == "rope_theta" && value.is_number())
-                c.rope_theta = value;
-            else if (key != "rope_type" || value != "default")
-                fail(f.where, ": the field 'rope_parameters' has ", key, " = ", value.dump(),
-                     ", and only an unscaled rope_theta is supported");
+            const bool unscaled = ((key == "rope_type" || key == "type") && value == "default") ||
+                                  (key == "partial_rotary_factor" && value == 1.0);
+            if (key != "rope_theta" && !unscaled)
+                fail(f.where, ": the field '", field, "' has ", key, " = ", value.dump(),
+                     ", and scaled rotary positions are not supported");
         }
+        c.rope_theta = inner.number("rope_theta", c.rope_theta);
     }
-    if (const json* scaling = f.find("rope_scaling"))
-        fail(f.where, ": the field 'rope_scaling' is ", scaling->dump(),
-             ", and scaled rotary positions are not supported");
     f.only("partial_rotary_factor", 1.0);
+    f.only("rope_interleaved", false);
     f.only("hidden_act", "silu");
-    f.only("attention_bias", c.model_type == "qwen2");
-    f.only("mlp_bias", false);
+    if (c.model_type == "qwen2") // whatever the field says, q, k and v have biases
+        f.find("attention_bias");
+    else
+        c.qkv_bias = c.attn_out_bias = f.boolean("attention_bias", false);
+    if (c.model_type == "llama")
+        c.mlp_bias = f.boolean("mlp_bias", false);
+    else
+        f.only("mlp_bias", false);
     f.only("use_sliding_window", false);
     f.only("clip_qkv", nullptr);
     if (const json* window = f.find("sliding_window"); window && c.model_type != "qwen2")
@@ -364,6 +381,10 @@ Config config_from_json(const std::string& text, const std::string& where) {
                  ", expected a number from 0 to 10");
         if (power) c.scheme.lns_power = *power;
         c.preset = o.text("preset", "");
+        if (model_type == "gpt2") { // GPT-2's own config.json has no such fields
+            c.kv_heads = o.integer("kv_heads", c.heads);
+            if (o.find("head_size")) c.head_size = o.integer("head_size");
+        }
         c.init_std = o.number("init_std", c.init_std);
         c.embed_std = o.number("embed_std", c.init_std);
         for (const auto& [key, value] : ours->items())
@@ -385,13 +406,7 @@ Config config_from_json(const std::string& text, const std::string& where) {
 }
 
 std::string config_to_json(const Config& c) {
-    // A scheme that the stock model does not compute gets a model_type of its own, so that other
-    // tools refuse it instead of computing something else.
-    const SchemeRow& row = *c.scheme.row;
-    std::string base = row.name;
-    bool stock = c.model_type == "olmo2" ? base == "olmo2" : base == "pre" || base == "lns-init";
-    stock = stock && !c.scheme.gpas;
-
+    const bool stock = beyond_stock(c).empty();
     const std::vector<std::pair<std::string, std::string>> classes = {
         {"gpt2", "GPT2LMHeadModel"},
         {"llama", "LlamaForCausalLM"},
@@ -426,13 +441,38 @@ std::string config_to_json(const Config& c) {
         j["rope_theta"] = c.rope_theta;
         if (c.norm == NormType::rms) j["rms_norm_eps"] = c.norm_eps;
         if (c.head_size * c.heads != c.width) j["head_dim"] = c.head_size;
-        if (c.model_type == "qwen2") j["use_sliding_window"] = false;
+        if (c.model_type == "qwen2")
+            j["use_sliding_window"] = false;
+        else
+            j["attention_bias"] = c.qkv_bias;
+        if (c.model_type == "llama") j["mlp_bias"] = c.mlp_bias;
     }
     j["lns_cpp"] = {
         {"scheme", c.scheme.name()},     {"lns_power", c.scheme.lns_power},
         {"lns_sites", c.scheme.sites()}, {"preset", c.preset},
         {"init_std", c.init_std},        {"embed_std", c.embed_std > 0 ? c.embed_std : c.init_std}};
+    if (c.model_type == "gpt2" && c.kv_heads != c.heads) j["lns_cpp"]["kv_heads"] = c.kv_heads;
+    if (c.model_type == "gpt2" && c.q_width() != c.width) j["lns_cpp"]["head_size"] = c.head_size;
     return j.dump(2) + "\n";
+}
+
+std::string beyond_stock(const Config& c) {
+    // By what its junctions do, not by its name: mix:0 is pre. What only training starts from is
+    // no difference.
+    const Scheme stock = stock_scheme(c.model_type);
+    for (int k = 0; k <= 2 * c.layers; k++) {
+        Junction ours = junction(c.scheme, c.layers, k), theirs = junction(stock, c.layers, k);
+        ours.in_weight_init = theirs.in_weight_init;
+        if (ours != theirs)
+            return cat("the norm scheme ", c.scheme.name(), " (the stock ", c.model_type, " has ",
+                       stock.name(), ")");
+    }
+    if (c.model_type == "gpt2" && c.kv_heads != c.heads)
+        return "fewer heads of keys and values than of queries";
+    if (c.model_type == "gpt2" && c.q_width() != c.width)
+        return "heads that are not together as wide as the residual stream";
+    if (c.width % c.heads) return "a width that is no multiple of the heads";
+    return "";
 }
 
 std::string config_difference(const Config& found, const Config& wanted) {
@@ -459,6 +499,10 @@ std::string config_difference(const Config& found, const Config& wanted) {
           differs("LNS sites", found.scheme.sites(), wanted.scheme.sites()),
           differs("rope_theta", found.rope_theta, wanted.rope_theta),
           differs("norm epsilon", found.norm_eps, wanted.norm_eps),
+          differs("biases of q, k and v (0 or 1)", found.qkv_bias, wanted.qkv_bias),
+          differs("bias of the attention's output (0 or 1)", found.attn_out_bias,
+                  wanted.attn_out_bias),
+          differs("biases of the MLP (0 or 1)", found.mlp_bias, wanted.mlp_bias),
           differs("tied head (0 or 1)", found.tied, wanted.tied)})
         if (!difference.empty()) return difference;
     return "";

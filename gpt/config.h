@@ -35,8 +35,7 @@ struct Config {
     bool rope = true; // else learned positions
     double rope_theta = 10000;
     bool gated_mlp = true; // SwiGLU, else GELU (tanh)
-    bool qkv_bias = false;
-    bool bias = false; // of the other matrices
+    bool qkv_bias = false, attn_out_bias = false, mlp_bias = false;
     bool qk_norm = false;
     bool tied = false; // the head is the embedding
 
@@ -71,6 +70,14 @@ void check_config(const Config& config);
 // field that would change the computation and is not supported is an error that names it.
 Config config_from_json(const std::string& text, const std::string& where);
 std::string config_to_json(const Config& config);
+
+// "" if the stock model of this architecture computes what this one does, else what it has that
+// the stock model has not. Such a model's model_type is "lns-llama" for "llama": other tools then
+// refuse it instead of computing something else.
+std::string beyond_stock(const Config& config);
+
+// The scheme of an architecture's stock model.
+Scheme stock_scheme(const std::string& model_type);
 
 // "" if weights of a model `found` fit the model `wanted`, else a sentence about the first field
 // that differs.

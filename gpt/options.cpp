@@ -336,13 +336,12 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
     if (name[0] == '-')
         fail("there is no flag ", name, ".", name.size() > 2 ? did_you_mean(name, known) : "",
              " All flags: --help");
-    if (name == "sample" || name == "eval" || name == "bench" || name == "probe")
+    const std::vector<std::string> commands = {"sample", "eval", "probe", "bench", "export"};
+    if (std::find(commands.begin(), commands.end(), name) != commands.end())
         fail("`", name, "` stands behind another command");
-    fail("did not expect '", name, "'.", did_you_mean(name, {"sample", "eval", "bench", "probe"}),
-         " The commands are `sample`, `eval` and `probe`, each with a checkpoint, `bench`, and "
-         "none to "
-         "train; see "
-         "--help");
+    fail("did not expect '", name, "'.", did_you_mean(name, commands),
+         " The commands are `sample`, `eval`, `probe` and `export`, each with a checkpoint, "
+         "`bench`, and none to train; see --help");
 }
 
 } // namespace
@@ -366,6 +365,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                  "  train_gpt sample CHECKPOINT [flags]     write text with a trained model\n"
                  "  train_gpt eval CHECKPOINT [flags]       measure its loss\n"
                  "  train_gpt probe CHECKPOINT [flags]      measure what each layer does\n"
+                 "  train_gpt export CHECKPOINT DIR         write it for Hugging Face's tools\n"
                  "  train_gpt bench [-m MODEL] [flags]      measure how fast it would train\n\n"
                  "Counts may be written as 10M, 64k or 1e6.");
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
@@ -448,15 +448,27 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         add_numbers(f, o);
         add_machine(f, o);
     }
+    CLI::App* exporting = app.add_subcommand("export", "Writes a model for Hugging Face's tools.");
+    {
+        exporting->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+        Flags f{*exporting, changes, "Flags"};
+        f.text("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
+            ->required();
+        f.text("DIR", o.export_dir, "PATH", "the directory to write, new or empty")->required();
+        f.choice("--dtype", o.export_dtype, {"float32", "float16", "bfloat16", "bf16"},
+                 "float32, float16 or bfloat16 (bf16), to nearest");
+        f.count("--shard-size", o.shard_size, 1, 1000000000000000,
+                "bytes of a file at most, 500M or 5G; beyond them a second is begun");
+    }
     // Unknown flags and keys are collected, for a better sentence than CLI11's.
     app.require_subcommand(0, 1);
-    for (CLI::App* a : {&app, sample, eval, probe, bench}) {
+    for (CLI::App* a : {&app, sample, eval, probe, bench, exporting}) {
         a->allow_extras();
         a->allow_config_extras(CLI::config_extras_mode::capture);
     }
 
     auto parsed = [&]() -> CLI::App& {
-        for (CLI::App* sub : {sample, eval, probe, bench})
+        for (CLI::App* sub : {sample, eval, probe, bench, exporting})
             if (sub->parsed()) return *sub;
         return app;
     };
@@ -483,11 +495,12 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         fail("--resume is ", resume, ", expected nothing, 1 or 0");
     o.resume = y->count() > 0 && resume != "0";
     if (o.resume && o.out.empty()) fail("--resume: say which run to go on with, by -o DIR");
-    o.command = sample->parsed()  ? Options::Command::sample
-                : eval->parsed()  ? Options::Command::eval
-                : probe->parsed() ? Options::Command::probe
-                : bench->parsed() ? Options::Command::bench
-                                  : Options::Command::train;
+    o.command = sample->parsed()      ? Options::Command::sample
+                : eval->parsed()      ? Options::Command::eval
+                : probe->parsed()     ? Options::Command::probe
+                : bench->parsed()     ? Options::Command::bench
+                : exporting->parsed() ? Options::Command::export_model
+                                      : Options::Command::train;
     if (o.command != Options::Command::train) {
         if (app.count("--config") == 0)
             for (const CLI::Option* option : app.get_options())

@@ -17,6 +17,7 @@ struct Options {
         eval,
         bench,
         probe,
+        export_model,
         stop
     } command = Command::train; // stop: --help
 
@@ -63,6 +64,10 @@ struct Options {
     // probe
     std::string probes = "all";
     int64_t probe_tokens = 16384, jacobian_samples = 128, jacobian_layer = 0;
+
+    // export
+    std::string export_dir, export_dtype = "float32";
+    int64_t shard_size = 5000000000;
 
     // bench
     int64_t timed_steps = 5;

@@ -146,7 +146,8 @@ Registry make_registry(const Config& c) {
         b.align();
         p.attn_out = b.matrix(attn + (gpt2 ? "c_proj" : "o_proj") + ".weight", C, Q,
                               std_of(C, Q, false, true));
-        if (c.bias) p.attn_out_bias = b.vector(attn + "c_proj.bias", C, 0);
+        if (c.attn_out_bias)
+            p.attn_out_bias = b.vector(attn + (gpt2 ? "c_proj" : "o_proj") + ".bias", C, 0);
         add_after(2 * l + 1);
 
         add_before(2 * l + 1);
@@ -157,11 +158,15 @@ Registry make_registry(const Config& c) {
         } else {
             p.mlp_in = b.matrix(mlp + "c_fc.weight", H, C, std_of(H, C, false, false));
         }
-        if (c.bias) p.mlp_in_bias = b.vector(mlp + "c_fc.bias", H, 0);
+        if (c.mlp_bias) {
+            p.mlp_in_bias = b.vector(mlp + (c.gated_mlp ? "gate_proj" : "c_fc") + ".bias", H, 0);
+            if (c.gated_mlp) b.add(mlp + "up_proj.bias", {H}, 0, 0);
+        }
         b.align();
         p.mlp_out = b.matrix(mlp + (gpt2 ? "c_proj" : "down_proj") + ".weight", C, H,
                              std_of(C, H, false, true));
-        if (c.bias) p.mlp_out_bias = b.vector(mlp + "c_proj.bias", C, 0);
+        if (c.mlp_bias)
+            p.mlp_out_bias = b.vector(mlp + (gpt2 ? "c_proj" : "down_proj") + ".bias", C, 0);
         add_after(2 * l + 2);
         registry.layers.push_back(p);
     }

@@ -14,6 +14,7 @@
 #include "gpt/checkpoint.h"
 #include "gpt/device.h"
 #include "gpt/error.h"
+#include "gpt/export.h"
 #include "gpt/files.h"
 #include "gpt/options.h"
 #include "gpt/probe.h"
@@ -270,6 +271,8 @@ int dispatch(int argc, char** argv, const Ranks& ranks) {
         return ranks.first() ? probe(o, ranks) : 0;
     case Options::Command::bench:
         return bench(o, ranks);
+    case Options::Command::export_model:
+        return ranks.first() ? export_model(o) : 0;
     case Options::Command::stop:
         return 0;
     }

@@ -71,6 +71,8 @@ struct Junction {
     double in_scale = 1;       // of the in-norm's whole output, bias included
     double in_weight_init = 1; // of the in-norm's weight
 
+    bool operator==(const Junction&) const = default;
+
     // Whether the backward pass must see the sublayer's output again.
     bool keeps_branch() const { return branch_norm || out_norm || gamma != Gamma::none || gate; }
 };

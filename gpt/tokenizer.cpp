@@ -47,7 +47,7 @@ void save_files(const std::string& dir, const std::vector<std::array<std::string
     fs::create_directories(dir, error);
     if (error) fail("cannot make the directory ", dir, ": ", error.message());
     for (const char* name : {"tokenizer.model", "vocab.json", "merges.txt", "encoder.json",
-                             "vocab.bpe", "tokenizer_config.json"})
+                             "vocab.bpe", "tokenizer.json", "tokenizer_config.json"})
         if (std::none_of(files.begin(), files.end(), [&](auto& file) { return file[0] == name; }))
             fs::remove(fs::path(dir) / name, error);
     for (const auto& [name, bytes] : files) {
@@ -70,7 +70,61 @@ void save_files(const std::string& dir, const std::vector<std::array<std::string
          id.vocab_size - 1);
 }
 
+// GPT-2's files name a byte by a printable character: itself if it is one in Latin-1, else
+// U+0100 and up, in order (bytes_to_unicode of openai/gpt-2, src/encoder.py).
+std::array<uint32_t, 256> byte_names() {
+    std::array<uint32_t, 256> name_of;
+    uint32_t next = 0x100;
+    for (uint32_t b = 0; b < 256; b++) {
+        bool printable = (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b <= 0xac) || b >= 0xae;
+        name_of[b] = printable ? b : next++;
+    }
+    return name_of;
+}
+
 // Bytes
+
+// What Hugging Face's tokenizers read: a byte-level BPE that merges nothing.
+json bytes_as_hugging_face() {
+    json vocab;
+    const std::array<uint32_t, 256> names = byte_names();
+    for (int b = 0; b < 256; b++) {
+        const uint32_t c = names[size_t(b)]; // below U+0800
+        vocab[c < 0x80 ? std::string(1, char(c))
+                       : std::string{char(0xC0 | c >> 6), char(0x80 | (c & 63))}] = b;
+    }
+    const char* eot = "<|endoftext|>";
+    vocab[eot] = 256;
+    const json level = {{"type", "ByteLevel"},
+                        {"add_prefix_space", false},
+                        {"trim_offsets", true},
+                        {"use_regex", false}};
+    return {{"version", "1.0"},
+            {"truncation", nullptr},
+            {"padding", nullptr},
+            {"added_tokens",
+             {{{"id", 256},
+               {"content", eot},
+               {"single_word", false},
+               {"lstrip", false},
+               {"rstrip", false},
+               {"normalized", false},
+               {"special", true}}}},
+            {"normalizer", nullptr},
+            {"pre_tokenizer", level},
+            {"post_processor", nullptr},
+            {"decoder", level},
+            {"model",
+             {{"type", "BPE"},
+              {"dropout", nullptr},
+              {"unk_token", nullptr},
+              {"continuing_subword_prefix", nullptr},
+              {"end_of_word_suffix", nullptr},
+              {"fuse_unk", false},
+              {"byte_fallback", false},
+              {"vocab", vocab},
+              {"merges", json::array()}}}};
+}
 
 struct Bytes : Tokenizer {
     std::vector<int> encode(std::string_view text) const override {
@@ -90,8 +144,14 @@ struct Bytes : Tokenizer {
         return {"bytes", 257, 256, fnv1a("bytes, then end-of-text")};
     }
     void save(const std::string& dir) const override {
-        json config = {{"kind", "bytes"}, {"vocab_size", 257}, {"eos_token_id", 256}};
-        save_files(dir, {{"tokenizer_config.json", config.dump(2) + "\n"}});
+        const char* eot = "<|endoftext|>";
+        json config = {{"kind", "bytes"},
+                       {"tokenizer_class", "PreTrainedTokenizerFast"},
+                       {"bos_token", eot},
+                       {"eos_token", eot},
+                       {"clean_up_tokenization_spaces", false}};
+        save_files(dir, {{"tokenizer.json", bytes_as_hugging_face().dump(1) + "\n"},
+                         {"tokenizer_config.json", config.dump(2) + "\n"}});
     }
     size_t safe_cut(std::string_view text) const override { return text.size(); }
 };
@@ -260,18 +320,11 @@ struct Splitter {
     }
 };
 
-// GPT-2's files name a byte by a printable character: itself if it is one in Latin-1, else
-// U+0100 and up, in order (bytes_to_unicode of openai/gpt-2, src/encoder.py).
 struct ByteNames {
-    std::array<uint32_t, 256> name_of;
+    std::array<uint32_t, 256> name_of = byte_names();
     std::unordered_map<uint32_t, unsigned char> byte_of;
     ByteNames() {
-        uint32_t next = 0x100;
-        for (uint32_t b = 0; b < 256; b++) {
-            bool printable = (b >= 0x21 && b <= 0x7e) || (b >= 0xa1 && b <= 0xac) || b >= 0xae;
-            name_of[b] = printable ? b : next++;
-            byte_of[name_of[b]] = static_cast<unsigned char>(b);
-        }
+        for (size_t b = 0; b < 256; b++) byte_of[name_of[b]] = static_cast<unsigned char>(b);
     }
     // false if the name has a character that names no byte.
     bool bytes(std::string_view name, std::string& out) const {

@@ -12,40 +12,11 @@ import argparse
 import os
 import sys
 
+from plotting import COLOURS, GRID, MONO, LogLocator, count, pyplot, spread, use_style
 from runs import Run, RunError
 
-try:
-    import matplotlib
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator
-except ImportError:
-    sys.exit(
-        "picture.py: Matplotlib is missing: install it with `pip install matplotlib`, or on Debian "
-        "and Ubuntu with `apt install python3-matplotlib`"
-    )
-
-# Okabe and Ito's colours: told apart by colour-blind eyes too.
-COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9"]
-TEXT, GRID = "#222222", "#DDDDDD"
-MONO = "DejaVu Sans Mono"  # in which "lns" is not "Ins"; it comes with Matplotlib too
 FONT_SIZE = 12  # points; at its own width the picture fits a README's column
 WIDTH, HEIGHT = 8.6, 3.7  # inches
-STYLE = {
-    "svg.hashsalt": "lns.cpp",  # ids in the SVG are random otherwise
-    "font.family": "DejaVu Sans",  # comes with Matplotlib
-    "font.size": FONT_SIZE,
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": TEXT,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": FONT_SIZE,
-    "axes.spines.left": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 LOG_RATIO = 30  # of the largest variance to the smallest, from where on the axis is logarithmic
 
 
@@ -83,31 +54,6 @@ def warn_of_differences(runs):
                 f"picture.py: note: {runs[0].path} and {run.path} differ in {', '.join(differ)}",
                 file=sys.stderr,
             )
-
-
-def count(n):
-    """2097152 -> "2.1M"."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= unit:
-            return f"{n / unit:.2g}{name}" if n < 100 * unit else f"{n / unit:.0f}{name}"
-    return f"{n:.0f}"
-
-
-def spread(heights, gap, low):
-    """The heights, moved so that no two are nearer than gap and none is below low."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    placed = [heights[i] for i in order]
-    for _ in range(100):
-        placed[0] = max(placed[0], low)
-        for i in range(1, len(placed)):
-            lack = gap - (placed[i] - placed[i - 1])
-            if lack > 0:
-                placed[i - 1] -= lack / 2
-                placed[i] += lack / 2
-    result = [0.0] * len(heights)
-    for i, height in zip(order, placed):
-        result[i] = height
-    return result
 
 
 def label_ends(axes, ends, labels):
@@ -214,8 +160,7 @@ def main():
     for run in runs:
         check(run)
     warn_of_differences(runs)
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(STYLE)
+    use_style(FONT_SIZE, {"svg.hashsalt": "lns.cpp"})  # ids in the SVG are random otherwise
     figure = draw(runs)
     try:
         figure.savefig(args.out, metadata={"Date": None})

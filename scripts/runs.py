@@ -1,12 +1,16 @@
-"""What a run directory says of its run: log.jsonl, one object a step, and the checkpoints' JSON.
+"""What a run directory says of its run: log.jsonl, one object a step; run.json, its flags; the
+checkpoints' JSON; probe.json, what `train_gpt probe` measured.
 
-Used by table.py and picture.py. The last line of log.jsonl may be cut short, by a kill or because
-the run is still writing it; everything before it must be whole.
+Used by table.py, picture.py, report.py and to_tensorboard.py. The last line of log.jsonl may be cut
+short, by a kill or because the run is still writing it; everything before it must be whole.
 """
 
 import glob
 import json
+import math
 import os
+
+RISE = 0.5  # nats above its best validation loss that count as diverged
 
 
 class RunError(Exception):
@@ -14,26 +18,65 @@ class RunError(Exception):
 
 
 class Run:
-    """path; log: list of objects; config: of the newest checkpoint, {} before the first."""
+    """path; log: list of objects; cut: whether its last line was incomplete; config: of the newest
+    checkpoint, {} before the first; flags: as run.json has them; tokenizer: kind, vocab_size and
+    fingerprint, {} where no checkpoint tells; probe: a Probe or None."""
 
     def __init__(self, path):
         self.path = path.rstrip("/") or "/"
-        self.log = read_log(os.path.join(path, "log.jsonl"))
-        checkpoints = sorted(glob.glob(os.path.join(glob.escape(path), "step-*[0-9]")))
-        newest = checkpoints[-1] if checkpoints else ""
-        self.config = read_json(os.path.join(newest, "config.json")) if newest else {}
+        if not os.path.isdir(self.path):
+            found = "a file" if os.path.exists(self.path) else "not there"
+            raise RunError(
+                f"{path} is {found}; a run's directory, the -o of ./train_gpt, is expected"
+            )
+        probe_file = os.path.join(self.path, "probe.json")
+        log_file = os.path.join(self.path, "log.jsonl")
+        has_probe = os.path.exists(probe_file)
+        self.log, self.cut = [], False
+        if os.path.exists(log_file) or not has_probe:
+            self.log, self.cut = read_log(log_file)
+        checkpoints = glob.glob(os.path.join(glob.escape(self.path), "step-*[0-9]"))
+        newest = max(checkpoints, key=lambda name: (len(name), name), default="")
+        config = read_json(os.path.join(newest, "config.json")) if newest else {}
+        self.config = {**scalars(config), "lns_cpp": section(config, "lns_cpp")} if config else {}
         state = read_json(os.path.join(newest, "trainer_state.json")) if newest else {}
-        self.flags = state.get("flags", {})
+        self.tokenizer = section(state, "tokenizer")
+        record_file = os.path.join(self.path, "run.json")
+        record = read_json(record_file) if os.path.exists(record_file) else {}
+        self.flags = section(record, "options") or section(state, "flags")
+        starts = record.get("starts")
+        starts = starts if isinstance(starts, list) else []
+        self.starts = [start for start in starts if isinstance(start, dict)]
+        self.probe = Probe(read_json(probe_file), probe_file) if has_probe else self._last_probe()
+
+    def _last_probe(self):
+        """What was measured last while the run trained."""
+        for record in reversed(self.log):
+            values = record.get("probe")
+            if isinstance(values, dict):
+                variance = probed_variance(record) or record.get("residual_variance")
+                layers = len(variance) - 1 if variance else self.layers
+                where = f"{self.path}/log.jsonl, step {record['step']:g}: probe"
+                if layers:
+                    return Probe({"step": record["step"], **values}, where, layers)
+        return None
+
+    @property
+    def name(self):
+        return os.path.basename(os.path.abspath(self.path))
 
     @property
     def scheme(self):
-        """As -n has it; the directory's name where no checkpoint tells."""
-        name = self.config.get("lns_cpp", {}).get("scheme")
-        return name or os.path.basename(os.path.abspath(self.path))
+        """As -n has it; the directory's name where nothing tells."""
+        name = section(self.config, "lns_cpp").get("scheme") or self.flags.get("--norm")
+        if not name and self.probe:
+            name = self.probe.scheme
+        return str(name or self.name)
 
     @property
     def preset(self):
-        name = self.config.get("lns_cpp", {}).get("preset") or self.config.get("model_type", "")
+        name = section(self.config, "lns_cpp").get("preset") or self.config.get("model_type")
+        name = str(name or "")
         return name[4:] if name.startswith("lns-") else name  # so are models that need our code
 
     @property
@@ -41,13 +84,45 @@ class Run:
         return self.config.get("num_hidden_layers") or self.config.get("n_layer")
 
     @property
+    def width(self):
+        return self.config.get("hidden_size") or self.config.get("n_embd")
+
+    @property
+    def seed(self):
+        return self.flags.get("--seed")
+
+    @property
     def tokens(self):
         return self.log[-1]["tokens"] if self.log else 0
 
     @property
+    def tokens_per_s(self):
+        """Over the whole run; None where the log does not tell."""
+        seconds = number(self.log[-1].get("seconds")) if self.log else math.nan
+        return self.tokens / seconds if seconds > 0 else None
+
+    @property
+    def losses(self):
+        """[(tokens trained on, training loss)], in order; NaN where it was not finite."""
+        return [(r["tokens"], number(r["loss"])) for r in self.log if "loss" in r]
+
+    @property
     def validations(self):
-        """[(tokens trained on, loss in nats a token)], in order."""
-        return [(r["tokens"], r["val_loss"]) for r in self.log if r.get("val_loss") is not None]
+        """[(tokens trained on, loss in nats a token)], in order; the finite ones."""
+        found = [(r["tokens"], number(r.get("val_loss"))) for r in self.log]
+        return [(tokens, loss) for tokens, loss in found if math.isfinite(loss)]
+
+    @property
+    def variance_history(self):
+        """[(tokens, variance of the residual stream after the embedding and each layer)]."""
+        found = []
+        for record in self.log:
+            values = record.get("residual_variance")
+            if values is None:
+                values = probed_variance(record)
+            if values and len(values) > 1:
+                found.append((record["tokens"], [number(value) for value in values]))
+        return [item for item in found if len(item[1]) == len(found[-1][1])]
 
     @property
     def variances(self):
@@ -55,18 +130,173 @@ class Run:
         last step's line holds; None if the run has not come to its end."""
         return self.log[-1].get("residual_variance") if self.log else None
 
+    def outcome(self):
+        """What became of it: (word, sentence). The word is "finished", "diverged" or "short"."""
+        path, text = os.path.join(self.path, "outcome"), ""
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read()
+        step = self.log[-1]["step"] if self.log else 0
+        if "not finite" in text:  # left by scripts/compare.sh
+            return "diverged", f"diverged: not finite after step {step:g}"
+        for record in self.log:
+            values = [number(record["loss"])] if "loss" in record else []
+            if record.get("val_loss") is not None:
+                values.append(number(record["val_loss"]))
+            if not all(map(math.isfinite, values)):
+                return "diverged", f"diverged: not finite at step {record['step']:g}"
+        train = [loss for _, loss in self.losses]
+        validations = [loss for _, loss in self.validations]
+        last = train[-10:]
+        end = validations[-1] if validations else sum(last) / len(last) if last else 0
+        if train and end > train[0] and len(train) > 1:
+            return "diverged", f"diverged: ended at {end:.2f}, above its start at {train[0]:.2f}"
+        if validations and end > min(validations) + RISE:
+            return "diverged", f"diverged: {end - min(validations):.2f} above its best"
+        steps = number(self.flags.get("--steps"))
+        if step < steps:
+            return "short", f"not finished: at step {step:g} of {steps:g}"
+        if self.variances is None:
+            return "short", f"not finished: at step {step:g}"
+        return "finished", "finished"
+
+
+class Probe:
+    """A probe.json, or the `probe` of a line of log.jsonl. Nothing is in it but what was asked for,
+    so each list may be absent: None. A number that was not finite is NaN."""
+
+    def __init__(self, values, where, layers=None):
+        self.values, self.where = values, where
+        version = values.get("version", 1)
+        if version != 1:
+            raise RunError(f"{where} has version {version}; this program reads version 1")
+        layers = values.get("layers", layers)
+        if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+            raise RunError(f'{where}: "layers" is {layers!r}; the number of layers is expected')
+        self.layers = layers
+
+    @property
+    def scheme(self):
+        return str(self.values.get("scheme") or "")
+
+    def number(self, *keys):
+        """The number under these keys; NaN if there is none."""
+        return number(self._at(keys))
+
+    def series(self, *keys):
+        """The list under these keys: a number a layer (residual has one more)."""
+        values = self._at(keys)
+        if values is None:
+            return None
+        expected = {"residual": self.layers + 1, "permutation": self.layers - 1}
+        wanted = expected.get(keys[-1], self.layers)
+        if not is_list_of_numbers(values) or len(values) != wanted:
+            raise RunError(f'{self.where}: "{".".join(keys)}" is not a list of {wanted} numbers')
+        values = [number(value) for value in values]
+        return values if any(map(math.isfinite, values)) else None
+
+    def rows(self, *keys, triangle=True):
+        """The list of lists under these keys. In a triangle row n − 1 has L − n + 1 numbers."""
+        rows = self._at(keys)
+        if rows is None:
+            return None
+        if not isinstance(rows, list) or not rows or not all(map(is_list_of_numbers, rows)):
+            raise RunError(f'{self.where}: "{".".join(keys)}" is not a list of lists of numbers')
+        if triangle:
+            wanted = [self.layers - n for n in range(len(rows))]
+        else:
+            wanted = [len(rows)] * len(rows)
+        if [len(row) for row in rows] != wanted:
+            raise RunError(
+                f'{self.where}: "{".".join(keys)}" has rows of '
+                f"{', '.join(str(len(row)) for row in rows[:8])}{', …' if len(rows) > 8 else ''} "
+                f"numbers; {', '.join(map(str, wanted[:8]))}{', …' if len(wanted) > 8 else ''} are "
+                "expected"
+            )
+        rows = [[number(value) for value in row] for row in rows]
+        return rows if any(math.isfinite(value) for row in rows for value in row) else None
+
+    def _at(self, keys):
+        value = self.values
+        for depth, key in enumerate(keys):
+            if value is None:
+                return None
+            if not isinstance(value, dict):
+                raise RunError(f'{self.where}: "{".".join(keys[:depth])}" is not an object')
+            value = value.get(key)
+        return value
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_list_of_numbers(values):
+    return isinstance(values, list) and all(v is None or is_number(v) for v in values)
+
+
+def number(value):
+    """A number, or what a flag says of one; NaN for everything else."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def scalars(values):
+    """The strings and numbers of an object."""
+    return {k: v for k, v in values.items() if isinstance(v, (str, int, float))}
+
+
+def section(values, key):
+    """The strings and numbers of values[key], if that is an object; else {}."""
+    found = values.get(key) if isinstance(values, dict) else None
+    return scalars(found) if isinstance(found, dict) else {}
+
+
+def probed_variance(record):
+    """That of the residual stream in the `probe` of a line of log.jsonl, or None."""
+    values = record
+    for key in ("probe", "variance", "residual"):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if is_list_of_numbers(values) else None
+
 
 def read_json(path):
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            values = json.load(file)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{path} is not a JSON object")
+    return values
+
+
+def read_record(line):
+    """One line of log.jsonl; ValueError says what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is not an object")
+    for key in ("step", "tokens"):
+        if not is_number(record.get(key)) or not math.isfinite(number(record[key])):
+            raise ValueError(f'it has no number "{key}"')
+    for key in ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"):
+        if record.get(key) is not None and not is_number(record[key]):
+            raise ValueError(f'"{key}" is {record[key]!r}, not a number')
+    variance = record.get("residual_variance")
+    if variance is not None and not (is_list_of_numbers(variance) and variance):
+        raise ValueError('"residual_variance" is not a list of numbers')
+    return record
 
 
 def read_log(path):
+    """The objects of a log.jsonl, and whether its last line was cut short."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = file.read().split("\n")
@@ -76,16 +306,14 @@ def read_log(path):
             "expected"
         ) from None
     log = []
-    for number, line in enumerate(lines, 1):
+    for row, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "tokens" not in record:
-                raise ValueError
-        except ValueError:
-            if number == len(lines):  # no newline behind it: cut short
-                break
-            raise RunError(f"{path}, line {number}: expected an object with \"tokens\"") from None
+            record = read_record(line)
+        except ValueError as error:
+            if row == len(lines):  # no newline behind it: cut short
+                return log, True
+            raise RunError(f"{path}, line {row}: expected an object of a step: {error}") from None
         log.append(record)
-    return log
+    return log, False

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "dev/sim/parallel.h"
 #include "dev/sim/sim.h"
 
 namespace lns::sim {
@@ -26,8 +27,7 @@ int64_t padded_width(int64_t m) { return (m + block_width - 1) / block_width * b
 void product(float* sums, const float* b, int64_t b_row, const float* a, int64_t n, int64_t m,
              int64_t k, bool backwards) {
     const int64_t blocks = (n + block_rows - 1) / block_rows;
-#pragma omp parallel for schedule(dynamic) if (n * m * k > 1000000)
-    for (int64_t block = 0; block < blocks; block++) {
+    auto do_block = [&](int64_t block) {
         const int64_t j0 = block * block_rows, rows = std::min(block_rows, n - j0);
         for (int64_t i0 = 0; i0 < m; i0 += block_width) {
             Vector sum[block_rows][2] = {};
@@ -47,7 +47,11 @@ void product(float* sums, const float* b, int64_t b_row, const float* a, int64_t
                     row[i] += sum[r][i / vector_width][i % vector_width];
             }
         }
-    }
+    };
+    if (n * m * k > 1000000)
+        parallel_for(blocks, do_block);
+    else
+        for (int64_t block = 0; block < blocks; block++) do_block(block);
 }
 
 } // namespace lns::sim

@@ -395,7 +395,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
     const Limits limit = limits();
     const size_t of_block = shared + 1024; // the system keeps as much for itself
     *blocks = std::min({limit.threads_of_multiprocessor / ((threads + 31) / 32 * 32),
-                        int(limit.shared_of_multiprocessor / of_block), 32});
+                        int(limit.shared_of_multiprocessor / of_block), 2});
     return cudaSuccess;
 }
 

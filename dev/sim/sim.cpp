@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "dev/sim/fiber.h"
+#include "dev/sim/parallel.h"
 
 thread_local constinit uint3 threadIdx = {}, blockIdx = {};
 thread_local constinit dim3 blockDim = {}, gridDim = {};
@@ -61,16 +62,16 @@ std::string kernel_name(const void* kernel) {
     char* demangled = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
     std::string name = status == 0 ? demangled : symbol;
     std::free(demangled);
-    int depth = 0; // the parameters in brackets are left out, and so is what it returns
-    size_t end = name.size(), begin = 0;
-    for (size_t i = 0; i < name.size(); i++) {
-        if (name[i] == '<') depth++;
-        if (name[i] == '>') depth--;
-        if (depth == 0 && name[i] == ' ' && end == name.size()) begin = i + 1;
-        if (depth == 0 && name[i] == '(' && name.compare(i, 11, "(anonymous ") && i > begin) {
-            end = i;
-            break;
-        }
+    const std::string anonymous = "(anonymous namespace)::";
+    for (size_t at; (at = name.find(anonymous)) != std::string::npos;)
+        name.erase(at, anonymous.size());
+    // What it returns, where it is and its parameters are left out, template arguments stay.
+    int depth = 0;
+    size_t begin = 0, end = 0;
+    for (; end < name.size() && !(depth == 0 && name[end] == '('); end++) {
+        if (name[end] == '<') depth++;
+        if (name[end] == '>') depth--;
+        if (depth == 0 && (name[end] == ' ' || name[end] == ':')) begin = end + 1;
     }
     return name.substr(begin, end - begin);
 }
@@ -667,9 +668,8 @@ void run(const Launch& launch) {
     std::mutex mutex;
     std::exception_ptr error;
     int64_t error_at = blocks;
-#pragma omp parallel for schedule(dynamic) if (blocks > 1)
-    for (int64_t n = 0; n < blocks; n++) {
-        if (failed) continue;
+    auto run_block = [&](int64_t n) {
+        if (failed) return;
         static thread_local std::unique_ptr<Block> mine;
         if (!mine) mine = std::make_unique<Block>();
         running = mine.get();
@@ -684,7 +684,12 @@ void run(const Launch& launch) {
             if (n < error_at) error = std::current_exception(), error_at = n;
         }
         running = nullptr;
-    }
+    };
+    const int64_t small = 1024; // threads, for which no other is worth waking
+    if (blocks * launch.block.x * launch.block.y * launch.block.z <= small)
+        for (int64_t n = 0; n < blocks; n++) run_block(n);
+    else
+        parallel_for(blocks, run_block);
     if (error) std::rethrow_exception(error);
 }
 

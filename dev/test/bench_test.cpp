@@ -32,9 +32,31 @@ TEST(Peak, BandwidthIsMeasured) {
     EXPECT_EQ(b.read + b.write + b.update, 0);
 }
 
+TEST(Peak, DataSheetsAreKnownByCudasNames) {
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA H100 80GB HBM3"), 989.4e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA H100 PCIe"), 756e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA H200"), 989.4e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA GH200 480GB"), 989.4e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA A100-SXM4-80GB"), 312e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA A100 80GB PCIe"), 312e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA A10"), 125e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA L40S"), 362.05e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA L4"), 121e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA GeForce RTX 4090"), 165.2e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA RTX A6000"), 154.8e12);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA B200"), 2250e12);
+    // Others, slower or a part of one.
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA GeForce RTX 4090 Laptop GPU"), 0);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA GeForce RTX 4090 D"), 0);
+    EXPECT_EQ(data_sheet_bf16_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb"), 0);
+    EXPECT_EQ(data_sheet_bf16_flops("Tesla V100-SXM2-16GB"), 0);
+    EXPECT_EQ(data_sheet_bf16_flops(""), 0);
+}
+
 TEST(Bench, JsonSaysEverything) {
     NEEDS_PROGRAM();
-    Finished f = train_gpt("bench -b 2 -t 16 --steps 2 --threads 1 -n lns --json --dtype float32");
+    Finished f = train_gpt("bench -b 2 -t 16 --steps 2 --threads 1 -n lns --json --dtype float32 "
+                           "--device cpu --profile");
     ASSERT_EQ(f.status, 0) << f.output;
     EXPECT_EQ(std::count(f.output.begin(), f.output.end(), '\n'), 1);
     nlohmann::json j = nlohmann::json::parse(f.output);
@@ -48,12 +70,13 @@ TEST(Bench, JsonSaysEverything) {
     EXPECT_GT(j["parameters"], 800000);
     EXPECT_EQ(j["config"]["num_hidden_layers"], 16);
     for (const char* name : {"median_seconds", "tokens_per_s", "mfu", "flops_per_token",
-                             "planned_memory", "peak_flops"}) {
+                             "planned_memory", "model_memory", "peak_flops"}) {
         ASSERT_TRUE(j.contains(name)) << name;
         if (j[name].is_number()) {
             EXPECT_GT(j[name], 0) << name;
         }
     }
+    EXPECT_GT(j["profile"].size(), 10u);
     EXPECT_GT(j["peak_flops"]["float32"], 0);
     EXPECT_GT(j["peak_flops"]["bf16"], 0);
     EXPECT_NEAR(double(j["tokens_per_s"]) * double(j["median_seconds"]), 32, 1e-6);

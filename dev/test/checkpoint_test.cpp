@@ -1,8 +1,8 @@
 #include "gpt/checkpoint.h"
 
 #include "dev/test/data_helpers.h"
+#include "dev/test/holder.h"
 
-#include <cstring>
 #include <nlohmann/json.hpp>
 
 using namespace lns;
@@ -10,45 +10,6 @@ using namespace lns::test;
 namespace fs = std::filesystem;
 
 namespace {
-
-// Holds parameters and moments, and computes nothing.
-struct Holder : Model {
-    std::vector<float> held[4];
-    explicit Holder(const Config& c) : Model(c) {
-        for (auto& buffer : held) buffer.assign(registry.size, 0);
-    }
-    std::string device() const override { return "cpu"; }
-    std::string dtype() const override { return "float32"; }
-    void initialize(uint64_t seed) override {
-        for (const Param& p : registry.params)
-            for (int b = 0; b < 4; b++)
-                for (int64_t i = 0; i < p.size(); i++)
-                    held[b][p.offset + i] = float(random_normal(seed + b, fnv1a(p.name), i));
-    }
-    double loss(const int*, const int*, int, int) override { return 0; }
-    double loss_and_gradients(const int*, const int*, int, int, double) override { return 0; }
-    void logits(const int*, int, int, bool, float*) override {}
-    void zero_gradients() override {}
-    double gradient_norm() override { return 0; }
-    void update(const AdamW&) override {}
-    void read(Buffer buffer, const Param& p, float* out) override {
-        std::memcpy(out, &held[int(buffer)][p.offset], p.size() * sizeof(float));
-    }
-    void write(Buffer buffer, const Param& p, const float* values) override {
-        std::memcpy(&held[int(buffer)][p.offset], values, p.size() * sizeof(float));
-    }
-    std::vector<double> residual_variance() override { return {}; }
-    std::string first_nonfinite() override { return ""; }
-    int64_t bytes() const override { return 0; }
-};
-
-Config small(const std::string& model_type, const std::string& scheme = "lns") {
-    Config c = architecture(model_type);
-    c.vocab_size = 13, c.width = 8, c.layers = 2, c.heads = 2, c.positions = 16;
-    c.scheme = parse_scheme(scheme);
-    complete_config(c);
-    return c;
-}
 
 TrainerState some_state() {
     TrainerState s;
@@ -166,6 +127,17 @@ TEST(Checkpoint, MissingExtraAndMisshapenTensors) {
     });
     EXPECT_TRUE(says(saved.load_error(), {"model.layers.7.oh.weight", "no parameter"}));
 
+    saved.rewrite([&](auto& tensors) { tensors.erase(tensors.begin() + 2, tensors.begin() + 9); });
+    EXPECT_TRUE(says(saved.load_error(), {"model.layers.0.self_attn.q_proj.weight'",
+                                          "self_attn.v_proj.weight' and 4 more are missing"}));
+    saved.rewrite([&](auto& tensors) { tensors.pop_back(); });
+    EXPECT_TRUE(says(saved.load_error(), {"lm_head.weight", "tie_word_embeddings"}));
+    saved.rewrite([&](auto& tensors) {
+        for (const char* name : {"a", "b"})
+            tensors.push_back(tensor_out({name, "F32", {1}, &one, 4}));
+    });
+    EXPECT_TRUE(says(saved.load_error(), {"'a' and 'b' are no parameters"}));
+
     // What Hugging Face files have beside the parameters is no error.
     saved.rewrite([&](auto& tensors) {
         tensors.push_back(
@@ -215,8 +187,17 @@ TEST(Checkpoint, WeightsFromSeveralFiles) {
     load_weights(other, saved.path);
     for (const Param& p : params)
         EXPECT_EQ(other.held[0][p.offset], saved.model.held[0][p.offset]) << p.name;
-    write_bytes(saved.path + "/model.safetensors.index.json", "{");
-    EXPECT_TRUE(says(saved.load_error(), {"index.json"}));
+    fs::remove(saved.path + "/model-1.safetensors");
+    EXPECT_TRUE(says(saved.load_error(), {"index.json", "model-1.safetensors", "not there"}));
+    for (const char* text : {"{", "[]", "{\"weight_map\": {}}", "{\"weight_map\": {\"a\": 1}}",
+                             "{\"weight_map\": {\"a\": \"../model.safetensors\"}}"}) {
+        write_bytes(saved.path + "/model.safetensors.index.json", text);
+        EXPECT_TRUE(says(saved.load_error(), {"index.json", "expected"})) << text;
+    }
+    fs::remove(saved.path + "/model.safetensors.index.json");
+    EXPECT_TRUE(says(saved.load_error(), {saved.path, "no model.safetensors"}));
+    write_bytes(saved.path + "/pytorch_model.bin", "");
+    EXPECT_TRUE(says(saved.load_error(), {"pytorch_model.bin", "safetensors"}));
 }
 
 TEST(Checkpoint, Gpt2FilesWithoutTheRootName) {

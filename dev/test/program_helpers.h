@@ -11,6 +11,9 @@ namespace lns::test {
 inline const std::string small_model =
     " --threads 1 --layers 2 --width 16 --heads 2 -b 2 -t 16 --val-tokens 64 -v 0 -s 0 -g 4 ";
 
+// These tests are of the program on a CPU, also where there is a GPU.
+inline const bool no_gpu = setenv("CUDA_VISIBLE_DEVICES", "", 1) == 0;
+
 inline Finished train_gpt(const std::string& arguments) { return run("./train_gpt " + arguments); }
 
 // A sanitizer build makes the library's tests only.

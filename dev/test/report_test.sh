@@ -1,0 +1,254 @@
+#!/bin/bash
+# scripts/report.py, table.py and to_tensorboard.py on runs whose numbers are known.
+command -v python3 >/dev/null || {
+    echo "python3 is not here: the scripts about runs are not tested"
+    echo "0 passed, 0 failed"
+    exit 0
+}
+export PYTHONDONTWRITEBYTECODE=1
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+check() { # NAME CONDITION...
+    local name=$1
+    shift
+    if "$@"; then
+        ((passed++))
+    else
+        ((failed++))
+        echo "FAILED: $name: $(head -c 600 <<<"$*")"
+    fi
+}
+says() { grep -qF -- "$2" <<<"$1"; }
+silent_on() { ! says "$1" "$2"; }
+fails_with() { # SENTENCE COMMAND...: exit status 1, the sentence, no traceback
+    local sentence=$1 out status=0
+    shift
+    out=$("$@" 2>&1) || status=$?
+    [[ $status == 1 ]] && says "$out" "$sentence" && silent_on "$out" Traceback && return
+    echo "status $status: $out"
+    return 1
+}
+make_run() { python3 dev/test/make_run.py "$dir/$1" "${@:2}"; }
+
+make_run pre-1 pre --final 2.0 --probe
+make_run pre-2 pre --final 2.1 --seed 2
+make_run lns-1 lns --final 1.9 --probe
+make_run lns-2 lns --final 1.95 --seed 2
+make_run post post --end rise
+make_run deepnorm deepnorm --end nan --stop 40
+make_run mix mix --end cut --stop 60
+make_run failed pre+gpas --end none --stop 30 && echo "train_gpt: step 31: the loss is not finite" >"$dir/failed/outcome"
+runs=("$dir"/{pre-1,pre-2,lns-1,lns-2,post,deepnorm,mix,failed})
+
+# The table in the terminal
+out=$(python3 scripts/table.py "${runs[@]}")
+check "table: the best comes first" says "$(sed -n 2p <<<"$out")" "lns-1    1.9000        6.69  1.9000       500  finished"
+check "table: a loss that is not finite" says "$out" "diverged: not finite at step 40"
+check "table: an end above the start" says "$out" "diverged: ended at 7.00, above its start"
+check "table: a log that stops short" says "$out" "not finished: at step 59 of 100"
+check "table: what compare.sh left" says "$out" "diverged: not finite after step 30"
+
+# TensorBoard's files
+out=$(python3 scripts/to_tensorboard.py "${runs[@]}" -o "$dir/tb")
+check "tensorboard: it ends well" test $? -eq 0
+check "tensorboard: the cut line is told" says "$out" "mix: 59 steps; its log's last line is cut short"
+check "tensorboard: what was written is what the log has" python3 - "$dir" <<'PYTHON'
+import json, struct, sys
+
+sys.path.insert(0, "scripts")
+import to_tensorboard
+
+# https://www.rfc-editor.org/rfc/rfc3720, B.4: 32 bytes of zeros; unmasked
+masked = to_tensorboard.masked_crc(bytes(32)) - 0xA282EAD8 & 0xFFFFFFFF
+assert (masked << 15 | masked >> 17) & 0xFFFFFFFF == 0x8A9136AA, "CRC-32C"
+
+
+def varint(data, at):
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        shift += 7
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+
+
+def fields(data):
+    """[(number, value)] of a protocol buffer."""
+    at, found = 0, []
+    while at < len(data):
+        key, at = varint(data, at)
+        if key & 7 == 0:
+            value, at = varint(data, at)
+        elif key & 7 == 2:
+            length, at = varint(data, at)
+            value, at = data[at : at + length], at + length
+        else:
+            size = {1: 8, 5: 4}[key & 7]
+            value, at = struct.unpack("<d" if size == 8 else "<f", data[at : at + size])[0], at + size
+        found.append((key >> 3, value))
+    return found
+
+
+data = open(f"{sys.argv[1]}/tb/lns-1/{to_tensorboard.FILE}", "rb").read()
+events, at = [], 0
+while at < len(data):
+    (length,) = struct.unpack("<Q", data[at : at + 8])
+    body = data[at + 12 : at + 12 + length]
+    assert struct.unpack("<I", data[at + 12 + length : at + 16 + length])[0] == to_tensorboard.masked_crc(body)
+    events.append(dict(fields(body)))
+    at += 16 + length
+log = [json.loads(line) for line in open(f"{sys.argv[1]}/lns-1/log.jsonl")]
+assert events[0][3] == b"brain.Event:2" and len(events) == 1 + len(log) == 101
+for event, line in zip(events[1:], log):
+    values = {}
+    for _, value in fields(event[5]):
+        scalar = dict(fields(value))
+        values[scalar[1].decode()] = scalar[2]
+    assert event[2] == line["step"] and event[1] == 1735689600 + line["seconds"]
+    assert abs(values["loss/train"] - line["loss"]) < 1e-6
+    assert ("residual_variance/after_layer_12" in values) == ("val_loss" in line)
+PYTHON
+if python3 -c 'import tensorboard' 2>/dev/null; then
+    check "tensorboard: TensorBoard reads it" python3 -c "
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator('$dir/tb/lns-1', {'scalars': 0})
+events.Reload()
+assert len(events.Scalars('loss/train')) == 100
+assert abs(events.Scalars('loss/validation')[-1].value - 1.9) < 1e-6"
+fi
+check "tensorboard: a missing run" fails_with "is not there; a run's directory" \
+    python3 scripts/to_tensorboard.py "$dir/none" -o "$dir/tb"
+
+# The report
+mkdir "$dir/lacks" && echo 'raise ImportError' >"$dir/lacks/matplotlib.py"
+check "report: without Matplotlib it says what to install" fails_with "Matplotlib is missing: install it with" \
+    env PYTHONPATH="$dir/lacks" python3 scripts/report.py "$dir/pre-1"
+python3 -c 'import matplotlib' 2>/dev/null || {
+    echo "Matplotlib is not here (pip install matplotlib): scripts/report.py is not tested"
+    echo "$passed passed, $failed failed"
+    exit $((failed > 0))
+}
+report() { python3 scripts/report.py "$@" -o "$dir/report.html" 2>&1; }
+page() { # the page's text: a line a table row or paragraph, cells parted by |
+    python3 - "$dir/report.html" <<'PYTHON'
+import html.parser, sys
+
+
+class Text(html.parser.HTMLParser):
+    inside, out = 0, ""
+
+    def handle_starttag(self, tag, _):
+        self.inside += tag in ("svg", "style")
+
+    def handle_endtag(self, tag):
+        self.inside -= tag in ("svg", "style")
+        self.out += {"td": "|", "th": "|", "tr": "\n", "p": "\n", "h3": "\n"}.get(tag, "")
+
+    def handle_data(self, data):
+        self.out += "" if self.inside else data
+
+
+text = Text()
+text.feed(open(sys.argv[1], encoding="utf-8").read())
+print(text.out)
+PYTHON
+}
+
+out=$(report "${runs[@]}" --png "$dir/png")
+check "report: it ends well" test $? -eq 0
+text=$(page)
+check "report: mean and deviation over seeds, tokens to reach Pre-LN's" \
+    says "$text" "lns|6.86 ± 0.24|1.9250 ± 0.0354|2|64k (0.64×)|100k|500||"
+check "report: the reference" says "$text" "pre|7.78 ± 0.55|2.0500 ± 0.0707|2|100k (1.00×)|100k|500||"
+check "report: a mark where the loss was not finite" says "$text" "0 of 1|not reached|40k|500|✗ diverged: not finite at step 40|"
+check "report: a mark where it ended above its start" says "$text" "✗ diverged: ended at 7.00"
+check "report: a run that stopped before a checkpoint" says "$text" "✗ diverged: not finite after step 30"
+check "report: what is not finished is not called diverged" says "$text" "500|not finished: at step 59 of 100|"
+check "report: who is ahead" says "$text" "Lowest perplexity: lns, 6.86 ± 0.24. That is 11.8% below pre."
+check "report: the cut log is noted" says "$text" "mix: the last line of log.jsonl is cut short"
+check "report: and on the terminal" says "$out" "mix: the last line of log.jsonl is cut short"
+check "report: one tokenizer, no warning" silent_on "$text" "not comparable"
+check "report: the probes in numbers" says "$text" "pre|27.1×|ℓ^1.30 (R² 0.850)|e^(0.300 ℓ) (R² 1.000)|"
+# By their formulas: means over the deeper half, layers 7 … 12, of 0.4 f / (1 + f), f − 0.005, f.
+check "report: the deep half" says "$text" "|0.0392|0.104|0.109|25%|0.0544|"
+for what in "Variance by layer" "Power or exponential?" "Variance through training" "Gradient norms" \
+    "Angular distance" "Removal of one layer" "Removal of a run of layers" "Jacobian of each layer" \
+    "One layer" "Usefulness" "Permutation" "Training and validation loss" "Perplexity"; do
+    check "report: a picture" says "$text" "$what"
+done
+check "report: every picture says what to look for" test \
+    "$(grep -c '^<h3>' "$dir/report.html")" = "$(grep -c '^<p class=look>Look' "$dir/report.html")"
+check "report: PNGs of all pictures" test "$(find "$dir/png" -name '*.png' -size +5k | wc -l)" = \
+    "$(sed -nE 's/.* ([0-9]+) pictures.*/\1/p' <<<"$out")"
+check "report: nothing from elsewhere" test -z "$(grep -oE 'https?:|//[a-z]|@import|<(script|link|iframe)|src=|href="[^#d]|url\([^#]' "$dir/report.html")"
+check "report: it is small" test "$(stat -c %s "$dir/report.html")" -lt 1000000
+cp "$dir/report.html" "$dir/before.html"
+report "${runs[@]}" >/dev/null
+check "report: the same runs, the same bytes" cmp -s "$dir/report.html" "$dir/before.html"
+
+# Only what is there is shown.
+report "$dir/lns-2" >/dev/null
+text=$(page)
+check "report: a run without probes" silent_on "$text" "Angular distance"
+check "report: nothing to compare with" says "$text" "There is no finished run of pre"
+make_run alone pre --no-log --probe
+out=$(report "$dir/alone")
+check "report: a probe alone" test $? -eq 0
+check "report: has no table of losses" silent_on "$(page)" perplexity
+# shellcheck disable=SC2016
+make_run odd 'x<b>$y$' && report "$dir/odd" >/dev/null
+# shellcheck disable=SC2016
+check "report: a name is text" says "$(<"$dir/report.html")" 'x&lt;b&gt;$y$'
+# shellcheck disable=SC2016
+check "report: and nothing else" silent_on "$(<"$dir/report.html")" '<b>$y'
+cp -r "$dir/pre-2" "$dir/copy"
+check "report: the same seed twice counts once" says "$(report "$dir"/{pre-2,copy})" "copy is not counted"
+check "report: as one" says "$(page)" "pre|8.17|2.1000|1|"
+
+# Learning rates
+for lr in 0.0003 0.003; do
+    for scheme in pre lns post sandwich; do make_run "$scheme-$lr" $scheme --lr $lr --final "2${lr#0}"; done
+done
+report "$dir"/{pre,lns}-2 "$dir"/{pre,lns,post,sandwich}-0.* >/dev/null
+text=$(page)
+check "report: learning rates are told apart" says "$text" "pre lr 0.003|"
+check "report: and drawn" says "$text" "Learning rates"
+check "report: the best of each scheme" says "$(sed '/Every learning rate/,$d' <<<"$text")" "lns lr 0.001|7.03|"
+check "report: only that" silent_on "$(sed '/Every learning rate/,$d' <<<"$text")" "lns lr 0.003|"
+
+# Tokenizers
+make_run bytes lns --tokenizer bytes:257 --final 1.5
+report "$dir"/{pre-2,lns-2,bytes} >/dev/null
+text=$(page)
+check "report: two tokenizers are a warning" says "$text" "their perplexities are not comparable"
+check "report: no bytes, no other measure" says "$text" "The logs do not tell how many bytes a token is"
+check "report: no gain over another tokenizer" says "$text" "Final perplexity: lns train bytes:257, 4.48."
+make_run bits pre --bits
+report "$dir"/{bits,bytes} >/dev/null
+check "report: bits per byte where they are known" says "$(page)" "pre|7.39|2.0000|1.0000|1|"
+check "report: of bytes too" says "$(page)" "lns|4.48|1.5000|2.1640|1|"
+
+# Bad input
+mkdir "$dir/empty" "$dir/broken" "$dir/start" "$dir/probe"
+check "report: a missing run" fails_with "none is not there; a run's directory" report "$dir/pre-1" "$dir/none"
+check "report: a file" fails_with "is a file; a run's directory" report "$dir/pre-1/log.jsonl"
+check "report: an empty directory" fails_with "log.jsonl: No such file" report "$dir/empty"
+: >"$dir/empty/log.jsonl"
+check "report: an empty log" fails_with "holds no whole step yet" report "$dir/empty"
+printf '{"step": 1, "lo' >"$dir/start/log.jsonl"
+check "report: cut in its first line" fails_with "its only line is cut short" report "$dir/start"
+printf '{"step": 1, "tokens": 8, "loss": "x"}\n{}\n' >"$dir/broken/log.jsonl"
+check "report: what is no log" fails_with "log.jsonl, line 1: expected an object of a step: \"loss\" is 'x'" report "$dir/broken"
+printf '{"version": 2}' >"$dir/probe/probe.json"
+check "report: a probe of another version" fails_with "has version 2; this program reads version 1" report "$dir/probe"
+printf '{"version": 1, "layers": 3, "loss": 1, "removal": {"single": [1, 2]}}' >"$dir/probe/probe.json"
+check "report: a probe of other sizes" fails_with '"removal.single" is not a list of 3 numbers' report "$dir/probe"
+printf '{"version": 1, "layers": 3, "angular_distance": {"last_token": [[1, 2], [1]]}}' >"$dir/probe/probe.json"
+check "report: and of other rows" fails_with '"angular_distance.last_token" has rows of 2, 1 numbers; 3, 2 are expected' report "$dir/probe"
+check "report: an output that cannot be written" fails_with "cannot write $dir/no/r.html" \
+    python3 scripts/report.py "$dir/pre-1" -o "$dir/no/r.html"
+
+echo "$passed passed, $failed failed"
+((failed == 0))
