@@ -225,7 +225,7 @@ bench: train_gpt
 
 endif
 
-sources = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu')
+sources = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 format:
 	clang-format -i $(sources)
 check-format:

@@ -1078,16 +1078,20 @@ std::map<std::string, Doubles> tensors_of(Model& model, Buffer buffer) {
     return all;
 }
 
-// Weights near a model's start, which bf16 has exactly; norms, biases and gates not at the values
-// that make them vanish.
-void fill_like(Model& model) {
+// Weights that bf16 has exactly: matrices of the size of a model's start; norms, biases and gates
+// as they start, or at values that are not special.
+void fill_like(Model& model, bool as_started = false) {
+    model.initialize(1); // moments too
     for (const Param& p : model.registry.params) {
-        Doubles values = test_values(p);
+        std::vector<float> values(p.size());
+        model.read(Buffer::parameters, p, values.data());
+        Doubles other = test_values(p);
         if (p.decay)
-            values = random_values(size_t(p.size()), p.name, 0, 0.25 / std::sqrt(p.shape[1]));
-        std::vector<float> rounded(values.size());
-        for (size_t i = 0; i < values.size(); i++) rounded[i] = float(bf16(float(values[i])));
-        model.write(Buffer::parameters, p, rounded.data());
+            other =
+                random_values(size_t(p.size()), p.name, 0, 0.25 / std::sqrt(model.config.width));
+        for (size_t i = 0; i < values.size(); i++)
+            values[i] = float(bf16(p.decay || !as_started ? float(other[i]) : values[i]));
+        model.write(Buffer::parameters, p, values.data());
     }
 }
 
@@ -1177,12 +1181,11 @@ struct Trained {
     std::vector<float> logits;
 };
 
-Trained train_once(Model& model, int B, int T) {
+Trained train_once(Model& model, int B, int T, bool as_started = false) {
     Trained out;
     std::vector<int> inputs, targets;
     test_batch(model.config, B * T, inputs, targets, B * T > 1);
-    model.initialize(1); // moments too
-    fill_like(model);
+    fill_like(model, as_started);
     out.change = tensors_of(model, Buffer::parameters);
     model.zero_gradients();
     for (int pass = 0; pass < 2; pass++)
@@ -1211,15 +1214,17 @@ bool same_bits(const Trained& a, const Trained& b) {
            a.logits == b.logits;
 }
 
-Row check_gpu(const std::string& name, const Config& c, int B, int T, bool in_float = true) {
+Row check_gpu(const std::string& name, const Config& c, int B, int T) {
     Row row{"cuda: " + name, {}, {}, ""};
     std::unique_ptr<Model> reference = make_cpu_model(c, B, T, {});
-    const Trained expected = train_once(*reference, B, T);
-    if (in_float)
-        row.add("float", error_of(train_once(*gpu_model(c, B, T), B, T), expected, 1e-3),
-                float_tolerance);
+    row.add("float",
+            error_of(train_once(*gpu_model(c, B, T), B, T), train_once(*reference, B, T), 1e-3),
+            float_tolerance);
+    // As check_bf16 has it: where norms' weights differ attention is sharper, and the CPU's bf16
+    // too is up to 2e-2 off.
+    std::unique_ptr<Model> rounded = gpu_model(c, B, T, {.dtype = DType::bf16});
     row.add("bf16",
-            error_of(train_once(*gpu_model(c, B, T, {.dtype = DType::bf16}), B, T), expected, 1e-2),
+            error_of(train_once(*rounded, B, T, true), train_once(*reference, B, T, true), 1e-2),
             bf16_tolerance);
     return row;
 }

@@ -3394,7 +3394,7 @@ template <class S, class G> struct CudaModel : Model {
                                  cudaMemcpyDeviceToDevice, stream));
             micro_step();
         }
-        {
+        if (ranks->size > 1) {
             GpuTimed t = timed("update", "sum over ranks", double(memory.size) * sizeof(G));
             communicator.sum(gradients + 0, memory.size, stream);
             communicator.sum(sums + 0, 1, stream);

@@ -10,6 +10,7 @@
 #include "gpt/build.h"
 #include "gpt/error.h"
 #include "gpt/params.h"
+#include "gpt/probe.h"
 #include "gpt/schedule.h"
 #include "gpt/setup.h"
 #include "gpt/suggest.h"
@@ -220,6 +221,8 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
     f.change = Change::free;
     f.count("-v,--val-every", o.val_every, 0, most, "steps; 0: only at the end");
     f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "validate on so many");
+    f.count("--probe-every", o.probe_every, 0, most,
+            "steps between looks at every layer's variance, gradients and angles; 0: never");
     f.count("-s,--sample-every", o.sample_every, 0, most, "steps; 0: only at the end");
     f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "length of a sample; 0: none");
     add_sampling(f, o);
@@ -333,12 +336,12 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
     if (name[0] == '-')
         fail("there is no flag ", name, ".", name.size() > 2 ? did_you_mean(name, known) : "",
              " All flags: --help");
-    if (name == "sample" || name == "eval" || name == "bench" || name == "export")
+    const std::vector<std::string> commands = {"sample", "eval", "probe", "bench", "export"};
+    if (std::find(commands.begin(), commands.end(), name) != commands.end())
         fail("`", name, "` stands behind another command");
-    fail("did not expect '", name, "'.", did_you_mean(name, {"sample", "eval", "bench", "export"}),
-         " The commands are `sample`, `eval` and `export`, each with a checkpoint, `bench`, and "
-         "none "
-         "to train; see --help");
+    fail("did not expect '", name, "'.", did_you_mean(name, commands),
+         " The commands are `sample`, `eval`, `probe` and `export`, each with a checkpoint, "
+         "`bench`, and none to train; see --help");
 }
 
 } // namespace
@@ -361,6 +364,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                  "  train_gpt [flags]                       train\n"
                  "  train_gpt sample CHECKPOINT [flags]     write text with a trained model\n"
                  "  train_gpt eval CHECKPOINT [flags]       measure its loss\n"
+                 "  train_gpt probe CHECKPOINT [flags]      measure what each layer does\n"
                  "  train_gpt export CHECKPOINT DIR         write it for Hugging Face's tools\n"
                  "  train_gpt bench [-m MODEL] [flags]      measure how fast it would train\n\n"
                  "Counts may be written as 10M, 64k or 1e6.");
@@ -401,6 +405,35 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
         add_machine(f, o);
     }
+    CLI::App* probe = app.add_subcommand("probe", "Measures what each layer of a model does.");
+    {
+        probe->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+        Flags f{*probe, changes, "Flags"};
+        f.text("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
+            ->required();
+        f.text("-j,--val", o.val, "GLOB", "token shards; default: those of the run");
+        auto check = [](const std::string& text) -> std::string {
+            try {
+                parse_probes(text);
+                return "";
+            } catch (const Error& error) {
+                return error.what();
+            }
+        };
+        f.text("--probes", o.probes, "NAMES",
+               "all, or some of variance,gradients,angular,removal,jacobian,usefulness,permutation")
+            ->check(CLI::Validator(check, ""));
+        f.count("--probe-tokens", o.probe_tokens, 1, 1000000000, "measure on so many");
+        f.count("--jacobian-samples", o.jacobian_samples, 2, most, "tokens to sample it at");
+        f.count("--jacobian-layer", o.jacobian_layer, 0, most,
+                "whose whole matrix to write, for a width of at most 256; 0: three quarters down");
+        f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
+        f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
+        f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(), "of what is sampled");
+        f.text("-o,--out", o.out, "FILE", "where to write; default: probe.json in the run");
+        add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
+        add_machine(f, o);
+    }
     CLI::App* bench = app.add_subcommand("bench", "Measures how fast a model trains here.");
     {
         bench->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
@@ -429,13 +462,13 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
     }
     // Unknown flags and keys are collected, for a better sentence than CLI11's.
     app.require_subcommand(0, 1);
-    for (CLI::App* a : {&app, sample, eval, bench, exporting}) {
+    for (CLI::App* a : {&app, sample, eval, probe, bench, exporting}) {
         a->allow_extras();
         a->allow_config_extras(CLI::config_extras_mode::capture);
     }
 
     auto parsed = [&]() -> CLI::App& {
-        for (CLI::App* sub : {sample, eval, bench, exporting})
+        for (CLI::App* sub : {sample, eval, probe, bench, exporting})
             if (sub->parsed()) return *sub;
         return app;
     };
@@ -464,6 +497,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
     if (o.resume && o.out.empty()) fail("--resume: say which run to go on with, by -o DIR");
     o.command = sample->parsed()      ? Options::Command::sample
                 : eval->parsed()      ? Options::Command::eval
+                : probe->parsed()     ? Options::Command::probe
                 : bench->parsed()     ? Options::Command::bench
                 : exporting->parsed() ? Options::Command::export_model
                                       : Options::Command::train;
@@ -475,6 +509,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                          "`, where the flags of training are: put those of `", used.get_name(),
                          "` behind it");
         if (bench->parsed() && o.model == "tiny" && bench->count("--seq-len") == 0) o.seq_len = 128;
+        if (probe->parsed() && probe->count("--seq-len") == 0) o.seq_len = 0;
         if (!eval->parsed()) return o;
         if (eval->count("--seq-len") == 0) o.seq_len = 0;
         if (eval->count("--val-tokens") == 0) o.val_tokens = 0;

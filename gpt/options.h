@@ -16,6 +16,7 @@ struct Options {
         sample,
         eval,
         bench,
+        probe,
         export_model,
         stop
     } command = Command::train; // stop: --help
@@ -40,6 +41,7 @@ struct Options {
 
     // validation and samples
     int64_t val_every = 100, val_tokens = 131072, sample_every = 250, sample_tokens = 256;
+    int64_t probe_every = 0;
     std::string prompt;
     double temperature = 0.8, top_p = 1;
     int64_t top_k = 0;
@@ -55,9 +57,13 @@ struct Options {
     bool profile = false;
     int64_t threads = 0; // 0: all that this process may use
 
-    // sample and eval
+    // sample, eval and probe
     std::string checkpoint;
     bool ignore_eot = false;
+
+    // probe
+    std::string probes = "all";
+    int64_t probe_tokens = 16384, jacobian_samples = 128, jacobian_layer = 0;
 
     // export
     std::string export_dir, export_dtype = "float32";

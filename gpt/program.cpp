@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <iostream>
 #include <new>
+#include <nlohmann/json.hpp>
 #include <unistd.h>
 
 #include "gpt/bench.h"
@@ -14,7 +15,9 @@
 #include "gpt/device.h"
 #include "gpt/error.h"
 #include "gpt/export.h"
+#include "gpt/files.h"
 #include "gpt/options.h"
+#include "gpt/probe.h"
 #include "gpt/ranks.h"
 #include "gpt/rundir.h"
 #include "gpt/sample.h"
@@ -116,9 +119,8 @@ int sample(const Options& o, const Ranks& ranks) {
     return 0;
 }
 
-int eval(const Options& o, const Ranks& ranks) {
-    use_threads(o.threads);
-    Trained trained(o.checkpoint);
+// The tokens to measure on: -j, or what the run was validated on.
+std::shared_ptr<TokenSource> validation_tokens(const Options& o, const Trained& trained) {
     const bool run_on_stories = !trained.state.flags.empty() && trained.flag("--train").empty();
     if (o.val.empty() && trained.state.flags.empty())
         fail(trained.path, " does not say what it was validated on: name token shards with -j");
@@ -133,6 +135,13 @@ int eval(const Options& o, const Ranks& ranks) {
              known.vocab_size, ") than these (", made.kind, " of ", made.vocab_size,
              "): tokenize them with the model's");
     source->check_tokens(trained.config.vocab_size);
+    return source;
+}
+
+int eval(const Options& o, const Ranks& ranks) {
+    use_threads(o.threads);
+    Trained trained(o.checkpoint);
+    auto source = validation_tokens(o, trained);
     const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
     check_length(o.batch, T, trained.config);
     const int64_t wanted =
@@ -148,6 +157,94 @@ int eval(const Options& o, const Ranks& ranks) {
     if (ranks.first())
         std::printf("loss %.6f  perplexity %.4f  tokens %lld\n", e.loss, std::exp(e.loss),
                     (long long)e.tokens);
+    return 0;
+}
+
+// Where the run of this checkpoint keeps its probe.json; "" if it is of no run.
+std::string probe_path(const std::string& checkpoint) {
+    std::filesystem::path run = checkpoint;
+    if (!run.has_filename()) run = run.parent_path(); // of "runs/x/step-000600/"
+    run = run.parent_path();
+    if (run.empty()) run = ".";
+    return std::filesystem::exists(run / "run.json") ? (run / "probe.json").string() : "";
+}
+
+int probe(const Options& o, const Ranks& ranks) {
+    use_threads(o.threads);
+    Trained trained(o.checkpoint);
+    const Config& config = trained.config;
+    const std::string out = !o.out.empty() ? o.out : probe_path(trained.path);
+    if (out.empty())
+        fail(trained.path, " is of no run: say where to write what is measured with -o FILE");
+    auto source = validation_tokens(o, trained);
+    const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length(), B = int(o.batch);
+    check_length(B, T, config);
+
+    ProbeSettings settings;
+    settings.probes = parse_probes(o.probes);
+    settings.jacobian_samples = o.jacobian_samples;
+    settings.jacobian_layer =
+        o.jacobian_layer > 0 ? int(o.jacobian_layer) : (3 * config.layers + 3) / 4;
+    if (settings.jacobian_layer > config.layers)
+        fail("--jacobian-layer ", o.jacobian_layer, ": the model has ", config.layers, " layers");
+    settings.seed = uint64_t(o.seed);
+
+    // The first windows to measure on, those behind them to fit on.
+    Loader loader(source, T, 0, false);
+    const uint64_t there = loader.windows_per_epoch();
+    const uint64_t wanted = uint64_t(o.probe_tokens + T - 1) / T;
+    const uint64_t to_fit =
+        settings.probes.usefulness
+            ? std::max(wanted, (10 * uint64_t(config.width) + T - 1) / uint64_t(T))
+            : 0;
+    uint64_t measured = wanted, fitted = to_fit;
+    if (wanted + to_fit > there) {
+        measured = to_fit == 0 ? there : std::max<uint64_t>(1, there * wanted / (wanted + to_fit));
+        fitted = there - measured;
+        if (to_fit > 0 && fitted == 0)
+            fail("the validation data has one sequence of ", T,
+                 " tokens, and usefulness needs "
+                 "another to fit on: name more with -j, lower -t, or leave it out of --probes");
+        std::printf("note: the validation data has only %llu sequences of %d tokens: %llu to "
+                    "measure on and %llu to fit on, of %llu and %llu asked for\n",
+                    (unsigned long long)there, T, (unsigned long long)measured,
+                    (unsigned long long)fitted, (unsigned long long)wanted,
+                    (unsigned long long)to_fit);
+    }
+
+    // It is never updated: no master weights, and the least of moments.
+    ModelOptions options = model_options(o, true, trained.dtype());
+    options.moments = DType::bf16;
+    if (options.dtype == DType::bf16) options.master_weights = false;
+    check_memory(config, B, T, options);
+    std::unique_ptr<Model> model = make_model(config, B, T, options, ranks);
+    load_weights(*model, trained.path);
+    Progress progress;
+    settings.tell = [&](const std::string& line) { progress.update("probing: " + line); };
+    const Probes probes = measure(*model, read_batches(loader, T, B, 0, measured),
+                                  read_batches(loader, T, B, measured, fitted), settings);
+    progress.finish();
+
+    nlohmann::ordered_json json = {
+        {"version", 1},
+        {"checkpoint", trained.path},
+        {"step", nullptr},
+        {"model", config.preset.empty() ? config.model_type : config.preset},
+        {"scheme", config.scheme.name()},
+        {"layers", probes.layers},
+        {"width", probes.width},
+        {"tokens", probes.tokens},
+        {"loss", probes.loss}};
+    if (!trained.state.flags.empty()) json["step"] = trained.state.step;
+    json.update(to_json(probes));
+    std::string text; // a line a key
+    for (const auto& [key, value] : json.items())
+        text +=
+            cat(text.empty() ? "{" : ",", "\n  ", nlohmann::json(key).dump(), ": ", value.dump());
+    write_file_atomic(out, text + "\n}\n");
+    std::printf("%s, %s: loss %.4f on %lld tokens\n\n%s\nwrote %s\n", trained.path.c_str(),
+                config.scheme.name().c_str(), probes.loss, (long long)probes.tokens,
+                describe(probes).c_str(), out.c_str());
     return 0;
 }
 
@@ -170,6 +267,8 @@ int dispatch(int argc, char** argv, const Ranks& ranks) {
         return ranks.first() ? sample(o, ranks) : 0;
     case Options::Command::eval:
         return eval(o, ranks);
+    case Options::Command::probe:
+        return ranks.first() ? probe(o, ranks) : 0;
     case Options::Command::bench:
         return bench(o, ranks);
     case Options::Command::export_model:

@@ -15,6 +15,7 @@
 #include "gpt/device.h"
 #include "gpt/error.h"
 #include "gpt/files.h"
+#include "gpt/probe.h"
 #include "gpt/rundir.h"
 #include "gpt/sample.h"
 #include "gpt/schedule.h"
@@ -54,6 +55,7 @@ struct Run {
     LoaderState before_draw;               // where the loader stood before them
     std::exception_ptr draw_error;         // what came of drawing them
     std::vector<double> variance;          // of the residual stream, at the last validation
+    std::vector<ProbeBatch> probe_batch;   // with --probe-every: the first validation sequences
     std::optional<RunDirectory> directory; // of rank 0
     std::string last_checkpoint;           // "": none yet
     Progress progress;
@@ -238,6 +240,9 @@ void prepare(Run& run, const std::string& resume_from) {
     run.threads = use_threads(o.threads);
     run.numbers = model_options(o, true);
     check_devices(run.numbers, run.ranks);
+    if (o.probe_every > 0 && run.numbers.recompute != Recompute::none)
+        fail("--probe-every needs what --recompute ", o.recompute,
+             " does not keep: leave one of the two out");
     o.flags["--dtype"] = run.numbers.dtype == DType::bf16 ? "bf16" : "float32";
     run.config = resume_from.empty() ? model_config(o) : checkpoint_config(resume_from);
     if (!resume_from.empty()) o.vocab = run.config.vocab_size; // the data cannot change it now
@@ -310,7 +315,21 @@ void start(Run& run, const std::string& resume_from) {
     run.print(cat("going on from ", resume_from, " (step ", run.state.step, ")"));
 }
 
-std::string log_line(const Run& run, const Step& step, double val_loss) {
+// What the layers do now, on the same tokens each time. It moves nothing that training goes on
+// from.
+Probes probe(Run& run) {
+    if (run.probe_batch.empty()) {
+        const uint64_t n = std::min(uint64_t(run.B), run.val_loader->windows_per_epoch());
+        run.probe_batch = read_batches(*run.val_loader, run.T, run.B, 0, n);
+    }
+    ProbeSettings settings;
+    settings.probes.variance = settings.probes.gradients = settings.probes.angular = true;
+    settings.reach = 1;
+    return measure(*run.model, run.probe_batch, {}, settings);
+}
+
+std::string log_line(const Run& run, const Step& step, double val_loss,
+                     const std::optional<Probes>& probes) {
     auto finite = [](double x) { return std::isfinite(x) ? nlohmann::json(x) : nlohmann::json(); };
     double tokens_per_s = double(run.tokens_per_step) / step.seconds;
     nlohmann::ordered_json line = {{"step", run.state.step}, {"loss", step.loss}};
@@ -322,6 +341,7 @@ std::string log_line(const Run& run, const Step& step, double val_loss) {
     line["tokens_per_s"] = tokens_per_s;
     line["mfu"] = finite(run.flops * tokens_per_s / run.peak.flops);
     line["seconds"] = run.state.seconds;
+    if (probes) line["probe"] = to_json(*probes, true);
     return line.dump();
 }
 
@@ -368,8 +388,10 @@ bool loop(Run& run) {
         if (last || (due(o.val_every) && !stop)) val_loss = validate(run);
 
         if (!run.ranks.first()) continue; // the rest is telling and saving
+        std::optional<Probes> probes;
+        if (o.probe_every > 0 && (last || (due(o.probe_every) && !stop))) probes = probe(run);
         try {
-            run.directory->append(log_line(run, step, val_loss));
+            run.directory->append(log_line(run, step, val_loss, probes));
         } catch (const Error& error) {
             if (!log_broken) run.print(cat("WARNING: ", error.what(), ". Training goes on"));
             log_broken = true;
