@@ -554,6 +554,8 @@ void run(const Options& options) {
     const int window = options.pad_documents;
     uint64_t shard_tokens = options.shard_tokens;
     if (window) {
+        if (window < 2)
+            fail("--pad-documents 1 leaves room for end-of-text alone, expected at least 2");
         if (id.eot < 0)
             fail("--pad-documents: the tokenizer '", options.tokenizer,
                  "' has no end-of-text to end and pad documents with");

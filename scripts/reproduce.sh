@@ -161,8 +161,15 @@ if [[ $text ]]; then
         "vocabulary with. Build it (make data/vocabulary), or name a --tokenizer"
 fi
 [[ -x data/tokenize || $dry ]] || fail "there is no data/tokenize here. Build it: make data/tokenize"
-[[ $(./train_gpt --help) == *--probe-every* ]] && flags+=(--probe-every "$val_every")
+help=$(./train_gpt --help)
+[[ $help == *--probe-every* ]] && flags+=(--probe-every "$val_every")
 flags+=(${more[@]+"${more[@]}"})
+for ((i = 0; i + 1 < ${#more[@]}; i++)); do
+    case ${more[i]} in
+    -v | --val-every) val_every=${more[i + 1]} ;;
+    --val-tokens) val_tokens=${more[i + 1]} ;;
+    esac
+done
 
 # Where the shards are, or will be.
 if [[ $text ]]; then
@@ -285,17 +292,21 @@ echo "  rates     ${rates[*]}; seeds ${seeds[*]}${second_seed:+, and 2 for the f
 [[ $variants ]] && echo "  variants  $variants, of pre and lns: ${variants// /, } as in the paper's code"
 awk -v steps="$steps" -v step_tokens="$step_tokens" -v flops="$run_flops" -v left="$left" \
     -v speed="$(<"$out/speed")" -v val="$val_tokens" -v every="$val_every" -v file="$out/speed" '
+    function number(text) { # 10M, as the flags may have it
+        return text * (text ~ /[kK]$/ ? 1e3 : text ~ /[mM]$/ ? 1e6 : text ~ /[gGbB]$/ ? 1e9 : 1)
+    }
     function count(x) {
         return x >= 1e9 ? sprintf("%.3gB", x / 1e9) : x >= 1e6 ? sprintf("%.3gM", x / 1e6) : x
     }
     function duration(s) {
-        return s < 5400 ? sprintf("%.3g minutes", s / 60) : s < 1e6 ? sprintf("%.3g hours", s / 3600) \
+        return s < 90 ? sprintf("%.2g s", s) : s < 5400 ? sprintf("%.3g minutes", s / 60) : s < 1e6 ? sprintf("%.3g hours", s / 3600) \
             : sprintf("%.3g days", s / 86400)
     }
     BEGIN {
         tokens = steps * step_tokens
         # A token of validation is the third of one of training: no backward pass.
-        seconds = (tokens + (int(steps / every) + 1) * val / 3) / speed
+        validations = every > 0 ? int((steps + every - 1) / every) : 1
+        seconds = (tokens + validations * number(val) / 3) / speed
         printf "  a run     %s tokens, %.3g FLOPs, %s\n", count(tokens), flops, duration(seconds)
         printf "  all left  %s tokens, %.3g FLOPs, %s\n", count(left * tokens), left * flops, duration(left * seconds)
         printf "  speed     %.4g tokens/s, of %s (remove it to measure again); probes come on top\n", speed, file
@@ -367,7 +378,7 @@ if [[ $second_seed ]]; then
 fi
 
 # What its layers do, of every run that left a model.
-if ./train_gpt probe --help >/dev/null 2>&1; then
+if [[ $help == *'train_gpt probe'* ]]; then
     for run in "${runs[@]}"; do
         if ! compgen -G "$run/step-*" >/dev/null || [[ -f $run/probe.json ]]; then continue; fi
         echo "== probe $run"

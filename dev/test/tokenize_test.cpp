@@ -270,11 +270,12 @@ TEST_F(TokenizeProgram, PadsAndCutsDocuments) {
     const std::string separator = " --doc-separator '<|end|>'";
     const std::string longer = prose(600'000); // in several parts, on several threads
     write_bytes(dir / "text.txt",
-                "ab\n<|end|>\n<|end|>\nabcdef\n<|end|>\n" + longer + "<|end|>\nabc\n<|end|>\n");
+                "ab\n<|end|>\n<|end|>\nabcdef\n<|end|>\n" + longer + "\n<|end|>\nabc\n<|end|>\n");
     std::string summary = tokenized(
         "text.txt -o out --val-fraction 0 --pad-documents 5 --shard-tokens 12" + separator);
-    EXPECT_TRUE(says(summary, {"4 documents", "16 tokens of bytes", "windows of 5",
-                               "50.0% of the documents are longer and cut", "padding"}));
+    EXPECT_TRUE(says(summary, {"4 documents", "20 tokens of bytes", "windows of 5",
+                               "50.0% of the documents are longer and cut",
+                               "5.0% of the tokens are padding"}));
     // The empty one is none; 12 tokens a shard are 2 windows.
     EXPECT_TRUE(fs::exists(dir / "out_train_000001.bin"));
     const int e = 256;
@@ -294,7 +295,7 @@ TEST_F(TokenizeProgram, PadsAndCutsDocuments) {
 
     EXPECT_TRUE(says(failed("text.txt -o bad --pad-documents 5"), {"--doc-separator", "whole"}));
     EXPECT_TRUE(
-        says(failed("text.txt -o bad --pad-documents 1 --val-fraction 0"), {"padded to 1"}));
+        says(failed("text.txt -o bad --pad-documents 1 --val-fraction 0"), {"--pad-documents 1"}));
     EXPECT_TRUE(says(failed("text.txt -o bad --pad-documents x"), {"--pad-documents"}));
     EXPECT_FALSE(fs::exists(dir / "bad_train_000000.bin"));
 }

@@ -408,8 +408,8 @@ TEST(Train, PaddingIsNotLearned) {
                 tokens.push_back(t < length ? 'a' + (w + t) % 20 : t == length ? 256 : k ? 7 : 256);
         }
         for (const char* part : {"train", "val"}) {
-            ShardWriter writer(dir / cat("t", k, "_", part, "_000000.bin"), {"bytes", 257, 256, 1},
-                               16);
+            ShardWriter writer(dir / cat("t", k, "_", part, "_000000.bin"),
+                               load_tokenizer("bytes")->id(), 16);
             writer.write(tokens.data(), tokens.size());
             writer.close();
         }
