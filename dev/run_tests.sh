@@ -12,6 +12,8 @@ for test in "$@"; do
     /*) command=("$test") ;;
     *) command=("./$test") ;;
     esac
+    # OpenMP's threads wait in busy loops, and would take the processors from the simulator's.
+    [[ $test == *_sim ]] && command=(env OMP_NUM_THREADS=1 "${command[@]}")
     [[ $test == */unit_tests || $test == *_test ]] && command+=(--gtest_brief=1)
     "${command[@]}" 2>&1 | tee "$output"
     status=${PIPESTATUS[0]}

@@ -1,0 +1,46 @@
+#!/bin/bash
+# ./train_gpt_sim: two ranks with a simulated GPU each train as one does; so does one whose streams
+# do their work as late as they may, in another order of threads.
+program=$PWD/train_gpt_sim
+if [[ ! -x $program ]]; then
+    echo "left out: ./train_gpt_sim is not built"
+    echo "0 passed, 0 failed"
+    exit 0
+fi
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+check() { # NAME CONDITION...
+    local name=$1
+    shift
+    if "$@"; then
+        ((passed++))
+    else
+        ((failed++))
+        echo "FAILED: $name: $*"
+    fi
+}
+same() { [[ -n $1 && $1 == "$2" ]]; }
+
+export LNS_CACHE=none OMP_NUM_THREADS=1 LNS_SIM_THREADS=1
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+flags=(--device cuda --layers 2 --width 32 --heads 2 -x 3 -t 16 -v 0 --val-tokens 64 -s 0 -g 4)
+losses() { grep -oE '^step .*(loss [0-9.]+|validation loss [0-9.]+)' "$1" | sed 's/  *[0-9.]*K* tok.*//'; }
+
+"$program" "${flags[@]}" --dtype float32 -b 4 -o "$dir/one" >"$dir/one.log" 2>&1
+one=$(losses "$dir/one.log")
+check "one rank trains" same "$(grep -c loss <<<"$one")" 3
+
+LNS_SIM_STREAMS=late LNS_SIM_ORDER=shuffled:3 \
+    "$program" "${flags[@]}" --dtype float32 -b 4 -o "$dir/late" >"$dir/late.log" 2>&1
+check "late streams change nothing" same "$(losses "$dir/late.log")" "$one"
+
+if command -v mpirun >/dev/null && "$program" --version 2>&1 | grep -q 'MPI [^n]'; then
+    LNS_SIM_GPUS=2 mpirun --oversubscribe -n 2 "$program" "${flags[@]}" --dtype float32 -b 2 \
+        -o "$dir/two" >"$dir/two.log" 2>&1
+    check "two ranks train as one does" same "$(losses "$dir/two.log")" "$one"
+fi
+
+echo
+echo "$passed passed, $failed failed"
+((failed == 0))
