@@ -216,7 +216,7 @@ best() {
             run=$(run_of "$scheme" "$(setting "$rate" "${seeds[0]}")")
             [[ -f $run/outcome && $(<"$run/outcome") == finished ]] || continue
             loss=$(sed -nE 's/.*"val_loss":([0-9.eE+-]+).*/\1/p' "$run/log.jsonl" | tail -1)
-            [[ $loss ]] && echo "$loss $scheme $rate"
+            [[ ! $loss ]] || echo "$loss $scheme $rate"
         done
     done | sort -g | awk '!seen[$2]++ && (++n <= 4 || $2 == "pre") { print $2, $3 }'
 }
