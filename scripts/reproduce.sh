@@ -29,9 +29,9 @@ Interrupted (Ctrl-C), the same command goes on: finished and diverged runs are n
   --dry-run             says what it would do and cost, and stops
   FLAGS                 for ./train_gpt; they win over the scale's
 
-Environment: SCHEMES="pre lns", RATES="1e-3", SEEDS="1 2" replace the scale's, and all seeds are
-then run at all rates; LAUNCH="mpirun -np 8" starts each run; PROBE_FLAGS="--probes variance" are
-for ./train_gpt probe; MEASURE_SECONDS (60).
+Environment: SCHEMES="pre lns", RATES="1e-3", SEEDS="1 2" replace the scale's; SECOND_SEED=yes then
+runs the best again, as laptop does. LAUNCH="mpirun -np 8" starts each run. PROBE_FLAGS="--probes
+variance" are for ./train_gpt probe. MEASURE_SECONDS=60.
 USAGE
 }
 
@@ -86,17 +86,17 @@ esac
 case $scale in
 laptop)
     # The paper's optimizer and schedule; its embeddings and its pure bf16 only in the variants.
-    vocabulary=4096 val_every=200 val_tokens=131072
-    flags=(-m tiny --layers 24 --width 128 --heads 4 -t 128 -b 32 -d 4096 -x 1200
+    vocabulary=4096 val_every=250 val_tokens=131072
+    flags=(-m tiny --layers 24 --width 128 --heads 4 -t 128 -b 32 -d 4096 -x 1500
         --beta1 0.9 --beta2 0.999 --eps 1e-8 --weight-decay 0 --grad-clip 0
-        --lr-schedule cosine --warmup 10% --final-lr-frac 0.1 --save-every 200)
+        --lr-schedule cosine --warmup 10% --final-lr-frac 0.1 --save-every 250)
     schemes='pre lns lns-init post mix deepnorm deepnorm-published sandwich peri olmo2 layerscale
         skipinit pre+gpas lns+gpas pre+scaled-init lns+scaled-init'
     rates='1e-3 3e-3 3e-4'
     if [[ $quick ]]; then
         schemes='pre lns post mix deepnorm deepnorm-published sandwich lns+scaled-init pre+gpas lns-init'
         rates='1e-3 3e-3'
-    elif [[ ! ${SCHEMES:-}${RATES:-}${SEEDS:-} ]]; then
+    elif [[ ! ${SCHEMES:-}${RATES:-}${SEEDS:-}${SECOND_SEED:-} ]]; then
         variants='embed bf16 paper' second_seed=yes
     fi
     ;;
@@ -125,6 +125,7 @@ variant_flags() { # NAME: what the paper's code has and its text does not say (-
     paper) echo "$(variant_flags embed) $(variant_flags bf16)" ;;
     esac
 }
+second_seed=${SECOND_SEED:-$second_seed}
 read -ra schemes <<<"${SCHEMES:-${schemes//$'\n'/ }}"
 read -ra rates <<<"${RATES:-${rates:-recipe}}"
 read -ra seeds <<<"${SEEDS:-1}"
@@ -215,7 +216,7 @@ best() {
             run=$(run_of "$scheme" "$(setting "$rate" "${seeds[0]}")")
             [[ -f $run/outcome && $(<"$run/outcome") == finished ]] || continue
             loss=$(sed -nE 's/.*"val_loss":([0-9.eE+-]+).*/\1/p' "$run/log.jsonl" | tail -1)
-            [[ $loss ]] && echo "$loss $scheme $rate"
+            [[ ! $loss ]] || echo "$loss $scheme $rate"
         done
     done | sort -g | awk '!seen[$2]++ && (++n <= 4 || $2 == "pre") { print $2, $3 }'
 }
@@ -289,7 +290,7 @@ fi
 echo "$scale: $total runs of $steps steps, $left of them left"
 echo "  schemes   ${schemes[*]}"
 echo "  rates     ${rates[*]}; seeds ${seeds[*]}${second_seed:+, and 2 for the four best and pre}"
-[[ $variants ]] && echo "  variants  $variants, of pre and lns: ${variants// /, } as in the paper's code"
+[[ $variants ]] && echo "  variants  $variants, of pre and lns at 1e-3"
 awk -v steps="$steps" -v step_tokens="$step_tokens" -v flops="$run_flops" -v left="$left" \
     -v speed="$(<"$out/speed")" -v val="$val_tokens" -v every="$val_every" -v file="$out/speed" '
     function number(text) { # 10M, as the flags may have it
@@ -312,7 +313,7 @@ awk -v steps="$steps" -v step_tokens="$step_tokens" -v flops="$run_flops" -v lef
         printf "  speed     %.4g tokens/s, of %s (remove it to measure again); probes come on top\n", speed, file
     }'
 if have_data; then
-    echo "  data      $data"
+    echo "  data      $data, seen $(sed -n 's/^ *seen //p' <<<"$plan") by each run"
 elif [[ $text ]]; then
     echo "  data      $text, to be tokenized into $data"
 else

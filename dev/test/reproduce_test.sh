@@ -4,7 +4,7 @@
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 export PYTHONDONTWRITEBYTECODE=1 CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
-unset SCHEMES RATES SEEDS LAUNCH PROBE_FLAGS
+unset SCHEMES RATES SEEDS SECOND_SEED LAUNCH PROBE_FLAGS
 passed=0 failed=0
 check() { # NAME CONDITION...
     local name=$1
@@ -105,13 +105,20 @@ check "killed behind the last step: recognized" test "$(cat "$killed/outcome")" 
 
 # A run that diverges is a result; the next ones are run, the best get a second seed.
 small+=(--warmup 0)
+export SECOND_SEED=yes
 out=$(SCHEMES="pre post" RATES="1e30 1e-3" reproduce bad)
 check "diverged: ends well" test $? -eq 0
+check "second seed: told" says "$out" "and 2 for the four best and pre"
+check "second seed: at the rate that served best" test "$(cat "$dir"/bad/{pre,post}-lr1e-3-seed2/outcome | uniq)" = finished
+check "second seed: it is one" grep -q '"--seed": "2"' "$dir/bad/pre-lr1e-3-seed2/run.json"
+check "second seed: not of what diverged" absent 'bad/*1e30-seed2'
 check "diverged: recorded" grep -q 'not finite' "$dir/bad/pre-lr1e30-seed1/outcome"
 check "diverged: others run" test "$(cat "$dir/bad/post-lr1e-3-seed1/outcome")" = finished
 check "diverged: in the table" grep -q 'diverged: not finite' "$dir/bad/table.txt"
 out=$(SCHEMES="pre post" RATES="1e30 1e-3" reproduce bad)
 check "diverged: not run again" silent_on "$out" "step 1/"
+check "diverged: all are done" says "$out" "6 runs of 3 steps, 0 of them left"
+unset SECOND_SEED
 
 # Other flags, other data, and what is wrong
 out=$(WIDTH=16 SCHEMES=pre RATES=1e-3 reproduce killed)
