@@ -1305,17 +1305,24 @@ inline int threads_for(int64_t units, int most) {
 // channel i + channels/2. A block has a row, a thread N channels of a first half and their
 // partners. Moves, per number of q and k: those of S, once read and once written, and once more
 // written where raw is kept.
-template <int N, class S>
-__global__ static void qk_forward_kernel(S* qkv, S* raw, NormStats* stats, const S* q_weight,
-                                         const S* k_weight, float eps, const CosSin* table,
-                                         AttentionShape a) {
+template <int N, class S, class X>
+__global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats* stats,
+                                         const S* q_weight, const S* k_weight, float eps,
+                                         const CosSin* table, AttentionShape a) {
     SharedMemory shared;
     float* exchange = shared.take<float>(2 * warp);
     const int Q = a.q_width(), K = a.kv_width();
     const int half = (a.channels + 1) / 2; // an odd last one has a channel of padding for partner
     const int units = half / N;            // of a head
     const int64_t row = a.first + int64_t(blockIdx.x);
-    S* x = qkv + row * a.row();
+    const X* x = in + int64_t(blockIdx.x) * a.row();
+    S* y = qkv + row * a.row();
+    if constexpr (!std::is_same_v<S, X>) // v, which is otherwise in its place
+        for (int at = Q + K + threadIdx.x * 8; at < a.row(); at += blockDim.x * 8) {
+            float v[8];
+            load8(v, x + at);
+            store8(y + at, v);
+        }
     float rstd[2] = {1, 1}; // of q, of k
     if (raw) {
         float squares[2] = {};
@@ -1363,7 +1370,7 @@ __global__ static void qk_forward_kernel(S* qkv, S* raw, NormStats* stats, const
                 high[i] = x1 * cos + x0 * sin;
             }
         }
-        store_some(x + at, low), store_some(x + at + half, high);
+        store_some(y + at, low), store_some(y + at + half, high);
     }
 }
 
@@ -1371,15 +1378,22 @@ __global__ static void qk_forward_kernel(S* qkv, S* raw, NormStats* stats, const
 // attention, in place: OLMo 2's RMSNorm over the whole of q and of k, if there is `raw` (rows,
 // (NH + KVH)·HS), which keeps what it saw, and stats (rows, 2); then rotary positions, if there is
 // a table (T, channels/2). From row `first` on. Channels of padding are 0 and stay so.
+template <class S, class X>
+void qk_forward(S* qkv, const X* in, S* raw, NormStats* stats, const S* q_weight, const S* k_weight,
+                double eps, const CosSin* table, const AttentionShape& a, cudaStream_t stream) {
+    if (!raw && !table && std::is_same_v<S, X>) return;
+    const bool whole = a.channels % 16 == 0; // both halves are vectors of 8
+    const int units = (a.NH + a.KVH) * blocks_for(a.channels, whole ? 16 : 2);
+    launch(whole ? qk_forward_kernel<8, S, X> : qk_forward_kernel<1, S, X>,
+           unsigned(a.rows() - a.first), threads_for(units, 512), shared_bytes<float>(2 * warp),
+           stream, qkv, in, raw, stats, q_weight, k_weight, float(eps), table, a);
+}
+// In place.
 template <class S>
 void qk_forward(S* qkv, S* raw, NormStats* stats, const S* q_weight, const S* k_weight, double eps,
                 const CosSin* table, const AttentionShape& a, cudaStream_t stream) {
-    if (!raw && !table) return;
-    const bool whole = a.channels % 16 == 0; // both halves are vectors of 8
-    const int units = (a.NH + a.KVH) * blocks_for(a.channels, whole ? 16 : 2);
-    launch(whole ? qk_forward_kernel<8, S> : qk_forward_kernel<1, S>, unsigned(a.rows() - a.first),
-           threads_for(units, 512), shared_bytes<float>(2 * warp), stream, qkv, raw, stats,
-           q_weight, k_weight, float(eps), table, a);
+    qk_forward(qkv, static_cast<const S*>(qkv + int64_t(a.first) * a.row()), raw, stats, q_weight,
+               k_weight, eps, table, a, stream);
 }
 
 // The norm's, in place on dqkv's q and k. Blocks take every so many rows, and add up the weights'
@@ -2627,6 +2641,7 @@ template <class S> struct Activations {
     Slots<Array<S>> branch;            // (rows, C) of each junction but the first: b
     Slots<Array<JunctionStats>> stats; // (rows) of each junction
     Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
+    Array<float> wide;                 // (rows, the same): q, k and v before they are rounded
     Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), with OLMo 2's norm
     Slots<Array<NormStats>> qk_stats;  // (rows, 2)
     Slots<Array<S>> attended;          // (rows, NH·HS)
@@ -2642,6 +2657,12 @@ template <class S> struct Activations {
     Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
     Array<float> delta;       // (rows, NH): dO · O
     Array<char> scratch;      // partial sums
+
+    // OLMo 2's norm of q and k makes the most of their rounding: they are rounded once, behind it
+    // and the rotation. Others are rounded before the rotation too, which spares a pass in float.
+    static bool rounds_behind_norm(const Config& c) {
+        return c.qk_norm && !c.qkv_bias && !std::is_same_v<S, float>;
+    }
 
     // Calls make(array, elements) for every array.
     template <class Make>
@@ -2667,6 +2688,7 @@ template <class S> struct Activations {
         // Generating text goes on from every layer's k and v.
         qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
         const int64_t qk = c.qk_norm ? rows : 0;
+        make(wide, rounds_behind_norm(c) ? rows * c.qkv_width() : 0);
         qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
         qk_stats.layout(L, qk * 2, make, keep);
         attended.layout(L, rows * c.q_width(), make, keep);
@@ -3133,8 +3155,21 @@ template <class S, class G> struct CudaModel : Model {
     void attention_sublayer_forward(int l) {
         const LayerParams& p = memory.layers[l];
         const int C = shape.width, Q = shape.q_width(), W = shape.qkv_width();
-        matrix_forward("qkv", qkv(l) + int64_t(first) * W, input(2 * l), p.qkv, p.qkv_bias, C, W);
-        if (shape.rope || shape.qk_norm) {
+        if (acts.wide.size) {
+            {
+                GpuTimed t = timed_matrix("forward", "qkv", C, W, sizeof(S));
+                linear_forward(products, acts.wide + 0, W, static_cast<const S*>(input(2 * l)),
+                               weight(p.qkv), static_cast<const S*>(nullptr), rows(), C, W, stream);
+            }
+            GpuTimed t = timed("forward", "q and k", moved(W * (1.0 + sizeof(float) / sizeof(S))));
+            qk_forward(qkv(l), static_cast<const float*>(acts.wide), qk_raw(l), qk_stats(l),
+                       weight(p.q_norm), weight(p.k_norm), shape.norm_eps, cos_sin(), attention(),
+                       stream);
+        } else {
+            matrix_forward("qkv", qkv(l) + int64_t(first) * W, input(2 * l), p.qkv, p.qkv_bias, C,
+                           W);
+        }
+        if (!acts.wide.size && (shape.rope || shape.qk_norm)) {
             GpuTimed t = timed("forward", "q and k", moved(2.0 * (Q + shape.kv_width())));
             qk_forward(qkv(l), qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
                        shape.norm_eps, cos_sin(), attention(), stream);
