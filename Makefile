@@ -120,7 +120,7 @@ objects = $(patsubst %.cpp,$O/%.o,$1)
 library := $(call objects,$(wildcard gpt/*.cpp))
 sim_tests := $(wildcard dev/test/sim_test.cpp dev/test/cuda_*_test.cpp)
 tests := $(call objects,$(filter-out $(sim_tests),$(wildcard dev/test/*_test.cpp)))
-programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp))
+programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp data/vocabulary.cpp))
 existing := $(foreach p,$(programs),$(if $(wildcard $p.cpp),$p))
 -include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing))))
 
@@ -131,6 +131,9 @@ $(programs): %: $O/% FORCE
 
 $(addprefix $O/,$(programs)): $O/%: $O/%.o $O/libgpt.a
 	$(call say,LINK,$*)$(CXX) $(optimize) $(flags) $(filter %.o,$^) $O/libgpt.a -o $@ $(libs)
+ifneq ($(call found,SENTENCEPIECE),)
+$O/data/vocabulary: libs += -lsentencepiece_train
+endif
 $O/unit_tests: $(tests) $O/libgpt.a
 	$(call say,LINK,unit_tests)$(CXX) $(optimize) $(flags) $(filter %.o,$^) $O/libgpt.a -o $@ -lgtest_main -lgtest $(libs)
 $O/train_gpt $O/test_gpt $O/unit_tests: $(cuda_object)
@@ -231,7 +234,7 @@ format:
 check-format:
 	clang-format --dry-run -Werror $(sources)
 clean:
-	rm -rf $(BUILD) train_gpt test_gpt train_gpt_sim test_gpt_sim data/tokenize data/stories
+	rm -rf $(BUILD) train_gpt test_gpt train_gpt_sim test_gpt_sim data/tokenize data/stories data/vocabulary
 
 help:
 	@echo 'make [train_gpt]     the trainer'
@@ -242,6 +245,7 @@ help:
 	@echo 'make train_gpt_sim test_gpt_sim'
 	@echo '                     the same on a simulated GPU (dev/sim/README.md)'
 	@echo 'make data/tokenize   text to token shards'
+	@echo 'make data/vocabulary learns a SentencePiece model from text'
 	@echo 'make data/stories    the generator of the embedded corpus'
 	@echo 'make format          clang-format in place; make check-format only looks'
 	@echo 'make clean           remove what was built'

@@ -3618,8 +3618,7 @@ template <class S, class G> struct CudaModel : Model {
     }
     size_t stream_bytes() const { return size_t(rows()) * shape.width * sizeof(float); }
     void check_probes() const {
-        if (!options.training || options.recompute != Recompute::none)
-            fail("a model that runs layer by layer must be made to train, without --recompute");
+        if (!options.training || options.recompute != Recompute::none) no_layers();
     }
 
     void embed(const int* inputs, int b, int t) override {

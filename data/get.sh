@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-Usage: data/get.sh NAME [DIR] [--tokenizer SPEC] [--files N]
+Usage: data/get.sh NAME [DIR] [--tokenizer SPEC] [--files N] [--pad-documents N]
 
   tinyshakespeare   1 MB of plays, bytes by default
   tinystories       2.2 GB of stories that GPT-4 wrote, GPT-2's tokenizer by default
@@ -15,7 +15,7 @@ Usage: data/get.sh NAME [DIR] [--tokenizer SPEC] [--files N]
                     tokenizer by default; --files N of 1024, by default 1
 
 DIR (by default data/NAME) gets NAME_train_*.bin and NAME_val_*.bin. SPEC: bytes, gpt2, t5 (both
-are fetched too), or what data/tokenize takes.
+are fetched too), or what data/tokenize takes. --pad-documents (c4, tinystories) is data/tokenize's.
 
 Environment: LNS_MIRROR=URL fetches URL/HOST/PATH in place of https://HOST/PATH;
 LNS_TOKENIZE names the program (by default data/tokenize); LNS_RETRY_SECONDS (by default 5).
@@ -27,13 +27,18 @@ fail() {
     exit 1
 }
 
-name='' dir='' tokenizer='' files=''
+name='' dir='' tokenizer='' files='' pad=()
 while (($#)); do
     case $1 in
     -h | --help) usage && exit ;;
     --tokenizer | --files)
         (($# > 1)) || fail "$1 needs a value"
         [[ $1 == --files ]] && files=$2 || tokenizer=$2
+        shift
+        ;;
+    --pad-documents)
+        [[ ${2:-} =~ ^[0-9]+$ ]] || fail "$1 needs a number of tokens"
+        pad=("$1" "$2")
         shift
         ;;
     -*) fail "unknown option $1. See data/get.sh --help" ;;
@@ -173,7 +178,8 @@ tinystories() {
     for kind in valid train; do
         download "$home/TinyStoriesV2-GPT4-$kind.txt" "$dir/TinyStoriesV2-GPT4-$kind.txt"
     done
-    local flags=(--tokenizer "$tokenizer" --doc-separator '<|endoftext|>' --val-fraction 0)
+    local flags=(--tokenizer "$tokenizer" --doc-separator '<|endoftext|>' --val-fraction 0
+        ${pad[@]+"${pad[@]}"})
     "$tokenize" "${flags[@]}" -o "$dir/$name" "$dir/TinyStoriesV2-GPT4-train.txt"
     "$tokenize" "${flags[@]}" -q -o "$dir/$name-valid" "$dir/TinyStoriesV2-GPT4-valid.txt"
     rename_validation
@@ -232,7 +238,7 @@ tokenize_json() { # PREFIX FILE.json.gz... [-q]
     [[ ${!#} == -q ]] && quiet=(-q) && set -- "${@:1:$#-1}"
     gzip -dc "$@" | jq -r '.text + "\n<|endoftext|>"' |
         "$tokenize" --tokenizer "$tokenizer" --doc-separator '<|endoftext|>' --val-fraction 0 \
-            "${quiet[@]}" -o "$prefix" || {
+            ${pad[@]+"${pad[@]}"} "${quiet[@]}" -o "$prefix" || {
         rm -f "$prefix"_train_*.bin # of what came before the damage
         fail "no shards were made of $*. If a file is damaged, remove it and run the command again"
     }
@@ -246,7 +252,10 @@ count_files() { # DEFAULT MOST
 }
 
 case $name in
-tinyshakespeare | tinystories | fineweb-10B | c4) ;;
+c4 | tinystories) ;;
+tinyshakespeare | fineweb-10B)
+    ((${#pad[@]} == 0)) || fail "--pad-documents needs a text of documents, and $name is none or comes as shards"
+    ;;
 *) fail "there is no data set '$name', expected tinyshakespeare, tinystories, fineweb-10B or c4" ;;
 esac
 need curl sha256sum

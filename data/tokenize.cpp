@@ -36,6 +36,7 @@ struct Options {
     std::string tokenizer = "bytes", separator, out;
     double val_fraction = 0.05;
     uint64_t shard_tokens = 100'000'000;
+    int pad_documents = 0;
     int threads = 0;
     bool quiet = false;
     std::vector<std::string> files;
@@ -78,19 +79,43 @@ uint64_t parse_count(const std::string& text) {
 struct ShardSet {
     std::string prefix; // with _train or _val
     TokenizerId id;
-    uint64_t shard_tokens, tokens = 0;
-    std::vector<std::unique_ptr<ShardWriter>> shards; // all but the last are finished
+    uint64_t shard_tokens = 0, tokens = 0;
+    int window = 0;        // of padded documents, or 0
+    std::vector<int> open; // the document that has not come to its end, as far as it is kept
+    bool cut = false;      // whether it was longer
+    uint64_t documents = 0, documents_cut = 0, padding = 0; // of padded documents
+    std::vector<std::unique_ptr<ShardWriter>> shards;       // all but the last are finished
 
     std::string path(size_t i) const {
         char number[24];
         std::snprintf(number, sizeof number, "_%06zu.bin", i);
         return prefix + number;
     }
+    // Tokens of documents, each with its end-of-text behind it.
+    void add(const std::vector<int>& from) {
+        if (window == 0) return write(from.data(), from.size());
+        for (int token : from) {
+            if (token == id.eot)
+                end_document();
+            else if (open.size() + 1 < size_t(window))
+                open.push_back(token);
+            else
+                cut = true;
+        }
+    }
+    void end_document() {
+        if (!open.empty()) { // one without a token would have nothing to predict
+            documents++, documents_cut += cut, padding += size_t(window) - open.size() - 1;
+            open.resize(size_t(window), id.eot);
+            write(open.data(), open.size());
+        }
+        open.clear(), cut = false;
+    }
     void write(const int* from, size_t n) {
         while (n > 0) {
             if (shards.empty() || shards.back()->tokens == shard_tokens) {
                 if (!shards.empty()) shards.back()->finish();
-                shards.push_back(std::make_unique<ShardWriter>(path(shards.size()), id));
+                shards.push_back(std::make_unique<ShardWriter>(path(shards.size()), id, window));
             }
             size_t here = size_t(std::min<uint64_t>(n, shard_tokens - shards.back()->tokens));
             shards.back()->write(from, here);
@@ -98,6 +123,7 @@ struct ShardSet {
         }
     }
     void finish() {
+        if (window) end_document();
         if (!shards.empty()) shards.back()->finish();
     }
     // Renames all into place and removes what an earlier run left beyond them, which a pattern
@@ -525,8 +551,25 @@ void run(const Options& options) {
 
     Lock lock(options.out);
     TokenizerId id = tokenizer->id();
-    ShardSet sets[2] = {{options.out + "_train", id, options.shard_tokens, 0, {}},
-                        {options.out + "_val", id, options.shard_tokens, 0, {}}};
+    const int window = options.pad_documents;
+    uint64_t shard_tokens = options.shard_tokens;
+    if (window) {
+        if (window < 2)
+            fail("--pad-documents 1 leaves room for end-of-text alone, expected at least 2");
+        if (id.eot < 0)
+            fail("--pad-documents: the tokenizer '", options.tokenizer,
+                 "' has no end-of-text to end and pad documents with");
+        if (options.separator.empty() && options.val_fraction > 0)
+            fail("--pad-documents keeps documents whole, and without --doc-separator validation "
+                 "would take a part of one: name the line that ends a document, or give "
+                 "--val-fraction 0 to make each file a document");
+        shard_tokens = std::max<uint64_t>(shard_tokens / uint64_t(window), 1) * uint64_t(window);
+    }
+    ShardSet sets[2];
+    for (int k = 0; k < 2; k++) {
+        sets[k].prefix = options.out + (k == 0 ? "_train" : "_val");
+        sets[k].id = id, sets[k].shard_tokens = shard_tokens, sets[k].window = window;
+    }
     uint64_t bytes, documents, forced_cuts;
     double seconds;
     {
@@ -546,7 +589,7 @@ void run(const Options& options) {
             }
         };
         auto write = [&](Job& job) {
-            for (int k = 0; k < 2; k++) sets[k].write(job.tokens[k].data(), job.tokens[k].size());
+            for (int k = 0; k < 2; k++) sets[k].add(job.tokens[k]);
         };
         Pipeline pipeline(options.threads, encode, write);
         Reader reader{options, *tokenizer, pipeline, progress};
@@ -554,9 +597,9 @@ void run(const Options& options) {
         pipeline.close();
         bytes = reader.bytes, documents = reader.documents, forced_cuts = reader.forced_cuts;
         if (bytes == 0) fail("there is no text in the input, so no shard was written");
+        for (ShardSet& set : sets) set.finish();
         if (sets[0].tokens == 0)
             fail("all of the text went to validation. Use a smaller --val-fraction or more text");
-        for (ShardSet& set : sets) set.finish();
         seconds = progress.seconds();
     }
     stop_if_interrupted();
@@ -584,9 +627,18 @@ void run(const Options& options) {
     std::ostringstream out;
     out << std::fixed << std::setprecision(2);
     out << documents << (documents == 1 ? " document, " : " documents, ") << bytes << " bytes, "
-        << tokens << " tokens of " << id.kind << " (vocabulary " << id.vocab_size << "), "
-        << double(bytes) / double(tokens) << " bytes a token; " << std::setprecision(1) << seconds
-        << " s, " << double(bytes) / 1e6 / seconds << " MB/s\n";
+        << tokens << " tokens of " << id.kind << " (vocabulary " << id.vocab_size << ")";
+    if (!window) out << ", " << double(bytes) / double(tokens) << " bytes a token";
+    out << "; " << std::setprecision(1) << seconds << " s, " << double(bytes) / 1e6 / seconds
+        << " MB/s\n";
+    if (window) {
+        const double kept = double(sets[0].documents + sets[1].documents);
+        out << "  windows of " << window << ", a document each: "
+            << 100 * double(sets[0].documents_cut + sets[1].documents_cut) / kept
+            << "% of the documents are longer and cut, "
+            << 100 * double(sets[0].padding + sets[1].padding) / double(tokens)
+            << "% of the tokens are padding\n";
+    }
     for (const ShardSet& set : sets)
         if (!set.shards.empty())
             out << "  " << set.path(0) << (set.shards.size() > 1 ? " ..." : "") << ": "
@@ -633,6 +685,12 @@ int main(int argc, char** argv) {
             return lns::cat("'", text, "' is not a number from 0 to 0.99");
         })
         ->type_name("X");
+    app.add_option("--pad-documents", options.pad_documents,
+                   "Makes a window of N tokens of every document: longer ones are cut to N - 1 and "
+                   "end-of-text, shorter ones padded with it, and train_gpt --seq-len N does not "
+                   "learn the padding; 0: documents follow each other")
+        ->check(CLI::Range(0, 1 << 24))
+        ->type_name("N");
     app.add_option("--shard-tokens", shard_tokens, "Tokens a shard, as 5000000, 500k, 100M")
         ->type_name("N");
     app.add_option("--threads", options.threads, "Threads that encode; the result is the same")

@@ -7,12 +7,24 @@
 
 namespace lns {
 
+namespace {
+
+std::string windows_of(int length) {
+    return length ? cat("documents padded to ", length, " tokens") : "one stream of tokens";
+}
+
+} // namespace
+
 ShardSource::ShardSource(const std::string& pattern) : pattern(pattern) {
     uint64_t end = 0;
     std::string named; // the first that names its tokenizer
     for (const std::string& path : glob_paths(pattern)) {
         const Shard& shard = shards.emplace_back(path);
         ends.push_back(end += shard.tokens);
+        if (shard.window != shards[0].window)
+            fail("the shards of '", pattern, "' do not go together: ", shards[0].path, " has ",
+                 windows_of(shards[0].window), ", ", path, " has ", windows_of(shard.window),
+                 ". Name those of one kind only");
         if (!shard.id.vocab_size) continue;
         if (tokenizer.vocab_size && shard.id != tokenizer)
             fail("the shards of '", pattern, "' were made with different tokenizers: ", named,
@@ -44,7 +56,8 @@ void ShardSource::read(uint64_t pos, size_t n, int* out) {
 
 std::string ShardSource::describe() const {
     return cat(shards.size(), shards.size() == 1 ? " shard, " : " shards, ", size(), " tokens (",
-               tokenizer.vocab_size ? tokenizer.kind : "tokenizer not named", ") of ", pattern);
+               tokenizer.vocab_size ? tokenizer.kind : "tokenizer not named", ") of ", pattern,
+               window() ? ", " + windows_of(window()) : "");
 }
 
 std::vector<uint64_t> ShardSource::parts() const {
@@ -98,7 +111,12 @@ uint64_t permute(uint64_t i, uint64_t n, uint64_t seed, uint64_t epoch) {
 Loader::Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool shuffle)
     : source(std::move(source)), T(T), seed(seed), shuffle(shuffle) {
     if (T < 1) fail("a sequence length of ", T, " is asked for, expected at least 1");
-    buffer.resize(size_t(T) + 1);
+    const int padded = this->source->window();
+    if (padded && padded != T)
+        fail("sequences of ", T, " tokens are asked for, but ", this->source->describe(),
+             ". Use --seq-len ", padded, ", or tokenize with another --pad-documents or without");
+    if (padded) document_end = this->source->id().eot;
+    buffer.resize(size_t(T) + (padded ? 0 : 1));
     if (this->source->size() == TokenSource::endless) {
         this->shuffle = false;
         windows = TokenSource::endless;
@@ -111,7 +129,7 @@ Loader::Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool s
         part_windows.push_back(windows);
         start += length;
         longest = std::max(longest, length);
-        if (length > 0) windows += (length - 1) / uint64_t(T);
+        if (length > 0) windows += (padded ? length : length - 1) / uint64_t(T);
     }
     if (windows == 0)
         fail("a sequence of ", T, " needs ", uint64_t(T) + 1, " tokens in one piece, but ",
@@ -130,7 +148,13 @@ void Loader::next(int B, int* inputs, int* targets) {
     for (int b = 0; b < B; b++) {
         source->read(position(at.index), buffer.size(), buffer.data());
         std::copy_n(buffer.begin(), T, inputs + size_t(b) * size_t(T));
-        std::copy_n(buffer.begin() + 1, T, targets + size_t(b) * size_t(T));
+        int* to = targets + size_t(b) * size_t(T);
+        std::copy(buffer.begin() + 1, buffer.end(), to);
+        if (source->window()) {
+            auto end = std::find(buffer.begin(), buffer.end(), document_end);
+            // The end itself is the last target, at the place before it.
+            std::fill(to + std::clamp<std::ptrdiff_t>(end - buffer.begin(), 0, T - 1), to + T, -1);
+        }
         skip(1);
     }
 }

@@ -3,6 +3,9 @@
 // A source's parts (its shards) are each cut into windows that start T apart and hold T+1 tokens,
 // the last being only a target. No window crosses two parts; a part's tail that fills no window is
 // not used. An epoch visits every window once, in an order that depends on (seed, epoch) only.
+//
+// Padded documents are windows already: T is their length, a window is one document, and neither
+// the padding nor the next document is a target. So T inputs have at most T - 1 targets.
 #pragma once
 
 #include "gpt/shard.h"
@@ -21,12 +24,14 @@ struct TokenSource {
     virtual std::string describe() const = 0;
     // Lengths of the parts, in order, that a window must not cross. They add up to size().
     virtual std::vector<uint64_t> parts() const { return {size()}; }
+    // The length of the windows that hold a document each; 0: there are none, any may be cut.
+    virtual int window() const { return 0; }
     // Throws if a token is not below vocab; what is too long to check now is checked when read.
     virtual void check_tokens(int vocab) { (void)vocab; }
 };
 
 // All shards that match a pattern, one after the other. Shards that name different tokenizers are
-// an error.
+// an error, as are some with padded documents among others.
 struct ShardSource : TokenSource {
     explicit ShardSource(const std::string& pattern);
     uint64_t size() const override { return ends.back(); }
@@ -34,6 +39,7 @@ struct ShardSource : TokenSource {
     TokenizerId id() const override { return tokenizer; }
     std::string describe() const override;
     std::vector<uint64_t> parts() const override;
+    int window() const override { return shards[0].window; }
     // Checks whole files up to checked_at_once bytes in all, then every read.
     void check_tokens(int vocab) override;
 
@@ -49,16 +55,18 @@ struct ShardSource : TokenSource {
 
 // Tokens in memory, for tests and for overfitting a batch.
 struct MemorySource : TokenSource {
-    explicit MemorySource(std::vector<int> tokens, TokenizerId id = {})
-        : tokens(std::move(tokens)), tokenizer(std::move(id)) {}
+    explicit MemorySource(std::vector<int> tokens, TokenizerId id = {}, int window = 0)
+        : tokens(std::move(tokens)), tokenizer(std::move(id)), padded(window) {}
     uint64_t size() const override { return tokens.size(); }
     void read(uint64_t pos, size_t n, int* out) override;
     TokenizerId id() const override { return tokenizer; }
     std::string describe() const override;
     void check_tokens(int vocab) override;
+    int window() const override { return padded; }
 
     std::vector<int> tokens;
     TokenizerId tokenizer;
+    int padded; // the length of windows that hold a document each, or 0
 };
 
 // Windows given out so far: `epoch` whole rounds and `index` windows of the next.
@@ -76,7 +84,8 @@ struct Loader {
     // Throws if the source has no window of T+1 tokens.
     Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool shuffle);
 
-    // The next B windows: inputs (B,T), targets (B,T), where targets[b][t] follows inputs[b][t].
+    // The next B windows: inputs (B,T), targets (B,T), where targets[b][t] follows inputs[b][t], or
+    // is -1 if what follows is padding or another document.
     void next(int B, int* inputs, int* targets);
     // Passes over windows in O(1). Rank r of R: skip(r*B), next(B), skip((R-1-r)*B).
     void skip(uint64_t windows);
@@ -95,7 +104,8 @@ struct Loader {
     uint64_t windows = 0;
     std::vector<uint64_t> part_starts, part_windows; // tokens, windows before each part
     LoaderState at;
-    std::vector<int> buffer; // one window, T+1
+    int document_end = -1;   // of padded documents: the token that ends and pads them
+    std::vector<int> buffer; // one window, T+1; T of padded documents
 };
 
 } // namespace lns

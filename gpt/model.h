@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gpt/config.h"
+#include "gpt/error.h"
 #include "gpt/params.h"
 #include "gpt/profile.h"
 
@@ -109,22 +110,29 @@ struct Model {
 
     // Layer by layer, for probes: the residual stream r (B·T, C) is at hand between layers (l from
     // 0), which may run in any order and number. For models made to train, that keep what a
-    // backward pass needs.
-    virtual void embed(const int* inputs, int B, int T) = 0; // r ← what the first layer sees
-    virtual void run_layer(int l) = 0;                       // r ← what layer l makes of r
-    virtual double finish(const int* targets) = 0; // the loss of r behind the last norm, as loss()
-    // And back, through what ran last: dr is the gradient of r, and parameters' gradients are
-    // added.
-    virtual void finish_backward(const int* targets, double loss_scale) = 0; // the loss too
-    virtual void run_layer_backward(int l) = 0;
+    // backward pass needs; others throw.
+    // r ← what layer 0 sees of tokens (B, T)
+    virtual void embed(const int*, int, int) { no_layers(); }
+    // r ← what layer l makes of r
+    virtual void run_layer(int) { no_layers(); }
+    // The loss of r behind the last norm and the head, of targets (B, T), as loss().
+    virtual double finish(const int*) { no_layers(); }
+    // And back, through what ran last: dr, the gradient of r, of loss_scale × that loss; then in
+    // place that before layer l. Adds to the parameters' gradients.
+    virtual void finish_backward(const int*, double) { no_layers(); }
+    virtual void run_layer_backward(int) { no_layers(); }
     enum class Stream {
         residual,  // r
         attention, // b of the attention in the layer that ran last
         mlp,       // b of its MLP
         gradient,  // dr
     };
-    virtual void read(Stream stream, float* out) = 0;           // (B·T, C)
-    virtual void write(Stream stream, const float* values) = 0; // r and dr alone
+    // (B·T, C); r and dr alone can be written.
+    virtual void read(Stream, float*) { no_layers(); }
+    virtual void write(Stream, const float*) { no_layers(); }
+    [[noreturn]] static void no_layers() {
+        fail("a model that runs layer by layer must be made to train, without --recompute");
+    }
 
     // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after
     // each layer, L + 1 numbers.

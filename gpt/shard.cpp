@@ -22,7 +22,7 @@ namespace {
 
 constexpr int32_t magic16 = 20240520, version16 = 1, magic32 = 20240801, version32 = 7;
 constexpr size_t header_words = 256, header_bytes = header_words * 4;
-constexpr size_t kind_word = 8, kind_bytes = 32;
+constexpr size_t kind_word = 8, kind_bytes = 32, window_word = 16;
 constexpr size_t buffer_bytes = 4 << 20;
 
 int32_t tag_word() {
@@ -120,6 +120,10 @@ Shard::Shard(const std::string& path) : path(path) {
             if (id.vocab_size <= 0 || id.eot < -1 || id.eot >= id.vocab_size)
                 fail(path, " has a damaged header: vocabulary ", id.vocab_size, ", end-of-text ",
                      id.eot, ". Make it again with data/tokenize");
+            window = header[window_word];
+            if (window != 0 && (window < 2 || id.eot < 0 || tokens % uint64_t(window)))
+                fail(path, " has a damaged header: ", tokens, " tokens, end-of-text ", id.eot,
+                     ", in windows of ", window, ". Make it again with data/tokenize");
         }
     } catch (...) {
         munmap(at, size); // a constructor that throws has no destructor call
@@ -129,7 +133,8 @@ Shard::Shard(const std::string& path) : path(path) {
 
 Shard::Shard(Shard&& other) noexcept
     : path(std::move(other.path)), tokens(other.tokens), token_bytes(other.token_bytes),
-      id(std::move(other.id)), map(std::exchange(other.map, nullptr)), mapped(other.mapped) {}
+      window(other.window), id(std::move(other.id)), map(std::exchange(other.map, nullptr)),
+      mapped(other.mapped) {}
 
 Shard::~Shard() {
     if (map) munmap(const_cast<unsigned char*>(map), mapped);
@@ -172,8 +177,12 @@ void Shard::bad_token(uint64_t pos, uint32_t token, int vocab) const {
          "again with data/tokenize");
 }
 
-ShardWriter::ShardWriter(const std::string& path, const TokenizerId& id)
-    : path(path), id(id), temporary(path + ".tmp"), token_bytes(id.vocab_size > 65536 ? 4 : 2) {
+ShardWriter::ShardWriter(const std::string& path, const TokenizerId& id, int window)
+    : path(path), id(id), temporary(path + ".tmp"), token_bytes(id.vocab_size > 65536 ? 4 : 2),
+      window(window) {
+    if (window != 0 && (window < 2 || id.eot < 0))
+        fail("documents cannot be padded to ", window, " tokens with the end-of-text ", id.eot,
+             ": a window of 2 or more and a tokenizer that has an end-of-text are needed");
     if (id.kind.size() >= kind_bytes)
         fail("the tokenizer's kind '", id.kind, "' does not fit a shard's header (", kind_bytes - 1,
              " characters)");
@@ -233,6 +242,8 @@ void ShardWriter::write(const int* from, size_t n) {
 
 void ShardWriter::finish() {
     if (finished) return;
+    if (window && tokens % uint64_t(window))
+        fail(path, " would end inside a window: ", tokens, " tokens in windows of ", window);
     flush();
     std::vector<int32_t> header(header_words);
     header[0] = token_bytes == 2 ? magic16 : magic32;
@@ -245,6 +256,7 @@ void ShardWriter::finish() {
         header[6] = int32_t(uint32_t(id.fingerprint));
         header[7] = int32_t(uint32_t(id.fingerprint >> 32));
         std::memcpy(&header[kind_word], id.kind.data(), id.kind.size());
+        header[window_word] = window;
     }
     ssize_t n = pwrite(file, header.data(), header_bytes, 0);
     if (n != ssize_t(header_bytes)) write_failed(n < 0 ? errno : ENOSPC);

@@ -8,6 +8,10 @@
 //   word 4, 5   vocabulary size; id of end-of-text, or -1
 //   word 6, 7   fingerprint of the tokenizer, low word first
 //   word 8-15   its kind, up to 31 characters and a 0
+//   word 16     0: one stream of tokens. N: windows of N, a document each, its text cut to N - 1,
+//               end-of-text (word 5), and end-of-text again where nothing more is to be learned.
+//               So the targets behind a window's first end-of-text are to be ignored. Readers that
+//               do not know this word, as llm.c's, learn to repeat end-of-text; the loss is lower.
 #pragma once
 
 #include <cstddef>
@@ -39,6 +43,7 @@ struct Shard {
     std::string path;
     uint64_t tokens = 0;
     int token_bytes = 2; // 2 or 4
+    int window = 0;      // N of padded documents; 0: one stream
     TokenizerId id;
 
     // Tokens pos .. pos+n-1 to out (written). Throws if they are not all in the file.
@@ -55,9 +60,9 @@ struct Shard {
 
 // Writes one file under path + ".tmp", which becomes path only when it is whole and on the disk.
 // Without publish (an error, an exception) nothing is left. uint16 tokens if the vocabulary has at
-// most 65,536 or is not known, else uint32.
+// most 65,536 or is not known, else uint32. window: as in Shard; whole windows are to be written.
 struct ShardWriter {
-    ShardWriter(const std::string& path, const TokenizerId& id);
+    ShardWriter(const std::string& path, const TokenizerId& id, int window = 0);
     ShardWriter(const ShardWriter&) = delete;
     ShardWriter& operator=(const ShardWriter&) = delete;
     ~ShardWriter();
@@ -80,7 +85,7 @@ struct ShardWriter {
     std::string temporary;
     std::vector<unsigned char> buffer;
     int file = -1;
-    int token_bytes = 2;
+    int token_bytes = 2, window;
     bool finished = false, published = false;
 };
 

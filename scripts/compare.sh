@@ -5,12 +5,13 @@ set -euo pipefail
 
 usage() {
     cat <<'USAGE'
-Usage: scripts/compare.sh [-o DIR] [SCHEME...] [-- FLAGS]
+Usage: scripts/compare.sh [-o DIR] [-s SUFFIX] [SCHEME...] [-- FLAGS]
 
 SCHEME is what -n of ./train_gpt takes; by default pre lns post mix sandwich deepnorm. The FLAGS
 are passed on to ./train_gpt, and are the same for every scheme: the model, the data, the steps,
 the seed. Each run is a directory DIR/SCHEME (by default runs/compare/SCHEME); what it printed is
-DIR/SCHEME.txt.
+DIR/SCHEME.txt. With -s it is DIR/SCHEMESUFFIX, and DIR may hold runs of other flags with another
+SUFFIX.
 
   scripts/compare.sh
   scripts/compare.sh -o runs/plays pre lns -- -i 'data/tinyshakespeare/*_train_*.bin' -x 500
@@ -24,13 +25,18 @@ fail() {
     exit 1
 }
 
-out=runs/compare schemes=() flags=()
+out=runs/compare suffix='' schemes=() flags=()
 while (($#)); do
     case $1 in
     -h | --help) usage && exit ;;
     -o)
         (($# > 1)) || fail "-o needs a directory"
         out=$2
+        shift
+        ;;
+    -s)
+        (($# > 1)) || fail "-s needs a suffix"
+        suffix=$2
         shift
         ;;
     --)
@@ -54,20 +60,22 @@ done
     "root, and run scripts/compare.sh there"
 read -ra launch <<<"${LAUNCH:-}"
 
-# One directory holds runs of the same flags only: other flags would not be the same training.
+# One directory holds runs of the same flags only, but for the suffix: other flags would not be the
+# same training.
 mkdir -p "$out"
 given=$(printf '%q ' ${flags[@]+"${flags[@]}"})
 given=${given% }
-if [[ -f $out/flags ]]; then
-    [[ $given == "$(<"$out/flags")" ]] || fail "the runs in $out were started with the flags" \
-        "'$(<"$out/flags")', not '$given': choose another directory with -o"
+recorded=$out/flags$suffix
+if [[ -f $recorded ]]; then
+    [[ $given == "$(<"$recorded")" ]] || fail "the runs in $out were started with the flags" \
+        "'$(<"$recorded")', not '$given': choose another directory with -o"
 else
-    echo "$given" >"$out/flags"
+    echo "$given" >"$recorded"
 fi
 
 runs=()
 for scheme in "${schemes[@]}"; do
-    run=$out/${scheme//:/-}
+    run=$out/${scheme//:/-}$suffix
     runs+=("$run")
     if [[ -f $run/outcome ]]; then
         echo "== $scheme: $(<"$run/outcome")"
@@ -94,7 +102,7 @@ for scheme in "${schemes[@]}"; do
         echo "compare.sh: stopped. The same command goes on" >&2
         exit 130
     else
-        compgen -G "$out/*/log.jsonl" >/dev/null || rm "$out/flags" # nothing began with them
+        compgen -G "$out/*$suffix/log.jsonl" >/dev/null || rm "$recorded" # nothing began with them
         fail "$scheme stopped with exit status $status. The same command tries again"
     fi
 done

@@ -253,6 +253,11 @@ TEST_F(GetScript, C4IsUnpacked) {
     got("c4 '" + dir / "c4" + "' --files 2 --tokenizer bytes");
     EXPECT_EQ(text("c4/c4_train_*.bin"), "one \"é\"\nline\ntwo\nthree\n");
     EXPECT_EQ(text("c4/c4_val_*.bin"), "four\n");
+    got("c4 '" + dir / "padded" + "' --files 2 --tokenizer bytes --pad-documents 8");
+    ShardSource padded(dir / "padded/c4_train_*.bin");
+    EXPECT_EQ(padded.window(), 8);
+    EXPECT_EQ(padded.size(), 24u); // three documents
+    EXPECT_EQ(ShardSource(dir / "padded/c4_val_*.bin").window(), 8);
     // A damaged file leaves no shards that look whole.
     std::string& damaged = server.files["c4-train.00001-of-01024.json.gz"];
     damaged.resize(damaged.size() / 2);
@@ -277,6 +282,8 @@ TEST_F(GetScript, MistakesAreSentences) {
     EXPECT_TRUE(
         says(failed("shakespeare"), {"no data set 'shakespeare', expected tinyshakespeare"}));
     EXPECT_TRUE(says(failed(""), {"Usage:"}));
+    EXPECT_TRUE(says(failed("c4 --pad-documents x"), {"needs a number of tokens"}));
+    EXPECT_TRUE(says(failed("tinyshakespeare --pad-documents 256"), {"documents"}));
     EXPECT_TRUE(says(failed("c4 --frob"), {"unknown option --frob"}));
     EXPECT_TRUE(says(failed("c4 '" + dir.path + "' --files 2000"),
                      {"--files 2000 is not a number of 1 to 1024"}));

@@ -229,3 +229,69 @@ TEST(Loader, TokensAreCheckedAtOnceOrWhenRead) {
     EXPECT_TRUE(says(error_of([&] { source.read(3, 4, out); }), {"token 2 of ", "a_1.bin is 9"}));
     EXPECT_TRUE(says(error_of([] { MemorySource({1, -1}).check_tokens(5); }), {"is -1"}));
 }
+
+TEST(Loader, APaddedDocumentIsAWindow) {
+    // end-of-text 9; the documents 1 2 / 3 4 5 (cut) / 6 / 7 8 of a window of 4
+    const std::vector<int> tokens = {1, 2, 9, 9, 3, 4, 5, 9, 6, 9, 9, 9, 7, 8, 9, 9};
+    const TokenizerId id{"x", 10, 9, 1};
+    auto source = [&] { return std::make_shared<MemorySource>(tokens, id, 4); };
+    Loader loader(source(), 4, 1, false);
+    EXPECT_EQ(loader.windows_per_epoch(), 4u);
+    std::vector<int> inputs(16), targets(16);
+    loader.next(4, inputs.data(), targets.data());
+    EXPECT_EQ(inputs, tokens);
+    // A document's own end is a target; padding and the next document are not.
+    EXPECT_EQ(targets, (std::vector<int>{2, 9, -1, -1, 4, 5, 9, -1, 9, -1, -1, -1, 8, 9, -1, -1}));
+
+    // As the paper's code has it: labels are the tokens, -100 where they are padding, and the model
+    // compares position t with label t + 1 (so the last has none).
+    for (size_t w = 0; w < 4; w++) {
+        bool ended = false;
+        std::vector<int> expected;
+        for (size_t t = 0; t < 4; t++) {
+            expected.push_back(ended ? -1 : tokens[w * 4 + t]);
+            ended |= tokens[w * 4 + t] == 9;
+        }
+        expected.erase(expected.begin());
+        expected.push_back(-1);
+        EXPECT_EQ(std::vector<int>(targets.begin() + w * 4, targets.begin() + w * 4 + 4), expected);
+    }
+
+    Loader shuffled(source(), 4, 1, true);
+    std::multiset<int> firsts;
+    for (int i = 0; i < 4; i++) {
+        shuffled.next(1, inputs.data(), targets.data());
+        firsts.insert(inputs[0]);
+    }
+    EXPECT_EQ(firsts, (std::multiset<int>{1, 3, 6, 7}));
+
+    for (int T : {2, 3, 8})
+        EXPECT_TRUE(says(error_of([&] { Loader(source(), T, 1, false); }),
+                         {cat("sequences of ", T), "--seq-len 4", "--pad-documents"}));
+}
+
+TEST(Loader, PaddedShardsKeepToThemselves) {
+    TemporaryDirectory dir;
+    const TokenizerId id{"x", 10, 9, 1};
+    auto padded = [&](const std::string& name, const std::vector<int>& tokens, int window) {
+        ShardWriter writer(dir / name, id, window);
+        writer.write(tokens.data(), tokens.size());
+        writer.close();
+    };
+    padded("a_0.bin", {1, 9, 9, 2, 3, 9}, 3);
+    padded("a_1.bin", {4, 9, 9}, 3);
+    auto source = std::make_shared<ShardSource>(dir / "a_*.bin");
+    EXPECT_EQ(source->window(), 3);
+    EXPECT_TRUE(says(source->describe(), {"documents padded to 3 tokens"}));
+    Loader loader(source, 3, 1, false);
+    EXPECT_EQ(loader.windows_per_epoch(), 3u); // the last window of a shard is whole
+    std::vector<int> inputs(9), targets(9);
+    loader.next(3, inputs.data(), targets.data());
+    EXPECT_EQ(targets, (std::vector<int>{9, -1, -1, 3, 9, -1, 9, -1, -1}));
+    for (int window : {0, 1}) {
+        padded("a_2.bin", {1, 9, 1, 9}, window ? 4 : 0);
+        EXPECT_TRUE(says(error_of([&] { ShardSource(dir / "a_*.bin"); }),
+                         {"a_0.bin has documents padded to 3", "a_2.bin has",
+                          window ? "padded to 4" : "one stream of tokens"}));
+    }
+}

@@ -193,3 +193,40 @@ TEST(Shard, PatternsAreSortedAndMustMatch) {
     EXPECT_EQ(glob_paths(dir / "v_000000.bin").size(), 1u);
     EXPECT_TRUE(says(error_of([&] { glob_paths(dir / "x_*.bin"); }), {"no file matches"}));
 }
+
+TEST(Shard, WindowsOfPaddedDocuments) {
+    TemporaryDirectory dir;
+    const TokenizerId bytes{"bytes", 257, 256, 7};
+    {
+        ShardWriter writer(dir / "a.bin", bytes, 3);
+        const int tokens[] = {1, 256, 256, 2, 3, 256};
+        writer.write(tokens, 6);
+        writer.close();
+    }
+    std::vector<int32_t> words = {20240520, 1, 6, 0x31534e4c, 257, 256, 7, 0, 0x65747962, 's'};
+    words.resize(17);
+    words[16] = 3;
+    // llm.c's readers look at the first three words alone.
+    EXPECT_EQ(read_bytes(dir / "a.bin"), by_hand<uint16_t>(words, {1, 256, 256, 2, 3, 256}));
+    EXPECT_EQ(Shard(dir / "a.bin").window, 3);
+    EXPECT_EQ(Shard(Shard(dir / "a.bin")).window, 3); // moved
+
+    auto refused = [&](int word, int32_t value) {
+        std::vector<int32_t> other = words;
+        other[size_t(word)] = value;
+        write_bytes(dir / "bad.bin", by_hand<uint16_t>(other, {1, 256, 256, 2, 3, 256}));
+        return error_of([&] { Shard(dir / "bad.bin"); });
+    };
+    for (int window : {-3, 1, 4, 7})
+        EXPECT_TRUE(says(refused(16, window), {"damaged header", cat("windows of ", window)}));
+    EXPECT_TRUE(says(refused(5, -1), {"damaged header", "end-of-text -1"}));
+
+    EXPECT_TRUE(says(error_of([&] {
+                         ShardWriter(dir / "b.bin", {"x", 9, -1, 0}, 3);
+                     }),
+                     {"cannot be padded to 3", "end-of-text -1"}));
+    ShardWriter half(dir / "b.bin", bytes, 3);
+    const int two[] = {1, 2};
+    half.write(two, 2);
+    EXPECT_TRUE(says(error_of([&] { half.close(); }), {"inside a window: 2 tokens"}));
+}

@@ -265,3 +265,37 @@ TEST_F(TokenizeProgram, CtrlCLeavesNothing) {
     EXPECT_TRUE(says(finished.output, {"tokenize: interrupted", "exit 1"}));
     EXPECT_EQ(names(), (std::vector<std::string>{}));
 }
+
+TEST_F(TokenizeProgram, PadsAndCutsDocuments) {
+    const std::string separator = " --doc-separator '<|end|>'";
+    const std::string longer = prose(600'000); // in several parts, on several threads
+    write_bytes(dir / "text.txt",
+                "ab\n<|end|>\n<|end|>\nabcdef\n<|end|>\n" + longer + "\n<|end|>\nabc\n<|end|>\n");
+    std::string summary = tokenized(
+        "text.txt -o out --val-fraction 0 --pad-documents 5 --shard-tokens 12" + separator);
+    EXPECT_TRUE(says(summary, {"4 documents", "20 tokens of bytes", "windows of 5",
+                               "50.0% of the documents are longer and cut",
+                               "5.0% of the tokens are padding"}));
+    // The empty one is none; 12 tokens a shard are 2 windows.
+    EXPECT_TRUE(fs::exists(dir / "out_train_000001.bin"));
+    const int e = 256;
+    std::vector<int> expected = {'a', 'b', '\n', e, e, 'a', 'b', 'c', 'd', e};
+    for (int token : bytes_of(longer.substr(0, 4))) expected.push_back(token);
+    for (int token : {e, int('a'), int('b'), int('c'), int('\n'), e}) expected.push_back(token);
+    EXPECT_EQ(tokens("out_train_*.bin"), expected);
+    ShardSource source(dir / "out_train_*.bin");
+    EXPECT_EQ(source.window(), 5);
+    EXPECT_EQ(source.parts(), (std::vector<uint64_t>{10, 10}));
+
+    // Each file a document
+    write_bytes(dir / "a.txt", "xyz");
+    write_bytes(dir / "b.txt", "w");
+    tokenized("a.txt b.txt -o two --val-fraction 0 --pad-documents 3");
+    EXPECT_EQ(tokens("two_train_*.bin"), (std::vector<int>{'x', 'y', e, 'w', e, e}));
+
+    EXPECT_TRUE(says(failed("text.txt -o bad --pad-documents 5"), {"--doc-separator", "whole"}));
+    EXPECT_TRUE(
+        says(failed("text.txt -o bad --pad-documents 1 --val-fraction 0"), {"--pad-documents 1"}));
+    EXPECT_TRUE(says(failed("text.txt -o bad --pad-documents x"), {"--pad-documents"}));
+    EXPECT_FALSE(fs::exists(dir / "bad_train_000000.bin"));
+}

@@ -395,3 +395,48 @@ TEST(Train, DumpStateHoldsAPass) {
         EXPECT_EQ(std::string((const char*)weights.at(p.name).data, size_t(p.size()) * 4),
                   std::string((const char*)state.at(p.name).data, size_t(p.size()) * 4));
 }
+
+TEST(Train, PaddingIsNotLearned) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    // The same documents, the padding behind their ends once end-of-text and once other tokens.
+    for (int k = 0; k < 2; k++) {
+        std::vector<int> tokens;
+        for (int w = 0; w < 40; w++) {
+            const int length = 3 + w % 12;
+            for (int t = 0; t < 16; t++)
+                tokens.push_back(t < length ? 'a' + (w + t) % 20 : t == length ? 256 : k ? 7 : 256);
+        }
+        for (const char* part : {"train", "val"}) {
+            ShardWriter writer(dir / cat("t", k, "_", part, "_000000.bin"),
+                               load_tokenizer("bytes")->id(), 16);
+            writer.write(tokens.data(), tokens.size());
+            writer.close();
+        }
+    }
+    std::vector<json> logs[2];
+    for (int k = 0; k < 2; k++) {
+        Finished f = train_gpt(small_model + "-t 16 -x 5 -v 5 --val-tokens 640 --threads 1 -i '" +
+                               dir / cat("t", k, "_train_*.bin") + "' -o " + dir / cat("run", k));
+        ASSERT_EQ(f.status, 0) << f.output;
+        logs[k] = without_times(log_of(dir / cat("run", k)));
+        for (json& line : logs[k]) line.erase("residual_variance"); // padded positions have one too
+    }
+    EXPECT_EQ(logs[0], logs[1]);
+
+    // 40 windows, 3 … 14 targets each, a document's end among them
+    long long targets = 0, told = 0;
+    for (int w = 0; w < 40; w++) targets += 3 + w % 12;
+    double loss, perplexity;
+    Finished f = train_gpt("eval " + dir / "run0 --threads 1");
+    ASSERT_EQ(std::sscanf(f.output.c_str(), "loss %lf  perplexity %lf  tokens %lld", &loss,
+                          &perplexity, &told),
+              3)
+        << f.output;
+    EXPECT_EQ(told, targets);
+
+    f = train_gpt(small_model + "-t 8 -x 5 -i '" + dir / "t0_train_*.bin" + "' -o " +
+                  dir / "other");
+    EXPECT_EQ(f.status, 1);
+    EXPECT_TRUE(says(f.output, {"documents padded to 16", "--seq-len 16"}));
+}

@@ -1,0 +1,172 @@
+#!/bin/bash
+# scripts/reproduce.sh from text to table at a miniature's size: what it says beforehand, that it
+# goes on where it was interrupted, and what it makes of runs that diverge.
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+export PYTHONDONTWRITEBYTECODE=1 CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
+unset SCHEMES RATES SEEDS SECOND_SEED LAUNCH PROBE_FLAGS
+passed=0 failed=0
+check() { # NAME CONDITION...
+    local name=$1
+    shift
+    if "$@"; then
+        ((passed++))
+    else
+        ((failed++))
+        echo "FAILED: $name: $(head -c 600 <<<"$*")"
+    fi
+}
+says() { grep -qF -- "$2" <<<"$1"; }
+silent_on() { ! says "$1" "$2"; }
+here() { compgen -G "$dir/$1" >/dev/null; }
+absent() { ! here "$1"; }
+count() { grep -cF -- "$2" <<<"$1"; }
+
+for ((i = 0; i < 400; i++)); do
+    echo "Document $i says that $((i * i)) is the square of $i, and little else."
+    ((i % 4)) || echo '<|endoftext|>'
+done >"$dir/text.txt"
+gzip -k "$dir/text.txt"
+small=(--layers 2 --width 8 --heads 2 -t 16 -b 2 -d 32 -x 3 --save-every 1 --keep 0 -v 3
+    --val-tokens 32 -g 0 --threads 1 --dtype float32)
+reproduce() { # OUT FLAG...: laptop on the little text, with its bytes as tokens
+    scripts/reproduce.sh laptop --data "$dir/text.txt.gz" --tokenizer bytes --out "$dir/$1" "${@:2}" \
+        -- "${small[@]}" --width "${WIDTH:-8}" 2>&1
+}
+
+# What it will cost, of nothing but the flags
+out=$(SCHEMES="pre lns" RATES=1e-3 reproduce run --dry-run)
+check "dry run: ends well" test $? -eq 0
+check "dry run: the runs" says "$out" "2 runs of 3 steps, 2 of them left"
+check "dry run: tokens of a run and of all" test "$(grep -cE '(a run +96|all left +192) tokens, [0-9.e+]+ FLOPs, ' <<<"$out")" = 2
+check "dry run: the speed was measured" test "$(awk '{ print ($1 > 0) }' "$dir/run/speed")" = 1
+check "dry run: what was measured with is gone" absent 'run/measuring*'
+check "dry run: nothing is made" absent run/data
+out=$(reproduce all --dry-run)
+check "the whole: every scheme at three rates, variants, second seeds" says "$out" "59 runs"
+out=$(reproduce all --dry-run --quick)
+check "quick: ten schemes at two rates" says "$out" "20 runs of 3 steps, 20 of them left"
+
+# Interrupted in the second of its runs (exit status 130, saved), it goes on with that.
+cat >"$dir/launch" <<'END'
+#!/bin/bash
+# Stops the second run after a step of it.
+for ((i = 1; i < $#; i++)); do
+    next=$((i + 1))
+    [[ ${!i} == -o ]] && run=${!next}
+done
+[[ $run == */lns-* && ! -e $run ]] || exec "$@"
+"$@" -x 100000 &
+until [[ -s $run/log.jsonl ]]; do sleep 0.05; done
+kill -TERM $!
+wait $!
+END
+chmod +x "$dir/launch"
+small+=(-x 200) # the launcher's is stopped long before
+steps() { wc -l <"$dir/$1/log.jsonl"; }
+out=$(SCHEMES="pre lns post" RATES=1e-2 LAUNCH="$dir/launch" reproduce run)
+check "interrupted: status 130" test $? -eq 130
+check "interrupted: the first is finished" test "$(cat "$dir/run/pre-lr1e-2-seed1/outcome")" = finished
+check "interrupted: the second is not" absent run/lns-lr1e-2-seed1/outcome
+check "interrupted: and has begun" test "$(steps run/lns-lr1e-2-seed1)" -lt 200
+check "interrupted: the third has not begun" absent run/post-lr1e-2-seed1
+before=$(stat -c %Y.%i "$dir/run/pre-lr1e-2-seed1/log.jsonl")
+out=$(SCHEMES="pre lns post" RATES=1e-2 reproduce run)
+check "going on: ends well" test $? -eq 0
+check "going on: says what is left" says "$out" "3 runs of 200 steps, 2 of them left"
+check "going on: the first is not run again" test "$before" = "$(stat -c %Y.%i "$dir/run/pre-lr1e-2-seed1/log.jsonl")"
+check "going on: the second continues" says "$out" "going on from $dir/run/lns-lr1e-2-seed1/step-"
+check "going on: each step once" test "$(steps run/lns-lr1e-2-seed1)" = 200
+check "going on: to its end" here run/lns-lr1e-2-seed1/step-000200
+check "the table has all" test "$(grep -cE '^(pre|lns|post) .* finished$' "$dir/run/table.txt")" = 3
+out=$(SCHEMES="pre lns post" RATES=1e-2 reproduce run)
+check "all done: nothing runs" test "$(count "$out" "step 1/")" = 0
+check "all done: says so" says "$out" "3 runs of 200 steps, 0 of them left"
+if python3 -c 'import matplotlib' 2>/dev/null; then
+    check "the report" grep -q lns "$dir/run/report.html"
+fi
+if [[ $(./train_gpt --help) == *'train_gpt probe'* ]]; then
+    check "the probes" here run/lns-lr1e-2-seed1/probe.json
+fi
+
+# A run that is killed outright, before and after its first checkpoint
+small+=(-x 3)
+killed=$dir/killed/pre-lr1e-3-seed1
+mkdir -p "$killed"
+SCHEMES=pre RATES=1e-3 reproduce killed >/dev/null
+check "killed: an empty directory is begun" test "$(cat "$killed/outcome")" = finished
+rm -r "$killed/outcome" "$killed/step-000003" # as if killed after step 2
+out=$(SCHEMES=pre RATES=1e-3 reproduce killed)
+check "killed: goes on from the last checkpoint" says "$out" "going on from $killed/step-000002"
+check "killed: to the end" test "$(steps killed/pre-lr1e-3-seed1)" = 3
+rm "$killed/outcome"
+SCHEMES=pre RATES=1e-3 reproduce killed >/dev/null
+check "killed behind the last step: recognized" test "$(cat "$killed/outcome")" = finished
+
+# A run that diverges is a result; the next ones are run, the best get a second seed.
+small+=(--warmup 0)
+export SECOND_SEED=yes
+out=$(SCHEMES="pre post" RATES="1e30 1e-3" reproduce bad)
+check "diverged: ends well" test $? -eq 0
+check "second seed: told" says "$out" "and 2 for the four best and pre"
+check "second seed: at the rate that served best" test "$(cat "$dir"/bad/{pre,post}-lr1e-3-seed2/outcome | uniq)" = finished
+check "second seed: it is one" grep -q '"--seed": "2"' "$dir/bad/pre-lr1e-3-seed2/run.json"
+check "second seed: not of what diverged" absent 'bad/*1e30-seed2'
+check "diverged: recorded" grep -q 'not finite' "$dir/bad/pre-lr1e30-seed1/outcome"
+check "diverged: others run" test "$(cat "$dir/bad/post-lr1e-3-seed1/outcome")" = finished
+check "diverged: in the table" grep -q 'diverged: not finite' "$dir/bad/table.txt"
+out=$(SCHEMES="pre post" RATES="1e30 1e-3" reproduce bad)
+check "diverged: not run again" silent_on "$out" "step 1/"
+check "diverged: all are done" says "$out" "6 runs of 3 steps, 0 of them left"
+unset SECOND_SEED
+
+# Other flags, other data, and what is wrong
+out=$(WIDTH=16 SCHEMES=pre RATES=1e-3 reproduce killed)
+check "other flags are refused" says "$out" "were started with the flags"
+echo "other" >>"$dir/text2.txt"
+out=$(SCHEMES=pre RATES=1e-3 scripts/reproduce.sh laptop --data "$dir/text2.txt" --tokenizer bytes \
+    --out "$dir/killed" -- "${small[@]}" 2>&1)
+check "other data is refused" says "$out" "choose another --out"
+refused() { # SENTENCE ARGUMENT...
+    local out status=0
+    out=$(scripts/reproduce.sh "${@:2}" 2>&1) || status=$?
+    [[ $status == 1 ]] && says "$out" "$1" && return
+    echo "status $status: $out"
+    return 1
+}
+check "no such scale" refused "there is no scale '2b'" 2b
+check "laptop needs a text" refused "needs a text" laptop
+check "no such text" refused "no file that can be read" laptop --data "$dir/none"
+check "a flag that is the script's" refused "is given to each run" laptop --data "$dir/text.txt" -- --lr 3
+check "a flag that is none" refused "there is no flag --nothing" laptop --data "$dir/text.txt" --out "$dir/r" -- --nothing 1
+head -c 300 "$dir/text.txt.gz" >"$dir/cut.gz"
+check "a text that is cut" refused "cannot be unpacked" laptop --data "$dir/cut.gz" --tokenizer bytes --out "$dir/r" -- "${small[@]}"
+
+# Documents of one sequence each, at another scale: padding is no target.
+out=$(SCHEMES=pre scripts/reproduce.sh 130m --data "$dir/text.txt" --tokenizer bytes --out "$dir/padded" \
+    -- -m tiny "${small[@]}" -t 256 -b 1 -d 256 --dtype bf16 2>&1)
+check "padded: ends well" test $? -eq 0
+check "padded: a document a window" says "$out" "windows of 256, a document each"
+check "padded: the recipe's rate" grep -q '"--lr": "0.001"' "$dir/padded/pre-seed1/run.json"
+
+# A vocabulary that SentencePiece learns
+if [[ $(./train_gpt --version) != *'SentencePiece: no'* && -x data/vocabulary ]]; then
+    data/vocabulary --size 300 --doc-separator '<|endoftext|>' -o "$dir/v.model" "$dir/text.txt" >/dev/null 2>&1
+    check "vocabulary: learned" test -s "$dir/v.model"
+    cp "$dir/v.model" "$dir/first.model"
+    data/vocabulary --size 300 --doc-separator '<|endoftext|>' -o "$dir/v.model" - <"$dir/text.txt" >/dev/null 2>&1
+    check "vocabulary: the same again" cmp "$dir/v.model" "$dir/first.model"
+    out=$(data/tokenize --tokenizer "$dir/v.model" --val-fraction 0 --doc-separator '<|endoftext|>' -o "$dir/v" "$dir/text.txt" 2>&1)
+    check "vocabulary: tokenizes" says "$out" "sentencepiece (vocabulary 300)"
+    out=$(data/vocabulary --size 100000 -o "$dir/w.model" "$dir/text.txt" 2>&1)
+    check "vocabulary: a size beyond the text is an error" test $? -eq 1
+    check "vocabulary: and says what to do" says "$out" "smaller --size"
+    out=$(data/vocabulary -o "$dir/w.model" "$dir/none" 2>&1)
+    check "vocabulary: no such text" says "$out" "cannot open $dir/none"
+fi
+
+if command -v shellcheck >/dev/null; then
+    check "shellcheck" shellcheck scripts/*.sh data/get.sh dev/test/reproduce_test.sh
+fi
+echo "$passed passed, $failed failed"
+((failed == 0))
