@@ -194,8 +194,10 @@ sim_libs := $(filter-out -lnccl -lcublasLt -lcudart_static,$(libs)) $(if $(call 
 S := $O/sim-$(shell echo $(sim_optimize) $(sim_flags) $(sim_libs) | cksum | cut -d' ' -f1)
 sim_library := $(patsubst %.cpp,$S/%.o,$(wildcard dev/sim/*.cpp))
 sim_programs := train_gpt_sim test_gpt_sim
-# Fibers and the names of kernels are Linux's.
-sim_test_programs := $(if $(filter Linux,$(shell uname)),$(if $(wildcard train_gpt.cu),$(sim_tests:dev/test/%.cpp=$S/%) $S/test_gpt_sim))
+# Fibers and the names of kernels are Linux's. Under sanitizers test_gpt_sim takes ten minutes:
+# `make SANITIZE=1 test_gpt_sim` builds it for whoever wants to wait.
+sim_test_programs := $(if $(filter Linux,$(shell uname)),$(if $(wildcard train_gpt.cu),$(sim_tests:dev/test/%.cpp=$S/%) \
+    $(if $(call yes,$(SANITIZE)),,$S/test_gpt_sim)))
 -include $(wildcard $S/*.d $S/dev/*/*.d)
 
 .PHONY: $(sim_programs)
