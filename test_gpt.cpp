@@ -22,6 +22,7 @@
 #include "gpt/ranks.h"
 #include "gpt/safetensors.h"
 #ifdef LNS_SIM
+#include "dev/sim/runtime.h"
 #include "dev/sim/sim.h"
 #endif
 
@@ -1308,6 +1309,13 @@ Row check_gpu_step(DType gradients) {
             {},
             {},
             ""};
+#ifdef LNS_SIM
+    // What is not waited for comes late: from the memory's first zeros on.
+    struct Late {
+        Late() { sim::set_late_streams(true); }
+        ~Late() { sim::set_late_streams(false); }
+    } late;
+#endif
     const Config c = bf16_config("qwen2", "sandwich+gpas");
     const int B = 2, T = 9, M = 3;
     std::vector<int> inputs, targets;

@@ -102,9 +102,16 @@ template <class X> struct Array {
         X* memory = nullptr;
         CUDA(cudaMalloc(reinterpret_cast<void**>(&memory), size_t(n) * sizeof(X)));
         data.reset(memory);
+        // On the default stream, for which streams of our own do not wait, nor does this call.
         CUDA(cudaMemset(memory, 0, size_t(n) * sizeof(X)));
+        CUDA(cudaStreamSynchronize(nullptr));
     }
     operator X*() const { return data.get(); }
+    // size numbers, which have arrived when it returns.
+    void upload(const X* numbers) const {
+        CUDA(cudaMemcpy(data.get(), numbers, size_t(size) * sizeof(X), cudaMemcpyHostToDevice));
+        CUDA(cudaStreamSynchronize(nullptr)); // a copy from memory not pinned may return sooner
+    }
 
     struct Free {
         void operator()(X* p) const { cudaFree(p); }
@@ -2970,7 +2977,7 @@ template <class S, class G> struct CudaModel : Model {
         for (const Param& p : memory.params)
             for (int64_t i = p.offset / 8; p.decay && i < (p.offset + p.size()) / 8; i++)
                 bits[i / 32] |= 1u << i % 32;
-        CUDA(cudaMemcpy(decays, bits.data(), bits.size() * 4, cudaMemcpyHostToDevice));
+        decays.upload(bits.data());
     }
     template <class Make> void upload_rope_table(const Make& make) {
         const int half = config.head_size / 2;
@@ -2983,8 +2990,7 @@ template <class S, class G> struct CudaModel : Model {
                 table[t * half + i] = {float(std::cos(angle)), float(std::sin(angle))};
             }
         make(rope_table, reach * half);
-        CUDA(cudaMemcpy(rope_table, table.data(), table.size() * sizeof(CosSin),
-                        cudaMemcpyHostToDevice));
+        rope_table.upload(table.data());
     }
 
     std::string device() const override { return "cuda"; }

@@ -351,11 +351,13 @@ cudaError_t enqueue(cudaStream_t handle, Work work) {
                 return result(cudaErrorStreamCaptureImplicit);
             }
         drain_blocking();
-    } else if (late()) {
-        stream->queue.push_back(std::move(work));
-        return cudaSuccess;
+    } else if (!(stream->flags & cudaStreamNonBlocking)) {
+        drain(streams()[0]); // which such a stream waits for
     }
-    run_work(work);
+    if (late())
+        stream->queue.push_back(std::move(work));
+    else
+        run_work(work);
     return cudaSuccess;
 }
 
@@ -725,12 +727,25 @@ cudaError_t copy(const char* name, void* to, size_t to_pitch, const void* from, 
     const size_t to_bytes = (height - 1) * to_pitch + width;
     const size_t from_bytes = (height - 1) * from_pitch + width;
     bool now = check_copy(name, to, from, std::min(to_bytes, from_bytes), kind);
-    auto work = [=] {
-        for (size_t row = 0; row < height; row++)
-            std::memmove(static_cast<char*>(to) + row * to_pitch,
-                         static_cast<const char*>(from) + row * from_pitch, width);
+    auto work_from = [=](const void* source) {
+        return [=] {
+            for (size_t row = 0; row < height; row++)
+                std::memmove(static_cast<char*>(to) + row * to_pitch,
+                             static_cast<const char*>(source) + row * from_pitch, width);
+        };
     };
-    if (const cudaError_t error = lns::sim::enqueue(stream, {name, nullptr, work})) return error;
+    // From memory that is not pinned a copy returns when what is to be copied has been put aside,
+    // not when it has arrived.
+    if (now && late() && is_device(to) && !stream_of(stream)->capture) {
+        std::shared_ptr<char[]> aside(new char[from_bytes]);
+        for (size_t row = 0; row < height; row++)
+            std::memcpy(aside.get() + row * from_pitch,
+                        static_cast<const char*>(from) + row * from_pitch, width);
+        return lns::sim::enqueue(
+            stream, {name, nullptr, [aside, work = work_from(aside.get())] { work(); }});
+    }
+    if (const cudaError_t error = lns::sim::enqueue(stream, {name, nullptr, work_from(from)}))
+        return error;
     if (stream_of(stream)->capture) now = false;
     if (wait || now) drain(stream_of(stream));
     return cudaSuccess;
@@ -797,6 +812,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
     }
     if (!handle) drain_blocking();
     drain(stream);
+    drain(streams()[0]); // in the meantime
     if (kept_error) std::rethrow_exception(std::exchange(kept_error, nullptr));
     return cudaSuccess;
 }
@@ -821,6 +837,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
     if (stream->capture) return result(cudaErrorStreamCaptureIsolation);
     return lns::sim::enqueue(handle, {"cudaStreamWaitEvent", nullptr, [record] {
                                           while (!record->done) run_next(record->stream);
+                                          drain(streams()[0]); // in the meantime
                                       }});
 }
 
@@ -848,6 +865,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     if (!event->record) return cudaSuccess;
     if (event->record->graph) return result(cudaErrorCapturedEvent);
     while (!event->record->done) run_next(event->record->stream);
+    drain(streams()[0]); // in the meantime
     return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaEventSynchronize(event); }
