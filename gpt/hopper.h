@@ -54,7 +54,7 @@ inline TensorMap tensor_map(const __nv_bfloat16* array, const uint64_t (&sizes)[
                                               cudaEnableDefault, &result));
         if (result != cudaDriverEntryPointSuccess)
             fail("the GPU's driver has no cuTensorMapEncodeTiled: it is older than CUDA 12. Update "
-                 "it, or leave LNS_ATTENTION unset");
+                 "it, or set LNS_ATTENTION=mma");
         return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
     }();
     const uint32_t every[4] = {1, 1, 1, 1};

@@ -75,7 +75,7 @@ struct Stream {
 };
 
 int sample(const Options& o, const Ranks& ranks) {
-    use_threads(o.threads);
+    use_threads(o);
     Trained trained(o.checkpoint);
     std::unique_ptr<Tokenizer> tokenizer;
     if (!o.tokenizer.empty()) {
@@ -108,7 +108,8 @@ int sample(const Options& o, const Ranks& ranks) {
     stream.show(text, true);
     std::vector<int> made;
     generate(*model, tokens, int(o.sample_tokens), context,
-             {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed)}, [&](int token) {
+             {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed), tokenizer->vocab_size()},
+             [&](int token) {
                  if (token == tokenizer->eot() && !o.ignore_eot) return false;
                  made.push_back(token);
                  stream.show(text = o.prompt + tokenizer->decode(made), false);
@@ -139,7 +140,7 @@ std::shared_ptr<TokenSource> validation_tokens(const Options& o, const Trained& 
 }
 
 int eval(const Options& o, const Ranks& ranks) {
-    use_threads(o.threads);
+    use_threads(o);
     Trained trained(o.checkpoint);
     auto source = validation_tokens(o, trained);
     const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
@@ -170,7 +171,7 @@ std::string probe_path(const std::string& checkpoint) {
 }
 
 int probe(const Options& o, const Ranks& ranks) {
-    use_threads(o.threads);
+    use_threads(o);
     Trained trained(o.checkpoint);
     const Config& config = trained.config;
     const std::string out = !o.out.empty() ? o.out : probe_path(trained.path);

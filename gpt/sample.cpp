@@ -49,11 +49,12 @@ std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int cont
     if (tokens.empty()) fail("there is no token to continue: give a prompt");
     const int V = model.config.vocab_size;
     const size_t prompt = tokens.size();
+    const int drawn = sampling.vocabulary > 0 ? std::min(sampling.vocabulary, V) : V;
     std::vector<float> logits(V);
     for (int i = 0; i < n; i++) {
         int T = int(std::min(tokens.size(), size_t(context)));
         model.logits(tokens.data() + tokens.size() - T, 1, T, true, logits.data());
-        tokens.push_back(sample_token(logits.data(), V, sampling, i));
+        tokens.push_back(sample_token(logits.data(), drawn, sampling, i));
         if (on_token && !on_token(tokens.back())) break;
     }
     tokens.erase(tokens.begin(), tokens.begin() + prompt);

@@ -13,6 +13,7 @@ struct Sampling {
     int top_k = 0;          // of the k likeliest tokens only; 0: of all
     double top_p = 1;       // of the fewest likeliest tokens that have probability p together
     uint64_t seed = 0;
+    int vocabulary = 0; // of the first so many tokens only, those the tokenizer has; 0: of all
 };
 
 struct Candidate {

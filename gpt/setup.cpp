@@ -186,13 +186,22 @@ void check_length(int64_t B, int64_t T, const Config& config) {
              width, " fit no machine's memory: lower one of them");
 }
 
-ModelOptions model_options(const Options& o, bool training, const std::string& trained) {
-    ModelOptions m;
-    const std::string why_not = o.device == "cpu" ? "" : why_no_gpu();
+namespace {
+
+Device wanted_device(const Options& o) {
+    if (o.device == "cpu") return Device::cpu;
+    const std::string why_not = why_no_gpu();
     if (o.device == "cuda" && !why_not.empty())
         fail("--device cuda: ", why_not, "; to compute on the CPU, ask for --device cpu");
-    const bool cuda = o.device == "cuda" || (o.device == "auto" && why_not.empty());
-    m.device = cuda ? Device::cuda : Device::cpu;
+    return why_not.empty() ? Device::cuda : Device::cpu;
+}
+
+} // namespace
+
+ModelOptions model_options(const Options& o, bool training, const std::string& trained) {
+    ModelOptions m;
+    m.device = wanted_device(o);
+    const bool cuda = m.device == Device::cuda;
     const bool multiplies = cuda || bf16_unit() != Bf16Unit::none;
     const std::string automatic = !trained.empty() ? trained : multiplies ? "bf16" : "float32";
     const std::string dtype = o.dtype == "auto" ? automatic : o.dtype;
@@ -215,7 +224,7 @@ ModelOptions model_options(const Options& o, bool training, const std::string& t
              ": ask for --dtype bf16 too, or leave it out");
     if (o.gradients == "bf16" && !cuda)
         fail("--gradients bf16: on a CPU gradients are float32 always, and this runs on one",
-             why_not.empty() ? "" : " (" + why_not + ")", ": leave it out");
+             o.device == "cpu" ? "" : " (" + why_no_gpu() + ")", ": leave it out");
     if (o.gradients == "bf16" && m.dtype != DType::bf16)
         fail("--gradients bf16: those of float32 weights are float32: ask for --dtype bf16 too, or "
              "leave it out");
@@ -269,13 +278,15 @@ namespace {
 
 } // namespace
 
-int use_threads(int64_t threads) {
+int use_threads(const Options& o) {
+    int64_t threads = o.threads;
 #ifdef _OPENMP
     // Of the cores that this process may use: a launcher binds its ranks to some of them.
     const int64_t cores = int64_t(usable_cores().size());
     if (threads == 0) threads = cores;
     omp_set_num_threads(int(threads));
-    if (threads == cores) pin_threads();
+    // Several runs may share a machine and its GPUs: their threads must not all be on core 0.
+    if (threads == cores && wanted_device(o) == Device::cpu) pin_threads();
     return int(threads);
 #else
     (void)threads;

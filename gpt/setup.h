@@ -53,7 +53,8 @@ ModelOptions model_options(const Options& options, bool training, const std::str
 // "bf16 (AMX-BF16), float32 master weights and moments"
 std::string describe_numbers(const ModelOptions& options);
 
-// Sets OpenMP's threads and returns how many.
-int use_threads(int64_t threads);
+// Sets OpenMP's threads and returns how many. Where the CPU is to compute, each has a core of its
+// own.
+int use_threads(const Options& options);
 
 } // namespace lns

@@ -187,7 +187,8 @@ std::string sample_text(Run& run) {
     if (!o.prompt.empty() && tokenizer) prompt = tokenizer->encode(o.prompt);
     if (prompt.empty()) prompt = {std::max(run.data.id.eot, 0)};
     std::vector<int> tokens = generate(*run.model, prompt, int(o.sample_tokens), run.T,
-                                       {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed)});
+                                       {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed),
+                                        tokenizer ? tokenizer->vocab_size() : 0});
     if (tokenizer) return o.prompt + printable(tokenizer->decode(tokens));
     std::string text = "token ids";
     for (int token : tokens) text += " " + std::to_string(token);
@@ -237,7 +238,7 @@ void dump_state(Run& run) {
 // What the options name, read and checked, before anything is allocated or written.
 void prepare(Run& run, const std::string& resume_from) {
     Options& o = run.o;
-    run.threads = use_threads(o.threads);
+    run.threads = use_threads(o);
     run.numbers = model_options(o, true);
     check_devices(run.numbers, run.ranks);
     if (o.probe_every > 0 && run.numbers.recompute != Recompute::none)

@@ -21,7 +21,7 @@ cat "$out/bench.log"
 for model in gpt2-124m llama-130m llama-1b; do
     step "profile-$model" 60 ./train_gpt bench --device cuda -m $model -b 0 -t 1024 --steps 5 --profile
 done
-# Where does attention by wgmma win?
-step profile-hopper 60 env LNS_ATTENTION=hopper ./train_gpt bench --device cuda -m llama-130m -b 0 \
+# Does attention by wgmma win?
+step profile-mma 60 env LNS_ATTENTION=mma ./train_gpt bench --device cuda -m llama-130m -b 0 \
     -t 1024 --steps 5 --profile
 step clocks 10 nvidia-smi -q -d CLOCK,POWER,TEMPERATURE

@@ -16,7 +16,7 @@ need program 60 ./train_gpt bench --device cuda -m llama-9m -b 8 -t 256 --steps 
 
 step test_gpt 240 ./test_gpt -k "cuda: "
 note "      $(tail -n 1 "$out/test_gpt.log")"
-step test_gpt-hopper 120 env LNS_ATTENTION=hopper ./test_gpt -k "cuda: llama C="
+step test_gpt-mma 120 env LNS_ATTENTION=mma ./test_gpt -k "cuda: llama C="
 
 # The second half of a run once more, from the checkpoint in its middle.
 run() { # NAME FLAGS…

@@ -125,3 +125,8 @@ TEST(Sample, GenerateCropsTheContextAndStops) {
     EXPECT_EQ(tokens, (std::vector<int>{1, 2}));
     EXPECT_THROW(generate(model, {}, 5, 4, {}), Error);
 }
+
+TEST(Sample, WhatTheTokenizerLacksIsNotDrawn) {
+    Counter model(small());
+    for (int token : generate(model, {0}, 50, 4, {2, 0, 1, 0, 2})) EXPECT_LT(token, 2);
+}
