@@ -2,6 +2,7 @@
 letters, so a page sets as many side by side as it has room for."""
 
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 
@@ -56,13 +57,15 @@ def new_panel(title, labels=(), height=HEIGHT, right=0.15):
     figure = pyplot.figure(figsize=(WIDTH, height))
     if labels:
         right = 0.3 + LETTER * (max(map(len, labels)) + 1)
-    left, bottom, top = 0.66, 0.56, 0.38
+    left, bottom, top = 0.7, 0.56, 0.38
     box = (left / WIDTH, bottom / height)
     box += ((WIDTH - left - right) / WIDTH, (height - bottom - top) / height)
     axes = figure.add_axes(box)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=5)
+    # Where it is whole, however wide the numbers beside it are.
+    axes.yaxis.set_label_coords(0.2 / WIDTH, box[1] + box[3] / 2, transform=figure.transFigure)
     figure.text(0.1 / WIDTH, 1 - 0.08 / height, title, va="top", fontweight="bold")
     return figure, axes
 
@@ -258,12 +261,16 @@ def validation_panel(groups, title, name, of=lambda loss: loss, unit="nats a tok
 
 
 def learning_rate_panel(groups, name):
-    schemes = {}
+    lines = {}
     for group in groups:
-        if math.isfinite(group.lr):
-            if group.losses or group.diverged:
-                schemes.setdefault(group.scheme, []).append(group)
-    schemes = {s: gs for s, gs in schemes.items() if len({group.lr for group in gs}) > 1}
+        if math.isfinite(group.lr) and (group.losses or group.diverged):
+            rest = sorted((k, v) for k, v in group.flags.items() if k != "--lr")
+            lines.setdefault((group.scheme, *rest), []).append(group)
+    schemes = {}
+    for (scheme, *_), same in lines.items():
+        if len({group.lr for group in same}) > 1:
+            label = re.sub(r" lr \S+$", "", same[0].label) if scheme in schemes else scheme
+            schemes[label] = same
     values = [p for gs in schemes.values() for g in gs for p in g.perplexities]
     if not values:
         return None
@@ -709,7 +716,7 @@ def jacobian_pictures(groups):
             "Jacobian of each layer",
             "Look for curves that sink toward 0 with depth: ‖J − I‖/√C near 0 says that the layer "
             "is nearly the identity; the bars are standard errors of the estimate.",
-            [panel("deviation", "‖J − I‖ / √C"), panel("norm", "‖J‖")],
+            [panel("deviation", "‖J − I‖ / √C"), panel("norm", "‖J‖ / √C")],
         ),
         Picture(
             "One layer's Jacobian",

@@ -4,14 +4,13 @@ what a reader should know before comparing groups."""
 import math
 import statistics
 
-from runs import RunError, number
+from runs import DATA, RunError, number
 
 # Flags that leave a run's result as it is, or change it no more than a seed does.
 HARMLESS = {"--seed", "--threads", "--device", "--keep", "--save-every", "--val-every", "--batch"}
 HARMLESS |= {"--sample-every", "--sample-tokens", "--prompt", "--temperature", "--top-k", "--top-p"}
 HARMLESS |= {"--recompute", "--probe-every", "--probes", "--profile"}
 MANY = 8  # groups, from where on pictures show of each scheme only the best learning rate
-DATA = ("--train", "--val", "--tokenizer", "--val-tokens", "--seq-len")  # what is predicted
 
 
 class Group:
@@ -173,24 +172,48 @@ def group_runs(runs):
 
 
 def label_groups(groups):
-    """The scheme, and what tells groups of the same scheme apart."""
+    """The scheme, and what tells groups of the same scheme apart: the learning rate, and other flags
+    where they are not as in most groups."""
+    usual = usual_flags(groups)
     for scheme in {group.scheme for group in groups}:
         same = [group for group in groups if group.scheme == scheme]
         if len(same) == 1:
             continue
         names = differing_flags(same)
         for group in same:
-            words = [f"{name.lstrip('-')} {group.flags.get(name) or '–'}" for name in names]
-            if group.flags and 0 < len(words) <= 2 and sum(map(len, words)) <= 20:
+            words = [
+                f"{name.lstrip('-')} {rounded(group.flags.get(name))}"
+                for name in names
+                if name == "--lr" or group.flags.get(name) != usual.get(name, "")
+            ]
+            if group.flags and len(words) <= 2 and sum(map(len, words)) <= 24:
                 group.label = " ".join([scheme, *words])
             else:
                 group.label = group.runs[0].name
-        labels = [group.label for group in same]
-        if len(set(labels)) < len(labels):
-            for group in same:
-                group.label = group.runs[0].path
+        for way in (lambda group: group.runs[0].name, lambda group: group.runs[0].path):
+            if len({group.label for group in same}) < len(same):
+                for group in same:
+                    group.label = way(group)
     for group in groups:  # a name need not be UTF-8
         group.label = group.label.encode("utf-8", "replace").decode()
+
+
+def rounded(value):
+    """What a flag says, a long number in short: 0.632455532034 as 0.632."""
+    text = str(value or "–")
+    return f"{number(text):.3g}" if len(text) > 8 and math.isfinite(number(text)) else text
+
+
+def usual_flags(groups):
+    """{flag: its value in more than half of the groups}."""
+    flagged = [group.flags for group in groups if group.flags]
+    usual = {}
+    for name in {name for flags in flagged for name in flags}:
+        values = [flags.get(name) for flags in flagged]
+        value = max(values, key=values.count)
+        if 2 * values.count(value) > len(values):
+            usual[name] = value
+    return usual
 
 
 def differing_flags(groups):
@@ -241,9 +264,16 @@ def by_tokenizer(groups):
 
 
 def reference(groups):
-    """The Pre-LN result: the best finished group under `pre`, or None."""
+    """The Pre-LN result: the best finished group under `pre`, of those that differ from most
+    groups in nothing but the learning rate if there is one; or None."""
+    usual = usual_flags(groups)
     pre = [group for group in groups if group.scheme == "pre" and group.losses]
-    return min(pre, key=lambda group: group.loss, default=None)
+
+    def rank(group):
+        others = [n for n in usual if n not in ("--lr", "--norm") and group.flags.get(n) != usual[n]]
+        return bool(group.flags and others), group.loss
+
+    return min(pre, key=rank, default=None)
 
 
 def drawn_of(groups):

@@ -24,7 +24,7 @@ import figures
 from groups import by_tokenizer, check, drawn_of, group_runs, mean_and_spread, perplexity, reference
 from groups import tokenizer_name, tokens_to_reach
 from plotting import COLOURS, GRID, TEXT, count, matplotlib, pyplot
-from runs import RISE, Run, RunError
+from runs import RISE, STUCK, Run, RunError, judge_together
 
 # Of the SVG's colours, what the page sets by itself: in the dark they are lighter.
 VARIABLES = {TEXT: "ink", GRID: "grid", **{c: f"c{i}" for i, c in enumerate(COLOURS)}}
@@ -223,7 +223,7 @@ def result(groups):
         "Perplexity and loss are the last validation’s, the mean ± the sample standard deviation "
         "over seeds of the runs that finished; in brackets, of a run that did not. A run diverged "
         "if a loss was not finite, if it ended above where it began, or more than "
-        f"{RISE} nats above its best validation."
+        f"{RISE} nats above its best validation, or {STUCK} above the best run on the same data."
     )
     if any(reference(same) for _, same in classes):
         note += (
@@ -410,6 +410,7 @@ def main():
     paths = list(dict.fromkeys(os.path.normpath(path) for path in args.runs))
     runs = [Run(path) for path in paths]
     check(runs)
+    judge_together(runs)
     groups, notes = group_runs(runs)
     figures.prepare()
     pyplot.rcParams["figure.max_open_warning"] = 0

@@ -11,6 +11,8 @@ import math
 import os
 
 RISE = 0.5  # nats above its best validation loss that count as diverged
+STUCK = 1.5  # nats above the best run on the same data that do, though the loss never rose
+DATA = ("--train", "--val", "--tokenizer", "--val-tokens", "--seq-len")  # what is predicted
 
 
 class RunError(Exception):
@@ -48,6 +50,7 @@ class Run:
         starts = starts if isinstance(starts, list) else []
         self.starts = [start for start in starts if isinstance(start, dict)]
         self.probe = Probe(read_json(probe_file), probe_file) if has_probe else self._last_probe()
+        self.best_beside = math.nan  # the best last validation loss of judge_together's runs
 
     def _last_probe(self):
         """What was measured last while the run trained."""
@@ -158,6 +161,9 @@ class Run:
             return "short", f"not finished: at step {step:g} of {steps:g}"
         if self.variances is None:
             return "short", f"not finished: at step {step:g}"
+        if validations and end > self.best_beside + STUCK:
+            above = end - self.best_beside
+            return "diverged", f"stuck at {end:.2f}, {above:.2f} above the best run here"
         return "finished", "finished"
 
 
@@ -225,6 +231,20 @@ class Probe:
                 raise RunError(f'{self.where}: "{".".join(keys[:depth])}" is not an object')
             value = value.get(key)
         return value
+
+
+def judge_together(runs):
+    """Tells each run how well the best of those on the same data did: a run whose loss has stopped
+    at that of guessing by frequency looks finished by itself."""
+    last = {}
+    for run in runs:
+        if run.flags and run.validations:
+            key = tuple(run.flags.get(name) for name in DATA)
+            last.setdefault(key, []).append((run.validations[-1][1], run))
+    for same in last.values():
+        best = min(loss for loss, _ in same)
+        for _, run in same:
+            run.best_beside = best
 
 
 def is_number(value):

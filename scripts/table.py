@@ -5,15 +5,15 @@
 
 RUN is a directory that ./train_gpt -o wrote, finished or not. A run counts as diverged if it
 stopped at a number that is not finite (scripts/compare.sh leaves that in RUN/outcome), if it ended
-above the loss that it began with, or if its last validation loss lies more than half a nat above
-its best.
+above the loss that it began with, if its last validation loss lies more than half a nat above its
+best, or if that lies more than 1.5 nats above the best of the runs on the same data.
 """
 
 import argparse
 import math
 import sys
 
-from runs import Run, RunError
+from runs import Run, RunError, judge_together
 
 
 def row(run):
@@ -38,6 +38,7 @@ def main():
     parser.add_argument("runs", metavar="RUN", nargs="+")
     args = parser.parse_args()
     runs = [Run(path) for path in args.runs]
+    judge_together(runs)
     names = [run.scheme for run in runs]
     rows = []
     for run in runs:

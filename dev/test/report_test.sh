@@ -48,6 +48,11 @@ check "table: a loss that is not finite" says "$out" "diverged: not finite at st
 check "table: an end above the start" says "$out" "diverged: ended at 7.00, above its start"
 check "table: a log that stops short" says "$out" "not finished: at step 59 of 100"
 check "table: what compare.sh left" says "$out" "diverged: not finite after step 30"
+make_run stuck deepnorm-published --final 4
+out=$(python3 scripts/table.py "$dir/pre-1" "$dir/stuck")
+check "table: stuck far above the others" says "$out" "stuck at 4.00, 2.00 above the best run here"
+out=$(python3 scripts/table.py "$dir/stuck")
+check "table: alone nothing says so" says "$out" "500  finished"
 
 # TensorBoard's files
 out=$(python3 scripts/to_tensorboard.py "${runs[@]}" -o "$dir/tb")
