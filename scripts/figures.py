@@ -545,11 +545,13 @@ def increases(groups, *keys):
     ]
 
 
-def bar_panels(values, kind, title):
+def bar_panels(values, kind, title, axis="layer"):
     """A panel for each of [(group, a number a layer)], on one scale."""
     values = [(group, bars) for group, bars in values if finite(bars)]
     bounds = finite([bar for _, bars in values for bar in bars])
-    return [bar_panel(g, bars, bounds, name_of(kind, g.tag), title(g)) for g, bars in values]
+    return [
+        bar_panel(g, bars, bounds, name_of(kind, g.tag), title(g), axis) for g, bars in values
+    ]
 
 
 def variance_pictures(groups):
@@ -745,11 +747,9 @@ def use_pictures(groups):
             "Permutation",
             "Look for layers whose order does not matter: near zero, neighbours ℓ and ℓ + 1 can be "
             "swapped, as if they worked side by side and not one on the other.",
-            [
-                line_panel(increases(groups, "permutation"), "Neighbours swapped", "permutation",
-                           axis="layer ℓ, swapped with the next",
-                           unit="loss, nats above the whole")
-            ],
+            bar_panels(increases(groups, "permutation"), "permutation",
+                       lambda g: f"{short(g.tag)}: neighbours swapped",
+                       "layer ℓ, swapped with the next"),
         ),
     ]  # fmt: skip
 
