@@ -79,12 +79,15 @@ class Run:
     @property
     def preset(self):
         name = section(self.config, "lns_cpp").get("preset") or self.config.get("model_type")
-        name = str(name or "")
+        name = str(name or self.flags.get("--model") or "")
         return name[4:] if name.startswith("lns-") else name  # so are models that need our code
 
     @property
     def layers(self):
-        return self.config.get("num_hidden_layers") or self.config.get("n_layer")
+        """Of the newest checkpoint, or as the log tells."""
+        told = self.config.get("num_hidden_layers") or self.config.get("n_layer")
+        history = () if told else self.variance_history
+        return len(history[-1][1]) - 1 if history else told
 
     @property
     def width(self):
