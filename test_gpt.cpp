@@ -1310,11 +1310,7 @@ Row check_gpu_step(DType gradients) {
             {},
             ""};
 #ifdef LNS_SIM
-    // What is not waited for comes late: from the memory's first zeros on.
-    struct Late {
-        Late() { sim::set_late_streams(true); }
-        ~Late() { sim::set_late_streams(false); }
-    } late;
+    const sim::LateStreams late; // what is not waited for, from the memory's first zeros on
 #endif
     const Config c = bf16_config("qwen2", "sandwich+gpas");
     const int B = 2, T = 9, M = 3;

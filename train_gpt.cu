@@ -12,6 +12,11 @@
 // order in which blocks or warps run: the same pass gives the same bits.
 //
 // Nothing here waits for the GPU unless it says so: functions enqueue on a stream.
+//
+// A line of dashes begins each section: scalars and arrays; embedding; norms; the junction;
+// matrices (cuBLASLt); attention (Hopper's own is gpt/attention_hopper.cuh); the MLP's activations;
+// loss; the optimizer; the model (what it holds, forward, backward, a step, layer by layer); the
+// GPU.
 
 #include <algorithm>
 #include <cmath>

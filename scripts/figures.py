@@ -264,8 +264,7 @@ def learning_rate_panel(groups, name):
     lines = {}
     for group in groups:
         if math.isfinite(group.lr) and (group.losses or group.diverged):
-            rest = sorted((k, v) for k, v in group.flags.items() if k != "--lr")
-            lines.setdefault((group.scheme, *rest), []).append(group)
+            lines.setdefault(group.but_lr, []).append(group)
     schemes = {}
     for (scheme, *_), same in lines.items():
         if len({group.lr for group in same}) > 1:

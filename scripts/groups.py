@@ -103,6 +103,11 @@ class Group:
         return next((run for run in self.runs if run.probe), None)
 
     @property
+    def but_lr(self):
+        """Equal for groups that differ in nothing but the learning rate."""
+        return (self.scheme, *sorted((k, v) for k, v in self.flags.items() if k != "--lr"))
+
+    @property
     def lr(self):
         return number(self.flags.get("--lr"))
 
@@ -283,7 +288,7 @@ def drawn_of(groups):
     for group in groups:
         key = group.label
         if group.flags and group.logged and len(groups) > MANY:
-            key = (group.scheme, *sorted((k, v) for k, v in group.flags.items() if k != "--lr"))
+            key = group.but_lr
         rank = (not group.losses, group.loss if group.losses else 0)
         if key not in best or rank < best[key][0]:
             best[key] = (rank, group)

@@ -223,7 +223,7 @@ def result(groups):
         "Perplexity and loss are the last validation’s, the mean ± the sample standard deviation "
         "over seeds of the runs that finished; in brackets, of a run that did not. A run diverged "
         "if a loss was not finite, if it ended above where it began, or more than "
-        f"{RISE} nats above its best validation, or {STUCK} above the best run on the same data."
+        f"{RISE} nats above its best validation, or {STUCK} above the best run of its size on the same data."
     )
     if any(reference(same) for _, same in classes):
         note += (

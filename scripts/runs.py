@@ -13,6 +13,7 @@ import os
 RISE = 0.5  # nats above its best validation loss that count as diverged
 STUCK = 1.5  # nats above the best run on the same data that do, though the loss never rose
 DATA = ("--train", "--val", "--tokenizer", "--val-tokens", "--seq-len")  # what is predicted
+SIZE = ("--model", "--layers", "--width", "--steps")
 
 
 class RunError(Exception):
@@ -237,12 +238,12 @@ class Probe:
 
 
 def judge_together(runs):
-    """Tells each run how well the best of those on the same data did: a run whose loss has stopped
-    at that of guessing by frequency looks finished by itself."""
+    """Tells each run how well the best of those of the same size on the same data did: a run whose
+    loss has stopped at that of guessing by frequency looks finished by itself."""
     last = {}
     for run in runs:
         if run.flags and run.validations:
-            key = tuple(run.flags.get(name) for name in DATA)
+            key = tuple(run.flags.get(name) for name in DATA + SIZE)
             last.setdefault(key, []).append((run.validations[-1][1], run))
     for same in last.values():
         best = min(loss for loss, _ in same)

@@ -6,7 +6,7 @@
 RUN is a directory that ./train_gpt -o wrote, finished or not. A run counts as diverged if it
 stopped at a number that is not finite (scripts/compare.sh leaves that in RUN/outcome), if it ended
 above the loss that it began with, if its last validation loss lies more than half a nat above its
-best, or if that lies more than 1.5 nats above the best of the runs on the same data.
+best, or if that lies more than 1.5 nats above the best of the runs of this size on the same data.
 """
 
 import argparse

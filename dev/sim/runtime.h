@@ -22,6 +22,10 @@ cudaError_t enqueue(cudaStream_t stream, Work work);
 // When work is done: at once, or, with LNS_SIM_STREAMS=late, not before something waits for it.
 bool late_streams();
 void set_late_streams(bool late);
+struct LateStreams { // while it lives
+    LateStreams() { set_late_streams(true); }
+    ~LateStreams() { set_late_streams(false); }
+};
 
 // Whether bytes are all inside of one piece of device memory (or of host memory that the device can
 // reach); and throws where they are not.

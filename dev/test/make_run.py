@@ -17,6 +17,7 @@ parser.add_argument("scheme")
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--final", type=float, default=2.0)
 parser.add_argument("--lr", default="0.001")
+parser.add_argument("--embed-std", default="0")
 parser.add_argument("--layers", type=int, default=12)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--stop", type=int, help="the last step that was logged")
@@ -49,6 +50,7 @@ def write(name, values):
 os.makedirs(args.dir, exist_ok=True)
 flags = {"--norm": args.scheme, "--lr": args.lr, "--seed": str(args.seed)}
 flags.update({"--steps": str(args.steps), "--model": "made", "--train": args.tokenizer})
+flags["--embed-std"] = args.embed_std
 if not args.no_log:
     last = args.stop or args.steps
     with open(os.path.join(args.dir, "log.jsonl"), "w", encoding="utf-8") as file:

@@ -53,6 +53,9 @@ out=$(python3 scripts/table.py "$dir/pre-1" "$dir/stuck")
 check "table: stuck far above the others" says "$out" "stuck at 4.00, 2.00 above the best run here"
 out=$(python3 scripts/table.py "$dir/stuck")
 check "table: alone nothing says so" says "$out" "500  finished"
+make_run large deepnorm-published --final 4 --steps 50
+out=$(python3 scripts/table.py "$dir/pre-1" "$dir/large")
+check "table: not beside a run of another length" says "$out" "4.0000       500  finished"
 
 # TensorBoard's files
 out=$(python3 scripts/to_tensorboard.py "${runs[@]}" -o "$dir/tb")
@@ -199,6 +202,31 @@ text=$(page)
 check "report: a run without probes" silent_on "$text" "Angular distance"
 check "report: nothing to compare with" says "$text" "There is no finished run of pre"
 make_run alone pre --no-log --probe
+# A variant of pre is neither the reference nor a point on pre's line of learning rates.
+for lr in 0.001 0.003; do for scheme in pre lns; do make_run "of-$scheme-$lr" $scheme --lr $lr --final 2; done; done
+make_run of-pre-embed pre --final 1.5 --embed-std 0.632455532034
+report "$dir"/of-{pre,lns}-0.00{1,3} "$dir/of-pre-embed" >/dev/null
+text=$(page)
+check "report: the reference is of the usual flags" says "$text" "is 39.3% below pre lr 0.001."
+check "report: a variant by what is unusual" says "$text" "pre embed-std 0.632 lr 0.001|4.48|"
+check "report: no line averages a variant in" python3 - "$dir" <<'PYTHON'
+import sys
+
+sys.path.insert(0, "scripts")
+import figures
+from groups import group_runs
+from runs import Run
+
+drawn = []
+figures.draw_line = lambda axes, group, xs, ys: drawn.append((group.scheme, xs, ys))
+runs = ("of-pre-0.001", "of-pre-0.003", "of-lns-0.001", "of-lns-0.003", "of-pre-embed")
+figures.prepare()
+groups, _ = group_runs([Run(f"{sys.argv[1]}/{name}") for name in runs])
+figures.learning_rate_panel(groups, "name")
+assert sorted(scheme for scheme, _, _ in drawn) == ["lns", "pre"], drawn
+assert all(abs(y - 7.389) < 0.01 for _, _, ys in drawn for y in ys), drawn
+PYTHON
+
 out=$(report "$dir/alone")
 check "report: a probe alone" test $? -eq 0
 check "report: has no table of losses" silent_on "$(page)" perplexity

@@ -78,11 +78,6 @@ struct Variable {
     ~Variable() { unsetenv(name); }
 };
 
-struct LateStreams {
-    LateStreams() { sim::set_late_streams(true); }
-    ~LateStreams() { sim::set_late_streams(false); }
-};
-
 // ---------------------------------------------------------------------------------------------
 // What a GPU does
 
@@ -700,7 +695,7 @@ struct Event {
 };
 
 TEST(Simulator, work_is_done_late) {
-    const LateStreams late;
+    const sim::LateStreams late;
     const Stream a, b;
     const Event event;
     const OnDevice<float> x(std::vector<float>(1, 1.0f));
@@ -796,7 +791,7 @@ TEST(Simulator, what_a_capture_forbids) {
 }
 
 TEST(Simulator, an_error_of_late_work_reaches_who_waits) {
-    const LateStreams late;
+    const sim::LateStreams late;
     const OnDevice<float> out(64);
     const Stream a;
     launch(half_warp_kernel, dim3(1), dim3(64), 0, a.handle, out.data);
