@@ -169,7 +169,7 @@ $O/build_info.h: FORCE | $O/.found
 
 # Said once for each variant, before its first object.
 missing = $(if $(call found,$1),,echo '  without $2: $3';)
-$O/.found: | $(if $(call word_of,CLI11),$(if $(call word_of,JSON),,no-json),no-cli11)
+$O/.found: | $(firstword $(foreach l,CLI11 JSON XXHASH,$(if $(call word_of,$l),,no-$l)))
 	@mkdir -p $O
 	@echo '$(variant): $(if $(cpu),$(cpu),generic CPU) · OpenMP $(or $(call found,OPENMP),no) · oneDNN $(or $(call found,ONEDNN),no) · MPI $(or $(subst -, ,$(subst _, ,$(call found,MPI))),no) · PCRE2 $(or $(call found,PCRE2),no) · SentencePiece $(or $(call found,SENTENCEPIECE),no) · CUDA $(if $(cuda_source),$(cuda) ($(nvcc): $(CUDA_ARCH)) · NCCL $(or $(nccl),no),no)'
 	@$(call missing,OPENMP,OpenMP,one thread only)\
@@ -179,11 +179,11 @@ $O/.found: | $(if $(call word_of,CLI11),$(if $(call word_of,JSON),,no-json),no-c
 	$(call missing,SENTENCEPIECE,SentencePiece,no --tokenizer FILE.model)\
 	$(if $(cuda_lacks),echo '  CUDA $(cuda) ($(nvcc)) is not used: $(cuda_lacks) is needed';)
 	@touch $@
-.PHONY: no-cli11 no-json no-gtest
-no-cli11 no-json no-gtest:
+.PHONY: no-CLI11 no-JSON no-XXHASH no-GTEST
+no-CLI11 no-JSON no-XXHASH no-GTEST:
 	@command -v $(CXX) >/dev/null || { echo 'There is no C++ compiler $(CXX) here: run make deps.'; exit 1; }
-	@echo 'The library $(patsubst no-%,%,$(@:no-json=no-nlohmann-json)) is missing: run make deps.'; exit 1
-$(tests): | $(if $(call word_of,GTEST),,no-gtest)
+	@echo 'The library $(patsubst no-%,%,$(@:no-JSON=no-nlohmann-json)) is missing: run make deps.'; exit 1
+$(tests): | $(if $(call word_of,GTEST),,no-GTEST)
 
 # The simulated GPU (dev/sim/README.md): train_gpt.cu compiled by the host's compiler. Its objects
 # have a folder of their own, named after what they are compiled with.
@@ -217,7 +217,7 @@ $S/%.cu.o: %.cu | $O/.found
 	$(call say,SIM,$<)$(CXX) $(sim_optimize) $(sim_flags) -MMD -MP -x c++ -c $< -o $@
 $S/test_gpt.o: sim_optimize += -DTESTING
 $S/dev/sim/products.o: sim_optimize := -O3 -g
-$(sim_tests:%.cpp=$S/%.o): | $(if $(call word_of,GTEST),,no-gtest)
+$(sim_tests:%.cpp=$S/%.o): | $(if $(call word_of,GTEST),,no-GTEST)
 
 test: $(if $(call yes,$(SANITIZE)),,$(existing) $(if $(sim_test_programs),train_gpt_sim)) $O/unit_tests $(sim_test_programs)
 	@dev/run_tests.sh $O/unit_tests $(sim_test_programs) $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))

@@ -8,6 +8,7 @@ table='
 command g++                      |required|the C++ compiler                  |g++                 |gcc-c++             |gcc          |gcc
 header  CLI/CLI.hpp              |required|the command line                  |libcli11-dev        |cli11-devel         |cli11        |cli11
 header  nlohmann/json.hpp        |required|configurations and checkpoints    |nlohmann-json3-dev  |json-devel          |nlohmann-json|nlohmann-json
+header  xxhash.h                 |required|checksums                         |libxxhash-dev       |xxhash-devel        |xxhash       |xxhash
 header  dnnl.hpp                 |optional|fast matrix products (oneDNN)     |libdnnl-dev         |onednn-devel        |onednn       |onednn
 header  pcre2.h                  |optional|the GPT-2 tokenizer               |libpcre2-dev        |pcre2-devel         |pcre2        |pcre2
 header  sentencepiece_processor.h|optional|SentencePiece tokenizers          |libsentencepiece-dev|sentencepiece-devel |sentencepiece|sentencepiece

@@ -5,7 +5,12 @@
 //                          GPT-2's matrices lie transposed, as (in, out)
 //   optimizer.safetensors  m.NAME and v.NAME, Adam's moments, laid out alike
 //   trainer_state.json     everything else that the next step depends on
-//   and the tokenizer's files
+//   the tokenizer's files
+//   checksums.json         gpt/checksum.h's checksum of each file above: of a safetensors file that
+//                          in its header, else of its bytes
+//
+// What is damaged, or holds a number that is not finite, is refused by all that reads it here; in a
+// run's directory the sentence names the newest checkpoint that is whole, and how to go on from it.
 #pragma once
 
 #include <cmath>
@@ -42,6 +47,9 @@ int64_t checkpoint_bytes(const Registry& registry);
 // or a --dump-state file; the newest checkpoint if it is a run's directory. Throws if nothing.
 std::string find_checkpoint(const std::string& path);
 
+// "" if all of a checkpoint can be read and is as it was written, else what is wrong with it.
+std::string checkpoint_damage(const std::string& path);
+
 // The newest checkpoint of a run's directory, "" if there is none yet, or no directory.
 std::string newest_checkpoint(const std::string& run);
 
@@ -63,16 +71,19 @@ class WeightFiles {
     explicit WeightFiles(const std::string& path);
 
     // Throws, and names them, unless all parameters are there in their shapes and, unless `others`
-    // are allowed, nothing else but what Hugging Face's files may have beside them.
+    // are allowed, nothing else but what Hugging Face's files may have beside them. A head beside
+    // tied embeddings must be the same to the bit.
     void check(const Config& config, const Registry& registry, bool others) const;
 
-    // The tensor prefix + p.name as float32, in memory's layout (not the file's).
+    // The tensor prefix + p.name as float32, in memory's layout (not the file's). Throws unless all
+    // of it is finite.
     void read(const Param& p, const std::string& prefix, std::vector<float>& out) const;
 
   private:
     std::string name; // of the file, or the index, for the errors
     std::vector<std::unique_ptr<Safetensors>> files;
     std::pair<const Safetensors*, const TensorView*> find(const std::string& tensor) const;
+    void check_tied_head(const Registry& registry) const;
 };
 
 // A parameter's values, from memory's layout to the file's.

@@ -1,11 +1,10 @@
 #include "gpt/config.h"
 
-#include <nlohmann/json.hpp>
-
 #include <cmath>
 #include <set>
 
 #include "gpt/error.h"
+#include "gpt/json.h"
 #include "gpt/suggest.h"
 
 namespace lns {
@@ -222,7 +221,7 @@ struct Fields {
             fail(where, ": the field '", key, "' is missing");
         }
         if (!value->is_number_integer() || value->get<double>() < 1 || value->get<double>() > 1e8)
-            fail(where, ": the field '", key, "' is ", value->dump(),
+            fail(where, ": the field '", key, "' is ", quoted(*value),
                  ", expected a whole number from 1 to 1e8");
         return value->get<int>();
     }
@@ -231,7 +230,7 @@ struct Fields {
         if (!value) return otherwise;
         if (!value->is_number() || !(value->get<double>() > 0) ||
             !std::isfinite(value->get<double>()))
-            fail(where, ": the field '", key, "' is ", value->dump(),
+            fail(where, ": the field '", key, "' is ", quoted(*value),
                  ", expected a number above 0");
         return value->get<double>();
     }
@@ -239,22 +238,22 @@ struct Fields {
         const json* value = find(key);
         if (!value) return otherwise;
         if (!value->is_boolean())
-            fail(where, ": the field '", key, "' is ", value->dump(), ", expected true or false");
+            fail(where, ": the field '", key, "' is ", quoted(*value), ", expected true or false");
         return value->get<bool>();
     }
     std::string text(const char* key, const std::string& otherwise) {
         const json* value = find(key);
         if (!value) return otherwise;
         if (!value->is_string())
-            fail(where, ": the field '", key, "' is ", value->dump(), ", expected a string");
+            fail(where, ": the field '", key, "' is ", quoted(*value), ", expected a string");
         return value->get<std::string>();
     }
     // The field may be absent or have this value; another would change the computation.
     void only(const char* key, const json& supported) {
         const json* value = find(key);
         if (value && *value != supported)
-            fail(where, ": the field '", key, "' is ", value->dump(), ", and only ",
-                 supported.dump(), " is supported");
+            fail(where, ": the field '", key, "' is ", quoted(*value), ", and only ",
+                 quoted(supported), " is supported");
     }
 };
 
@@ -275,7 +274,7 @@ void read_gpt2(Fields& f, Config& c) {
     for (const char* key : {"attn_pdrop", "embd_pdrop", "resid_pdrop"}) {
         const json* value = f.find(key);
         if (value && *value != 0)
-            c.notes.push_back(cat(f.where, " has ", key, " ", value->dump(),
+            c.notes.push_back(cat(f.where, " has ", key, " ", quoted(*value),
                                   "; this program trains without dropout"));
     }
     for (const auto& [key, value] : f.object.items())
@@ -301,13 +300,13 @@ void read_llama_family(Fields& f, Config& c) {
         const json* rope = f.find(field);
         if (!rope) continue;
         if (!rope->is_object())
-            fail(f.where, ": the field '", field, "' is ", rope->dump(), ", expected an object");
+            fail(f.where, ": the field '", field, "' is ", quoted(*rope), ", expected an object");
         Fields inner{*rope, cat(f.where, ", ", field), {}};
         for (const auto& [key, value] : rope->items()) {
             const bool unscaled = ((key == "rope_type" || key == "type") && value == "default") ||
                                   (key == "partial_rotary_factor" && value == 1.0);
             if (key != "rope_theta" && !unscaled)
-                fail(f.where, ": the field '", field, "' has ", key, " = ", value.dump(),
+                fail(f.where, ": the field '", field, "' has ", key, " = ", quoted(value),
                      ", and scaled rotary positions are not supported");
         }
         c.rope_theta = inner.number("rope_theta", c.rope_theta);
@@ -326,27 +325,27 @@ void read_llama_family(Fields& f, Config& c) {
     f.only("use_sliding_window", false);
     f.only("clip_qkv", nullptr);
     if (const json* window = f.find("sliding_window"); window && c.model_type != "qwen2")
-        fail(f.where, ": the field 'sliding_window' is ", window->dump(),
+        fail(f.where, ": the field 'sliding_window' is ", quoted(*window),
              ", and sliding windows are not supported");
     if (const json* types = f.find("layer_types"))
         for (const json& type : *types)
             if (type != "full_attention")
-                fail(f.where, ": the field 'layer_types' has ", type.dump(),
+                fail(f.where, ": the field 'layer_types' has ", quoted(type),
                      ", and only \"full_attention\" is supported");
     if (const json* dropout = f.find("attention_dropout"); dropout && *dropout != 0)
-        c.notes.push_back(cat(f.where, " has attention_dropout ", dropout->dump(),
+        c.notes.push_back(cat(f.where, " has attention_dropout ", quoted(*dropout),
                               "; this program trains without dropout"));
 }
 
 } // namespace
 
 Config config_from_json(const std::string& text, const std::string& where) {
-    Fields f{json::parse(text, nullptr, false), where, {}};
+    Fields f{parse_json(text, where), where, {}};
     if (!f.object.is_object()) fail(where, ": not a JSON object, expected a model's config.json");
     const json* type = f.find("model_type");
     if (!type) fail(where, ": the field 'model_type' is missing");
     if (!type->is_string())
-        fail(where, ": the field 'model_type' is ", type->dump(), ", expected a string");
+        fail(where, ": the field 'model_type' is ", quoted(*type), ", expected a string");
     std::string model_type = type->get<std::string>();
     const json* ours = f.find("lns_cpp");
     if (ours && model_type.rfind("lns-", 0) == 0) model_type = model_type.substr(4);
@@ -367,7 +366,7 @@ Config config_from_json(const std::string& text, const std::string& where) {
 
     if (ours) {
         Fields o{*ours, where + ", lns_cpp", {}};
-        if (!ours->is_object()) fail(o.where, ": not an object but ", ours->dump());
+        if (!ours->is_object()) fail(o.where, ": not an object but ", quoted(*ours));
         try {
             c.scheme = parse_scheme(o.text("scheme", c.scheme.name()));
             parse_sites(o.text("lns_sites", "attn,mlp"), c.scheme);
@@ -377,7 +376,7 @@ Config config_from_json(const std::string& text, const std::string& where) {
         const json* power = o.find("lns_power");
         if (power &&
             !(power->is_number() && power->get<double>() >= 0 && power->get<double>() <= 10))
-            fail(o.where, ": the field 'lns_power' is ", power->dump(),
+            fail(o.where, ": the field 'lns_power' is ", quoted(*power),
                  ", expected a number from 0 to 10");
         if (power) c.scheme.lns_power = *power;
         c.preset = o.text("preset", "");
@@ -389,12 +388,12 @@ Config config_from_json(const std::string& text, const std::string& where) {
         c.embed_std = o.number("embed_std", c.init_std);
         for (const auto& [key, value] : ours->items())
             if (!o.used.count(key))
-                fail(o.where, ": the field '", key, "' (", value.dump(),
+                fail(o.where, ": the field '", key, "' (", quoted(value),
                      ") is not known to this program: a newer one wrote it");
     }
     for (const auto& [key, value] : f.object.items())
         if (!f.used.count(key) && !harmless.count(key) && !value.is_null() && value != false)
-            fail(where, ": the field '", key, "' (", value.dump(),
+            fail(where, ": the field '", key, "' (", quoted(value),
                  ") is not known to this program: if it does not change what the model computes, "
                  "remove it");
     try {

@@ -1,7 +1,5 @@
 #include "gpt/export.h"
 
-#include <nlohmann/json.hpp>
-
 #include <bit>
 #include <cmath>
 #include <cstdio>
@@ -11,6 +9,7 @@
 #include "gpt/checkpoint.h"
 #include "gpt/error.h"
 #include "gpt/files.h"
+#include "gpt/json.h"
 
 namespace lns {
 
@@ -151,7 +150,7 @@ std::string exported_config(const ExportPlan& plan, const std::string& from, con
     if (plan.beyond.empty()) config.erase("lns_cpp");
     json source;
     if (fs::exists(from + "/config.json"))
-        source = json::parse(read_file(from + "/config.json"), nullptr, false);
+        source = parse_json(read_file(from + "/config.json"), from + "/config.json");
     for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
         config[key] = source.is_object() && source.contains(key) ? source[key] : json();
     if (fs::exists(from + "/trainer_state.json"))
@@ -217,7 +216,7 @@ std::string copy_tokenizer(const std::string& from, const std::string& to) {
 json tokenizer_field(const std::string& dir, const char* field) {
     const std::string path = dir + "/tokenizer_config.json";
     if (!fs::exists(path)) return {};
-    const json config = json::parse(read_file(path), nullptr, false);
+    const json config = parse_json(read_file(path), path);
     return config.is_object() ? config.value(field, json()) : json();
 }
 

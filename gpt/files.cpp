@@ -117,6 +117,19 @@ void AtomicFile::write(const void* data, size_t size) {
     }
 }
 
+bool AtomicFile::can_overwrite() const { return lseek(file_.fd, 0, SEEK_CUR) >= 0; }
+
+void AtomicFile::overwrite(uint64_t at, const void* data, size_t size) {
+    flush();
+    const char* next = static_cast<const char*>(data);
+    while (size > 0) {
+        ssize_t n = pwrite(file_.fd, next, size, off_t(at));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) fail("cannot write ", path_, ": ", reason(errno));
+        next += n, at += uint64_t(n), size -= size_t(n);
+    }
+}
+
 void AtomicFile::flush() {
     write_all(file_.fd, buffer_.data(), buffer_.size(), path_);
     buffer_.clear();

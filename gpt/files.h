@@ -24,6 +24,9 @@ struct Fd {
     explicit operator bool() const { return fd >= 0; }
 };
 
+// How the files begin that Git LFS leaves in the place of those that it did not fetch.
+constexpr std::string_view lfs_pointer = "version https://git-lfs";
+
 // The whole file.
 std::string read_file(const std::string& path);
 
@@ -42,6 +45,9 @@ class AtomicFile {
     AtomicFile& operator=(const AtomicFile&) = delete;
 
     void write(const void* data, size_t size); // buffered
+    // Writes over what was written before, at an offset from the beginning.
+    bool can_overwrite() const; // false of a pipe
+    void overwrite(uint64_t at, const void* data, size_t size);
     void commit();                             // syncs, renames, syncs the directory
 
   private:

@@ -1,6 +1,7 @@
 #include "gpt/json.h"
 
 #include "gpt/error.h"
+#include "gpt/files.h"
 #include "gpt/terminal.h"
 
 #include <set>
@@ -22,6 +23,10 @@ template <class Json>
 Json parse(std::string_view text, const std::string& where, size_t most_bytes) {
     if (text.size() > most_bytes)
         fail(where, " has ", text.size(), " bytes; JSON of at most ", most_bytes, " is read here");
+    if (text.starts_with(lfs_pointer))
+        fail(where, " is a Git LFS pointer, not the file itself: fetch it with git lfs pull");
+    if (text.find('\0') != text.npos) // where the parser would stop
+        fail(where, " is not valid JSON: it has a zero byte at ", text.find('\0'));
     std::vector<std::set<std::string>> keys; // of the open objects
     auto check = [&](int depth, typename Json::parse_event_t event, Json& value) {
         using Event = typename Json::parse_event_t;

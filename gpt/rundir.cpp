@@ -2,6 +2,7 @@
 
 #include "gpt/build.h"
 #include "gpt/error.h"
+#include "gpt/json.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -9,7 +10,6 @@
 #include <ctime>
 #include <fcntl.h>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <sys/file.h>
 #include <unistd.h>
 
@@ -19,28 +19,6 @@ namespace lns {
 namespace {
 
 using nlohmann::ordered_json;
-
-// The step of a checkpoint's name, or -1.
-int64_t step_of(const std::string& name) {
-    const std::string prefix = "step-";
-    if (name.compare(0, prefix.size(), prefix) != 0) return -1;
-    std::string digits = name.substr(prefix.size());
-    bool good = digits.size() >= 6 && digits.size() <= 18 &&
-                digits.find_first_not_of("0123456789") == std::string::npos;
-    return good ? std::stoll(digits) : -1;
-}
-
-std::vector<std::pair<int64_t, std::string>> checkpoints_in(const std::string& path) {
-    std::vector<std::pair<int64_t, std::string>> found;
-    std::error_code error;
-    for (const auto& entry : fs::directory_iterator(path, error)) {
-        int64_t step = step_of(entry.path().filename().string());
-        if (step >= 0 && fs::exists(entry.path() / "config.json"))
-            found.emplace_back(step, entry.path().string());
-    }
-    std::sort(found.begin(), found.end());
-    return found;
-}
 
 std::string log_of(const std::string& path) { return (fs::path(path) / "log.jsonl").string(); }
 
@@ -70,6 +48,27 @@ Fd lock_directory(const std::string& path) {
 
 } // namespace
 
+int64_t checkpoint_step(const std::string& name) {
+    const std::string prefix = "step-";
+    if (name.compare(0, prefix.size(), prefix) != 0) return -1;
+    std::string digits = name.substr(prefix.size());
+    bool good = digits.size() >= 6 && digits.size() <= 18 &&
+                digits.find_first_not_of("0123456789") == std::string::npos;
+    return good ? std::stoll(digits) : -1;
+}
+
+std::vector<std::pair<int64_t, std::string>> checkpoints_in(const std::string& path) {
+    std::vector<std::pair<int64_t, std::string>> found;
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(path, error)) {
+        int64_t step = checkpoint_step(entry.path().filename().string());
+        if (step >= 0 && fs::exists(entry.path() / "config.json"))
+            found.emplace_back(step, entry.path().string());
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
 RunDirectory::RunDirectory(const std::string& path) : path_(path) {
     while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
 }
@@ -95,12 +94,6 @@ RunDirectory RunDirectory::resume(const std::string& path) {
     if (!fs::is_directory(run.path_)) fail("there is no run to continue: ", path, " is missing.");
     run.lock_ = lock_directory(run.path_);
     remove_stale_temporaries(run.path_, true);
-    std::string log = log_of(run.path_);
-    if (fs::exists(log)) {
-        std::string text = read_file(log);
-        size_t whole = text.rfind('\n') + 1; // 0 where there is none
-        if (whole != text.size()) write_file_atomic(log, std::string_view(text).substr(0, whole));
-    }
     run.open_log();
     return run;
 }
@@ -117,7 +110,7 @@ void RunDirectory::record(int argc, const char* const* argv,
     std::string name = (fs::path(path_) / "run.json").string();
     ordered_json record = {{"starts", ordered_json::array()}};
     if (fs::exists(name)) {
-        ordered_json earlier = ordered_json::parse(read_file(name), nullptr, false);
+        ordered_json earlier = parse_ordered_json(read_file(name), name);
         if (!earlier.is_object() || !earlier.contains("starts") || !earlier["starts"].is_array())
             fail(name, " is not the record of a run: move it away and start again.");
         record = std::move(earlier);
@@ -158,24 +151,38 @@ void RunDirectory::append(std::string_view json_line) {
     }
 }
 
-void RunDirectory::truncate_log_after(int64_t step) {
-    std::string name = log_of(path_), text = read_file(name);
-    AtomicFile kept(name);
+int64_t RunDirectory::truncate_log_after(int64_t step) {
+    const std::string name = log_of(path_), text = read_file(name);
+    std::string kept, damaged;
+    int64_t count = 0;
     for (size_t begin = 0, end; begin < text.size(); begin = end) {
-        size_t newline = text.find('\n', begin);
-        if (newline == std::string::npos) break;
-        end = newline + 1;
-        ordered_json line =
-            ordered_json::parse(text.begin() + begin, text.begin() + newline, nullptr, false);
-        if (!line.is_object()) continue;
-        auto found = line.find("step");
-        if (found != line.end() && found->is_number() && found->get<double>() > double(step))
-            continue;
-        kept.write(text.data() + begin, end - begin);
+        end = std::min(text.find('\n', begin), text.size() - 1) + 1;
+        const std::string_view line(text.data() + begin, end - begin);
+        try {
+            const nlohmann::json entry = parse_json(line, name);
+            auto found = entry.is_object() ? entry.find("step") : entry.end();
+            const bool other = entry.is_object() && found == entry.end(); // says no step
+            if (!other && (found == entry.end() || !found->is_number()))
+                fail(name, " has a line without a step");
+            if (line.back() != '\n') fail(name, " ends within a line");
+            if (other || found->get<double>() <= double(step)) kept += line;
+        } catch (const Error&) { // such as the line that a kill cut short
+            damaged += line;
+            if (line.back() != '\n') damaged += '\n';
+            count++;
+        }
     }
-    kept.commit();
+    if (count > 0) {
+        // Those of earlier times stay.
+        const std::string aside = damaged_log();
+        write_file_atomic(aside, (fs::exists(aside) ? read_file(aside) : "") + damaged);
+    }
+    write_file_atomic(name, kept);
     open_log(); // the old one is no longer in the directory
+    return count;
 }
+
+std::string RunDirectory::damaged_log() const { return (fs::path(path_) / "log.damaged").string(); }
 
 std::string RunDirectory::checkpoint_path(int64_t step) const {
     char name[32];
@@ -213,10 +220,13 @@ std::string latest_checkpoint(const std::string& path) {
 std::map<std::string, std::string> recorded_flags(const std::string& path) {
     const std::string name = (fs::path(path) / "run.json").string();
     if (!fs::is_regular_file(name)) return {};
+    const nlohmann::json record = parse_json(read_file(name), name);
+    auto options = record.is_object() ? record.find("options") : record.end();
+    if (options == record.end()) return {};
     try {
-        return nlohmann::json::parse(read_file(name)).at("options");
+        return options->get<std::map<std::string, std::string>>();
     } catch (const nlohmann::json::exception&) {
-        return {};
+        fail(name, ": its options are ", quoted(*options), ", expected an object of strings");
     }
 }
 

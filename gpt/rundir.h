@@ -18,8 +18,7 @@ class RunDirectory {
   public:
     // A new run. Throws where a run lies already, or another process holds the directory.
     static RunDirectory create(const std::string& path);
-    // An earlier run, to be continued. A log line that a kill cut short is dropped, and so are the
-    // temporaries that it left.
+    // An earlier run, to be continued. The temporaries that a kill left are removed.
     static RunDirectory resume(const std::string& path);
 
     const std::string& path() const { return path_; }
@@ -32,9 +31,10 @@ class RunDirectory {
 
     // Appends a line to log.jsonl, whole or not at all.
     void append(std::string_view json_line);
-    // Drops the lines with "step" > step, and what is no JSON, as a resumed run is to write them
-    // again.
-    void truncate_log_after(int64_t step);
+    // Drops the lines with "step" > step, as a resumed run is to write them again, and moves those
+    // that are damaged to damaged_log(). How many these were.
+    int64_t truncate_log_after(int64_t step);
+    std::string damaged_log() const;
 
     // PATH/step-000500, to be written through AtomicDirectory.
     std::string checkpoint_path(int64_t step) const;
@@ -52,6 +52,11 @@ class RunDirectory {
 
 // PREFIX, PREFIX-2, PREFIX-3, …: the first that does not exist yet.
 std::string default_run_path(const std::string& prefix);
+
+// All whole checkpoints in a run's directory, by step; none if there is no such directory.
+std::vector<std::pair<int64_t, std::string>> checkpoints_in(const std::string& path);
+// The step of a checkpoint named so ("step-000500"), or -1.
+int64_t checkpoint_step(const std::string& name);
 
 // The checkpoint that path names: path itself if it holds a config.json, else the last one of the
 // run directory path.

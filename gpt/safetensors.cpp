@@ -1,15 +1,17 @@
 #include "gpt/safetensors.h"
 
+#include "gpt/checksum.h"
 #include "gpt/error.h"
 #include "gpt/files.h"
+#include "gpt/json.h"
 
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <cinttypes>
 #include <cmath>
 #include <cstring>
 #include <fcntl.h>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -41,7 +43,7 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 }
 
 // A string as JSON.
-std::string quoted(const std::string& text, const std::string& path) {
+std::string json_string(const std::string& text, const std::string& path) {
     try {
         return json(text).dump();
     } catch (const json::exception&) {
@@ -49,22 +51,25 @@ std::string quoted(const std::string& text, const std::string& path) {
     }
 }
 
-// The JSON text, with repeated keys refused: the parser would keep the last of them.
-json parse_header(const std::string& path, const char* begin, const char* end) {
-    std::vector<std::set<std::string>> keys;
-    auto watch = [&](int, json::parse_event_t event, json& value) {
-        if (event == json::parse_event_t::object_start) keys.emplace_back();
-        if (event == json::parse_event_t::object_end) keys.pop_back();
-        if (event == json::parse_event_t::key &&
-            !keys.back().insert(value.get<std::string>()).second)
-            fail(path, ": its header has ", value.dump(), " twice.");
-        return true;
-    };
-    try {
-        return json::parse(begin, end, watch);
-    } catch (const json::exception& error) {
-        fail(path, ": its header is not valid JSON: ", error.what());
-    }
+const std::string checksum_key = "xxh3", tensor_checksum_key = "xxh3:";
+
+bool is_checksum_key(const std::string& key) {
+    return key == checksum_key || key.starts_with(tensor_checksum_key);
+}
+
+// What a file's header says, whatever the order of its entries: any tool may write it again.
+uint64_t
+description_checksum(const std::map<std::string, std::string>& metadata,
+                     std::vector<std::tuple<std::string, std::string, std::string, uint64_t>>
+                         tensors /* name, dtype, shape, checksum */) {
+    std::string text;
+    auto add = [&](const std::string& part) { text += cat(part.size(), ' ', part, ' '); };
+    for (const auto& [key, value] : metadata)
+        if (!is_checksum_key(key)) add(key), add(value);
+    std::sort(tensors.begin(), tensors.end());
+    for (const auto& [name, dtype, shape, sum] : tensors)
+        add(name), add(dtype), add(shape), add(checksum_text(sum));
+    return checksum(text);
 }
 
 float half_to_float(uint16_t half) {
@@ -75,30 +80,51 @@ float half_to_float(uint16_t half) {
     return std::bit_cast<float>(sign | exponent << 23 | mantissa << 13);
 }
 
+// Converts a tensor chunk by chunk, each while it is in the cache after its checksum was taken; the
+// checksum of all, if the file has one to compare with.
 template <class Stored, class Out, class Convert>
-void convert(const TensorView& view, Out* out, Convert value_of) {
+uint64_t convert(const TensorView& view, Out* out, Convert value_of) {
     const char* from = static_cast<const char*>(view.data);
-    for (size_t i = 0; i < view.bytes / sizeof(Stored); i++) {
-        Stored stored;
-        std::memcpy(&stored, from + i * sizeof stored, sizeof stored);
-        out[i] = Out(value_of(stored));
+    const int64_t chunks = int64_t((view.bytes + checksum_chunk - 1) / checksum_chunk);
+    std::vector<uint64_t> sums(view.checksum ? size_t(chunks) : 0);
+#pragma omp parallel for if (chunks > 7)
+    for (int64_t c = 0; c < chunks; c++) {
+        const size_t begin = size_t(c) * checksum_chunk;
+        const size_t bytes = std::min(checksum_chunk, view.bytes - begin);
+        if (view.checksum) sums[size_t(c)] = chunk_checksum(from + begin, bytes);
+        Out* to = out + begin / sizeof(Stored);
+        for (size_t i = 0; i < bytes / sizeof(Stored); i++) {
+            Stored stored;
+            std::memcpy(&stored, from + begin + i * sizeof stored, sizeof stored);
+            to[i] = Out(value_of(stored));
+        }
     }
+    return checksum_of(sums);
+}
+
+[[noreturn]] void fail_damaged(const std::string& path, const TensorView& view) {
+    fail(path, ": the tensor '", view.name,
+         "' is damaged: its bytes do not have the checksum that they were written with (",
+         checksum_text(*view.checksum), ")");
 }
 
 template <class Out> void read_as(const std::string& path, const TensorView& view, Out* out) {
     auto same = [](auto value) { return value; };
+    uint64_t sum = 0;
     if (view.dtype == "F64") {
-        convert<double>(view, out, same);
+        sum = convert<double>(view, out, same);
     } else if (view.dtype == "F32") {
-        convert<float>(view, out, same);
+        sum = convert<float>(view, out, same);
     } else if (view.dtype == "BF16") {
-        convert<uint16_t>(view, out, [](uint16_t b) { return std::bit_cast<float>(b << 16); });
+        sum =
+            convert<uint16_t>(view, out, [](uint16_t b) { return std::bit_cast<float>(b << 16); });
     } else if (view.dtype == "F16") {
-        convert<uint16_t>(view, out, half_to_float);
+        sum = convert<uint16_t>(view, out, half_to_float);
     } else {
         fail(path, ": the tensor '", view.name, "' has type ", view.dtype,
              ", and F64, F32, F16 or BF16 is needed here.");
     }
+    if (view.checksum && sum != *view.checksum) fail_damaged(path, view);
 }
 
 } // namespace
@@ -132,17 +158,8 @@ void write_safetensors(const std::string& path, const std::vector<TensorOut>& te
         return dtype_bytes(a->dtype) > dtype_bytes(b->dtype);
     });
 
-    std::string header = "{";
-    if (!metadata.empty()) {
-        header += "\"__metadata__\":{";
-        for (const auto& [key, value] : metadata)
-            header += quoted(key, path) + ":" + quoted(value, path) + ",";
-        header.back() = '}';
-        header += ",";
-    }
     std::set<std::string> names = {"__metadata__"};
     std::vector<uint64_t> sizes;
-    uint64_t offset = 0;
     for (const TensorOut* tensor : order) {
         uint64_t bytes = 0;
         if (!dtype_bytes(tensor->dtype))
@@ -153,24 +170,46 @@ void write_safetensors(const std::string& path, const std::vector<TensorOut>& te
                  shape_text(tensor->shape));
         if (!names.insert(tensor->name).second)
             fail("cannot write ", path, ": two tensors have the name '", tensor->name, "'");
-        std::string shape = shape_text(tensor->shape);
-        header += quoted(tensor->name, path) + ":{\"dtype\":\"" + tensor->dtype +
-                  "\",\"shape\":" + shape + ",\"data_offsets\":[" + std::to_string(offset) + "," +
-                  std::to_string(offset + bytes) + "]},";
         sizes.push_back(bytes);
-        offset += bytes;
     }
-    if (header.back() == ',') header.pop_back();
-    header += "}";
-    header.resize((header.size() + 7) / 8 * 8, ' ');
-
+    // The checksums are known when the tensors are written: the header, which comes before them, is
+    // written again then.
     AtomicFile file(path);
-    uint64_t length = header.size();
+    const bool with_checksums = file.can_overwrite();
+    std::vector<uint64_t> sums(order.size());
+    auto header_of = [&](uint64_t description) {
+        std::string header = "{\"__metadata__\":{";
+        for (const auto& [key, value] : metadata)
+            header += json_string(key, path) + ":" + json_string(value, path) + ",";
+        if (with_checksums) {
+            header += "\"" + checksum_key + "\":\"" + checksum_text(description) + "\",";
+            for (size_t i = 0; i < order.size(); i++)
+                header += json_string(tensor_checksum_key + order[i]->name, path) + ":\"" +
+                          checksum_text(sums[i]) + "\",";
+        }
+        if (header.back() == ',') header.pop_back();
+        header += "},";
+        uint64_t offset = 0;
+        for (size_t i = 0; i < order.size(); i++) {
+            header += json_string(order[i]->name, path) + ":{\"dtype\":\"" + order[i]->dtype +
+                      "\",\"shape\":" + shape_text(order[i]->shape) + ",\"data_offsets\":[" +
+                      std::to_string(offset) + "," + std::to_string(offset + sizes[i]) + "]},";
+            offset += sizes[i];
+        }
+        header.back() = '}';
+        header.resize((header.size() + 7) / 8 * 8, ' ');
+        return header;
+    };
+    std::string header = header_of(0);
+    const uint64_t length = header.size();
     file.write(&length, sizeof length);
     file.write(header.data(), header.size());
+    std::vector<std::tuple<std::string, std::string, std::string, uint64_t>> described;
     for (size_t i = 0; i < order.size(); i++) {
         uint64_t written = 0;
+        Checksum sum;
         order[i]->produce([&](const void* data, size_t bytes) {
+            if (with_checksums) sum.add(data, bytes);
             file.write(data, bytes);
             written += bytes;
         });
@@ -178,6 +217,13 @@ void write_safetensors(const std::string& path, const std::vector<TensorOut>& te
             fail("cannot write ", path, ": '", order[i]->name, "' of type ", order[i]->dtype,
                  " and shape ", shape_text(order[i]->shape), " should have ", sizes[i],
                  " bytes and has ", written, ".");
+        sums[i] = sum.value();
+        described.emplace_back(order[i]->name, order[i]->dtype, shape_text(order[i]->shape),
+                               sums[i]);
+    }
+    if (with_checksums) {
+        header = header_of(description_checksum(metadata, described));
+        file.overwrite(sizeof length, header.data(), header.size());
     }
     file.commit();
 }
@@ -206,6 +252,8 @@ Safetensors::~Safetensors() { munmap(map_, size_); }
 
 void Safetensors::parse() {
     const char* file = static_cast<const char*>(map_);
+    if (std::string_view(file, size_).starts_with(lfs_pointer))
+        fail(path_, " is a Git LFS pointer, not the file itself: fetch it with git lfs pull");
     uint64_t length;
     std::memcpy(&length, file, sizeof length);
     if (length > max_header || length < 2)
@@ -219,7 +267,7 @@ void Safetensors::parse() {
     const char* data = file + 8 + length;
     uint64_t data_bytes = size_ - 8 - length;
 
-    json header = parse_header(path_, file + 8, data);
+    const json header = parse_json({file + 8, length}, path_ + ": its header", max_header);
     for (const auto& [name, entry] : header.items()) {
         if (!entry.is_object()) fail(path_, ": the header's entry '", name, "' is no object.");
         if (name == "__metadata__") {
@@ -242,7 +290,7 @@ void Safetensors::parse() {
             fail(path_, ": the tensor '", name,
                  "' has other fields than dtype, shape and data_offsets.");
         if (!dtype.is_string() || !dtype_bytes(dtype.get<std::string>()))
-            fail(path_, ": the tensor '", name, "' has the unknown type ", dtype.dump(), ".");
+            fail(path_, ": the tensor '", name, "' has the unknown type ", quoted(dtype), ".");
         view.dtype = dtype.get<std::string>();
 
         bool good = shape.is_array();
@@ -252,10 +300,10 @@ void Safetensors::parse() {
         }
         uint64_t bytes = 0;
         if (!good || !tensor_bytes(view.shape, view.dtype, bytes))
-            fail(path_, ": the tensor '", name, "' has the impossible shape ", shape.dump(), ".");
+            fail(path_, ": the tensor '", name, "' has the impossible shape ", quoted(shape), ".");
         if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
             !offsets[1].is_number_unsigned())
-            fail(path_, ": the tensor '", name, "' has data_offsets ", offsets.dump(),
+            fail(path_, ": the tensor '", name, "' has data_offsets ", quoted(offsets),
                  "; expected two numbers, begin and end.");
         uint64_t begin = offsets[0].get<uint64_t>(), end = offsets[1].get<uint64_t>();
         if (begin > end || end > data_bytes)
@@ -284,6 +332,47 @@ void Safetensors::parse() {
     if (expected != data + data_bytes)
         fail(path_, " has ", data_bytes, " bytes of data, and its tensors account for ",
              expected - data, ".");
+    take_checksums();
+}
+
+// Moves the checksums from the metadata to where they belong. One that is missing was lost.
+void Safetensors::take_checksums() {
+    std::map<std::string, std::string> sums;
+    for (auto entry = metadata_.begin(); entry != metadata_.end();)
+        if (is_checksum_key(entry->first)) {
+            sums.insert(*entry);
+            entry = metadata_.erase(entry);
+        } else {
+            ++entry;
+        }
+    if (sums.empty()) return;
+    auto take = [&](const std::string& key) {
+        auto found = sums.find(key);
+        uint64_t value = 0;
+        if (found == sums.end() || std::sscanf(found->second.c_str(), "%16" SCNx64, &value) != 1 ||
+            checksum_text(value) != found->second)
+            fail(path_, ": its header is damaged: the checksum '", key, "' is ",
+                 found == sums.end() ? "missing" : "'" + found->second + "'");
+        sums.erase(found);
+        return value;
+    };
+    std::vector<std::tuple<std::string, std::string, std::string, uint64_t>> described;
+    checksum_ = take(checksum_key);
+    for (TensorView& view : tensors_) {
+        view.checksum = take(tensor_checksum_key + view.name);
+        described.emplace_back(view.name, view.dtype, shape_text(view.shape), *view.checksum);
+    }
+    if (!sums.empty())
+        fail(path_, ": its header is damaged: '", sums.begin()->first,
+             "' is the checksum of no tensor in it");
+    if (description_checksum(metadata_, described) != *checksum_)
+        fail(path_, ": its header is damaged: what it says of the tensors does not have the "
+                    "checksum that it was written with");
+}
+
+void Safetensors::check(const TensorView& view) const {
+    if (view.checksum && lns::checksum(view.data, view.bytes) != *view.checksum)
+        fail_damaged(path_, view);
 }
 
 const TensorView* Safetensors::find(const std::string& name) const {

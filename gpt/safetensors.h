@@ -2,12 +2,17 @@
 // (https://github.com/huggingface/safetensors). A file is validated as a whole before any tensor is
 // used: lengths, types, shapes against sizes, and offsets that cover the data without holes or
 // overlaps. Scalars are little-endian; a view may be unaligned in files that others wrote.
+//
+// Files that we write carry checksums (gpt/checksum.h) in their metadata: "xxh3:NAME" of each
+// tensor's bytes, and "xxh3" of everything else that the header says. Where they are, they are
+// checked: the header's when the file is opened, a tensor's whenever it is read.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,6 +27,7 @@ struct TensorView {
     std::vector<int64_t> shape;
     const void* data = nullptr;
     size_t bytes = 0;
+    std::optional<uint64_t> checksum = {}; // of its bytes, in a file that says it
 };
 
 // A tensor whose bytes are made as they are written: produce calls sink once or often (it is
@@ -51,13 +57,20 @@ class Safetensors {
 
     const std::string& path() const { return path_; }
     const std::vector<TensorView>& tensors() const { return tensors_; } // as they lie in the file
+    // Without the checksums.
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
+    // Of names, types, shapes, metadata and the tensors' checksums; absent if others wrote the
+    // file.
+    std::optional<uint64_t> checksum() const { return checksum_; }
     const TensorView* find(const std::string& name) const; // nullptr if absent
     const TensorView& at(const std::string& name) const;   // throws, naming the file
 
-    // All elements, converted from F64, F32, F16 or BF16; of another type throws.
+    // All elements, converted from F64, F32, F16 or BF16, by all threads. Throws if the type is
+    // another or the bytes are damaged.
     void read_f32(const TensorView& view, float* out) const;
     void read_f64(const TensorView& view, double* out) const;
+    // Throws if the tensor's bytes are not those that were written.
+    void check(const TensorView& view) const;
 
   private:
     std::string path_;
@@ -66,7 +79,9 @@ class Safetensors {
     std::vector<TensorView> tensors_;
     std::map<std::string, size_t> index_;
     std::map<std::string, std::string> metadata_;
+    std::optional<uint64_t> checksum_;
     void parse();
+    void take_checksums();
 };
 
 } // namespace lns

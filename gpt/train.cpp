@@ -281,7 +281,10 @@ void open_directory(Run& run, bool goes_on) {
     bool exists = goes_on && std::filesystem::is_directory(o.out);
     run.directory = exists ? RunDirectory::resume(o.out) : RunDirectory::create(o.out);
     check_writable(o.out, uint64_t(checkpoint_bytes(run.model->registry)));
-    run.directory->truncate_log_after(run.state.step);
+    if (int64_t damaged = run.directory->truncate_log_after(run.state.step))
+        run.print(cat("note: ", damaged, damaged == 1 ? " line" : " lines", " of ", o.out,
+                      "/log.jsonl could not be read and ", damaged == 1 ? "is" : "are", " now in ",
+                      run.directory->damaged_log()));
     std::vector<const char*> argv;
     for (const std::string& word : o.argv) argv.push_back(word.c_str());
     run.directory->record(int(argv.size()), argv.data(),

@@ -2,6 +2,7 @@
 
 #include "dev/test/data_helpers.h"
 #include "dev/test/holder.h"
+#include "gpt/random.h"
 
 #include <nlohmann/json.hpp>
 
@@ -40,6 +41,7 @@ struct Saved {
             tensors.push_back(param_tensor(model, Buffer::parameters, p, p.name));
         change(tensors);
         write_safetensors(path + "/model.safetensors", tensors);
+        fs::remove(path + "/checksums.json"); // which would refuse another file
     }
 };
 
@@ -164,7 +166,128 @@ TEST(Checkpoint, TrainerStateWithAMissingField) {
     auto state = nlohmann::json::parse(read_bytes(file));
     state.erase("index");
     write_bytes(file, state.dump());
+    EXPECT_TRUE(says(saved.load_error(), {"trainer_state.json", "damaged", "checksums.json"}));
+    fs::remove(saved.path + "/checksums.json");
     EXPECT_TRUE(says(saved.load_error(), {"trainer_state.json", "index"}));
+}
+
+TEST(Checkpoint, EveryNumberOfTheStateHasItsTypeAndRange) {
+    Saved saved;
+    const std::string file = saved.path + "/trainer_state.json", good = read_bytes(file);
+    fs::remove(saved.path + "/checksums.json");
+    ASSERT_EQ(saved.load_error(), "");
+    auto with = [&](const std::string& field, const std::string& value) {
+        std::string text = good;
+        const size_t at = text.find("\"" + field + "\": ") + field.size() + 4;
+        text.replace(at, text.find_first_of(",\n", at) - at, value);
+        write_bytes(file, text);
+        return saved.load_error();
+    };
+    for (const char* field : {"step", "tokens", "epoch", "index", "windows", "vocab_size"})
+        for (const char* value :
+             {"-7", "1e30", "19.7", "12.0", "\"12\"", "null", "true", "[]", "18446744073709551616"})
+            EXPECT_TRUE(says(with(field, value), {file, field})) << field << " " << value;
+    for (const char* field : {"step", "tokens", "vocab_size", "eot"})
+        EXPECT_TRUE(says(with(field, "9223372036854775808"), {file, field})) << field;
+    for (const char* value : {"-1", "\"1\"", "null", "1e999", "[]"})
+        EXPECT_TRUE(says(with("seconds", value), {file})) << value;
+    for (const char* value : {"-1", "\"1\"", "[]"})
+        EXPECT_TRUE(says(with("val_loss", value), {file, "val_loss"})) << value;
+    EXPECT_TRUE(says(with("eot", "-2"), {file, "eot"}));
+    EXPECT_TRUE(says(with("fingerprint", "-2"), {file, "fingerprint"}));
+    EXPECT_TRUE(says(with("kind", "3"), {file, "kind"}));
+    EXPECT_TRUE(says(with("--lr", "3"), {file, "flags", "--lr"}));
+    EXPECT_TRUE(says(with("step", "13"), {file, "13", "step 12"}));
+    EXPECT_TRUE(says(with("step", "12, \"step\": 12"), {file, "step", "twice"}));
+    EXPECT_EQ(with("step", "12"), "");
+}
+
+TEST(Checkpoint, DamageIsNoticedWhereverItIs) {
+    Saved saved;
+    uint64_t draws = 0;
+    auto below = [&](size_t n) { return random_below(uint32_t(n), 1, 2, draws++); };
+    int files = 0;
+    for (const auto& entry : fs::directory_iterator(saved.path)) {
+        const std::string file = entry.path(), good = read_bytes(file);
+        files++;
+        for (int i = 0; i < 200; i++) {
+            std::string bytes = good;
+            bytes[below(bytes.size())] ^= char(1 << below(8));
+            write_bytes(file, bytes);
+            const std::string error = saved.load_error();
+            // In checksums.json the names and the checksums matter, not the space between them.
+            if (error.empty() && file.ends_with("checksums.json")) continue;
+            ASSERT_TRUE(says(error, {saved.path})) << file;
+            ASSERT_NE(checkpoint_damage(saved.path), "") << file;
+        }
+        write_bytes(file, good);
+    }
+    EXPECT_EQ(files, 7); // model, optimizer, config, state, checksums and the tokenizer's two
+    EXPECT_EQ(checkpoint_damage(saved.path), "");
+    EXPECT_EQ(saved.load_error(), "");
+
+    // A file of another checkpoint is damage too.
+    Holder other{small("llama")};
+    other.initialize(2);
+    save_checkpoint(saved.dir / "other", other, some_state(), nullptr);
+    fs::copy_file(saved.dir / "other/model.safetensors", saved.path + "/model.safetensors",
+                  fs::copy_options::overwrite_existing);
+    EXPECT_TRUE(says(saved.load_error(), {"model.safetensors", "not the file", "checksums.json"}));
+    fs::remove(saved.path + "/checksums.json");
+    EXPECT_EQ(saved.load_error(), "");
+}
+
+TEST(Checkpoint, WhereOneIsDamagedTheNewestWholeOneIsNamed) {
+    Saved saved;
+    for (int64_t step : {3, 5, 20}) {
+        TrainerState state = some_state();
+        state.step = step;
+        save_checkpoint(saved.dir / (step < 10 ? "step-00000" : "step-0000") + std::to_string(step),
+                        saved.model, state, nullptr);
+    }
+    const std::string damaged = saved.dir / "step-000012/optimizer.safetensors";
+    fs::resize_file(damaged, fs::file_size(damaged) - 1);
+    EXPECT_TRUE(says(saved.load_error(), {damaged, saved.dir / "step-000005 is whole", "mv ",
+                                          "damaged-step-000012", "-y"}));
+    for (const char* older : {"step-000003", "step-000005"})
+        fs::resize_file(saved.dir / older + "/config.json", 5);
+    EXPECT_TRUE(says(saved.load_error(), {damaged, "No earlier checkpoint", "is whole"}));
+    // Another model than asked for is no damage.
+    save_checkpoint(saved.path, saved.model, some_state(), nullptr);
+    EXPECT_EQ(saved.load_error(small("qwen2")).find("whole"), std::string::npos);
+}
+
+TEST(Checkpoint, NumbersThatAreNotFiniteAreRefused) {
+    for (float bad : {NAN, INFINITY, -INFINITY}) {
+        Saved saved;
+        saved.model.held[0][saved.model.registry.params[1].offset + 3] = bad;
+        saved.rewrite([](auto&) {});
+        EXPECT_TRUE(says(saved.load_error(),
+                         {"model.safetensors", saved.model.registry.params[1].name, "finite"}));
+    }
+}
+
+TEST(Checkpoint, AHeadBesideTiedEmbeddingsMustBeTheSame) {
+    TemporaryDirectory dir;
+    Holder model(small("gpt2")), other(model.config);
+    ASSERT_TRUE(model.config.tied);
+    model.initialize(5);
+    const Param& embedding = model.registry.params[0];
+    std::vector<float> head(model.held[0].begin() + embedding.offset,
+                            model.held[0].begin() + embedding.offset + embedding.size());
+    auto load = [&] {
+        std::vector<TensorOut> tensors;
+        for (const Param& p : model.registry.params)
+            tensors.push_back(param_tensor(model, Buffer::parameters, p, p.name));
+        tensors.push_back(tensor_out(
+            {"lm_head.weight", "F32", embedding.file_shape(), head.data(), head.size() * 4}));
+        write_safetensors(dir / "model.safetensors", tensors);
+        write_bytes(dir / "config.json", config_to_json(model.config));
+        return error_of([&] { load_weights(other, dir.path); });
+    };
+    EXPECT_EQ(load(), "");
+    head.back() += 1;
+    EXPECT_TRUE(says(load(), {"lm_head.weight", "differs", "tie_word_embeddings"}));
 }
 
 TEST(Checkpoint, WeightsFromSeveralFiles) {
@@ -187,6 +310,9 @@ TEST(Checkpoint, WeightsFromSeveralFiles) {
     load_weights(other, saved.path);
     for (const Param& p : params)
         EXPECT_EQ(other.held[0][p.offset], saved.model.held[0][p.offset]) << p.name;
+    std::swap(index["weight_map"][params[0].name], index["weight_map"][params[1].name]);
+    write_bytes(saved.path + "/model.safetensors.index.json", index.dump());
+    EXPECT_TRUE(says(saved.load_error(), {"index.json", params[0].name, "do not belong together"}));
     fs::remove(saved.path + "/model-1.safetensors");
     EXPECT_TRUE(says(saved.load_error(), {"index.json", "model-1.safetensors", "not there"}));
     for (const char* text : {"{", "[]", "{\"weight_map\": {}}", "{\"weight_map\": {\"a\": 1}}",

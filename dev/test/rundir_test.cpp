@@ -84,8 +84,8 @@ TEST(RunDirectory, LogLinesAreWholeAndThoseAfterAStepGo) {
     std::ofstream(log, std::ios::app) << "{\"step\":21,\"lo"; // cut short by a kill
     RunDirectory run = RunDirectory::resume(path);
     EXPECT_FALSE(fs::exists(path + "/.step-000010.tmp-99"));
-    EXPECT_EQ(read_bytes(log).find("21"), std::string::npos);
-    run.truncate_log_after(18);
+    EXPECT_EQ(run.truncate_log_after(18), 1);
+    EXPECT_EQ(read_bytes(run.damaged_log()), "{\"step\":21,\"lo\n");
     run.append("{\"step\":19,\"loss\":2}");
     std::string text = read_bytes(log);
     EXPECT_EQ(text.substr(0, 17), "{\"model\":\"tiny\"}\n");
@@ -93,9 +93,16 @@ TEST(RunDirectory, LogLinesAreWholeAndThoseAfterAStepGo) {
     EXPECT_EQ(text.find("\"step\":20"), std::string::npos);
     EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 20);
 
-    write_bytes(log, "{\"step\":1}\nnonsense\n\0\0\n[1]\n{\"step\":2}"s);
-    run.truncate_log_after(1);
+    // Damaged lines are kept aside, those of another time before them.
+    const std::string deep = std::string(100000, '[') + "\n";
+    const std::string bad = "nonsense\n\0\0\n[1]\n{\"step\":\"1\"}\n{\"a\":1,\"a\":2}\n"s + deep;
+    write_bytes(log, "{\"step\":1}\n" + bad + "{\"step\":2}\n");
+    EXPECT_EQ(run.truncate_log_after(1), 6);
     EXPECT_EQ(read_bytes(log), "{\"step\":1}\n");
+    EXPECT_EQ(read_bytes(run.damaged_log()), "{\"step\":21,\"lo\n" + bad);
+    run.append("{\"step\":2}");
+    EXPECT_EQ(run.truncate_log_after(2), 0);
+    EXPECT_EQ(read_bytes(log), "{\"step\":1}\n{\"step\":2}\n");
 }
 
 TEST(RunDirectory, AFullDiskCutsNoLogLine) {
