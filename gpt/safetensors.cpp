@@ -13,7 +13,6 @@
 #include <cstring>
 #include <fcntl.h>
 #include <set>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <tuple>
 #include <unistd.h>
@@ -108,7 +107,8 @@ uint64_t convert(const TensorView& view, Out* out, Convert value_of) {
          checksum_text(*view.checksum), ")");
 }
 
-template <class Out> void read_as(const std::string& path, const TensorView& view, Out* out) {
+// Whether the tensor has its checksum.
+template <class Out> bool read_as(const std::string& path, const TensorView& view, Out* out) {
     auto same = [](auto value) { return value; };
     uint64_t sum = 0;
     if (view.dtype == "F64") {
@@ -124,7 +124,7 @@ template <class Out> void read_as(const std::string& path, const TensorView& vie
         fail(path, ": the tensor '", view.name, "' has type ", view.dtype,
              ", and F64, F32, F16 or BF16 is needed here.");
     }
-    if (view.checksum && sum != *view.checksum) fail_damaged(path, view);
+    return !view.checksum || sum == *view.checksum;
 }
 
 } // namespace
@@ -234,38 +234,35 @@ Safetensors::Safetensors(const std::string& path) : path_(path) {
     if (!file || fstat(file.fd, &status) != 0)
         fail("cannot open ", path, ": ", std::strerror(errno));
     if (!S_ISREG(status.st_mode)) fail(path, " is not a file; expected a safetensors file.");
-    size_ = size_t(status.st_size);
-    if (size_ < 8)
-        fail(path, " has ", size_, " bytes; a safetensors file has at least 8: it is truncated.");
-    void* map = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
-    if (map == MAP_FAILED) fail("cannot map ", path, " into memory: ", std::strerror(errno));
-    map_ = map;
+    if (status.st_size < 8)
+        fail(path, " has ", status.st_size,
+             " bytes; a safetensors file has at least 8: it is truncated.");
+    file_ = MappedFile(file.fd, path);
     try {
         parse();
-    } catch (...) {
-        munmap(map_, size_);
+    } catch (const Error&) {
+        file_.check(); // the better reason
         throw;
     }
+    file_.check();
 }
-
-Safetensors::~Safetensors() { munmap(map_, size_); }
 
 void Safetensors::parse() {
     const char* file = static_cast<const char*>(map_);
-    if (std::string_view(file, size_).starts_with(lfs_pointer))
+    if (std::string_view(file, size).starts_with(lfs_pointer))
         fail(path_, " is a Git LFS pointer, not the file itself: fetch it with git lfs pull");
     uint64_t length;
     std::memcpy(&length, file, sizeof length);
     if (length > max_header || length < 2)
         fail(path_, " is not a safetensors file: it says that its header has ", length,
              " bytes; expected 2 to ", max_header, ".");
-    if (length > size_ - 8)
-        fail(path_, " is truncated: its header alone has ", length, " bytes and the file ", size_,
+    if (length > size - 8)
+        fail(path_, " is truncated: its header alone has ", length, " bytes and the file ", size,
              ".");
     if (file[8] != '{')
         fail(path_, " is not a safetensors file: its header does not begin with '{'.");
     const char* data = file + 8 + length;
-    uint64_t data_bytes = size_ - 8 - length;
+    uint64_t data_bytes = size - 8 - length;
 
     const json header = parse_json({file + 8, length}, path_ + ": its header", max_header);
     for (const auto& [name, entry] : header.items()) {
@@ -371,8 +368,9 @@ void Safetensors::take_checksums() {
 }
 
 void Safetensors::check(const TensorView& view) const {
-    if (view.checksum && lns::checksum(view.data, view.bytes) != *view.checksum)
-        fail_damaged(path_, view);
+    const bool whole = !view.checksum || lns::checksum(view.data, view.bytes) == *view.checksum;
+    file_.check();
+    if (!whole) fail_damaged(path_, view);
 }
 
 const TensorView* Safetensors::find(const std::string& name) const {
@@ -386,8 +384,16 @@ const TensorView& Safetensors::at(const std::string& name) const {
     return *view;
 }
 
-void Safetensors::read_f32(const TensorView& view, float* out) const { read_as(path_, view, out); }
+void Safetensors::read_f32(const TensorView& view, float* out) const {
+    const bool whole = read_as(path_, view, out);
+    file_.check();
+    if (!whole) fail_damaged(path_, view);
+}
 
-void Safetensors::read_f64(const TensorView& view, double* out) const { read_as(path_, view, out); }
+void Safetensors::read_f64(const TensorView& view, double* out) const {
+    const bool whole = read_as(path_, view, out);
+    file_.check();
+    if (!whole) fail_damaged(path_, view);
+}
 
 } // namespace lns

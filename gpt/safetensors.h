@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "gpt/mapped.h"
+
 namespace lns {
 
 // Bytes of one element of "F64", "F32", "BF16", "I64", "U8", "BOOL", …; 0 if there is no such type.
@@ -51,7 +53,6 @@ void write_safetensors(const std::string& path, const std::vector<TensorView>& t
 class Safetensors {
   public:
     explicit Safetensors(const std::string& path);
-    ~Safetensors();
     Safetensors(const Safetensors&) = delete;
     Safetensors& operator=(const Safetensors&) = delete;
 
@@ -74,8 +75,7 @@ class Safetensors {
 
   private:
     std::string path_;
-    void* map_ = nullptr;
-    size_t size_ = 0;
+    MappedFile file_;
     std::vector<TensorView> tensors_;
     std::map<std::string, size_t> index_;
     std::map<std::string, std::string> metadata_;

@@ -1,6 +1,7 @@
 #include "gpt/shard.h"
 
 #include "gpt/error.h"
+#include "gpt/files.h"
 
 #include <algorithm>
 #include <bit>
@@ -9,7 +10,6 @@
 #include <fcntl.h>
 #include <glob.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <utility>
@@ -64,86 +64,65 @@ template <class Token> uint64_t first_bad(const Token* tokens, uint64_t n, uint3
 } // namespace
 
 Shard::Shard(const std::string& path) : path(path) {
-    struct File {
-        int fd;
-        ~File() {
-            if (fd >= 0) close(fd);
-        }
-    } file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)}; // a pipe would block
-    if (file.fd < 0)
+    Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)); // a pipe would block
+    if (!fd)
         fail("cannot open the shard ", path, ": ", std::strerror(errno),
              ". Shards are made with data/tokenize");
     struct stat info;
-    if (fstat(file.fd, &info) != 0) fail("cannot read ", path, ": ", std::strerror(errno));
+    if (fstat(fd.fd, &info) != 0) fail("cannot read ", path, ": ", std::strerror(errno));
     if (S_ISDIR(info.st_mode))
         fail(path, " is a directory, expected a shard file. Name its files, as in '", path,
              "/*_train_*.bin'");
     if (!S_ISREG(info.st_mode)) fail(path, " is not a regular file, expected a shard");
-    uint64_t size = uint64_t(info.st_size);
-    if (size == 0) fail(path, " is empty, expected a shard. Make it with data/tokenize");
+    if (info.st_size == 0) fail(path, " is empty, expected a shard. Make it with data/tokenize");
 
-    void* at = mmap(nullptr, size, PROT_READ, MAP_SHARED, file.fd, 0);
-    if (at == MAP_FAILED) fail("cannot map ", path, ": ", std::strerror(errno));
-    map = static_cast<const unsigned char*>(at);
-    mapped = size;
-    try {
-        std::vector<int32_t> header(header_words);
-        std::memcpy(header.data(), map, std::min<uint64_t>(size, header_bytes));
-        if (size < 4 || (header[0] != magic16 && header[0] != magic32))
-            fail(path, " is not a shard: it starts with ", header[0], ", expected ", magic16,
-                 " or ", magic32, ". ", guess(map, std::min<uint64_t>(size, header_bytes)));
-        if (size < header_bytes)
-            fail(path, " is truncated: ", size, " bytes, expected a header of ", header_bytes,
-                 " and the tokens. Make it again with data/tokenize");
-        token_bytes = header[0] == magic16 ? 2 : 4;
-        int32_t version = token_bytes == 2 ? version16 : version32;
-        if (header[1] != version)
-            fail(path, " has version ", header[1], ", expected ", version, " after the magic ",
-                 header[0], ". Make it again with data/tokenize");
-        if (header[2] < 0)
-            fail(path, " says that it has ", header[2],
-                 " tokens. Make it again with data/tokenize");
-        tokens = uint64_t(header[2]);
-        uint64_t expected = header_bytes + tokens * uint64_t(token_bytes);
-        if (size != expected)
-            fail(path, size < expected ? " is truncated: " : " is longer than it says: ", size,
-                 " bytes, expected ", expected, " for its ", tokens, " tokens of ", token_bytes,
-                 " bytes. ",
-                 size < expected ? "Fetch it again, or make it again with data/tokenize"
-                                 : "Make it again with data/tokenize");
-        if (header[3] == tag_word()) {
-            id.vocab_size = header[4];
-            id.eot = header[5];
-            id.fingerprint = uint64_t(uint32_t(header[7])) << 32 | uint32_t(header[6]);
-            const char* kind = reinterpret_cast<const char*>(&header[kind_word]);
-            id.kind.assign(kind, strnlen(kind, kind_bytes));
-            if (id.vocab_size <= 0 || id.eot < -1 || id.eot >= id.vocab_size)
-                fail(path, " has a damaged header: vocabulary ", id.vocab_size, ", end-of-text ",
-                     id.eot, ". Make it again with data/tokenize");
-            window = header[window_word];
-            if (window != 0 && (window < 2 || id.eot < 0 || tokens % uint64_t(window)))
-                fail(path, " has a damaged header: ", tokens, " tokens, end-of-text ", id.eot,
-                     ", in windows of ", window, ". Make it again with data/tokenize");
-        }
-    } catch (...) {
-        munmap(at, size); // a constructor that throws has no destructor call
-        throw;
+    file = MappedFile(fd.fd, path);
+    const unsigned char* map = file.data();
+    const uint64_t size = file.size();
+    std::vector<int32_t> header(header_words);
+    std::memcpy(header.data(), map, std::min<uint64_t>(size, header_bytes));
+    if (size < 4 || (header[0] != magic16 && header[0] != magic32))
+        fail(path, " is not a shard: it starts with ", header[0], ", expected ", magic16, " or ",
+             magic32, ". ", guess(map, std::min<uint64_t>(size, header_bytes)));
+    if (size < header_bytes)
+        fail(path, " is truncated: ", size, " bytes, expected a header of ", header_bytes,
+             " and the tokens. Make it again with data/tokenize");
+    token_bytes = header[0] == magic16 ? 2 : 4;
+    int32_t version = token_bytes == 2 ? version16 : version32;
+    if (header[1] != version)
+        fail(path, " has version ", header[1], ", expected ", version, " after the magic ",
+             header[0], ". Make it again with data/tokenize");
+    if (header[2] < 0)
+        fail(path, " says that it has ", header[2], " tokens. Make it again with data/tokenize");
+    tokens = uint64_t(header[2]);
+    uint64_t expected = header_bytes + tokens * uint64_t(token_bytes);
+    if (size != expected)
+        fail(path, size < expected ? " is truncated: " : " is longer than it says: ", size,
+             " bytes, expected ", expected, " for its ", tokens, " tokens of ", token_bytes,
+             " bytes. ",
+             size < expected ? "Fetch it again, or make it again with data/tokenize"
+                             : "Make it again with data/tokenize");
+    if (header[3] == tag_word()) {
+        id.vocab_size = header[4];
+        id.eot = header[5];
+        id.fingerprint = uint64_t(uint32_t(header[7])) << 32 | uint32_t(header[6]);
+        const char* kind = reinterpret_cast<const char*>(&header[kind_word]);
+        id.kind.assign(kind, strnlen(kind, kind_bytes));
+        if (id.vocab_size <= 0 || id.eot < -1 || id.eot >= id.vocab_size)
+            fail(path, " has a damaged header: vocabulary ", id.vocab_size, ", end-of-text ",
+                 id.eot, ". Make it again with data/tokenize");
+        window = header[window_word];
+        if (window != 0 && (window < 2 || id.eot < 0 || tokens % uint64_t(window)))
+            fail(path, " has a damaged header: ", tokens, " tokens, end-of-text ", id.eot,
+                 ", in windows of ", window, ". Make it again with data/tokenize");
     }
-}
-
-Shard::Shard(Shard&& other) noexcept
-    : path(std::move(other.path)), tokens(other.tokens), token_bytes(other.token_bytes),
-      window(other.window), id(std::move(other.id)), map(std::exchange(other.map, nullptr)),
-      mapped(other.mapped) {}
-
-Shard::~Shard() {
-    if (map) munmap(const_cast<unsigned char*>(map), mapped);
+    file.check();
 }
 
 void Shard::read(uint64_t pos, size_t n, int* out) const {
     if (pos > tokens || n > tokens - pos)
         fail("tokens ", pos, " to ", pos + n, " are asked of ", path, ", which has ", tokens);
-    const unsigned char* start = map + header_bytes + pos * uint64_t(token_bytes);
+    const unsigned char* start = file.data() + header_bytes + pos * uint64_t(token_bytes);
     if (token_bytes == 2) {
         const uint16_t* from = reinterpret_cast<const uint16_t*>(start);
         for (size_t i = 0; i < n; i++) out[i] = from[i];
@@ -152,10 +131,11 @@ void Shard::read(uint64_t pos, size_t n, int* out) const {
         // One beyond int (damage) is kept beyond every vocabulary.
         for (size_t i = 0; i < n; i++) out[i] = int(std::min<uint32_t>(from[i], INT32_MAX));
     }
+    file.check();
 }
 
 void Shard::check_tokens(int vocab) const {
-    const unsigned char* start = map + header_bytes;
+    const unsigned char* start = file.data() + header_bytes;
     if (token_bytes == 2) {
         const uint16_t* from = reinterpret_cast<const uint16_t*>(start);
         uint64_t bad = first_bad(from, tokens, uint32_t(vocab));
@@ -165,6 +145,7 @@ void Shard::check_tokens(int vocab) const {
         uint64_t bad = first_bad(from, tokens, uint32_t(vocab));
         if (bad < tokens) bad_token(bad, from[bad], vocab);
     }
+    file.check();
 }
 
 void Shard::bad_token(uint64_t pos, uint32_t token, int vocab) const {

@@ -19,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "gpt/mapped.h"
+
 namespace lns {
 
 // Which tokenizer made a text's tokens. vocab_size 0: not known (a file that we did not write).
@@ -34,11 +36,6 @@ struct TokenizerId {
 // what the header says. Tokens are only checked by check_tokens.
 struct Shard {
     explicit Shard(const std::string& path);
-    Shard(Shard&& other) noexcept;
-    Shard(const Shard&) = delete;
-    Shard& operator=(const Shard&) = delete;
-    Shard& operator=(Shard&&) = delete;
-    ~Shard();
 
     std::string path;
     uint64_t tokens = 0;
@@ -54,8 +51,7 @@ struct Shard {
     [[noreturn]] void bad_token(uint64_t pos, uint32_t token, int vocab) const;
 
   private:
-    const unsigned char* map = nullptr;
-    size_t mapped = 0;
+    MappedFile file;
 };
 
 // Writes one file under path + ".tmp", which becomes path only when it is whole and on the disk.
