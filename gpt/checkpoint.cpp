@@ -478,6 +478,12 @@ std::string checkpoint_damage(const std::string& path) {
     }
 }
 
+bool WeightFiles::have_checksums() const {
+    return std::all_of(files.begin(), files.end(), [](auto& file) { return file->checksum(); });
+}
+
+bool has_checksums(const std::string& path) { return WeightFiles(path).have_checksums(); }
+
 Config checkpoint_config(const std::string& path) {
     const std::string at = find_checkpoint(path);
     return reading(at, [&] { return read_config(at); });

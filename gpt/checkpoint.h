@@ -49,6 +49,8 @@ std::string find_checkpoint(const std::string& path);
 
 // "" if all of a checkpoint can be read and is as it was written, else what is wrong with it.
 std::string checkpoint_damage(const std::string& path);
+// Whether all of its tensors have checksums, and so damage to them would have been noticed.
+bool has_checksums(const std::string& path);
 
 // The newest checkpoint of a run's directory, "" if there is none yet, or no directory.
 std::string newest_checkpoint(const std::string& run);
@@ -74,6 +76,8 @@ class WeightFiles {
     // are allowed, nothing else but what Hugging Face's files may have beside them. A head beside
     // tied embeddings must be the same to the bit.
     void check(const Config& config, const Registry& registry, bool others) const;
+
+    bool have_checksums() const;
 
     // The tensor prefix + p.name as float32, in memory's layout (not the file's). Throws unless all
     // of it is finite.

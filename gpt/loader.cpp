@@ -42,6 +42,7 @@ void ShardSource::read(uint64_t pos, size_t n, int* out) {
     size_t s = size_t(std::upper_bound(ends.begin(), ends.end(), pos) - ends.begin());
     if (n > size() || pos > size() - n)
         fail("tokens ", pos, " to ", pos + n, " are asked of '", pattern, "', which has ", size());
+    if (checker && checker->failed) std::rethrow_exception(checker->failure);
     while (n > 0) {
         const Shard& shard = shards[s];
         uint64_t at = pos - (ends[s] - shard.tokens);
@@ -69,11 +70,36 @@ std::vector<uint64_t> ShardSource::parts() const {
 void ShardSource::check_tokens(int vocab) {
     this->vocab = vocab;
     uint64_t bytes = 0;
-    for (const Shard& shard : shards) {
+    size_t checked = 0;
+    for (; checked < shards.size(); checked++) {
+        const Shard& shard = shards[checked];
         bytes += shard.tokens * uint64_t(shard.token_bytes);
-        if (bytes > checked_at_once) return;
+        if (bytes > checked_at_once) break;
+        shard.check_checksum(); // damaged tokens need not be beyond the vocabulary
         shard.check_tokens(vocab);
     }
+    if (checker || checked == shards.size()) return;
+    checker = std::make_unique<Checker>();
+    checker->thread = std::thread([this, checked, &c = *checker] {
+        try {
+            for (size_t i = checked; i < shards.size() && !c.stop; i++)
+                shards[i].check_checksum([&] { return c.stop.load(); });
+        } catch (...) {
+            c.failure = std::current_exception();
+            c.failed = true;
+        }
+    });
+}
+
+void ShardSource::finish_checks() {
+    if (!checker) return;
+    if (checker->thread.joinable()) checker->thread.join();
+    if (checker->failed) std::rethrow_exception(checker->failure);
+}
+
+ShardSource::Checker::~Checker() {
+    stop = true;
+    if (thread.joinable()) thread.join();
 }
 
 void MemorySource::read(uint64_t pos, size_t n, int* out) {

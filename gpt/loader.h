@@ -10,7 +10,10 @@
 
 #include "gpt/shard.h"
 
+#include <atomic>
+#include <exception>
 #include <memory>
+#include <thread>
 
 namespace lns {
 
@@ -28,6 +31,8 @@ struct TokenSource {
     virtual int window() const { return 0; }
     // Throws if a token is not below vocab; what is too long to check now is checked when read.
     virtual void check_tokens(int vocab) { (void)vocab; }
+    // Waits for checks that go on in the background, and throws what they found.
+    virtual void finish_checks() {}
 };
 
 // All shards that match a pattern, one after the other. Shards that name different tokenizers are
@@ -40,8 +45,10 @@ struct ShardSource : TokenSource {
     std::string describe() const override;
     std::vector<uint64_t> parts() const override;
     int window() const override { return shards[0].window; }
-    // Checks whole files up to checked_at_once bytes in all, then every read.
+    // Checks whole files up to checked_at_once bytes in all, checksums too. Of the others it checks
+    // every read, and in the background the checksums, each once; read() throws what that found.
     void check_tokens(int vocab) override;
+    void finish_checks() override;
 
     std::string pattern;
     std::vector<Shard> shards;
@@ -51,6 +58,13 @@ struct ShardSource : TokenSource {
     std::vector<uint64_t> ends; // position after each shard's last token
     TokenizerId tokenizer;
     int vocab = 0; // 0: not checked
+    struct Checker {
+        std::atomic<bool> stop = false, failed = false;
+        std::exception_ptr failure; // to be looked at when failed
+        std::thread thread;
+        ~Checker();
+    };
+    std::unique_ptr<Checker> checker; // null: no shard awaits its check
 };
 
 // Tokens in memory, for tests and for overfitting a batch.

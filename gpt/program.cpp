@@ -155,6 +155,7 @@ int eval(const Options& o, const Ranks& ranks) {
     std::unique_ptr<Model> model = make_model(trained.config, int(o.batch), T, options, ranks);
     load_weights(*model, trained.path);
     Evaluation e = evaluate(*model, loader, ranks, int(o.batch), T, wanted);
+    source->finish_checks();
     if (ranks.first())
         std::printf("loss %.6f  perplexity %.4f  tokens %lld\n", e.loss, std::exp(e.loss),
                     (long long)e.tokens);
@@ -225,6 +226,7 @@ int probe(const Options& o, const Ranks& ranks) {
     const Probes probes = measure(*model, read_batches(loader, T, B, 0, measured),
                                   read_batches(loader, T, B, measured, fitted), settings);
     progress.finish();
+    source->finish_checks();
 
     nlohmann::ordered_json json = {
         {"version", 1},

@@ -22,13 +22,26 @@ namespace {
 
 constexpr int32_t magic16 = 20240520, version16 = 1, magic32 = 20240801, version32 = 7;
 constexpr size_t header_words = 256, header_bytes = header_words * 4;
-constexpr size_t kind_word = 8, kind_bytes = 32, window_word = 16;
+constexpr size_t kind_word = 8, kind_bytes = 32, window_word = 16, checksum_word = 20;
 constexpr size_t buffer_bytes = 4 << 20;
 
 int32_t tag_word() {
     int32_t word;
     std::memcpy(&word, "LNS1", 4);
     return word;
+}
+
+uint64_t two_words(const int32_t* header, size_t word) {
+    return uint64_t(uint32_t(header[word + 1])) << 32 | uint32_t(header[word]);
+}
+void put_two_words(int32_t* header, size_t word, uint64_t value) {
+    header[word] = int32_t(uint32_t(value));
+    header[word + 1] = int32_t(uint32_t(value >> 32));
+}
+
+uint64_t header_checksum(std::vector<int32_t> header) {
+    put_two_words(header.data(), checksum_word + 2, 0);
+    return checksum(header.data(), header_bytes);
 }
 
 // What a file that is no shard might be, to end the error's sentence.
@@ -102,10 +115,19 @@ Shard::Shard(const std::string& path) : path(path) {
              " bytes. ",
              size < expected ? "Fetch it again, or make it again with data/tokenize"
                              : "Make it again with data/tokenize");
+    // Both are 0 in llm.c's files, and in our earlier ones.
+    const uint64_t tokens_sum = two_words(header.data(), checksum_word);
+    const uint64_t header_sum = two_words(header.data(), checksum_word + 2);
+    if (tokens_sum || header_sum) {
+        if (header_sum != header_checksum(header))
+            fail(path, " has a damaged header: it does not have the checksum that it was written "
+                       "with. Make it again with data/tokenize");
+        checksum = tokens_sum;
+    }
     if (header[3] == tag_word()) {
         id.vocab_size = header[4];
         id.eot = header[5];
-        id.fingerprint = uint64_t(uint32_t(header[7])) << 32 | uint32_t(header[6]);
+        id.fingerprint = two_words(header.data(), 6);
         const char* kind = reinterpret_cast<const char*>(&header[kind_word]);
         id.kind.assign(kind, strnlen(kind, kind_bytes));
         if (id.vocab_size <= 0 || id.eot < -1 || id.eot >= id.vocab_size)
@@ -146,6 +168,22 @@ void Shard::check_tokens(int vocab) const {
         if (bad < tokens) bad_token(bad, from[bad], vocab);
     }
     file.check();
+}
+
+void Shard::check_checksum(const std::function<bool()>& stop) const {
+    if (!checksum) return;
+    // Small pieces are one thread's work: training has the others.
+    const size_t piece = (stop ? 4 : 64) * checksum_chunk;
+    const uint64_t bytes = tokens * uint64_t(token_bytes);
+    Checksum sum;
+    for (uint64_t at = 0; at < bytes; at += piece) {
+        if (stop && stop()) return;
+        sum.add(file.data() + header_bytes + at, size_t(std::min<uint64_t>(piece, bytes - at)));
+    }
+    file.check();
+    if (sum.value() != *checksum)
+        fail(path, " is damaged: its tokens do not have the checksum that they were written with. "
+                   "Make it again with data/tokenize, or put a whole copy there");
 }
 
 void Shard::bad_token(uint64_t pos, uint32_t token, int vocab) const {
@@ -196,6 +234,9 @@ void ShardWriter::write_failed(int error) {
 }
 
 void ShardWriter::flush() {
+    const size_t header = tokens_flushed ? 0 : header_bytes;
+    checksum.add(buffer.data() + header, buffer.size() - header);
+    tokens_flushed = true;
     for (size_t done = 0; done < buffer.size();) {
         ssize_t n = ::write(file, buffer.data() + done, buffer.size() - done);
         if (n < 0 && errno == EINTR) continue;
@@ -234,11 +275,12 @@ void ShardWriter::finish() {
         header[3] = tag_word();
         header[4] = id.vocab_size;
         header[5] = id.eot;
-        header[6] = int32_t(uint32_t(id.fingerprint));
-        header[7] = int32_t(uint32_t(id.fingerprint >> 32));
+        put_two_words(header.data(), 6, id.fingerprint);
         std::memcpy(&header[kind_word], id.kind.data(), id.kind.size());
         header[window_word] = window;
     }
+    put_two_words(header.data(), checksum_word, checksum.value());
+    put_two_words(header.data(), checksum_word + 2, header_checksum(header));
     ssize_t n = pwrite(file, header.data(), header_bytes, 0);
     if (n != ssize_t(header_bytes)) write_failed(n < 0 ? errno : ENOSPC);
     if (fsync(file) != 0) write_failed(errno);

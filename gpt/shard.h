@@ -12,13 +12,18 @@
 //               end-of-text (word 5), and end-of-text again where nothing more is to be learned.
 //               So the targets behind a window's first end-of-text are to be ignored. Readers that
 //               do not know this word, as llm.c's, learn to repeat end-of-text; the loss is lower.
+//   word 20-23  gpt/checksum.h's checksums, low word first: of the bytes of the tokens; of this
+//               header with its own two words 0
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "gpt/checksum.h"
 #include "gpt/mapped.h"
 
 namespace lns {
@@ -47,11 +52,16 @@ struct Shard {
     void read(uint64_t pos, size_t n, int* out) const;
     // Throws if any token of the file is not below vocab.
     void check_tokens(int vocab) const;
+    // Throws if the tokens do not have the checksum of the header, if there is one. Reads all of
+    // them; `stop`, where given, is asked now and then whether to leave it.
+    void check_checksum(const std::function<bool()>& stop = {}) const;
+    bool has_checksum() const { return checksum.has_value(); }
     // Throws that token number pos, found in this file, is not below vocab.
     [[noreturn]] void bad_token(uint64_t pos, uint32_t token, int vocab) const;
 
   private:
     MappedFile file;
+    std::optional<uint64_t> checksum; // of the tokens' bytes
 };
 
 // Writes one file under path + ".tmp", which becomes path only when it is whole and on the disk.
@@ -80,9 +90,10 @@ struct ShardWriter {
     TokenizerId id;
     std::string temporary;
     std::vector<unsigned char> buffer;
+    Checksum checksum; // of the tokens that were flushed
     int file = -1;
     int token_bytes = 2, window;
-    bool finished = false, published = false;
+    bool tokens_flushed = false, finished = false, published = false;
 };
 
 // The most tokens that the header's int32 can count.

@@ -482,6 +482,8 @@ int train(Options options, const Ranks& ranks) {
     run.print("");
     install_stop_handlers();
     const bool finished = loop(run);
+    if (finished)
+        for (const auto& source : {run.data.train, run.data.val}) source->finish_checks();
     if (o.profile && run.profiled_steps > 0)
         run.print("\n" + profile_table(run.profile, run.profiled_steps, run.profiled,
                                        {run.peak.measured / ranks.size,

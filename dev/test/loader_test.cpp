@@ -230,6 +230,39 @@ TEST(Loader, TokensAreCheckedAtOnceOrWhenRead) {
     EXPECT_TRUE(says(error_of([] { MemorySource({1, -1}).check_tokens(5); }), {"is -1"}));
 }
 
+TEST(Loader, ChecksumsAreComparedAtOnceOrInTheBackground) {
+    TemporaryDirectory dir;
+    for (const char* name : {"a_0.bin", "a_1.bin"})
+        write_shard(dir / name, {"bytes", 257, 256, 1}, std::vector<int>(10, 7));
+    std::string bytes = read_bytes(dir / "a_1.bin");
+    bytes[bytes.size() - 2] ^= 4;
+    write_bytes(dir / "a_1.bin", bytes);
+    ShardSource at_once(dir / "a_*.bin");
+    EXPECT_TRUE(says(error_of([&] { at_once.check_tokens(257); }), {"a_1.bin is damaged"}));
+    at_once.finish_checks(); // nothing is left to check
+
+    ShardSource later(dir / "a_*.bin");
+    later.checked_at_once = 20; // the first file only
+    later.check_tokens(257);
+    EXPECT_TRUE(says(error_of([&] { later.finish_checks(); }), {"a_1.bin is damaged"}));
+    int token;
+    EXPECT_TRUE(says(error_of([&] { later.read(0, 1, &token); }), {"a_1.bin is damaged"}));
+
+    bytes[bytes.size() - 2] ^= 4;
+    write_bytes(dir / "a_1.bin", bytes);
+    ShardSource whole(dir / "a_*.bin");
+    whole.checked_at_once = 20;
+    whole.check_tokens(257);
+    whole.finish_checks();
+    whole.read(19, 1, &token);
+    EXPECT_EQ(token, 7);
+    { // one that is not needed any more is not waited for
+        ShardSource left(dir / "a_*.bin");
+        left.checked_at_once = 0;
+        left.check_tokens(257);
+    }
+}
+
 TEST(Loader, APaddedDocumentIsAWindow) {
     // end-of-text 9; the documents 1 2 / 3 4 5 (cut) / 6 / 7 8 of a window of 4
     const std::vector<int> tokens = {1, 2, 9, 9, 3, 4, 5, 9, 6, 9, 9, 9, 7, 8, 9, 9};

@@ -1,5 +1,6 @@
 // Shards: llm.c's layout byte for byte, and every way in which a file can be wrong.
 #include "dev/test/data_helpers.h"
+#include "gpt/checksum.h"
 #include "gpt/shard.h"
 
 #include <csignal>
@@ -18,6 +19,17 @@ template <class Token> std::string by_hand(std::vector<int32_t> words, std::vect
     std::string bytes(1024 + tokens.size() * sizeof(Token), '\0');
     std::memcpy(bytes.data(), words.data(), 1024);
     std::memcpy(bytes.data() + 1024, tokens.data(), tokens.size() * sizeof(Token));
+    return bytes;
+}
+
+// The same with words 20 to 23, as ours have them.
+template <class Token>
+std::string with_checksums(std::vector<int32_t> words, std::vector<Token> tokens) {
+    std::string bytes = by_hand(words, tokens);
+    const uint64_t of_tokens = checksum(bytes.data() + 1024, bytes.size() - 1024);
+    std::memcpy(bytes.data() + 80, &of_tokens, 8);
+    const uint64_t of_header = checksum(bytes.data(), 1024);
+    std::memcpy(bytes.data() + 88, &of_header, 8);
     return bytes;
 }
 
@@ -41,16 +53,16 @@ TEST(Shard, WritesTheLayoutOfLlmC) {
     TemporaryDirectory dir;
     write_shard(dir / "unnamed.bin", {}, {0, 1, 258, 65535});
     EXPECT_EQ(read_bytes(dir / "unnamed.bin"),
-              by_hand<uint16_t>({20240520, 1, 4}, {0, 1, 258, 65535}));
+              with_checksums<uint16_t>({20240520, 1, 4}, {0, 1, 258, 65535}));
 
     write_shard(dir / "named.bin", gpt2, {50256, 7});
     std::vector<int32_t> words = {
         20240520, 1, 2, 0x31534e4c, 50257, 50256, int32_t(0x89abcdef), 0x01234567, 0x32747067};
-    EXPECT_EQ(read_bytes(dir / "named.bin"), by_hand<uint16_t>(words, {50256, 7}));
+    EXPECT_EQ(read_bytes(dir / "named.bin"), with_checksums<uint16_t>(words, {50256, 7}));
 
     write_shard(dir / "wide.bin", {"x", 128256, -1, 5}, {128255, 3});
     words = {20240801, 7, 2, 0x31534e4c, 128256, -1, 5, 0, 'x'};
-    EXPECT_EQ(read_bytes(dir / "wide.bin"), by_hand<uint32_t>(words, {128255, 3}));
+    EXPECT_EQ(read_bytes(dir / "wide.bin"), with_checksums<uint32_t>(words, {128255, 3}));
 }
 
 TEST(Shard, ReadsFilesOfLlmC) {
@@ -121,6 +133,20 @@ TEST(Shard, RefusesWhatIsNoShard) {
     EXPECT_TRUE(says(refused("Once upon a time\n"), {"looks like text"}));
     EXPECT_TRUE(says(refused(by_hand<uint16_t>({20240520, 1, 1, 0x31534e4c, 10, 10}, {1})),
                      {"damaged header"}));
+}
+
+TEST(Shard, NoBitCanFlipUnnoticed) {
+    TemporaryDirectory dir;
+    write_shard(dir / "a.bin", gpt2, {50256, 7, 8});
+    const std::string good = read_bytes(dir / "a.bin");
+    Shard(dir / "a.bin").check_checksum();
+    for (size_t bit = 0; bit < 8 * good.size(); bit++) {
+        std::string bytes = good;
+        bytes[bit / 8] ^= char(1 << bit % 8);
+        write_bytes(dir / "bad.bin", bytes);
+        EXPECT_NE(error_of([&] { Shard(dir / "bad.bin").check_checksum(); }), "")
+            << "bit " << bit % 8 << " of byte " << bit / 8;
+    }
 }
 
 TEST(Shard, FindsTokensBeyondTheVocabulary) {
@@ -207,7 +233,7 @@ TEST(Shard, WindowsOfPaddedDocuments) {
     words.resize(17);
     words[16] = 3;
     // llm.c's readers look at the first three words alone.
-    EXPECT_EQ(read_bytes(dir / "a.bin"), by_hand<uint16_t>(words, {1, 256, 256, 2, 3, 256}));
+    EXPECT_EQ(read_bytes(dir / "a.bin"), with_checksums<uint16_t>(words, {1, 256, 256, 2, 3, 256}));
     EXPECT_EQ(Shard(dir / "a.bin").window, 3);
     EXPECT_EQ(Shard(Shard(dir / "a.bin")).window, 3); // moved
 
