@@ -8,6 +8,9 @@
 // Shards stand under temporary names until all are whole; then all are renamed. So an error, a full
 // disk or Ctrl-C leaves the shards of an earlier run as they were.
 #include "gpt/error.h"
+#include "gpt/paths.h"
+#include "gpt/terminal.h"
+#include "gpt/threads.h"
 #include "gpt/tokenizer.h"
 
 #include <CLI/CLI.hpp>
@@ -653,7 +656,7 @@ void run(const Options& options) {
 
 int main(int argc, char** argv) {
     lns::Options options;
-    options.threads = int(std::max(1u, std::thread::hardware_concurrency()));
+    options.threads = lns::default_threads();
     std::string shard_tokens = "100M";
     CLI::App app("Turns text files into shards of tokens for train_gpt (and llm.c).");
     app.option_defaults()->always_capture_default();
@@ -698,6 +701,9 @@ int main(int argc, char** argv) {
     app.add_flag("-q,--quiet", options.quiet, "No progress, no summary");
     try {
         app.parse(argc, argv);
+        options.tokenizer = lns::expand_home_in_tokenizer(options.tokenizer);
+        options.out = lns::expand_home(options.out);
+        for (std::string& file : options.files) file = lns::expand_home(file);
         options.shard_tokens = lns::parse_count(shard_tokens);
         if (options.shard_tokens > lns::max_shard_tokens)
             lns::fail("--shard-tokens ", shard_tokens,
@@ -719,9 +725,10 @@ int main(int argc, char** argv) {
         return 0;
     } catch (const CLI::ParseError& error) {
         if (error.get_exit_code() == 0) return app.exit(error); // --help
-        std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n", error.what());
+        std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n",
+                     lns::one_line(error.what()).c_str());
     } catch (const std::exception& error) {
-        std::fprintf(stderr, "tokenize: %s\n", error.what());
+        std::fprintf(stderr, "tokenize: %s\n", lns::one_line(error.what()).c_str());
     }
     return 1;
 }

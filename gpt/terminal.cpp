@@ -191,6 +191,20 @@ std::string printable(std::string_view text) {
     return out;
 }
 
+std::string one_line(std::string_view text) {
+    constexpr size_t begin = 3000, end = 1000;
+    if (text.size() > begin + end)
+        return one_line(cat(text.substr(0, begin - 3), "...", text.substr(text.size() - end)));
+    std::string out;
+    for (char c : printable(text)) {
+        if (c == '\n' || c == '\t')
+            out += {'^', char(c ^ 0x40)};
+        else
+            out += c;
+    }
+    return out;
+}
+
 bool is_utf8(std::string_view text) {
     for (size_t i = 0; i < text.size();) {
         int length = decode(text, i).length;
