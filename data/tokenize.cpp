@@ -57,26 +57,6 @@ void stop_if_interrupted() {
     if (interrupted) fail("interrupted. No shard was written or changed");
 }
 
-// 100M, 64k, 1.5B: decimal factors.
-uint64_t parse_count(const std::string& text) {
-    size_t used = 0;
-    double number = 0;
-    try {
-        number = std::stod(text, &used);
-    } catch (const std::exception&) {
-        used = 0;
-    }
-    std::string unit = text.substr(used);
-    double factor = unit == ""                                                 ? 1
-                    : unit == "k" || unit == "K"                               ? 1e3
-                    : unit == "m" || unit == "M"                               ? 1e6
-                    : unit == "g" || unit == "G" || unit == "b" || unit == "B" ? 1e9
-                                                                               : 0;
-    if (used == 0 || factor == 0 || !(number * factor >= 1) || number * factor > 1e18)
-        fail("'", text, "' is no count, expected one like 5000000, 500k, 100M or 1.5B");
-    return uint64_t(number * factor);
-}
-
 // The shards of one kind, train or val
 
 struct ShardSet {
@@ -704,7 +684,9 @@ int main(int argc, char** argv) {
         options.tokenizer = lns::expand_home_in_tokenizer(options.tokenizer);
         options.out = lns::expand_home(options.out);
         for (std::string& file : options.files) file = lns::expand_home(file);
-        options.shard_tokens = lns::parse_count(shard_tokens);
+        options.shard_tokens = uint64_t(lns::parse_count(shard_tokens));
+        if (options.shard_tokens == 0)
+            lns::fail("--shard-tokens 0: a shard needs at least 1 token");
         if (options.shard_tokens > lns::max_shard_tokens)
             lns::fail("--shard-tokens ", shard_tokens,
                       " is more than a shard can count, expected at "

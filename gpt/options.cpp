@@ -377,9 +377,10 @@ void fail_if_unquoted(const std::string& extra, const std::vector<std::string>& 
     if (flag == argv.rend() ||
         std::find(takes_pattern.begin(), takes_pattern.end(), *flag) == takes_pattern.end())
         return;
-    const std::vector<std::string> files(flag.base(), std::find_if(at, argv.end(), is_flag));
-    for (const std::string& file : files)
-        if (!std::filesystem::exists(file)) return;
+    std::vector<std::string> files;
+    for (auto word = flag.base(); word != argv.end() && std::filesystem::is_regular_file(*word);)
+        files.push_back(*word++);
+    if (files.size() < 2) return;
     fail(*flag, " takes one pattern, and here are ", files.size(), " files, from '", files.front(),
          "' to '", files.back(), "': quote the pattern, so that the shell leaves it alone, as in ",
          *flag, " '", common_pattern(files), "'");
