@@ -628,7 +628,7 @@ void run(const Options& options) {
                 << set.tokens << " tokens in " << set.shards.size()
                 << (set.shards.size() == 1 ? " shard\n" : " shards\n");
     out << "  " << options.out << "_tokenizer/\n";
-    std::fputs(out.str().c_str(), stdout);
+    std::fputs(printable(out.str()).c_str(), stdout);
 }
 
 } // namespace

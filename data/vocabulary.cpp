@@ -102,8 +102,8 @@ void run(const Options& options) {
     file.close();
     if (!file || std::rename(temporary.c_str(), options.out.c_str()) != 0)
         fail("cannot write ", options.out, ": ", std::strerror(errno));
-    std::printf("%s: %d pieces, learned from %.1f MB\n", options.out.c_str(), options.size,
-                double(lines.bytes) / 1e6);
+    std::printf("%s: %d pieces, learned from %.1f MB\n", printable(options.out).c_str(),
+                options.size, double(lines.bytes) / 1e6);
 }
 #else
 void run(const Options&) {

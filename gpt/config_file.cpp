@@ -2,6 +2,7 @@
 
 #include "gpt/error.h"
 #include "gpt/files.h"
+#include "gpt/terminal.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -30,7 +31,7 @@ std::string_view without_quotes(std::string_view text) {
 // As much of a line as a message should quote.
 std::string excerpt(std::string_view text) {
     const size_t most = 60;
-    return std::string(text.substr(0, most)) + (text.size() > most ? "..." : "");
+    return printable(text.substr(0, most)) + (text.size() > most ? "..." : "");
 }
 
 bool is_control(char c) {

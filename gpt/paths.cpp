@@ -29,6 +29,16 @@ std::string escaped(std::string_view text, std::string_view special) {
     return out;
 }
 
+// glob(3) overflows the stack on thousands of nested braces, and {a,b}{a,b}... doubles each time.
+void check_size(const std::string& pattern) {
+    constexpr size_t most_bytes = 4096, most_braces = 16;
+    if (pattern.size() > most_bytes)
+        fail("the pattern '", pattern.substr(0, 60), "...' has ", pattern.size(),
+             " bytes, expected at most ", most_bytes);
+    if (size_t(std::count(pattern.begin(), pattern.end(), '{')) > most_braces)
+        fail("the pattern '", pattern, "' has more than ", most_braces, " braces");
+}
+
 // The pattern with as many of its folders as exist under their own names taken literally.
 std::string with_literal_folders(const std::string& pattern) {
     size_t literal = 0;
@@ -54,6 +64,7 @@ std::vector<std::string> matches(const std::string& pattern) {
 std::vector<std::string> find_paths(const std::string& pattern) {
     const std::string path = expand_home(pattern);
     if (exists(path)) return {path};
+    check_size(path);
     std::vector<std::string> paths = matches(with_literal_folders(path));
     // Names with brackets that only * and ? tell apart: "a[1]_train_*.bin".
     if (paths.empty()) paths = matches(escaped(path, "[]{}"));

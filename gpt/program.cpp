@@ -247,9 +247,9 @@ int probe(const Options& o, const Ranks& ranks) {
         text +=
             cat(text.empty() ? "{" : ",", "\n  ", nlohmann::json(key).dump(), ": ", value.dump());
     write_file_atomic(out, text + "\n}\n");
-    std::printf("%s, %s: loss %.4f on %lld tokens\n\n%s\nwrote %s\n", trained.path.c_str(),
-                config.scheme.name().c_str(), probes.loss, (long long)probes.tokens,
-                describe(probes).c_str(), out.c_str());
+    std::printf("%s, %s: loss %.4f on %lld tokens\n\n%s\nwrote %s\n",
+                printable(trained.path).c_str(), config.scheme.name().c_str(), probes.loss,
+                (long long)probes.tokens, describe(probes).c_str(), printable(out).c_str());
     return 0;
 }
 

@@ -295,9 +295,10 @@ bool Progress::due_locked() const {
     return Seconds(now - shown_).count() >= interval;
 }
 
-void Progress::update(const std::string& line, bool now) {
+void Progress::update(const std::string& text, bool now) {
     std::lock_guard lock(mutex_);
     if (!now && !due_locked()) return;
+    const std::string line = printable(text);
     any_ = true;
     shown_ = Clock::now();
     if (in_place_) {
@@ -324,7 +325,7 @@ void Progress::message(const std::string& text) {
     std::lock_guard lock(mutex_);
     std::string line = line_;
     erase();
-    std::fputs(text.c_str(), out_);
+    std::fputs(printable(text).c_str(), out_);
     if (text.empty() || text.back() != '\n') std::fputc('\n', out_);
     line_.clear();
     if (!line.empty()) draw(line);

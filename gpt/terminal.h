@@ -54,7 +54,7 @@ struct Table {
     void print(FILE* out = stdout) const;
 };
 
-// One line that tells how far things are. Threads may share it.
+// One line that tells how far things are, printable() as all that is shown. Threads may share it.
 class Progress {
   public:
     explicit Progress(FILE* out = stdout);
