@@ -21,6 +21,7 @@
 #include "gpt/gpu.h"
 #include "gpt/ranks.h"
 #include "gpt/safetensors.h"
+#include "gpt/terminal.h"
 #ifdef LNS_SIM
 #include "dev/sim/runtime.h"
 #include "dev/sim/sim.h"
@@ -1665,7 +1666,7 @@ int main(int argc, char** argv) {
     try {
         return lns::run_tests(argc, argv);
     } catch (const std::exception& error) {
-        std::fprintf(stderr, "test_gpt: %s\n", error.what());
+        std::fprintf(stderr, "test_gpt: %s\n", lns::one_line(error.what()).c_str());
         return 1;
     }
 }

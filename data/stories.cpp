@@ -2,6 +2,7 @@
 // <|endoftext|>.
 #include "gpt/stories.h"
 #include "gpt/error.h"
+#include "gpt/terminal.h"
 
 #include <CLI/CLI.hpp>
 
@@ -39,9 +40,12 @@ int main(int argc, char** argv) {
         app.parse(argc, argv);
         print(megabytes, seed);
     } catch (const CLI::ParseError& error) {
-        return app.exit(error) == 0 ? 0 : 1;
+        if (error.get_exit_code() == 0) return app.exit(error); // --help
+        std::fprintf(stderr, "data/stories: %s. See data/stories --help\n",
+                     lns::one_line(error.what()).c_str());
+        return 1;
     } catch (const lns::Error& error) {
-        std::fprintf(stderr, "data/stories: %s\n", error.what());
+        std::fprintf(stderr, "data/stories: %s\n", lns::one_line(error.what()).c_str());
         return 1;
     }
 }

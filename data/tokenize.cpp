@@ -8,6 +8,9 @@
 // Shards stand under temporary names until all are whole; then all are renamed. So an error, a full
 // disk or Ctrl-C leaves the shards of an earlier run as they were.
 #include "gpt/error.h"
+#include "gpt/paths.h"
+#include "gpt/terminal.h"
+#include "gpt/threads.h"
 #include "gpt/tokenizer.h"
 
 #include <CLI/CLI.hpp>
@@ -52,26 +55,6 @@ volatile std::sig_atomic_t interrupted = 0;
 
 void stop_if_interrupted() {
     if (interrupted) fail("interrupted. No shard was written or changed");
-}
-
-// 100M, 64k, 1.5B: decimal factors.
-uint64_t parse_count(const std::string& text) {
-    size_t used = 0;
-    double number = 0;
-    try {
-        number = std::stod(text, &used);
-    } catch (const std::exception&) {
-        used = 0;
-    }
-    std::string unit = text.substr(used);
-    double factor = unit == ""                                                 ? 1
-                    : unit == "k" || unit == "K"                               ? 1e3
-                    : unit == "m" || unit == "M"                               ? 1e6
-                    : unit == "g" || unit == "G" || unit == "b" || unit == "B" ? 1e9
-                                                                               : 0;
-    if (used == 0 || factor == 0 || !(number * factor >= 1) || number * factor > 1e18)
-        fail("'", text, "' is no count, expected one like 5000000, 500k, 100M or 1.5B");
-    return uint64_t(number * factor);
 }
 
 // The shards of one kind, train or val
@@ -645,7 +628,7 @@ void run(const Options& options) {
                 << set.tokens << " tokens in " << set.shards.size()
                 << (set.shards.size() == 1 ? " shard\n" : " shards\n");
     out << "  " << options.out << "_tokenizer/\n";
-    std::fputs(out.str().c_str(), stdout);
+    std::fputs(printable(out.str()).c_str(), stdout);
 }
 
 } // namespace
@@ -653,7 +636,7 @@ void run(const Options& options) {
 
 int main(int argc, char** argv) {
     lns::Options options;
-    options.threads = int(std::max(1u, std::thread::hardware_concurrency()));
+    options.threads = lns::default_threads();
     std::string shard_tokens = "100M";
     CLI::App app("Turns text files into shards of tokens for train_gpt (and llm.c).");
     app.option_defaults()->always_capture_default();
@@ -698,7 +681,12 @@ int main(int argc, char** argv) {
     app.add_flag("-q,--quiet", options.quiet, "No progress, no summary");
     try {
         app.parse(argc, argv);
-        options.shard_tokens = lns::parse_count(shard_tokens);
+        options.tokenizer = lns::expand_home_in_tokenizer(options.tokenizer);
+        options.out = lns::expand_home(options.out);
+        for (std::string& file : options.files) file = lns::expand_home(file);
+        options.shard_tokens = uint64_t(lns::parse_count(shard_tokens));
+        if (options.shard_tokens == 0)
+            lns::fail("--shard-tokens 0: a shard needs at least 1 token");
         if (options.shard_tokens > lns::max_shard_tokens)
             lns::fail("--shard-tokens ", shard_tokens,
                       " is more than a shard can count, expected at "
@@ -719,9 +707,10 @@ int main(int argc, char** argv) {
         return 0;
     } catch (const CLI::ParseError& error) {
         if (error.get_exit_code() == 0) return app.exit(error); // --help
-        std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n", error.what());
+        std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n",
+                     lns::one_line(error.what()).c_str());
     } catch (const std::exception& error) {
-        std::fprintf(stderr, "tokenize: %s\n", error.what());
+        std::fprintf(stderr, "tokenize: %s\n", lns::one_line(error.what()).c_str());
     }
     return 1;
 }

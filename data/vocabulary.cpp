@@ -4,6 +4,8 @@
 // so that it gives back every text; digits one by one. Lines are its sentences, so that no piece
 // reaches across a newline. The same text gives the same model.
 #include "gpt/error.h"
+#include "gpt/paths.h"
+#include "gpt/terminal.h"
 
 #include <CLI/CLI.hpp>
 #include <cerrno>
@@ -100,8 +102,8 @@ void run(const Options& options) {
     file.close();
     if (!file || std::rename(temporary.c_str(), options.out.c_str()) != 0)
         fail("cannot write ", options.out, ": ", std::strerror(errno));
-    std::printf("%s: %d pieces, learned from %.1f MB\n", options.out.c_str(), options.size,
-                double(lines.bytes) / 1e6);
+    std::printf("%s: %d pieces, learned from %.1f MB\n", printable(options.out).c_str(),
+                options.size, double(lines.bytes) / 1e6);
 }
 #else
 void run(const Options&) {
@@ -130,14 +132,17 @@ int main(int argc, char** argv) {
         ->type_name("STR");
     try {
         app.parse(argc, argv);
+        options.out = lns::expand_home(options.out);
+        for (std::string& file : options.files) file = lns::expand_home(file);
         if (options.files.empty()) options.files = {"-"};
         lns::run(options);
         return 0;
     } catch (const CLI::ParseError& error) {
         if (error.get_exit_code() == 0) return app.exit(error); // --help
-        std::fprintf(stderr, "vocabulary: %s. See data/vocabulary --help\n", error.what());
+        std::fprintf(stderr, "vocabulary: %s. See data/vocabulary --help\n",
+                     lns::one_line(error.what()).c_str());
     } catch (const std::exception& error) {
-        std::fprintf(stderr, "vocabulary: %s\n", error.what());
+        std::fprintf(stderr, "vocabulary: %s\n", lns::one_line(error.what()).c_str());
     }
     return 1;
 }

@@ -10,6 +10,7 @@
 #include "gpt/error.h"
 #include "gpt/files.h"
 #include "gpt/json.h"
+#include "gpt/terminal.h"
 
 namespace lns {
 
@@ -278,7 +279,7 @@ int export_model(const Options& o) {
                             tokenizer_field(at, "tokenizer_class").is_null();
     directory.commit();
 
-    std::printf("wrote %s: %s, %s, %zu tensors, %s in %zu file%s\n", dir.c_str(),
+    std::printf("wrote %s: %s, %s, %zu tensors, %s in %zu file%s\n", printable(dir).c_str(),
                 json::parse(config_to_json(plan.config))["model_type"].get<std::string>().c_str(),
                 number.torch, tensors.size(), size_text(bytes).c_str(), shards.size(),
                 shards.size() == 1 ? "" : "s");

@@ -1,6 +1,7 @@
 #include "gpt/loader.h"
 
 #include "gpt/error.h"
+#include "gpt/paths.h"
 #include "gpt/random.h"
 
 #include <algorithm>

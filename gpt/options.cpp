@@ -4,12 +4,15 @@
 
 #include <charconv>
 #include <cmath>
+#include <filesystem>
 #include <iostream>
 #include <limits>
 
 #include "gpt/build.h"
+#include "gpt/config_file.h"
 #include "gpt/error.h"
 #include "gpt/params.h"
+#include "gpt/paths.h"
 #include "gpt/probe.h"
 #include "gpt/schedule.h"
 #include "gpt/setup.h"
@@ -51,6 +54,23 @@ struct Flags {
         };
         CLI::Option* option = add(app.add_option(names, value, help), type);
         return may_be_empty ? option : option->check(CLI::Validator(check, ""));
+    }
+    // ~ is the home folder. `expand`: of what may be more than a path.
+    CLI::Option* path(const char* names, std::string& value, const char* type, const char* help,
+                      std::string (*expand)(const std::string&) = expand_home) {
+        auto transform = [expand](std::string& text) -> std::string {
+            try {
+                text = expand(text);
+                return "";
+            } catch (const Error& error) {
+                return error.what();
+            }
+        };
+        return text(names, value, type, help)->transform(CLI::Validator(transform, ""));
+    }
+    // Shards, whose ~ is expanded where they are looked for.
+    CLI::Option* pattern(const char* names, std::string& value, const char* help) {
+        return text(names, value, "GLOB", help);
     }
     void flag(const char* names, bool& value, const char* help) {
         add(app.add_flag(names, value, help), "");
@@ -109,7 +129,8 @@ void add_sampling(Flags& f, Options& o) {
 void add_machine(Flags& f, Options& o) {
     f.choice("--device", o.device, {"auto", "cpu", "cuda"},
              "auto, cpu or cuda: where to compute; auto: on a GPU if there is one");
-    f.count("--threads", o.threads, 0, 4096, "0: as many as this process may use");
+    f.count("--threads", o.threads, 0, 4096,
+            "0: a core each, as far as a container's quota and OMP_NUM_THREADS allow");
 }
 
 void add_dtype(Flags& f, Options& o, const char* help) {
@@ -137,14 +158,15 @@ void add_numbers(Flags& f, Options& o) {
 const char* profile_help = "at the end, a table of where the steps' time went";
 
 void add_tokenizer(Flags& f, Options& o) {
-    f.text("--tokenizer", o.tokenizer, "SPEC",
-           "bytes, gpt2:DIR, FILE.model or a saved directory; default: what lies beside the data");
+    f.path("--tokenizer", o.tokenizer, "SPEC",
+           "bytes, gpt2:DIR, FILE.model or a saved directory; default: what lies beside the data",
+           expand_home_in_tokenizer);
 }
 
 void add_model(Flags& f, Options& o) {
     std::vector<std::string> names_of_schemes;
     for (const SchemeRow& row : scheme_table()) names_of_schemes.push_back(row.name);
-    f.text("-m,--model", o.model, "NAME",
+    f.path("-m,--model", o.model, "NAME",
            ("a preset: " + join(preset_names()) + "; or a Hugging Face config.json or its folder")
                .c_str());
     f.text("-n,--norm", o.norm, "SCHEME",
@@ -168,13 +190,13 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
     f.count("--positions", o.positions, 1, 100000000, "the longest sequence it can take");
     f.number("--init-std", o.init_std, 0, 100, "of the weights at the start", true);
     f.number("--embed-std", o.embed_std, 0, 100, "of the token embedding at the start", true);
-    f.text("--init-from", o.init_from, "PATH",
+    f.path("--init-from", o.init_from, "PATH",
            "start from these weights: a run, a checkpoint, a Hugging Face folder, a --dump-state");
 
     f.group = "Data";
     f.change = Change::noted;
-    f.text("-i,--train", o.train, "GLOB", "token shards; none: endless synthetic stories");
-    f.text("-j,--val", o.val, "GLOB", "shards to validate on; default: *_val_* beside *_train_*");
+    f.pattern("-i,--train", o.train, "token shards; none: endless synthetic stories");
+    f.pattern("-j,--val", o.val, "shards to validate on; default: *_val_* beside *_train_*");
     f.change = Change::fixed;
     add_tokenizer(f, o);
     f.change = Change::noted;
@@ -229,13 +251,13 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
 
     f.group = "Run";
     f.change = Change::once;
-    f.text("-o,--out", o.out, "DIR", "the run's directory; default: runs/MODEL-SCHEME, -2, -3 …");
+    f.path("-o,--out", o.out, "DIR", "the run's directory; default: runs/MODEL-SCHEME, -2, -3 …");
     f.change = Change::free;
     f.count("--save-every", o.save_every, 0, most, "steps; 0: only at the end");
     f.count("--keep", o.keep, 0, most, "so many of the newest checkpoints; 0: all");
     f.change = Change::once;
     f.flag("--dry-run", o.dry_run, "print parameters, memory and FLOPs, and stop");
-    f.text("--dump-state", o.dump_state, "FILE",
+    f.path("--dump-state", o.dump_state, "FILE",
            "write one forward and backward pass as safetensors, and stop");
     f.flag("--profile", o.profile, profile_help);
     f.change = Change::free;
@@ -316,32 +338,151 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
     if (dynamic_cast<const CLI::ArgumentMismatch*>(&error))
         fail("the flag ", what.substr(0, what.find(':')), " needs a value; see --help");
     if (dynamic_cast<const CLI::RequiredError*>(&error)) fail(what, "; see --help");
-    if (dynamic_cast<const CLI::FileError*>(&error))
-        fail("the --config file cannot be read: ", what);
     fail(what);
+}
+
+const std::vector<std::string> command_names = {"sample", "eval", "probe", "bench", "export"};
+
+std::vector<std::string> flag_names(const CLI::App& app) {
+    std::vector<std::string> names;
+    for (const CLI::Option* option : app.get_options()) {
+        for (const std::string& s : option->get_snames()) names.push_back("-" + s);
+        for (const std::string& l : option->get_lnames()) names.push_back("--" + l);
+    }
+    return names;
+}
+
+// "d/a_*.bin" of "d/a_1.bin", "d/a_2.bin", …: what these names have in common.
+std::string common_pattern(const std::vector<std::string>& names) {
+    size_t begin = 0, end = 0, shortest = names[0].size();
+    for (const std::string& name : names) shortest = std::min(shortest, name.size());
+    auto same = [&](auto character) {
+        return std::all_of(names.begin(), names.end(), [&](const std::string& name) {
+            return character(name) == character(names[0]);
+        });
+    };
+    while (begin < shortest && same([&](const std::string& name) { return name[begin]; })) begin++;
+    while (begin + end < shortest &&
+           same([&](const std::string& name) { return name[name.size() - 1 - end]; }))
+        end++;
+    return names[0].substr(0, begin) + "*" + names[0].substr(names[0].size() - end);
+}
+
+// -i d/*.bin without quotes arrives as -i and the name of every file.
+void fail_if_unquoted(const std::string& extra, const std::vector<std::string>& argv) {
+    const auto at = std::find(argv.begin(), argv.end(), extra);
+    auto is_flag = [](const std::string& word) { return word.size() > 1 && word[0] == '-'; };
+    const auto flag = std::find_if(std::make_reverse_iterator(at), argv.rend(), is_flag);
+    const std::vector<std::string> takes_pattern = {"-i", "--train", "-j", "--val"};
+    if (flag == argv.rend() ||
+        std::find(takes_pattern.begin(), takes_pattern.end(), *flag) == takes_pattern.end())
+        return;
+    std::vector<std::string> files;
+    for (auto word = flag.base(); word != argv.end() && std::filesystem::is_regular_file(*word);)
+        files.push_back(*word++);
+    if (files.size() < 2) return;
+    fail(*flag, " takes one pattern, and here are ", files.size(), " files, from '", files.front(),
+         "' to '", files.back(), "': quote the pattern, so that the shell leaves it alone, as in ",
+         *flag, " '", common_pattern(files), "'");
 }
 
 [[noreturn]] void fail_unknown(const CLI::App& app, std::string name,
                                const std::vector<std::string>& argv) {
-    const bool in_file = std::find(argv.begin(), argv.end(), name) == argv.end();
-    name = name.substr(0, name.find('='));
-    std::vector<std::string> known;
-    for (const CLI::Option* option : app.get_options()) {
-        for (const std::string& s : option->get_snames()) known.push_back("-" + s);
-        for (const std::string& l : option->get_lnames()) known.push_back("--" + l);
+    if (name[0] == '-') {
+        name = name.substr(0, name.find('='));
+        fail("there is no flag ", name, ".",
+             name.size() > 2 ? did_you_mean(name, flag_names(app)) : "", " All flags: --help");
     }
-    if (in_file)
-        fail("the --config file has '", name, "', and there is no such flag.",
-             did_you_mean("--" + name, known), " Its lines are `long-name = value`");
-    if (name[0] == '-')
-        fail("there is no flag ", name, ".", name.size() > 2 ? did_you_mean(name, known) : "",
-             " All flags: --help");
-    const std::vector<std::string> commands = {"sample", "eval", "probe", "bench", "export"};
-    if (std::find(commands.begin(), commands.end(), name) != commands.end())
+    fail_if_unquoted(name, argv);
+    if (std::find(command_names.begin(), command_names.end(), name) != command_names.end())
         fail("`", name, "` stands behind another command");
-    fail("did not expect '", name, "'.", did_you_mean(name, commands),
+    fail("did not expect '", name, "'.", did_you_mean(name, command_names),
          " The commands are `sample`, `eval`, `probe` and `export`, each with a checkpoint, "
          "`bench`, and none to train; see --help");
+}
+
+void add_config(CLI::App& app, std::string& path) {
+    std::map<const CLI::Option*, Change> not_saved;
+    Flags{app, not_saved, "Options"}.path(
+        "--config", path, "FILE",
+        "flags from a file, as lines `long-name = value`; those given here win");
+}
+
+// The option that a line of the --config file sets, of this app.
+CLI::Option* find_option(CLI::App& app, const std::string& name) {
+    CLI::Option* option = app.get_option_no_throw("--" + name);
+    return option || name.size() != 1 ? option : app.get_option_no_throw("-" + name);
+}
+
+[[noreturn]] void fail_unknown_line(const std::string& where, const CLI::App& app,
+                                    const ConfigLine& line, const std::string& command) {
+    std::string belongs; // to a command, whose section it does not stand in
+    if (command.empty())
+        for (const std::string& other : command_names)
+            if (app.get_subcommand(other)->get_option_no_throw("--" + line.name))
+                belongs += cat(belongs.empty() ? " It belongs to a command: put it under [" : ", [",
+                               other, "]");
+    const CLI::App& of = command.empty() ? app : *app.get_subcommand(command);
+    fail(where, "there is no flag '", line.name, "'",
+         command.empty() ? "" : " of `" + command + "`", ".",
+         belongs.empty() ? did_you_mean("--" + line.name, flag_names(of)) : belongs);
+}
+
+// What CLI11 takes for such an option, where a flag is true or false. "" if it is neither.
+std::string from_file(const CLI::Option& option, const std::string& value) {
+    const bool flag = option.get_type_name().empty(), optional = option.get_expected_min() == 0;
+    if (!flag && !optional) return value;
+    for (const char* yes : {"true", "yes", "on", "1"})
+        if (value == yes) return flag ? "true" : "1";
+    for (const char* no : {"false", "no", "off", "0"})
+        if (value == no) return flag ? "false" : "0";
+    fail("'", value, "' is neither true nor false");
+}
+
+// Gives options what the file says of them, unless the command line says it. All lines are checked;
+// those of other commands are then forgotten, and so are training's that belong to one call, if
+// there is a command.
+void apply_config_file(const std::string& path, CLI::App& app, CLI::App& used, Options& o,
+                       const std::map<const CLI::Option*, Change>& changes) {
+    std::map<const CLI::Option*, int> lines;
+    auto apply = [&](const ConfigLine& line, bool of_used) {
+        const bool of_command = std::find(command_names.begin(), command_names.end(),
+                                          line.section) != command_names.end();
+        CLI::App& app_of_line = of_command ? *app.get_subcommand(line.section) : app;
+        if (of_used != (&app_of_line == &used)) return;
+        const std::string where = cat(path, ", line ", line.number, ": ");
+        CLI::Option* option = find_option(app_of_line, line.name);
+        if (!option) fail_unknown_line(where, app, line, of_command ? line.section : "");
+        const std::string name = long_name(option);
+        if (!changes.count(option) && name != "--resume")
+            fail(where, name, " cannot stand in a file: give it on the command line");
+        if (auto [before, first] = lines.emplace(option, line.number); !first)
+            fail(where, name, " stands in line ", before->second, " already");
+        const std::vector<std::string> given = option->results();
+        const Options kept = o;
+        try {
+            option->clear();
+            option->add_result(from_file(*option, line.value));
+            option->run_callback();
+        } catch (const CLI::ParseError& error) {
+            fail(where, error.what());
+        } catch (const Error& error) {
+            fail(where, name, ": ", error.what());
+        }
+        const bool one_call = !changes.count(option) || changes.at(option) == Change::once;
+        const bool forgotten = &app_of_line != &used && (&app_of_line != &app || one_call);
+        if (given.empty() && !forgotten) return;
+        option->clear();
+        for (const std::string& word : given) option->add_result(word);
+        o = kept;
+        if (!given.empty()) option->run_callback();
+    };
+    const std::vector<ConfigLine> all = read_config_file(path);
+    // A command shares variables with training: its own lines and flags come last.
+    for (const ConfigLine& line : all) apply(line, false);
+    for (const ConfigLine& line : all) apply(line, true);
+    for (CLI::Option* option : used.get_options())
+        if (option->count() > 0) option->run_callback();
 }
 
 } // namespace
@@ -380,15 +521,15 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                          ->type_name("[0|1]")
                          ->group("Run");
     app.add_flag("--version", version, "the version, what was built in, and stop");
-    app.set_config("--config", "", "flags from a file, as lines `long-name = value`")
-        ->type_name("FILE");
+    std::string config;
+    add_config(app, config);
 
     CLI::App* sample = app.add_subcommand("sample", "Writes text with a trained model.");
     CLI::App* eval = app.add_subcommand("eval", "Measures the loss of a trained model.");
     for (CLI::App* sub : {sample, eval}) {
         sub->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
         Flags f{*sub, changes, "Flags"};
-        f.text("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
+        f.path("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
             ->required();
         add_tokenizer(f, o);
         if (sub == sample) {
@@ -397,7 +538,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
             f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(), "of the sample");
             f.flag("--ignore-eot", o.ignore_eot, "go on behind an end of text");
         } else {
-            f.text("-j,--val", o.val, "GLOB", "token shards; default: those of the run");
+            f.pattern("-j,--val", o.val, "token shards; default: those of the run");
             f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "measure on so many");
             f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
             f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
@@ -409,9 +550,9 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
     {
         probe->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
         Flags f{*probe, changes, "Flags"};
-        f.text("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
+        f.path("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
             ->required();
-        f.text("-j,--val", o.val, "GLOB", "token shards; default: those of the run");
+        f.pattern("-j,--val", o.val, "token shards; default: those of the run");
         auto check = [](const std::string& text) -> std::string {
             try {
                 parse_probes(text);
@@ -430,7 +571,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
         f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
         f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(), "of what is sampled");
-        f.text("-o,--out", o.out, "FILE", "where to write; default: probe.json in the run");
+        f.path("-o,--out", o.out, "FILE", "where to write; default: probe.json in the run");
         add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
         add_machine(f, o);
     }
@@ -452,19 +593,20 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
     {
         exporting->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
         Flags f{*exporting, changes, "Flags"};
-        f.text("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
+        f.path("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
             ->required();
-        f.text("DIR", o.export_dir, "PATH", "the directory to write, new or empty")->required();
+        f.path("DIR", o.export_dir, "PATH", "the directory to write, new or empty")->required();
         f.choice("--dtype", o.export_dtype, {"float32", "float16", "bfloat16", "bf16"},
                  "float32, float16 or bfloat16 (bf16), to nearest");
         f.count("--shard-size", o.shard_size, 1, 1000000000000000,
                 "bytes of a file at most, 500M or 5G; beyond them a second is begun");
     }
-    // Unknown flags and keys are collected, for a better sentence than CLI11's.
+    // Unknown flags are collected, for a better sentence than CLI11's.
     app.require_subcommand(0, 1);
-    for (CLI::App* a : {&app, sample, eval, probe, bench, exporting}) {
-        a->allow_extras();
-        a->allow_config_extras(CLI::config_extras_mode::capture);
+    app.allow_extras();
+    for (CLI::App* command : {sample, eval, probe, bench, exporting}) {
+        command->allow_extras();
+        add_config(*command, config);
     }
 
     auto parsed = [&]() -> CLI::App& {
@@ -481,7 +623,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
     } catch (const CLI::ParseError& error) {
         fail_parse(error);
     }
-    const CLI::App& used = parsed();
+    CLI::App& used = parsed();
     if (std::vector<std::string> extras = app.remaining(true); !extras.empty())
         fail_unknown(used, extras[0], o.argv);
     if (version) {
@@ -490,7 +632,13 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
             std::cout << "  " << name << ": " << value << "\n";
         return o;
     }
-    if (resume == "true" || resume == "false") resume = resume == "true" ? "1" : "0"; // --config
+    if (&used != &app)
+        for (const CLI::Option* option : app.get_options())
+            if (option->count() > 0 && long_name(option) != "--config")
+                fail(long_name(option), " stands before `", used.get_name(),
+                     "`, where the flags of training are: put those of `", used.get_name(),
+                     "` behind it");
+    if (!config.empty()) apply_config_file(config, app, used, o, changes);
     if (resume != "" && resume != "0" && resume != "1")
         fail("--resume is ", resume, ", expected nothing, 1 or 0");
     o.resume = y->count() > 0 && resume != "0";
@@ -502,12 +650,6 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                 : exporting->parsed() ? Options::Command::export_model
                                       : Options::Command::train;
     if (o.command != Options::Command::train) {
-        if (app.count("--config") == 0)
-            for (const CLI::Option* option : app.get_options())
-                if (option->count() > 0)
-                    fail(long_name(option), " stands before `", used.get_name(),
-                         "`, where the flags of training are: put those of `", used.get_name(),
-                         "` behind it");
         if (bench->parsed() && o.model == "tiny" && bench->count("--seq-len") == 0) o.seq_len = 128;
         if (probe->parsed() && probe->count("--seq-len") == 0) o.seq_len = 0;
         if (!eval->parsed()) return o;

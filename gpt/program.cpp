@@ -48,6 +48,20 @@ struct Trained {
         std::string text = flag(name);
         return text.empty() ? otherwise : parse_count(text);
     }
+    // The directory of its run; "" if it is of no run.
+    std::string run() const {
+        std::filesystem::path parent = path;
+        if (!parent.has_filename()) parent = parent.parent_path(); // of "runs/x/step-000600/"
+        parent = parent.parent_path();
+        if (parent.empty()) parent = ".";
+        return std::filesystem::exists(parent / "run.json") ? parent.string() : "";
+    }
+    // What the run was validated on, as a pattern that names files from here.
+    std::string validation() const {
+        const std::string val = flag("--val");
+        return val.empty() ? validation_pattern(saved_pattern(flag("--train"), run()), "")
+                           : saved_pattern(val, run());
+    }
     // "float32" for weights that are not of a run.
     std::string dtype() const { return flag("--dtype") == "bf16" ? "bf16" : "float32"; }
     // The longest sequence that it was trained on.
@@ -125,10 +139,7 @@ std::shared_ptr<TokenSource> validation_tokens(const Options& o, const Trained& 
     const bool run_on_stories = !trained.state.flags.empty() && trained.flag("--train").empty();
     if (o.val.empty() && trained.state.flags.empty())
         fail(trained.path, " does not say what it was validated on: name token shards with -j");
-    const std::string pattern =
-        !o.val.empty() || run_on_stories
-            ? o.val
-            : validation_pattern(trained.flag("--train"), trained.flag("--val"));
+    const std::string pattern = !o.val.empty() || run_on_stories ? o.val : trained.validation();
     auto source = open_validation(pattern, trained.count("--seed", 0));
     if (TokenizerId made = source->id(), known = trained.state.tokenizer;
         made.vocab_size && known.vocab_size && made != known)
@@ -162,21 +173,12 @@ int eval(const Options& o, const Ranks& ranks) {
     return 0;
 }
 
-// Where the run of this checkpoint keeps its probe.json; "" if it is of no run.
-std::string probe_path(const std::string& checkpoint) {
-    std::filesystem::path run = checkpoint;
-    if (!run.has_filename()) run = run.parent_path(); // of "runs/x/step-000600/"
-    run = run.parent_path();
-    if (run.empty()) run = ".";
-    return std::filesystem::exists(run / "run.json") ? (run / "probe.json").string() : "";
-}
-
 int probe(const Options& o, const Ranks& ranks) {
     use_threads(o);
     Trained trained(o.checkpoint);
     const Config& config = trained.config;
-    const std::string out = !o.out.empty() ? o.out : probe_path(trained.path);
-    if (out.empty())
+    const std::string run = trained.run(), out = !o.out.empty() ? o.out : run + "/probe.json";
+    if (o.out.empty() && run.empty())
         fail(trained.path, " is of no run: say where to write what is measured with -o FILE");
     auto source = validation_tokens(o, trained);
     const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length(), B = int(o.batch);
@@ -245,9 +247,9 @@ int probe(const Options& o, const Ranks& ranks) {
         text +=
             cat(text.empty() ? "{" : ",", "\n  ", nlohmann::json(key).dump(), ": ", value.dump());
     write_file_atomic(out, text + "\n}\n");
-    std::printf("%s, %s: loss %.4f on %lld tokens\n\n%s\nwrote %s\n", trained.path.c_str(),
-                config.scheme.name().c_str(), probes.loss, (long long)probes.tokens,
-                describe(probes).c_str(), out.c_str());
+    std::printf("%s, %s: loss %.4f on %lld tokens\n\n%s\nwrote %s\n",
+                printable(trained.path).c_str(), config.scheme.name().c_str(), probes.loss,
+                (long long)probes.tokens, describe(probes).c_str(), printable(out).c_str());
     return 0;
 }
 
@@ -258,7 +260,10 @@ Options options_of(int argc, char** argv) {
     std::string checkpoint = newest_checkpoint(o.out);
     SavedFlags saved =
         checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
-    return saved.empty() ? o : parse_options(argc, argv, saved);
+    if (saved.empty()) return o;
+    o = parse_options(argc, argv, saved);
+    find_saved_paths(o, saved);
+    return o;
 }
 
 int dispatch(int argc, char** argv, const Ranks& ranks) {
@@ -288,7 +293,7 @@ int report(const Ranks* ranks, const std::string& sentence) {
     // What every rank finds is told by the first alone: it ends the others while they wait.
     if (!alone && !ranks->first()) sleep(2);
     std::cerr << "train_gpt: " << (alone || ranks->first() ? "" : cat("rank ", ranks->rank, ": "))
-              << sentence << std::endl;
+              << one_line(sentence) << std::endl;
     if (!alone) ranks->abort(1);
     return 1;
 }

@@ -10,6 +10,7 @@
 #include <ctime>
 #include <fcntl.h>
 #include <filesystem>
+#include <set>
 #include <sys/file.h>
 #include <unistd.h>
 
@@ -228,6 +229,24 @@ std::map<std::string, std::string> recorded_flags(const std::string& path) {
     } catch (const nlohmann::json::exception&) {
         fail(name, ": its options are ", quoted(*options), ", expected an object of strings");
     }
+}
+
+std::vector<std::string> start_directories(const std::string& path) {
+    const std::string name = (fs::path(path) / "run.json").string();
+    std::vector<std::string> found;
+    if (path.empty() || !fs::is_regular_file(name)) return found;
+    try {
+        const nlohmann::json record = parse_json(read_file(name), name);
+        for (const nlohmann::json& start : record.at("starts")) {
+            const std::string directory = start.at("directory");
+            if (directory.starts_with('/')) found.insert(found.begin(), directory);
+        }
+    } catch (const nlohmann::json::exception&) { // not a record: whoever needs it says so
+    } catch (const Error&) {
+    }
+    std::set<std::string> seen;
+    std::erase_if(found, [&](const std::string& folder) { return !seen.insert(folder).second; });
+    return found;
 }
 
 std::string shell_quoted(int argc, const char* const* argv) {

@@ -65,6 +65,10 @@ std::string latest_checkpoint(const std::string& path);
 // The options that the run at path was last started with; empty if nothing says.
 std::map<std::string, std::string> recorded_flags(const std::string& path);
 
+// The working directories that the run at path was started in, the newest first; none if nothing
+// says. The run's relative paths began in one of them.
+std::vector<std::string> start_directories(const std::string& path);
+
 // The words as a POSIX shell reads them back.
 std::string shell_quoted(int argc, const char* const* argv);
 

@@ -9,8 +9,11 @@
 #include "gpt/checkpoint.h"
 #include "gpt/error.h"
 #include "gpt/gpu.h"
+#include "gpt/paths.h"
+#include "gpt/rundir.h"
 #include "gpt/stories.h"
 #include "gpt/suggest.h"
+#include "gpt/threads.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -103,14 +106,44 @@ std::shared_ptr<TokenSource> open_tokens(const std::string& pattern, uint64_t se
 std::string validation_pattern(const std::string& train, const std::string& val) {
     if (!val.empty() || train.empty()) return val;
     const std::string prefix = shard_prefix(train);
-    const std::string beside = prefix + "_val_*.bin";
-    try {
-        if (!prefix.empty() && !glob_paths(beside).empty()) return beside;
-    } catch (const Error&) { // there are none
-    }
+    const std::string beside = literal_pattern(prefix) + "_val_*.bin";
+    if (!prefix.empty() && matches_any(beside)) return beside;
     fail("-i '", train,
          "' was given without -j, and there is no *_val_*.bin beside it: name "
          "shards to validate on with -j, or make some with data/tokenize --val-fraction");
+}
+
+std::string saved_pattern(const std::string& pattern, const std::string& run) {
+    if (pattern.empty() || pattern[0] == '/' || matches_any(pattern)) return pattern;
+    const std::vector<std::string> folders = start_directories(run);
+    for (const std::string& folder : folders)
+        if (matches_any(folder + "/" + pattern)) return folder + "/" + pattern;
+    if (folders.empty()) return pattern;
+    fail("no file matches '", pattern, "', neither here nor where the run ", run,
+         " was started, in ", join(folders), ": go there, or name the data with -i and -j");
+}
+
+void find_saved_paths(Options& o, const SavedFlags& saved) {
+    auto unchanged = [&](const std::string& flag, const std::string& value) {
+        auto was = saved.find(flag);
+        return !value.empty() && was != saved.end() && was->second == value;
+    };
+    if (unchanged("--train", o.train)) o.train = saved_pattern(o.train, o.out);
+    if (unchanged("--val", o.val)) o.val = saved_pattern(o.val, o.out);
+    const std::string gpt2 = "gpt2:";
+    for (auto [flag, value] :
+         {std::pair{"--tokenizer", &o.tokenizer}, std::pair{"--init-from", &o.init_from},
+          std::pair{"--model", &o.model}}) {
+        if (!unchanged(flag, *value)) continue;
+        const std::string kind = value->starts_with(gpt2) ? gpt2 : "";
+        const std::string path = value->substr(kind.size());
+        if (path[0] == '/' || fs::exists(path)) continue;
+        for (const std::string& folder : start_directories(o.out))
+            if (fs::exists(folder + "/" + path)) {
+                *value = kind + folder + "/" + path;
+                break;
+            }
+    }
 }
 
 std::shared_ptr<TokenSource> open_validation(const std::string& pattern, int64_t seed) {
@@ -279,17 +312,18 @@ namespace {
 } // namespace
 
 int use_threads(const Options& o) {
-    int64_t threads = o.threads;
 #ifdef _OPENMP
-    // Of the cores that this process may use: a launcher binds its ranks to some of them.
-    const int64_t cores = int64_t(usable_cores().size());
-    if (threads == 0) threads = cores;
+    const int64_t cores = int64_t(usable_cores().size()), limit = omp_get_thread_limit();
+    if (o.threads > limit)
+        fail("--threads ", o.threads, ": OMP_THREAD_LIMIT allows ", limit,
+             ": ask for fewer, or unset it");
+    const int64_t threads = o.threads > 0 ? o.threads : default_threads();
     omp_set_num_threads(int(threads));
     // Several runs may share a machine and its GPUs: their threads must not all be on core 0.
     if (threads == cores && wanted_device(o) == Device::cpu) pin_threads();
     return int(threads);
 #else
-    (void)threads;
+    (void)o;
     return 1;
 #endif
 }

@@ -28,6 +28,13 @@ Data open_data(const Options& options);
 // -j, or if that is "" the shards beside those of -i. "" if both are: stories.
 std::string validation_pattern(const std::string& train, const std::string& val);
 
+// A pattern that a run was given, found from another working directory: as it is if it names files
+// here, else in a folder where the run (a directory, or "") was started. Throws, and names those
+// folders, if it names files nowhere.
+std::string saved_pattern(const std::string& pattern, const std::string& run);
+// The same for every path of a run that goes on, where it is the saved one.
+void find_saved_paths(Options& options, const SavedFlags& saved);
+
 // Shards, or if the pattern is "" stories of a run of that seed, others than it trains on.
 std::shared_ptr<TokenSource> open_validation(const std::string& pattern, int64_t seed);
 
@@ -53,8 +60,8 @@ ModelOptions model_options(const Options& options, bool training, const std::str
 // "bf16 (AMX-BF16), float32 master weights and moments"
 std::string describe_numbers(const ModelOptions& options);
 
-// Sets OpenMP's threads and returns how many. Where the CPU is to compute, each has a core of its
-// own.
+// Sets OpenMP's threads and returns how many: --threads or default_threads(). Where the CPU is to
+// compute and they use all cores, each has one of its own.
 int use_threads(const Options& options);
 
 } // namespace lns

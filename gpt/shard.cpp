@@ -8,7 +8,6 @@
 #include <cerrno>
 #include <cstring>
 #include <fcntl.h>
-#include <glob.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -303,22 +302,6 @@ void ShardWriter::publish() {
         fsync(directory);
         ::close(directory);
     }
-}
-
-std::vector<std::string> glob_paths(const std::string& pattern) {
-    glob_t found{};
-    int result = glob(pattern.c_str(), GLOB_BRACE | GLOB_TILDE, nullptr, &found);
-    std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + found.gl_pathc);
-    globfree(&found);
-    if (result != 0 && result != GLOB_NOMATCH)
-        fail("cannot list the files of '", pattern, "': ", std::strerror(errno));
-    if (paths.empty() && access(pattern.c_str(), F_OK) == 0) return {pattern}; // a name with a [
-    if (paths.empty())
-        fail("no file matches '", pattern,
-             "'. Check the path, quote the pattern, or make shards with data/tokenize -o PREFIX "
-             "FILE");
-    std::sort(paths.begin(), paths.end());
-    return paths;
 }
 
 } // namespace lns

@@ -99,7 +99,4 @@ struct ShardWriter {
 // The most tokens that the header's int32 can count.
 constexpr uint64_t max_shard_tokens = INT32_MAX;
 
-// The files that match a shell pattern, sorted. No match is an error.
-std::vector<std::string> glob_paths(const std::string& pattern);
-
 } // namespace lns

@@ -191,6 +191,20 @@ std::string printable(std::string_view text) {
     return out;
 }
 
+std::string one_line(std::string_view text) {
+    constexpr size_t begin = 3000, end = 1000;
+    if (text.size() > begin + end)
+        return one_line(cat(text.substr(0, begin - 3), "...", text.substr(text.size() - end)));
+    std::string out;
+    for (char c : printable(text)) {
+        if (c == '\n' || c == '\t')
+            out += {'^', char(c ^ 0x40)};
+        else
+            out += c;
+    }
+    return out;
+}
+
 bool is_utf8(std::string_view text) {
     for (size_t i = 0; i < text.size();) {
         int length = decode(text, i).length;
@@ -281,9 +295,10 @@ bool Progress::due_locked() const {
     return Seconds(now - shown_).count() >= interval;
 }
 
-void Progress::update(const std::string& line, bool now) {
+void Progress::update(const std::string& text, bool now) {
     std::lock_guard lock(mutex_);
     if (!now && !due_locked()) return;
+    const std::string line = printable(text);
     any_ = true;
     shown_ = Clock::now();
     if (in_place_) {
@@ -310,7 +325,7 @@ void Progress::message(const std::string& text) {
     std::lock_guard lock(mutex_);
     std::string line = line_;
     erase();
-    std::fputs(text.c_str(), out_);
+    std::fputs(printable(text).c_str(), out_);
     if (text.empty() || text.back() != '\n') std::fputc('\n', out_);
     line_.clear();
     if (!line.empty()) draw(line);

@@ -33,6 +33,9 @@ int display_width(std::string_view text);
 // Text from a model or a file as a terminal may show it: invalid UTF-8 becomes U+FFFD, control
 // characters but newline and tab become ^X.
 std::string printable(std::string_view text);
+// The same for a message, which is one line: newline and tab too become ^X, and of a very long text
+// the middle is left out.
+std::string one_line(std::string_view text);
 bool is_utf8(std::string_view text);
 bool locale_is_utf8();
 // A terminal on which a line can be redrawn.
@@ -51,7 +54,7 @@ struct Table {
     void print(FILE* out = stdout) const;
 };
 
-// One line that tells how far things are. Threads may share it.
+// One line that tells how far things are, printable() as all that is shown. Threads may share it.
 class Progress {
   public:
     explicit Progress(FILE* out = stdout);

@@ -232,7 +232,8 @@ void dump_state(Run& run) {
     for (const Param& p : model.registry.params)
         tensors.push_back(param_tensor(model, Buffer::gradients, p, "grad." + p.name));
     write_safetensors(run.o.dump_state, tensors, {{"config", config_to_json(run.config)}});
-    std::printf("wrote %s: loss %.6f on %d x %d tokens\n", run.o.dump_state.c_str(), loss, B, T);
+    std::printf("wrote %s: loss %.6f on %d x %d tokens\n", printable(run.o.dump_state).c_str(),
+                loss, B, T);
 }
 
 // What the options name, read and checked, before anything is allocated or written.

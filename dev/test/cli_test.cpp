@@ -132,6 +132,53 @@ TEST(BadInput, Flags) {
     EXPECT_TRUE(fails_with("-j x.bin", {"-j", "-i"}));
 }
 
+TEST(BadInput, MessagesShowControlCharacters) {
+    NEEDS_PROGRAM();
+    const std::string odd = "\"$(printf 'a\\033[31m\\nb\\tc')\"", shown = "a^[[31m^Jb^Ic";
+    for (const char* flags : {"-i ", "-n ", "sample ", "eval x ", "--config ", "--tokenizer "})
+        EXPECT_TRUE(fails_with(flags + odd, {shown})) << flags;
+    for (const char* tool : {"data/tokenize -o /none/x ", "data/vocabulary -o x.model "}) {
+        const Finished f = run(tool + odd);
+        EXPECT_EQ(f.status, 1);
+        EXPECT_TRUE(says(f.output, {shown}));
+        EXPECT_EQ(std::count(f.output.begin(), f.output.end(), '\n'), 1) << f.output;
+    }
+}
+
+TEST(Program, ARunFindsItsDataFromOtherFolders) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    fs::create_directories(dir / "w[1]/d{2}");
+    fs::create_directory(dir / "other");
+    write_shard(dir / "w[1]/d{2}/x[3]_train_000000.bin", 1000);
+    write_shard(dir / "w[1]/d{2}/x[3]_val_000000.bin", 200);
+    write_shard(dir / "x_val_000000.bin",
+                400); // what a pattern of the folders' names would not miss
+    const std::string program = fs::absolute("train_gpt").string();
+    auto in = [&](const std::string& folder, const std::string& arguments) {
+        return run("cd '" + dir / folder + "' && " + program + " " + arguments + " --threads 1");
+    };
+    Finished f = in("w[1]", small_model + "-x 2 -g 0 -i 'd{2}/x[3]_train_*.bin' -o ../run");
+    ASSERT_EQ(f.status, 0) << f.output;
+    EXPECT_TRUE(says(f.output, {"d{2}/x"}));
+    const std::string here = in("w[1]", "eval ../run").output;
+    EXPECT_TRUE(says(here, {"loss"}));
+    EXPECT_EQ(in("other", "eval ../run").output, here);
+    EXPECT_EQ(in("other", "eval ../run/step-000002/").output, here);
+    f = in("other", "-o ../run -y -x 4");
+    EXPECT_EQ(f.status, 0) << f.output;
+    EXPECT_TRUE(says(f.output, {dir / "w[1]/d{2}", "(step 2)"}));
+    EXPECT_EQ(in("w[1]", "-o ../run -y -x 5").status, 0);
+    EXPECT_EQ(in("other", "-o ../run -y -x 6").status, 0);
+
+    fs::rename(dir / "w[1]/d{2}", dir / "gone");
+    for (const char* arguments : {"eval ../run", "-o ../run -y -x 8"}) {
+        f = in("other", arguments);
+        EXPECT_EQ(f.status, 1);
+        EXPECT_TRUE(says(f.output, {"no file matches 'd{2}/x[3]_train_*.bin'", dir / "w[1]"}));
+    }
+}
+
 TEST(BadInput, Shards) {
     NEEDS_PROGRAM();
     Shards s;

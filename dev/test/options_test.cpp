@@ -146,6 +146,149 @@ TEST(Options, ConfigFile) {
     EXPECT_TRUE(says(error({"--config", dir / "none.toml"}), {"none.toml"}));
 }
 
+namespace {
+
+struct ConfigFile : TemporaryDirectory {
+    std::string file = *this / "c.ini";
+    // Behind --config with this text.
+    Options parsed(const std::string& text, std::vector<std::string> words = {}) const {
+        write_bytes(file, text);
+        words.insert(words.begin(), {"--config", file});
+        return parse(words);
+    }
+    std::string error(const std::string& text, const std::vector<std::string>& words = {}) const {
+        return error_of([&] { parsed(text, words); });
+    }
+};
+
+} // namespace
+
+TEST(Options, ConfigFileTakesWholeValues) {
+    ConfigFile config;
+    EXPECT_EQ(config.parsed("out = runs/lr=1e-3,wd=0.1").out, "runs/lr=1e-3,wd=0.1");
+    EXPECT_EQ(config.parsed("prompt = [a, b] {} c").prompt, "[a, b] {} c");
+    EXPECT_EQ(config.parsed("train = [ab]").train, "[ab]");
+    EXPECT_EQ(config.parsed("prompt =").prompt, "");
+    for (const char* line : {"lr = 0,001", "lr = 1 2", "lr = 0.1 # low", "lr ="})
+        EXPECT_TRUE(says(config.error(line), {"c.ini, line 1: --lr", "is not a number"})) << line;
+    for (const char* line :
+         {"steps = 10 20", "steps = []", "steps = [4", "steps = [,", "steps = ["})
+        EXPECT_TRUE(says(config.error(cat("\n", line)), {"c.ini, line 2: --steps", "not a count"}))
+            << line;
+    EXPECT_TRUE(says(config.error("out ="), {"line 1: --out", "no value"}));
+    EXPECT_TRUE(says(config.error("layers = " + std::string(100000, '[')), {"line 1", "--layers"}));
+}
+
+TEST(Options, ConfigFileFlagsAreTrueOrFalse) {
+    ConfigFile config;
+    for (const char* yes : {"true", "yes", "on", "1"}) {
+        EXPECT_TRUE(config.parsed(cat("overfit-batch = ", yes)).overfit_batch) << yes;
+        EXPECT_TRUE(config.parsed(cat("out = r\nresume = ", yes)).resume) << yes;
+    }
+    for (const char* no : {"false", "no", "off", "0"}) {
+        EXPECT_FALSE(config.parsed(cat("overfit-batch = ", no)).overfit_batch) << no;
+        EXPECT_FALSE(config.parsed(cat("out = r\nresume = ", no)).resume) << no;
+        EXPECT_TRUE(config.parsed(cat("overfit-batch = ", no), {"--overfit-batch"}).overfit_batch);
+    }
+    for (const char* line : {"overfit-batch = 2", "overfit-batch =", "resume = maybe"})
+        EXPECT_TRUE(says(config.error(line), {"line 1: --", "neither true nor false"})) << line;
+}
+
+TEST(Options, ConfigFileNamesAreChecked) {
+    ConfigFile config;
+    EXPECT_TRUE(says(config.error("[train]\nsteps = 2\n[optimizer]\nlrr = 1e-5"),
+                     {"c.ini, line 4", "no flag 'lrr'", "--lr"}));
+    EXPECT_TRUE(says(config.error("[sample]\nlr = 1"), {"line 2", "no flag 'lr' of `sample`"}));
+    EXPECT_TRUE(says(config.error("[eval]\nlrr = 1", {"sample", "x"}), {"line 2", "`eval`"}));
+    EXPECT_TRUE(says(config.error("ignore-eot = 1"), {"line 1", "put it under [sample]"}));
+    EXPECT_TRUE(says(config.error("probes = all"), {"line 1", "put it under [probe]"}));
+    for (const char* name : {"config", "help", "version"})
+        EXPECT_TRUE(says(config.error(cat(name, " = x")), {"line 1", name, "command line"}))
+            << name;
+    EXPECT_TRUE(says(config.error("[sample]\nhelp = x"), {"line 2", "command line"}));
+    EXPECT_TRUE(says(config.error("sample = x"), {"line 1", "no flag 'sample'"}));
+    EXPECT_TRUE(says(config.error("[sample]\nCHECKPOINT = x"), {"line 2", "no flag"}));
+    EXPECT_TRUE(says(config.error("lr = 1\n[a]\n--lr = 2"), {"line 3", "--lr", "line 1 already"}));
+    EXPECT_TRUE(says(config.error("l = 1\nlr = 2"), {"line 2", "line 1 already"}));
+    EXPECT_TRUE(
+        says(config.error("lr = x", {"-l", "1"}), {"line 1", "'x'"})); // checked all the same
+}
+
+TEST(Options, ConfigFileIsUnderTheCommandLine) {
+    ConfigFile config;
+    const std::string text = "[any]\nlr = 0.25\nsteps = 7\nout = r\nresume = yes\n";
+    Options o = config.parsed(text, {"-x", "9", "-y", "0"});
+    EXPECT_EQ(o.lr, 0.25);
+    EXPECT_EQ(o.steps, 9);
+    EXPECT_FALSE(o.resume);
+    EXPECT_EQ(o.flags["--lr"], "0.25");
+    EXPECT_EQ(o.flags["--steps"], "9");
+    EXPECT_EQ(config.parsed("recipe = paper\nmodel = llama-130m\nlr = 0.5").lr, 0.5);
+    EXPECT_EQ(config.parsed("model = llama-130m").seq_len, 256);
+}
+
+TEST(Options, ConfigFileOfCommands) {
+    ConfigFile config;
+    const std::string text = "batch = 3\ntop-k = 5\nseed = 7\nout = r\nresume = 1\nseq-len = 9\n"
+                             "[sample]\nseed = 8\n[eval]\nval-tokens = 4k\nthreads = 2\n";
+    Options o = config.parsed(text, {"sample", "c"});
+    EXPECT_EQ(o.command, Options::Command::sample);
+    EXPECT_EQ(o.top_k, 5); // training's lines count where the command has the flag
+    EXPECT_EQ(o.seed, 8);  // and the command's own are above them
+    EXPECT_EQ(o.threads, 0);
+    EXPECT_EQ(o.out, "");
+    EXPECT_FALSE(o.resume);
+    EXPECT_EQ(config.parsed(text, {"sample", "c", "--seed", "9", "--top-k", "6"}).seed, 9);
+    EXPECT_EQ(config.parsed(text, {"sample", "c", "--seed", "9", "--top-k", "6"}).top_k, 6);
+    o = config.parsed(text, {"eval", "c"});
+    EXPECT_EQ(o.batch, 3);
+    EXPECT_EQ(o.val_tokens, 4000);
+    EXPECT_EQ(o.threads, 2);
+    EXPECT_EQ(o.seq_len, 0);
+    EXPECT_EQ(config.parsed(text, {"probe", "c"}).out, "");
+    EXPECT_EQ(config.parsed(text).seed, 7);
+    write_bytes(config.file, text);
+    EXPECT_EQ(parse({"eval", "c", "--config", config.file}).val_tokens, 4000);
+    EXPECT_TRUE(says(config.error("", {"-l", "1", "eval", "c"}), {"--lr stands before `eval`"}));
+}
+
+TEST(Options, HomeInEveryPath) {
+    const std::string before = getenv("HOME") ? getenv("HOME") : "";
+    setenv("HOME", "/h", 1);
+    Options o = parse({"-o", "~/o", "--init-from", "~/i", "--dump-state=~/s", "-m", "~/m",
+                       "--tokenizer", "gpt2:~/t"});
+    EXPECT_EQ(o.out + o.init_from + o.dump_state + o.model + o.tokenizer,
+              "/h/o/h/i/h/s/h/mgpt2:/h/t");
+    EXPECT_EQ(o.flags["--tokenizer"], "gpt2:/h/t");
+    for (const char* command : {"sample", "eval", "probe"})
+        EXPECT_EQ(parse({command, "~/c"}).checkpoint, "/h/c") << command;
+    o = parse({"export", "~/c", "~/d"});
+    EXPECT_EQ(o.checkpoint + o.export_dir, "/h/c/h/d");
+    EXPECT_EQ(parse({"probe", "c", "-o", "~/p"}).out, "/h/p");
+    EXPECT_EQ(parse({"sample", "c", "--prompt", "~/p"}).prompt, "~/p");
+    EXPECT_TRUE(says(error({"-o", "~nobody-of-this-name/x"}), {"--out", "no user"}));
+    ConfigFile config;
+    EXPECT_EQ(config.parsed("out = ~/o").out, "/h/o");
+    setenv("HOME", config.path.c_str(), 1);
+    EXPECT_TRUE(says(error({"--config", "~/c2.ini"}), {config.path + "/c2.ini"}));
+    EXPECT_EQ(parse({"--config", "~/c.ini"}).out, config.path + "/o");
+    setenv("HOME", before.c_str(), 1);
+}
+
+TEST(Options, UnquotedPatterns) {
+    TemporaryDirectory dir;
+    const std::string a = dir / "x_train_000.bin", b = dir / "x_train_001.bin", c = dir / "x_2.bin";
+    for (const std::string& file : {a, b, c}) write_bytes(file, "");
+    EXPECT_TRUE(
+        says(error({"-x", "3", "-i", a, b, "-b", "2"}), {"-i takes one pattern", "2 files", "quote",
+                                                         "-i '" + dir.path + "/x_train_00*.bin'"}));
+    EXPECT_TRUE(says(error({"--val", a, b, c}), {"--val '" + dir.path + "/x_*.bin'"}));
+    EXPECT_TRUE(says(error({"eval", "-j", a, b, "run"}), {"2 files", "quote the pattern"}));
+    EXPECT_TRUE(says(error({"eval", "run", "-j", a, b}), {"quote the pattern"}));
+    EXPECT_TRUE(says(error({"-i", a, "evla"}), {"did not expect 'evla'", "'eval'"}));
+    EXPECT_TRUE(says(error({"-o", a, b}), {"did not expect"}));
+}
+
 TEST(Options, AResumedRunTakesItsFlagsOver) {
     Options first = parse({"-n", "lns", "-l", "1e-3", "-x", "40", "--layers", "3", "-d", "64k",
                            "--overfit-batch", "--recipe", "paper", "-u", "7%"});

@@ -1,6 +1,7 @@
 // Shards: llm.c's layout byte for byte, and every way in which a file can be wrong.
 #include "dev/test/data_helpers.h"
 #include "gpt/checksum.h"
+#include "gpt/paths.h"
 #include "gpt/shard.h"
 
 #include <csignal>

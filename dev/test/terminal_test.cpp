@@ -122,6 +122,12 @@ TEST(Terminal, WidthsAndStrangeText) {
     EXPECT_EQ(printable("\x1b[31m\x7f"), "^[[31m^?");
     EXPECT_EQ(printable("\xff\xc3(\xed\xa0\x80"), "\uFFFD\uFFFD(\uFFFD\uFFFD\uFFFD");
     EXPECT_EQ(printable("\u009b"), "\uFFFD");
+    EXPECT_EQ(one_line("a\nb\tc\r\x1b[31m é"), "a^Jb^Ic^M^[[31m é");
+    EXPECT_EQ(one_line(std::string(4000, 'x')), std::string(4000, 'x'));
+    const std::string shortened = one_line("begin" + std::string(1000000, '\n') + "end");
+    EXPECT_LT(shortened.size(), 8001u);
+    EXPECT_TRUE(shortened.starts_with("begin^J") && shortened.ends_with("^Jend"));
+    EXPECT_NE(shortened.find("..."), std::string::npos);
 }
 
 TEST(Terminal, ATableAligns) {

@@ -224,8 +224,9 @@ TEST_F(TokenizeProgram, BadInputIsASentence) {
     EXPECT_TRUE(says(failed(". -o out"), {". is a directory"}));
     EXPECT_TRUE(says(failed("empty.txt -o out"), {"no text in the input"}));
     EXPECT_TRUE(says(failed("text.txt -o out --tokenizer what"), {"no tokenizer 'what'"}));
-    EXPECT_TRUE(says(failed("text.txt -o out --shard-tokens many"), {"'many' is no count"}));
-    EXPECT_TRUE(says(failed("text.txt -o out --shard-tokens 0"), {"'0' is no count"}));
+    EXPECT_TRUE(says(failed("text.txt -o out --shard-tokens many"), {"'many' is not a count"}));
+    EXPECT_TRUE(
+        says(failed("text.txt -o out --shard-tokens 0"), {"--shard-tokens 0", "at least 1"}));
     EXPECT_TRUE(says(failed("text.txt -o out --shard-tokens 3G"), {"at most 2147483647"}));
     EXPECT_TRUE(says(failed("text.txt -o out --val-fraction 1"), {"--val-fraction", "0.99"}));
     EXPECT_TRUE(says(failed("text.txt -o out --frob"), {"--frob"}));
