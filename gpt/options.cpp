@@ -341,7 +341,8 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
     fail(what);
 }
 
-const std::vector<std::string> command_names = {"sample", "eval", "probe", "bench", "export"};
+const std::vector<std::string> command_names = {"sample", "eval",   "probe",
+                                                "bench",  "export", "verify"};
 
 std::vector<std::string> flag_names(const CLI::App& app) {
     std::vector<std::string> names;
@@ -398,7 +399,7 @@ void fail_if_unquoted(const std::string& extra, const std::vector<std::string>& 
         fail("`", name, "` stands behind another command");
     fail("did not expect '", name, "'.", did_you_mean(name, command_names),
          " The commands are `sample`, `eval`, `probe` and `export`, each with a checkpoint, "
-         "`bench`, and none to train; see --help");
+         "`bench`, `verify`, and none to train; see --help");
 }
 
 void add_config(CLI::App& app, std::string& path) {
@@ -507,7 +508,8 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                  "  train_gpt eval CHECKPOINT [flags]       measure its loss\n"
                  "  train_gpt probe CHECKPOINT [flags]      measure what each layer does\n"
                  "  train_gpt export CHECKPOINT DIR         write it for Hugging Face's tools\n"
-                 "  train_gpt bench [-m MODEL] [flags]      measure how fast it would train\n\n"
+                 "  train_gpt bench [-m MODEL] [flags]      measure how fast it would train\n"
+                 "  train_gpt verify PATH...                check runs, checkpoints and shards\n\n"
                  "Counts may be written as 10M, 64k or 1e6.");
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     app.footer("\nExit status: 0 done, 1 an error, 130 stopped by SIGINT or SIGTERM (saved; -y "
@@ -601,16 +603,25 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         f.count("--shard-size", o.shard_size, 1, 1000000000000000,
                 "bytes of a file at most, 500M or 5G; beyond them a second is begun");
     }
+    CLI::App* verify = app.add_subcommand("verify", "Checks that files are as they were written.");
+    {
+        Flags f{*verify, changes, "Flags"};
+        f.add(verify->add_option("PATH", o.paths,
+                                 "runs, checkpoints, Hugging Face folders, shards (a pattern or "
+                                 "their folder), safetensors files"),
+              "PATH")
+            ->required();
+    }
     // Unknown flags are collected, for a better sentence than CLI11's.
     app.require_subcommand(0, 1);
     app.allow_extras();
-    for (CLI::App* command : {sample, eval, probe, bench, exporting}) {
+    for (CLI::App* command : {sample, eval, probe, bench, exporting, verify}) {
         command->allow_extras();
         add_config(*command, config);
     }
 
     auto parsed = [&]() -> CLI::App& {
-        for (CLI::App* sub : {sample, eval, probe, bench, exporting})
+        for (CLI::App* sub : {sample, eval, probe, bench, exporting, verify})
             if (sub->parsed()) return *sub;
         return app;
     };
@@ -648,6 +659,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                 : probe->parsed()     ? Options::Command::probe
                 : bench->parsed()     ? Options::Command::bench
                 : exporting->parsed() ? Options::Command::export_model
+                : verify->parsed()    ? Options::Command::verify
                                       : Options::Command::train;
     if (o.command != Options::Command::train) {
         if (bench->parsed() && o.model == "tiny" && bench->count("--seq-len") == 0) o.seq_len = 128;

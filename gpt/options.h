@@ -18,6 +18,7 @@ struct Options {
         bench,
         probe,
         export_model,
+        verify,
         stop
     } command = Command::train; // stop: --help
 
@@ -68,6 +69,9 @@ struct Options {
     // export
     std::string export_dir, export_dtype = "float32";
     int64_t shard_size = 5000000000;
+
+    // verify
+    std::vector<std::string> paths;
 
     // bench
     int64_t timed_steps = 5;

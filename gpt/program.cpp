@@ -24,6 +24,7 @@
 #include "gpt/setup.h"
 #include "gpt/terminal.h"
 #include "gpt/train.h"
+#include "gpt/verify.h"
 
 namespace lns {
 
@@ -281,6 +282,8 @@ int dispatch(int argc, char** argv, const Ranks& ranks) {
         return bench(o, ranks);
     case Options::Command::export_model:
         return ranks.first() ? export_model(o) : 0;
+    case Options::Command::verify:
+        return ranks.first() ? verify(o.paths) : 0;
     case Options::Command::stop:
         return 0;
     }

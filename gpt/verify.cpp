@@ -9,6 +9,7 @@
 #include "gpt/error.h"
 #include "gpt/files.h"
 #include "gpt/json.h"
+#include "gpt/paths.h"
 #include "gpt/rundir.h"
 #include "gpt/shard.h"
 #include "gpt/terminal.h"
@@ -142,7 +143,7 @@ void verify_path(const std::string& path, Findings& found) {
 
 int verify(const std::vector<std::string>& paths) {
     Findings found;
-    for (const std::string& path : paths) verify_path(path, found);
+    for (const std::string& path : paths) verify_path(expand_home(path), found);
     return found.damaged ? 1 : 0;
 }
 
