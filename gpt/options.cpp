@@ -661,7 +661,17 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                 : exporting->parsed() ? Options::Command::export_model
                 : verify->parsed()    ? Options::Command::verify
                                       : Options::Command::train;
+    // Threads are each machine's own matter.
+    auto note_settings = [&] {
+        o.settings["--resume"] = o.resume ? "yes" : "no";
+        o.settings["the command"] = &used == &app ? "to train" : used.get_name();
+        for (const CLI::Option* option : used.get_options())
+            if (changes.count(option) && option != used.get_option_no_throw("--threads"))
+                o.settings[long_name(option)] =
+                    option->count() > 0 ? option->as<std::string>() : option->get_default_str();
+    };
     if (o.command != Options::Command::train) {
+        note_settings();
         if (bench->parsed() && o.model == "tiny" && bench->count("--seq-len") == 0) o.seq_len = 128;
         if (probe->parsed() && probe->count("--seq-len") == 0) o.seq_len = 0;
         if (!eval->parsed()) return o;
@@ -670,6 +680,8 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         return o;
     }
 
+    o.goes_on = !saved.empty();
+    o.batch_given = app.count("--batch") > 0;
     auto set_default = [&](const std::string& name, const std::string& value) {
         CLI::Option* option = app.get_option_no_throw(name);
         if (!option || option->count() > 0) return; // a flag of another version, or given
@@ -704,6 +716,7 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
         if (changes.count(option) && changes[option] != Change::once)
             o.flags[long_name(option)] =
                 option->count() > 0 ? option->as<std::string>() : option->get_default_str();
+    note_settings();
     for (const auto& [name, value] : o.flags) // checkpoints hold them as JSON
         if (!is_utf8(value))
             fail(name, " '", printable(value), "' is not UTF-8, and a checkpoint cannot name it");

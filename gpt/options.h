@@ -25,6 +25,8 @@ struct Options {
     // model
     std::string model = "tiny", arch, norm, lns_sites = "attn,mlp", init_from;
     bool model_given = false; // -m, not its default
+    bool batch_given = false; // -b, not the resumed run's
+    bool goes_on = false;     // with a run's own flags
     int64_t layers = 0, width = 0, heads = 0, kv_heads = 0, mlp_width = 0, vocab = 0, positions = 0;
     double lns_power = 0.5, init_std = 0, embed_std = 0; // stds 0: the model's own
 
@@ -80,6 +82,8 @@ struct Options {
     std::vector<std::string> argv; // the command line itself
     // Every flag that a resumed run takes over, as text: {"--lr", "0.001"}.
     std::map<std::string, std::string> flags;
+    // Every flag of the command that all ranks must have alike.
+    std::map<std::string, std::string> settings;
     // What a resumed run was told to do otherwise than before, a sentence each.
     std::vector<std::string> changes;
 

@@ -11,13 +11,16 @@
 #include <unistd.h>
 
 #include "gpt/bench.h"
+#include "gpt/build.h"
 #include "gpt/checkpoint.h"
 #include "gpt/device.h"
 #include "gpt/error.h"
 #include "gpt/export.h"
+#include "gpt/facts.h"
 #include "gpt/files.h"
 #include "gpt/options.h"
 #include "gpt/probe.h"
+#include "gpt/random.h"
 #include "gpt/ranks.h"
 #include "gpt/rundir.h"
 #include "gpt/sample.h"
@@ -166,6 +169,11 @@ int eval(const Options& o, const Ranks& ranks) {
     check_memory(trained.config, int(o.batch), T, options);
     std::unique_ptr<Model> model = make_model(trained.config, int(o.batch), T, options, ranks);
     load_weights(*model, trained.path);
+    if (ranks.size > 1) {
+        Facts facts = data_facts("validation", *source, loader);
+        facts.push_back(fingerprint_fact("weights", fingerprint(*model, Buffer::parameters)));
+        ranks.compare(facts);
+    }
     Evaluation e = evaluate(*model, loader, ranks, int(o.batch), T, wanted);
     source->finish_checks();
     if (ranks.first())
@@ -254,21 +262,45 @@ int probe(const Options& o, const Ranks& ranks) {
     return 0;
 }
 
+// What ranks must have alike before they do anything together.
+void compare_starts(const Options& o, const Ranks& ranks) {
+    if (ranks.size == 1) return;
+    const BuildInfo& build = build_info();
+    std::string parts;
+    for (const auto& [name, value] : build.features)
+        parts += cat(parts.empty() ? "" : ", ", name, " ", value);
+    Facts facts = {{"train_gpt", build.version},
+                   {"a build by", build.compiler},
+                   {"a build with", build.flags},
+                   {"a build of", parts}};
+    // A version does not name what was changed since, nor -march=native its processor.
+    if (std::filesystem::exists("/proc/self/exe"))
+        facts.push_back(fingerprint_fact("a program", fnv1a(read_file("/proc/self/exe"))));
+    const auto command = o.settings.find("the command"); // --help has none
+    facts.push_back({"the command", command == o.settings.end() ? "" : command->second});
+    ranks.compare(facts); // before flags, of which another program has others
+    ranks.compare({o.settings.begin(), o.settings.end()});
+}
+
 // -y takes the run's own flags where none are given.
-Options options_of(int argc, char** argv) {
+Options options_of(int argc, char** argv, const Ranks& ranks) {
     Options o = parse_options(argc, argv);
+    compare_starts(o, ranks);
     if (o.command != Options::Command::train || !o.resume) return o;
     std::string checkpoint = newest_checkpoint(o.out);
+    ranks.compare(
+        {{"the newest checkpoint", std::filesystem::path(checkpoint).filename().string()}});
     SavedFlags saved =
         checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
     if (saved.empty()) return o;
     o = parse_options(argc, argv, saved);
+    ranks.compare({o.settings.begin(), o.settings.end()});
     find_saved_paths(o, saved);
     return o;
 }
 
 int dispatch(int argc, char** argv, const Ranks& ranks) {
-    Options o = options_of(argc, argv);
+    Options o = options_of(argc, argv, ranks);
     switch (o.command) {
     case Options::Command::train:
         return train(std::move(o), ranks);

@@ -221,6 +221,60 @@ void check_length(int64_t B, int64_t T, const Config& config) {
 
 namespace {
 
+// The largest divisor of n that is at most `most`.
+int64_t divisor_up_to(int64_t n, int64_t most) {
+    int64_t d = std::min(n, most);
+    while (n % d) d--;
+    return d;
+}
+
+// "3 or 4 ranks (mpirun -np 4)": those next to `ranks` that can share n alike.
+std::string ranks_that_share(int64_t n, int64_t ranks) {
+    const int64_t fewer = divisor_up_to(n, ranks);
+    int64_t more = ranks + 1;
+    while (more <= n && n % more) more++;
+    const std::string command = cat(fewer, " (mpirun -np ", fewer, ")");
+    return more > n ? command : cat(command, " or ", more);
+}
+
+} // namespace
+
+StepShape step_shape(const Options& o, int ranks) {
+    const bool fixed = o.goes_on && o.total_batch > 0;
+    const int64_t sequence = o.seq_len * ranks; // tokens of one sequence on each rank
+    StepShape shape = {o.total_batch, o.batch};
+    if (fixed && !o.batch_given && shape.tokens % sequence == 0)
+        shape.batch = divisor_up_to(shape.tokens / sequence, o.batch);
+    const int64_t micro = shape.batch * sequence;
+    if (micro > INT32_MAX)
+        fail("--batch ", o.batch, " x --seq-len ", o.seq_len,
+             " are more tokens than a step can hold: lower --batch");
+    if (shape.tokens == 0) shape.tokens = micro;
+    if (shape.tokens % micro == 0) return shape;
+
+    const std::string found =
+        cat("--total-batch ", shape.tokens, " is not a multiple of the ", micro,
+            " tokens that --batch ", o.batch, " x --seq-len ", o.seq_len,
+            ranks > 1 ? cat(" x ", ranks, " ranks") : "", " give: ");
+    if (fixed && shape.tokens % sequence) {
+        const int64_t sequences = shape.tokens / o.seq_len;
+        const bool with_batch = o.batch_given && sequences % o.batch == 0;
+        fail("a step of this run has ", sequences, " sequences of ", o.seq_len, " tokens, which ",
+             ranks, " ranks cannot share alike: start ",
+             ranks_that_share(with_batch ? sequences / o.batch : sequences, ranks),
+             o.batch_given && !with_batch ? ", without --batch" : "");
+    }
+    if (fixed || shape.tokens < micro) {
+        if (shape.tokens % sequence) fail(found, "try --total-batch ", micro);
+        fail(found, "try --batch ", divisor_up_to(shape.tokens / sequence, o.batch));
+    }
+    const int64_t lower = shape.tokens / micro * micro;
+    fail(found, "try --total-batch ", lower,
+         lower + micro <= INT32_MAX ? cat(" or ", lower + micro) : "");
+}
+
+namespace {
+
 Device wanted_device(const Options& o) {
     if (o.device == "cpu") return Device::cpu;
     const std::string why_not = why_no_gpu();

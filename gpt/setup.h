@@ -51,6 +51,15 @@ void fit_vocabulary(const Options& options, Data& data, Config& config);
 // Sequences of T tokens must fit the model's positions, and B of them any machine at all.
 void check_length(int64_t B, int64_t T, const Config& config);
 
+// A step's tokens over all ranks, and the sequences of a micro-batch on each.
+struct StepShape {
+    int64_t tokens = 0, batch = 0;
+};
+// --total-batch, of which all ranks take equal parts, in micro-batches of --batch; a run that goes
+// on without -b takes fewer sequences where they do not add up. Throws, and says what would do, if
+// they cannot.
+StepShape step_shape(const Options& options, int ranks);
+
 // Where the model is to compute and how it is held, of --device, --dtype, --master-weights, …
 // --device auto is a GPU if there is one; --dtype auto is `trained` ("float32" or "bf16") if that
 // is given, else bf16 on a GPU and where the CPU multiplies it. Throws if the flags contradict each

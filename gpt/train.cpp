@@ -14,6 +14,7 @@
 #include "gpt/checkpoint.h"
 #include "gpt/device.h"
 #include "gpt/error.h"
+#include "gpt/facts.h"
 #include "gpt/files.h"
 #include "gpt/probe.h"
 #include "gpt/rundir.h"
@@ -72,19 +73,16 @@ struct Step {
     double loss = 0, lr = 0, grad_norm = 0, seconds = 0;
 };
 
-int64_t checked_total_batch(const Options& o, const Ranks& ranks) {
-    const int64_t micro = o.batch * o.seq_len * ranks.size;
-    if (micro > INT32_MAX)
-        fail("--batch ", o.batch, " x --seq-len ", o.seq_len,
-             " are more tokens than a step can hold: lower --batch");
-    int64_t total = o.total_batch > 0 ? o.total_batch : micro;
-    if (total % micro)
-        fail("--total-batch ", total, " is not a multiple of the ", micro, " tokens that --batch ",
-             o.batch, " x --seq-len ", o.seq_len,
-             ranks.size > 1 ? cat(" x ", ranks.size, " ranks") : "", " give: ",
-             total > micro ? cat("try ", total / micro * micro, " or ", (total / micro + 1) * micro)
-                           : cat("lower --batch"));
-    return total;
+// A step's tokens. A run that goes on with other ranks keeps them, in micro-batches of fewer
+// sequences where those of --batch do not add up to it.
+int64_t checked_total_batch(Options& o, const Ranks& ranks) {
+    const StepShape shape = step_shape(o, ranks.size);
+    if (shape.batch != o.batch)
+        o.changes.push_back(cat("a step keeps its ", shape.tokens, " tokens, so --batch is ",
+                                shape.batch, " on ", ranks.size,
+                                ranks.size == 1 ? " rank" : " ranks", ", not ", o.batch));
+    o.batch = shape.batch;
+    return shape.tokens;
 }
 
 [[noreturn]] void fail_nonfinite(Run& run, int64_t step, const std::string& what) {
@@ -150,12 +148,16 @@ Step train_step(Run& run) {
     adam.beta1 = o.beta1, adam.beta2 = o.beta2, adam.eps = o.eps;
     adam.weight_decay = o.weight_decay;
     adam.step = number;
-    model.begin_step(input);
+    {
+        Ranks::Steady steady(run.ranks, "a step");
+        model.begin_step(input);
+    }
     run.drawn = false;
     if (!o.overfit_batch && number < o.steps) {
         Timed t(cpu_profile, "", "data", 0, 0);
         draw_ahead(run);
     }
+    Ranks::Steady steady(run.ranks, "the end of a step");
     const StepResult result = model.end_step();
     if (!std::isfinite(result.loss)) fail_nonfinite(run, number, "the loss");
     if (!std::isfinite(result.grad_norm)) fail_nonfinite(run, number, "the gradient");
@@ -195,6 +197,29 @@ std::string sample_text(Run& run) {
     return text;
 }
 
+std::string program_of(const Run& run) {
+    return run.o.argv.empty() ? "./train_gpt" : run.o.argv[0];
+}
+
+// For a shell.
+std::string quoted_directory(const Run& run) {
+    const char* words[] = {run.o.out.c_str()};
+    return shell_quoted(1, words);
+}
+
+std::string command_to_go_on(const Run& run) {
+    return cat(run.ranks.size > 1 ? cat("mpirun -np ", run.ranks.size, " ") : "", program_of(run),
+               " -o ", quoted_directory(run), " -y");
+}
+
+// What any rank is to say when another is lost.
+void advise(const Run& run) {
+    run.ranks.advise(cat(run.last_checkpoint.empty()
+                             ? "There is no checkpoint yet"
+                             : "The newest checkpoint is " + run.last_checkpoint,
+                         "; go on with: ", command_to_go_on(run)));
+}
+
 // On rank 0. Until the new checkpoint stands whole under its name, no older one is touched.
 void save(Run& run) {
     run.state.loader = run.drawn ? run.before_draw : run.loader->state();
@@ -204,6 +229,7 @@ void save(Run& run) {
     std::string path = run.directory->checkpoint_path(run.state.step);
     save_checkpoint(path, *run.model, run.state, run.data.tokenizer.get());
     run.last_checkpoint = path;
+    advise(run);
     run.directory->keep_last(int(run.o.keep));
 }
 
@@ -261,6 +287,34 @@ void prepare(Run& run, const std::string& resume_from) {
     run.flops = flops_per_token(run.config, run.T);
 }
 
+// What ranks must have alike: what the options led to on each one's machine, …
+void compare_plans(const Run& run) {
+    if (run.ranks.size == 1) return;
+    Facts facts(run.o.flags.begin(), run.o.flags.end());
+    for (const Facts& more :
+         {config_facts(run.config), data_facts("training", *run.data.train, *run.loader),
+          data_facts("validation", *run.data.val, *run.val_loader)})
+        facts.insert(facts.end(), more.begin(), more.end());
+    std::erase_if(facts, [](const auto& fact) { return fact.first == "--threads"; });
+    run.ranks.compare(facts);
+}
+
+// … and what they start from.
+void compare_states(const Run& run) {
+    if (run.ranks.size == 1) return;
+    const LoaderState at = run.loader->state();
+    Facts facts = {{"a checkpoint of step", cat(run.state.step)},
+                   {"read of the data", cat(at.epoch, " epochs and ", at.index, " sequences")},
+                   fingerprint_fact("weights", fingerprint(*run.model, Buffer::parameters))};
+    if (run.state.step > 0) {
+        facts.push_back(
+            fingerprint_fact("first moments", fingerprint(*run.model, Buffer::moment1)));
+        facts.push_back(
+            fingerprint_fact("second moments", fingerprint(*run.model, Buffer::moment2)));
+    }
+    run.ranks.compare(facts);
+}
+
 // The banner.
 void describe(Run& run) {
     run.print(describe_machine(run.threads, run.ranks, run.peak, run.numbers) +
@@ -293,6 +347,7 @@ void open_directory(Run& run, bool goes_on) {
                            {"threads", std::to_string(run.threads)},
                            {"from_step", std::to_string(run.state.step)}},
                           o.flags);
+    advise(run);
 }
 
 // Weights, moments and the place in the data, of a new run or of one that goes on.
@@ -304,6 +359,7 @@ void start(Run& run, const std::string& resume_from) {
     run.model->initialize(uint64_t(run.o.seed));
     if (!run.o.init_from.empty() && resume_from.empty()) load_weights(*run.model, run.o.init_from);
     if (run.o.overfit_batch) draw_batch(run);
+    for (const std::string& change : run.o.changes) run.print("note: " + change);
     if (resume_from.empty()) return;
 
     run.state = load_checkpoint(*run.model, resume_from);
@@ -316,7 +372,6 @@ void start(Run& run, const std::string& resume_from) {
              "): to go on with other data, start another run with --init-from ", run.o.out);
     run.loader->restore(run.state.loader);
     run.last_checkpoint = resume_from;
-    for (const std::string& change : run.o.changes) run.print("note: " + change);
     run.print(cat("going on from ", resume_from, " (step ", run.state.step, ")"));
 }
 
@@ -363,15 +418,12 @@ std::string progress_line(const Run& run, const Step& step, double seconds_a_ste
 
 // What a stopped or finished run tells at its end.
 std::string how_to_go_on(const Run& run, bool finished) {
-    const std::string program = run.o.argv.empty() ? "./train_gpt" : run.o.argv[0];
-    const char* words[] = {run.o.out.c_str()};
-    const std::string dir = shell_quoted(1, words);
-    std::string launcher = run.ranks.size > 1 ? cat("mpirun -np ", run.ranks.size, " ") : "";
-    if (!finished) return cat("go on with:    ", launcher, program, " -o ", dir, " -y");
+    if (!finished) return "go on with:    " + command_to_go_on(run);
+    const std::string program = program_of(run), dir = quoted_directory(run);
     return cat(format_count(double(run.state.tokens)), " tokens in ",
                format_duration(run.state.seconds), " of training\nrun directory: ", run.o.out,
                "\nsample it:     ", program, " sample ", dir,
-               " --prompt TEXT\ntrain longer:  ", launcher, program, " -o ", dir, " -y -x ",
+               " --prompt TEXT\ntrain longer:  ", command_to_go_on(run), " -x ",
                2 * std::max({run.o.steps, run.state.step, int64_t(1)}));
 }
 
@@ -439,6 +491,7 @@ Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int
         int b = int(std::min<uint64_t>(B, windows - w));
         loader.restore({0, w});
         loader.next(b, inputs.data(), targets.data());
+        Ranks::Steady steady(ranks, "a batch of validation");
         sums[0] += model.loss(inputs.data(), targets.data(), b, T);
         for (size_t i = 0; i < size_t(b) * T; i++) sums[1] += targets[i] >= 0;
     }
@@ -453,6 +506,7 @@ int train(Options options, const Ranks& ranks) {
     std::string resume_from;
     if (o.resume) resume_from = newest_checkpoint(o.out);
     prepare(run, resume_from);
+    compare_plans(run);
     ranks.barrier(); // the peak is that of all at once
     if (!o.dry_run) {
         run.peak = device_peak(run.numbers, run.threads);
@@ -469,6 +523,7 @@ int train(Options options, const Ranks& ranks) {
     }
 
     start(run, resume_from);
+    compare_states(run);
     if (!o.dump_state.empty()) {
         if (ranks.first()) dump_state(run);
         return 0;

@@ -39,6 +39,23 @@ if command -v mpirun >/dev/null && "$program" --version 2>&1 | grep -q 'MPI [^n]
     LNS_SIM_GPUS=2 mpirun --oversubscribe -n 2 "$program" "${flags[@]}" --dtype float32 -b 2 \
         -o "$dir/two" >"$dir/two.log" 2>&1
     check "two ranks train as one does" same "$(losses "$dir/two.log")" "$one"
+
+    # NCCL waits for a rank for ever: whoever watches it must end the others.
+    cat >"$dir/rank" <<'END'
+#!/bin/bash
+echo $$ >"$0-$OMPI_COMM_WORLD_RANK"
+exec "$@"
+END
+    chmod +x "$dir/rank"
+    LNS_RANK_TIMEOUT=2 LNS_SIM_GPUS=2 mpirun --oversubscribe -n 2 "$dir/rank" "$program" \
+        "${flags[@]}" -x 1000000 --dtype float32 -b 2 -o "$dir/hangs" >"$dir/hangs.log" 2>&1 &
+    until [[ -s $dir/hangs/log.jsonl ]] || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
+    start=$SECONDS
+    kill -STOP "$(<"$dir/rank-1")"
+    wait $!
+    check "a rank that hangs ends the other" [ $? != 0 ]
+    check "in time" [ $((SECONDS - start)) -le 15 ]
+    check "with a sentence" grep -q 'train_gpt: rank 1 .* has not answered for 2 s' "$dir/hangs.log"
 fi
 
 echo
