@@ -19,7 +19,7 @@ V        ?= 0#          1: print whole commands
 
 .DEFAULT_GOAL := train_gpt
 .DELETE_ON_ERROR:
-.PHONY: deps test bench test-binaries format check-format clean help FORCE
+.PHONY: deps test test-oracles bench fuzz fuzz-binaries test-binaries format check-format clean help FORCE
 MAKEFLAGS += --no-builtin-rules
 ifeq ($(MAKELEVEL)$(findstring -j,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
@@ -54,6 +54,8 @@ probe := $(shell $(CXX) -std=c++20 $(CPPFLAGS) $(openmp) $(mpi_cflags) \
     $(if $(cuda_home),-I$(cuda_home)/include -DPROBE_CUDA) -E -P -x c++ dev/probe.in \
     2>/dev/null | sed -n 's/^found \([A-Z0-9]*\) /\1=/; T; s/[ "]//g; p')
 found = $(if $(call yes,$(or $($1),1)),$(call word_of,$1))
+openmp := $(if $(call found,OPENMP),$(openmp))#     clang may have the flag, and not the library
+python := $(firstword $(wildcard $(BUILD)/venv/bin/python3) python3)
 cuda := $(if $(nvcc),$(shell $(nvcc) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'))
 cuda_lacks := $(if $(cuda),$(if $(filter 7.% 8.% 9.% 10.% 11.%,$(cuda)),CUDA 12 or newer,$(if \
     $(call word_of,CUBLASLT),,cuBLASLt)))
@@ -222,10 +224,15 @@ $(sim_tests:%.cpp=$S/%.o): | $(if $(call word_of,GTEST),,no-GTEST)
 test: $(if $(call yes,$(SANITIZE)),,$(existing) $(if $(sim_test_programs),train_gpt_sim)) $O/unit_tests $(sim_test_programs)
 	@dev/run_tests.sh $O/unit_tests $(sim_test_programs) $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
 
+# Against PyTorch, transformers and TensorBoard, in an environment of their own.
+test-oracles: train_gpt
+	@dev/venv.sh $(BUILD)/oracles dev/oracles/requirements.txt
+	@PATH="$(abspath $(BUILD))/oracles/bin:$$PATH" dev/run_tests.sh $(wildcard dev/oracles/*.sh)
+
 # Options of its own: DEVICE=cuda, QUICK=1, TORCH=new (installs PyTorch under $(BUILD)),
 # ARGS='--only tiny --rounds 5'.
 bench: train_gpt
-	@python3 dev/bench/bench$(if $(filter cuda,$(DEVICE)),_gpu).py $(if $(call yes,$(QUICK)),--quick) \
+	@$(python) dev/bench/bench$(if $(filter cuda,$(DEVICE)),_gpu).py $(if $(call yes,$(QUICK)),--quick) \
 	    $(if $(filter new,$(TORCH)),--install-torch) --out $(BUILD)/bench$(addprefix -,$(DEVICE)).json $(ARGS)
 
 endif
@@ -235,8 +242,8 @@ format:
 	clang-format -i $(sources)
 check-format:
 	clang-format --dry-run -Werror $(sources)
-clean:
-	rm -rf $(BUILD) train_gpt test_gpt train_gpt_sim test_gpt_sim data/tokenize data/stories data/vocabulary
+clean: # not what `make deps` brought, nor what fuzzing found
+	rm -rf $(filter-out $(addprefix $(BUILD)/,venv oracles fuzz),$(wildcard $(BUILD)/*)) train_gpt test_gpt train_gpt_sim test_gpt_sim data/tokenize data/stories data/vocabulary
 
 help:
 	@echo 'make [train_gpt]     the trainer'

@@ -24,8 +24,8 @@ command curl                     |optional|data/get.sh                       |cu
 command jq                       |optional|data/get.sh c4                    |jq                  |jq                  |jq           |jq
 command shellcheck               |optional|make test                         |shellcheck          |ShellCheck          |shellcheck   |shellcheck
 command clang++                  |optional|make fuzz and CXX=clang++         |clang               |clang               |clang        |llvm
-clang   libclang_rt.fuzzer       |optional|make fuzz                         |libclang-rt-dev     |compiler-rt         |compiler-rt  |llvm
-clang   libomp.so                |optional|threads under CXX=clang++         |libomp-dev          |libomp-devel        |openmp       |libomp
+runtime libclang_rt.fuzzer       |optional|make fuzz                         |libclang-rt-dev     |compiler-rt         |compiler-rt  |llvm
+clang   omp.h                    |optional|threads under CXX=clang++         |libomp-dev          |libomp-devel        |openmp       |libomp
 command python3                  |optional|scripts about runs                |python3             |python3             |python       |python
 python  ensurepip                |optional|pictures of runs                  |python3-venv        |python3             |python       |python'
 # Debian's curl only recommends the certificates that it needs.
@@ -47,19 +47,17 @@ fi
 field() { cut -d'|' -f"$2" <<<"$1" | sed 's/ *$//'; }
 
 present() { # line of the table
-    local kind name
+    local kind name compiler
     read -r kind name <<<"$(field "$1" 1)"
     case $kind in
     command) command -v "$name" >/dev/null && return ;;
     file) [[ -e $name ]] && return ;;
     python) python3 -c "import $name" 2>/dev/null && return ;;
-    clang) # a file beside the compiler's own
-        [[ -e $(clang++ -print-file-name="$name" 2>/dev/null) ]] && return
-        compgen -G "$(clang++ -print-runtime-dir 2>/dev/null)/$name*" >/dev/null && return
-        ;;
-    header)
+    runtime) compgen -G "$(clang++ -print-runtime-dir 2>/dev/null)/$name*" >/dev/null && return ;;
+    header | clang)
+        [[ $kind == clang ]] && compiler=clang++ || compiler=${CXX:-g++}
         printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$name" |
-            "${CXX:-g++}" -E -x c++ - >/dev/null 2>&1 && return
+            "$compiler" -E -x c++ - >/dev/null 2>&1 && return
         ;;
     esac
     [[ $system == apt ]] &&
@@ -90,7 +88,7 @@ finish() { # STATUS
 }
 
 if ((${#required[@]} + ${#optional[@]} == 0)); then
-    echo "deps: everything is here already."
+    echo "deps: of the packages everything is here already."
     finish 0
 fi
 mapfile -t missing < <(printf '%s\n' "${required[@]}" "${optional[@]}" | awk 'NF && !seen[$0]++')

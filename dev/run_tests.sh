@@ -3,6 +3,7 @@
 # it stands why something was skipped. JOBS=2 runs two at a time. A test says its own numbers in such
 # a line (the last number may be missing), or as GoogleTest does; one that does neither counts as
 # one, by its exit status. Why it skips something it says in a line "SKIPPED: WHAT: WHY".
+# shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../scripts/python.sh"
 passed=0 failed=0 skipped=0 broken=() reasons=() jobs=${JOBS:-1}
 dir=$(mktemp -d)

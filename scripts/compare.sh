@@ -2,6 +2,7 @@
 # Trains one model under several norm schemes, one after the other, and prints their table. Run it
 # in the project's root. The same command again skips what is finished and goes on with the rest.
 set -euo pipefail
+# shellcheck source=scripts/python.sh
 . "$(dirname "$0")/python.sh"
 
 usage() {

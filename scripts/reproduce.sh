@@ -2,6 +2,7 @@
 # Reruns the comparison of "The Curse of Depth in Large Language Models" (arXiv 2502.05795) at one
 # scale, from the data to the report. Run it in the project's root.
 set -euo pipefail
+# shellcheck source=scripts/python.sh
 . "$(dirname "$0")/python.sh"
 
 usage() {

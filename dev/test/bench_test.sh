@@ -1,6 +1,7 @@
 #!/bin/bash
 # dev/bench/bench.py: what it runs, compares and writes, with a train_gpt and a PyTorch that only
 # say numbers.
+# shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../../scripts/python.sh"
 command -v python3 >/dev/null || {
     echo "SKIPPED: dev/bench/bench.py is not tested: there is no python3 (make deps)"

@@ -1,6 +1,7 @@
 #!/bin/bash
 # The program on a GPU, as a user runs it, here on the simulated one (dev/sim): choosing the device,
 # training, going on, sampling, memory that does not suffice, ranks.
+# shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../../scripts/python.sh"
 [[ -x train_gpt_sim ]] || {
     echo "SKIPPED: the program on a GPU is not tested: train_gpt_sim is not built"

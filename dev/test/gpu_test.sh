@@ -1,6 +1,7 @@
 #!/bin/bash
 # dev/gpu/*.sh and dev/bench/bench_gpu.py on a machine that only plays a GPU: what they run, when
 # they give up, what they tell.
+# shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../../scripts/python.sh"
 command -v python3 >/dev/null || {
     echo "SKIPPED: dev/bench/bench_gpu.py is not tested: there is no python3 (make deps)"

@@ -1,5 +1,6 @@
 #!/bin/bash
 # scripts/report.py, table.py and to_tensorboard.py on runs whose numbers are known.
+# shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../../scripts/python.sh"
 command -v python3 >/dev/null || {
     echo "SKIPPED: the scripts about runs are not tested: there is no python3 (make deps)"

@@ -5,6 +5,7 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 export PYTHONDONTWRITEBYTECODE=1 CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
 unset SCHEMES RATES SEEDS SECOND_SEED LAUNCH PROBE_FLAGS
+# shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../../scripts/python.sh"
 passed=0 failed=0 skipped=0
 skip() { # WHAT: WHY
