@@ -16,10 +16,12 @@ CUDA_ARCH ?= sm_80 sm_90a compute_90#  GPUs to compile for; compute_N: for newer
 WERROR   ?= 1#          0: a warning of a compiler newer than ours does not stop the build
 BUILD    ?= build
 V        ?= 0#          1: print whole commands
+JOBS     ?= $(if $(filter-out 1,$(shell nproc 2>/dev/null || echo 1)),2,1)#  tests at a time
 
 .DEFAULT_GOAL := train_gpt
+comma := ,
 .DELETE_ON_ERROR:
-.PHONY: deps test test-oracles bench fuzz fuzz-binaries test-binaries format check-format clean help FORCE
+.PHONY: deps test test-oracles bench fuzz fuzz-binary test-binaries format check-format clean help FORCE
 MAKEFLAGS += --no-builtin-rules
 ifeq ($(MAKELEVEL)$(findstring -j,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
@@ -66,10 +68,13 @@ nccl := $(if $(cuda_source),$(if $(call found,MPI),$(call found,NCCL)))
 warnings := -Wall -Wextra $(if $(openmp),,-Wno-unknown-pragmas) $(if $(call yes,$(WERROR)),-Werror)
 # g++ 12 and 13 warn wrongly about overlapping copies in std::string (GCC bug 105651); clang warns
 # where it makes no vectors of a loop marked `omp simd`.
-warnings += $(if $(findstring clang,$(shell $(CXX) --version 2>/dev/null)),-Wno-pass-failed,-Wno-restrict)
+clang := $(findstring clang,$(shell $(CXX) --version 2>/dev/null))
+warnings += $(if $(clang),-Wno-pass-failed,-Wno-restrict)
 ifneq ($(call yes,$(SANITIZE)),)
-optimize := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-warnings += -Wno-maybe-uninitialized
+# With clang the objects serve `make fuzz` too.
+optimize := -O1 -g1 -fsanitize=address,undefined$(if $(clang),$(comma)fuzzer-no-link) -fno-sanitize-recover=all \
+    -fno-omit-frame-pointer
+warnings += $(if $(clang),,-Wno-maybe-uninitialized)
 else
 optimize := -O3 -fno-math-errno -fno-trapping-math
 # Compilers make 32-byte vectors of AVX-512 unless told: with 64 GELU and SwiGLU are 1.3 times faster.
@@ -79,7 +84,6 @@ endif
 endif
 test_optimize := $(filter-out -O3,$(optimize)) -O1
 flags := -std=c++20 $(cpu) $(warnings) $(openmp) -I. $(CPPFLAGS) $(CXXFLAGS)
-comma := ,
 libs := $(LDFLAGS) $(if $(filter Linux,$(shell uname)),-Wl$(comma)--as-needed) -lpthread
 ifneq ($(call found,ONEDNN),)
 flags += -DLNS_ONEDNN
@@ -124,7 +128,7 @@ sim_tests := $(wildcard dev/test/sim_test.cpp dev/test/cuda_*_test.cpp)
 tests := $(call objects,$(filter-out $(sim_tests),$(wildcard dev/test/*_test.cpp)))
 programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp data/vocabulary.cpp))
 existing := $(foreach p,$(programs),$(if $(wildcard $p.cpp),$p))
--include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing))))
+-include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing)) dev/fuzz/fuzz.cpp))
 
 # The program itself is a hard link to the variant built last.
 .PHONY: $(programs)
@@ -222,7 +226,8 @@ $S/dev/sim/products.o: sim_optimize := -O3 -g
 $(sim_tests:%.cpp=$S/%.o): | $(if $(call word_of,GTEST),,no-GTEST)
 
 test: $(if $(call yes,$(SANITIZE)),,$(existing) $(if $(sim_test_programs),train_gpt_sim)) $O/unit_tests $(sim_test_programs)
-	@dev/run_tests.sh $O/unit_tests $(sim_test_programs) $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
+	@JOBS="$(JOBS)" dev/run_tests.sh $(if $(call yes,$(SANITIZE)),,test_gpt) $(filter %/test_gpt_sim,$(sim_test_programs)) $O/unit_tests \
+	    $(filter-out %/test_gpt_sim,$(sim_test_programs)) $(if $(call yes,$(SANITIZE)),,$(wildcard dev/test/*.sh))
 
 # Against PyTorch, transformers and TensorBoard, in an environment of their own.
 test-oracles: train_gpt
@@ -234,6 +239,19 @@ test-oracles: train_gpt
 bench: train_gpt
 	@$(python) dev/bench/bench$(if $(filter cuda,$(DEVICE)),_gpu).py $(if $(call yes,$(QUICK)),--quick) \
 	    $(if $(filter new,$(TORCH)),--install-torch) --out $(BUILD)/bench$(addprefix -,$(DEVICE)).json $(ARGS)
+
+# Every parser under libFuzzer (dev/fuzz/fuzz.cpp), with clang: SECONDS of each, TARGETS="json flags"
+# for some. What they learn and find stays in $(BUILD)/fuzz; the same command goes on with it.
+fuzz: train_gpt data/tokenize
+	@if ! command -v clang++ >/dev/null; then \
+	    echo 'SKIPPED: fuzzing: there is no clang++ (make deps)'; echo '0 passed, 0 failed, 1 skipped'; \
+	else \
+	    $(MAKE) --no-print-directory fuzz-binary SANITIZE=1 CXX="$(if $(clang),$(CXX),clang++)" && dev/fuzz/run.sh $(BUILD)/fuzz $(or $(SECONDS),60) $(TARGETS); \
+	fi
+fuzz-binary: $O/fuzz
+	@mkdir -p $(BUILD)/fuzz && cp $< $(BUILD)/fuzz/fuzz
+$O/fuzz: $O/dev/fuzz/fuzz.o $O/libgpt.a
+	$(call say,LINK,$(@F))$(CXX) $(optimize) -fsanitize=fuzzer $(flags) $^ -o $@ $(libs)
 
 endif
 

@@ -6,6 +6,8 @@
 # shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../scripts/python.sh"
 passed=0 failed=0 skipped=0 broken=() reasons=() jobs=${JOBS:-1}
+# Threads that wait would take the processors from the test beside theirs.
+((jobs > 1)) && export OMP_WAIT_POLICY=passive
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 
