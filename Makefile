@@ -12,6 +12,7 @@ ONEDNN   ?= 1
 MPI      ?= 1
 CUDA     ?= $(if $(filter-out 0 no,$(strip $(SANITIZE))),0,1)#  0 or 1; the sanitizers do not look into a GPU
 NCCL     ?= 1
+SIM      ?= 1#          0: no tests of the simulated GPU
 CUDA_ARCH ?= sm_80 sm_90a compute_90#  GPUs to compile for; compute_N: for newer ones, when it starts
 WERROR   ?= 1#          0: a warning of a compiler newer than ours does not stop the build
 BUILD    ?= build
@@ -202,7 +203,7 @@ sim_library := $(patsubst %.cpp,$S/%.o,$(wildcard dev/sim/*.cpp))
 sim_programs := train_gpt_sim test_gpt_sim
 # Fibers and the names of kernels are Linux's. Under sanitizers test_gpt_sim takes ten minutes:
 # `make SANITIZE=1 test_gpt_sim` builds it for whoever wants to wait.
-sim_test_programs := $(if $(filter Linux,$(shell uname)),$(if $(wildcard train_gpt.cu),$(sim_tests:dev/test/%.cpp=$S/%) \
+sim_test_programs := $(if $(and $(call yes,$(SIM)),$(filter Linux,$(shell uname))),$(if $(wildcard train_gpt.cu),$(sim_tests:dev/test/%.cpp=$S/%) \
     $(if $(call yes,$(SANITIZE)),,$S/test_gpt_sim)))
 -include $(wildcard $S/*.d $S/dev/*/*.d)
 
@@ -265,8 +266,12 @@ clean: # not what `make deps` brought, nor what fuzzing found
 
 help:
 	@echo 'make [train_gpt]     the trainer'
-	@echo 'make deps            install what is missing (apt; elsewhere, say what to install)'
-	@echo 'make test            build and run every test; make test_gpt builds the gradient checks alone'
+	@echo 'make deps            install what is missing (apt; elsewhere, say what to install; Python'"'"'s'
+	@echo '                     packages into build/venv)'
+	@echo 'make test            build and run every test, JOBS=2 at a time; make test_gpt builds the'
+	@echo '                     gradient checks alone'
+	@echo 'make test-oracles    against PyTorch, transformers and TensorBoard, installed under build/oracles'
+	@echo 'make fuzz            every parser under libFuzzer (clang): SECONDS=60 of each, TARGETS="json flags"'
 	@echo 'make bench           time training steps, beside PyTorch; QUICK=1: in minutes; TORCH=new: get it;'
 	@echo '                     DEVICE=cuda: on the GPU'
 	@echo 'make train_gpt_sim test_gpt_sim'
@@ -275,8 +280,8 @@ help:
 	@echo 'make data/vocabulary learns a SentencePiece model from text'
 	@echo 'make data/stories    the generator of the embedded corpus'
 	@echo 'make format          clang-format in place; make check-format only looks'
-	@echo 'make clean           remove what was built'
+	@echo 'make clean           remove what was built, not what was installed under build/'
 	@echo
-	@echo 'Options: SANITIZE=1 (address, undefined) · OPENMP=0 ONEDNN=0 MPI=0 CUDA=0 NCCL=0'
+	@echo 'Options: SANITIZE=1 (address, undefined) · OPENMP=0 ONEDNN=0 MPI=0 CUDA=0 NCCL=0 SIM=0'
 	@echo '         (leave out) · CUDA_ARCH="sm_80 sm_90a compute_90" (GPUs to compile for) ·'
 	@echo '         MARCH=native (or x86-64-v3, …) · CXX=clang++ · WERROR=0 · BUILD=build · V=1'
