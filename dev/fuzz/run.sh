@@ -19,7 +19,7 @@ run() { # TARGET
     mkdir -p "$dir/corpus/$1" "$dir/seeds/$1"
     ln -f "$dir/fuzz" "$dir/$1"
     # Standard output is closed: --help would fill it.
-    "$dir/$1" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=20000 -close_fd_mask=1 \
+    "$dir/$1" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=32768 -close_fd_mask=1 \
         -print_final_stats=1 -verbosity=0 -artifact_prefix="$dir/found/$1-" \
         "$dir/corpus/$1" "$dir/seeds/$1" >"$dir/$1.log" 2>&1
     echo $? >"$dir/$1.status"

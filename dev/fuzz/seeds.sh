@@ -17,7 +17,7 @@ join() { # FILE FILE: as the targets of two files take them
     cat "$2"
 }
 
-small=(--layers 1 --width 8 --heads 2 -t 8 -b 1 -d 8 -g 0 -v 1 --val-tokens 8 --threads 1 --dtype float32
+small=(--layers 1 --positions 8 --width 8 --heads 2 -t 8 -b 1 -d 8 -g 0 -v 1 --val-tokens 8 --threads 1 --dtype float32
     --device cpu)
 for arch in llama gpt2; do
     ./train_gpt --arch $arch "${small[@]}" -n lns -x 1 --save-every 1 -o "$work/$arch" >/dev/null
@@ -39,7 +39,7 @@ done
 
 for name in README.md LICENSE; do head -c 2000 $name >"$work/$name"; done
 data/tokenize --tokenizer bytes -o "$work/bytes" "$work/README.md" >/dev/null
-data/tokenize --tokenizer bytes --pad-documents 16 -o "$work/padded" "$work/LICENSE" >/dev/null
+data/tokenize --tokenizer bytes --val-fraction 0 --pad-documents 16 -o "$work/padded" "$work/LICENSE" >/dev/null
 for name in bytes padded; do seed shard $name <"$work/${name}_train_000000.bin"; done
 
 join $fixtures/gpt2-subset/encoder.json $fixtures/gpt2-subset/vocab.bpe | seed gpt2 subset
