@@ -12,14 +12,17 @@ ONEDNN   ?= 1
 MPI      ?= 1
 CUDA     ?= $(if $(filter-out 0 no,$(strip $(SANITIZE))),0,1)#  0 or 1; the sanitizers do not look into a GPU
 NCCL     ?= 1
+SIM      ?= 1#          0: no tests of the simulated GPU
 CUDA_ARCH ?= sm_80 sm_90a compute_90#  GPUs to compile for; compute_N: for newer ones, when it starts
 WERROR   ?= 1#          0: a warning of a compiler newer than ours does not stop the build
 BUILD    ?= build
 V        ?= 0#          1: print whole commands
+JOBS     ?= $(if $(filter-out 1,$(shell nproc 2>/dev/null || echo 1)),2,1)#  tests at a time
 
 .DEFAULT_GOAL := train_gpt
+comma := ,
 .DELETE_ON_ERROR:
-.PHONY: deps test bench test-binaries format check-format clean help FORCE
+.PHONY: deps test test-oracles bench fuzz fuzz-binary test-binaries format check-format clean help FORCE
 MAKEFLAGS += --no-builtin-rules
 ifeq ($(MAKELEVEL)$(findstring -j,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
@@ -54,6 +57,8 @@ probe := $(shell $(CXX) -std=c++20 $(CPPFLAGS) $(openmp) $(mpi_cflags) \
     $(if $(cuda_home),-I$(cuda_home)/include -DPROBE_CUDA) -E -P -x c++ dev/probe.in \
     2>/dev/null | sed -n 's/^found \([A-Z0-9]*\) /\1=/; T; s/[ "]//g; p')
 found = $(if $(call yes,$(or $($1),1)),$(call word_of,$1))
+openmp := $(if $(call found,OPENMP),$(openmp))#     clang may have the flag, and not the library
+python := $(firstword $(wildcard $(BUILD)/venv/bin/python3) python3)
 cuda := $(if $(nvcc),$(shell $(nvcc) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'))
 cuda_lacks := $(if $(cuda),$(if $(filter 7.% 8.% 9.% 10.% 11.%,$(cuda)),CUDA 12 or newer,$(if \
     $(call word_of,CUBLASLT),,cuBLASLt)))
@@ -64,10 +69,13 @@ nccl := $(if $(cuda_source),$(if $(call found,MPI),$(call found,NCCL)))
 warnings := -Wall -Wextra $(if $(openmp),,-Wno-unknown-pragmas) $(if $(call yes,$(WERROR)),-Werror)
 # g++ 12 and 13 warn wrongly about overlapping copies in std::string (GCC bug 105651); clang warns
 # where it makes no vectors of a loop marked `omp simd`.
-warnings += $(if $(findstring clang,$(shell $(CXX) --version 2>/dev/null)),-Wno-pass-failed,-Wno-restrict)
+clang := $(findstring clang,$(shell $(CXX) --version 2>/dev/null))
+warnings += $(if $(clang),-Wno-pass-failed,-Wno-restrict)
 ifneq ($(call yes,$(SANITIZE)),)
-optimize := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-warnings += -Wno-maybe-uninitialized
+# With clang the objects serve `make fuzz` too.
+optimize := -O1 -g1 -fsanitize=address,undefined$(if $(clang),$(comma)fuzzer-no-link) -fno-sanitize-recover=all \
+    -fno-omit-frame-pointer
+warnings += $(if $(clang),,-Wno-maybe-uninitialized)
 else
 optimize := -O3 -fno-math-errno -fno-trapping-math
 # Compilers make 32-byte vectors of AVX-512 unless told: with 64 GELU and SwiGLU are 1.3 times faster.
@@ -77,7 +85,6 @@ endif
 endif
 test_optimize := $(filter-out -O3,$(optimize)) -O1
 flags := -std=c++20 $(cpu) $(warnings) $(openmp) -I. $(CPPFLAGS) $(CXXFLAGS)
-comma := ,
 libs := $(LDFLAGS) $(if $(filter Linux,$(shell uname)),-Wl$(comma)--as-needed) -lpthread
 ifneq ($(call found,ONEDNN),)
 flags += -DLNS_ONEDNN
@@ -122,7 +129,7 @@ sim_tests := $(wildcard dev/test/sim_test.cpp dev/test/cuda_*_test.cpp)
 tests := $(call objects,$(filter-out $(sim_tests),$(wildcard dev/test/*_test.cpp)))
 programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp data/vocabulary.cpp))
 existing := $(foreach p,$(programs),$(if $(wildcard $p.cpp),$p))
--include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing))))
+-include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing)) dev/fuzz/fuzz.cpp))
 
 # The program itself is a hard link to the variant built last.
 .PHONY: $(programs)
@@ -196,7 +203,7 @@ sim_library := $(patsubst %.cpp,$S/%.o,$(wildcard dev/sim/*.cpp))
 sim_programs := train_gpt_sim test_gpt_sim
 # Fibers and the names of kernels are Linux's. Under sanitizers test_gpt_sim takes ten minutes:
 # `make SANITIZE=1 test_gpt_sim` builds it for whoever wants to wait.
-sim_test_programs := $(if $(filter Linux,$(shell uname)),$(if $(wildcard train_gpt.cu),$(sim_tests:dev/test/%.cpp=$S/%) \
+sim_test_programs := $(if $(and $(call yes,$(SIM)),$(filter Linux,$(shell uname))),$(if $(wildcard train_gpt.cu),$(sim_tests:dev/test/%.cpp=$S/%) \
     $(if $(call yes,$(SANITIZE)),,$S/test_gpt_sim)))
 -include $(wildcard $S/*.d $S/dev/*/*.d)
 
@@ -220,13 +227,32 @@ $S/dev/sim/products.o: sim_optimize := -O3 -g
 $(sim_tests:%.cpp=$S/%.o): | $(if $(call word_of,GTEST),,no-GTEST)
 
 test: $(if $(call yes,$(SANITIZE)),,$(existing) $(if $(sim_test_programs),train_gpt_sim)) $O/unit_tests $(sim_test_programs)
-	@dev/run_tests.sh $O/unit_tests $(sim_test_programs) $(if $(call yes,$(SANITIZE)),,$(wildcard test_gpt dev/test/*.sh))
+	@JOBS="$(JOBS)" dev/run_tests.sh $(if $(call yes,$(SANITIZE)),,test_gpt) $(filter %/test_gpt_sim,$(sim_test_programs)) $O/unit_tests \
+	    $(filter-out %/test_gpt_sim,$(sim_test_programs)) $(if $(call yes,$(SANITIZE)),,$(wildcard dev/test/*.sh))
+
+# Against PyTorch, transformers and TensorBoard, in an environment of their own.
+test-oracles: train_gpt
+	@dev/venv.sh $(BUILD)/oracles dev/oracles/requirements.txt
+	@PATH="$(abspath $(BUILD))/oracles/bin:$$PATH" dev/run_tests.sh $(wildcard dev/oracles/*.sh)
 
 # Options of its own: DEVICE=cuda, QUICK=1, TORCH=new (installs PyTorch under $(BUILD)),
 # ARGS='--only tiny --rounds 5'.
 bench: train_gpt
-	@python3 dev/bench/bench$(if $(filter cuda,$(DEVICE)),_gpu).py $(if $(call yes,$(QUICK)),--quick) \
+	@$(python) dev/bench/bench$(if $(filter cuda,$(DEVICE)),_gpu).py $(if $(call yes,$(QUICK)),--quick) \
 	    $(if $(filter new,$(TORCH)),--install-torch) --out $(BUILD)/bench$(addprefix -,$(DEVICE)).json $(ARGS)
+
+# Every parser under libFuzzer (dev/fuzz/fuzz.cpp), with clang: SECONDS of each, TARGETS="json flags"
+# for some. What they learn and find stays in $(BUILD)/fuzz; the same command goes on with it.
+fuzz: train_gpt data/tokenize
+	@if ! command -v clang++ >/dev/null; then \
+	    echo 'SKIPPED: fuzzing: there is no clang++ (make deps)'; echo '0 passed, 0 failed, 1 skipped'; \
+	else \
+	    $(MAKE) --no-print-directory fuzz-binary SANITIZE=1 CXX="$(if $(clang),$(CXX),clang++)" && dev/fuzz/run.sh $(BUILD)/fuzz $(or $(SECONDS),60) $(TARGETS); \
+	fi
+fuzz-binary: $O/fuzz
+	@mkdir -p $(BUILD)/fuzz && cp $< $(BUILD)/fuzz/fuzz
+$O/fuzz: $O/dev/fuzz/fuzz.o $O/libgpt.a
+	$(call say,LINK,$(@F))$(CXX) $(optimize) -fsanitize=fuzzer $(flags) $^ -o $@ $(libs)
 
 endif
 
@@ -235,13 +261,17 @@ format:
 	clang-format -i $(sources)
 check-format:
 	clang-format --dry-run -Werror $(sources)
-clean:
-	rm -rf $(BUILD) train_gpt test_gpt train_gpt_sim test_gpt_sim data/tokenize data/stories data/vocabulary
+clean: # not what `make deps` brought, nor what fuzzing found
+	rm -rf $(filter-out $(addprefix $(BUILD)/,venv oracles fuzz),$(wildcard $(BUILD)/*)) train_gpt test_gpt train_gpt_sim test_gpt_sim data/tokenize data/stories data/vocabulary
 
 help:
 	@echo 'make [train_gpt]     the trainer'
-	@echo 'make deps            install what is missing (apt; elsewhere, say what to install)'
-	@echo 'make test            build and run every test; make test_gpt builds the gradient checks alone'
+	@echo 'make deps            install what is missing (apt; elsewhere, say what to install; Python'"'"'s'
+	@echo '                     packages into build/venv)'
+	@echo 'make test            build and run every test, JOBS=2 at a time; make test_gpt builds the'
+	@echo '                     gradient checks alone'
+	@echo 'make test-oracles    against PyTorch, transformers and TensorBoard, installed under build/oracles'
+	@echo 'make fuzz            every parser under libFuzzer (clang): SECONDS=60 of each, TARGETS="json flags"'
 	@echo 'make bench           time training steps, beside PyTorch; QUICK=1: in minutes; TORCH=new: get it;'
 	@echo '                     DEVICE=cuda: on the GPU'
 	@echo 'make train_gpt_sim test_gpt_sim'
@@ -250,8 +280,8 @@ help:
 	@echo 'make data/vocabulary learns a SentencePiece model from text'
 	@echo 'make data/stories    the generator of the embedded corpus'
 	@echo 'make format          clang-format in place; make check-format only looks'
-	@echo 'make clean           remove what was built'
+	@echo 'make clean           remove what was built, not what was installed under build/'
 	@echo
-	@echo 'Options: SANITIZE=1 (address, undefined) · OPENMP=0 ONEDNN=0 MPI=0 CUDA=0 NCCL=0'
+	@echo 'Options: SANITIZE=1 (address, undefined) · OPENMP=0 ONEDNN=0 MPI=0 CUDA=0 NCCL=0 SIM=0'
 	@echo '         (leave out) · CUDA_ARCH="sm_80 sm_90a compute_90" (GPUs to compile for) ·'
 	@echo '         MARCH=native (or x86-64-v3, …) · CXX=clang++ · WERROR=0 · BUILD=build · V=1'

@@ -1486,7 +1486,7 @@ Row check_gpu_training(DType dtype, int steps, double tolerance) {
 std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wanted) {
     std::vector<Row> rows;
     if (const std::string why = why_no_gpu(); !why.empty()) {
-        std::printf("The rows `cuda: …` are left out: %s\n", why.c_str());
+        std::printf("SKIPPED: the rows `cuda: …`: %s\n", why.c_str());
         return rows;
     }
     auto keep = [&](const std::string& name, const auto& check) {

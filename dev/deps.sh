@@ -1,6 +1,7 @@
 #!/bin/bash
 # `make deps`: installs what the build and the tests need and this machine lacks. It asks apt only
-# for what is missing, so a second run does nothing; without apt it says what to install.
+# for what is missing, so a second run does nothing; without apt it says what to install. What the
+# scripts draw with goes into a Python environment of the project's own (dev/venv.sh).
 set -u
 
 # how to see that it is here | need | what it is for | Debian, Ubuntu | Fedora | Arch | Homebrew
@@ -15,12 +16,18 @@ header  sentencepiece_processor.h|optional|SentencePiece tokenizers          |li
 command mpicc                    |optional|training on several processes     |libopenmpi-dev      |openmpi-devel       |openmpi      |open-mpi
 command mpirun                   |optional|training on several processes     |openmpi-bin         |openmpi             |openmpi      |open-mpi
 header  gtest/gtest.h            |optional|make test                         |libgtest-dev        |gtest-devel         |gtest        |googletest
-header  boost/context/fiber.hpp |optional|quick threads of the simulated GPU|libboost-context-dev|boost-devel        |boost        |boost
+header  boost/context/fiber.hpp  |optional|quick threads of the simulated GPU|libboost-context-dev|boost-devel         |boost        |boost
 command clang-format             |optional|make format                       |clang-format        |clang-tools-extra   |clang        |clang-format
 command git                      |optional|the commit in the record of a run |git                 |git                 |git          |git
 command pkg-config               |optional|libraries outside /usr            |pkg-config          |pkgconf-pkg-config  |pkgconf      |pkgconf
 command curl                     |optional|data/get.sh                       |curl                |curl                |curl         |curl
-command python3                  |optional|the test of data/get.sh           |python3             |python3             |python       |python'
+command jq                       |optional|data/get.sh c4                    |jq                  |jq                  |jq           |jq
+command shellcheck               |optional|make test                         |shellcheck          |ShellCheck          |shellcheck   |shellcheck
+command clang++                  |optional|make fuzz and CXX=clang++         |clang               |clang               |clang        |llvm
+runtime libclang_rt.fuzzer       |optional|make fuzz                         |libclang-rt-dev     |compiler-rt         |compiler-rt  |llvm
+clang   omp.h                    |optional|threads under CXX=clang++         |libomp-dev          |libomp-devel        |openmp       |libomp
+command python3                  |optional|scripts about runs                |python3             |python3             |python       |python
+python  ensurepip                |optional|pictures of runs                  |python3-venv        |python3             |python       |python'
 # Debian's curl only recommends the certificates that it needs.
 debian_extra='
 file    /etc/ssl/certs/ca-certificates.crt|optional|data/get.sh            |ca-certificates'
@@ -40,14 +47,17 @@ fi
 field() { cut -d'|' -f"$2" <<<"$1" | sed 's/ *$//'; }
 
 present() { # line of the table
-    local kind name
+    local kind name compiler
     read -r kind name <<<"$(field "$1" 1)"
     case $kind in
     command) command -v "$name" >/dev/null && return ;;
     file) [[ -e $name ]] && return ;;
-    header)
+    python) python3 -c "import $name" 2>/dev/null && return ;;
+    runtime) compgen -G "$(clang++ -print-runtime-dir 2>/dev/null)/$name*" >/dev/null && return ;;
+    header | clang)
+        [[ $kind == clang ]] && compiler=clang++ || compiler=${CXX:-g++}
         printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$name" |
-            "${CXX:-g++}" -E -x c++ - >/dev/null 2>&1 && return
+            "$compiler" -E -x c++ - >/dev/null 2>&1 && return
         ;;
     esac
     [[ $system == apt ]] &&
@@ -68,9 +78,18 @@ while IFS= read -r line; do
     fi
 done <<<"$table"
 
+# The Python environment, then the exit.
+finish() { # STATUS
+    local done=$1
+    if ((done == 0)) && ! "${0%/*}/venv.sh" "${BUILD:-build}/venv" "${0%/*}/requirements.txt"; then
+        echo "deps: warning: there will be no pictures of runs; \`make deps\` tries again." >&2
+    fi
+    exit "$done"
+}
+
 if ((${#required[@]} + ${#optional[@]} == 0)); then
-    echo "deps: everything is here already."
-    exit 0
+    echo "deps: of the packages everything is here already."
+    finish 0
 fi
 mapfile -t missing < <(printf '%s\n' "${required[@]}" "${optional[@]}" | awk 'NF && !seen[$0]++')
 
@@ -78,8 +97,8 @@ if [[ $system != apt ]]; then
     echo "deps: please install${system:+ with}${system:+ \`$system ${missing[*]}\`}:"
     for package in "${missing[@]}"; do echo "    $package  for ${purpose[$package]}"; done
     [[ -n $system ]] || echo "(these are Debian's names for the packages)"
-    [[ -z $required_missing ]] || exit 1
-    exit 0
+    [[ -z $required_missing ]] || finish 1
+    finish 0
 fi
 
 echo "deps: installing with apt-get:"
@@ -92,8 +111,8 @@ if [[ $(id -u) != 0 ]]; then
     if ! command -v sudo >/dev/null; then
         echo "deps: this needs root and there is no sudo; as root, run:" \
             "apt-get install --no-install-recommends ${missing[*]}" >&2
-        [[ -z $required_missing ]] || exit 1
-        exit 0
+        [[ -z $required_missing ]] || finish 1
+        finish 0
     fi
     root=(sudo)
 fi
@@ -129,4 +148,4 @@ for package in "${missing[@]}"; do
             "${purpose[$package]}." >&2
     fi
 done
-exit $status
+finish $status

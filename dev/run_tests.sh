@@ -1,38 +1,82 @@
 #!/bin/bash
-# Runs test programs and scripts one after the other and sums up: the last line is
-# "N passed, M failed". A test says its own numbers in such a line, or as GoogleTest does; one that
-# does neither counts as one, by its exit status.
-passed=0 failed=0 broken=()
-output=$(mktemp)
-trap 'rm -f "$output"' EXIT
+# Runs test programs and scripts and sums up: the last line is "N passed, M failed, K skipped", above
+# it stands why something was skipped. JOBS=2 runs two at a time. A test says its own numbers in such
+# a line (the last number may be missing), or as GoogleTest does; one that does neither counts as
+# one, by its exit status. Why it skips something it says in a line "SKIPPED: WHAT: WHY".
+# shellcheck source=scripts/python.sh
+. "$(dirname "$0")/../scripts/python.sh"
+passed=0 failed=0 skipped=0 broken=() reasons=() jobs=${JOBS:-1}
+# Threads that wait would take the processors from the test beside theirs.
+((jobs > 1)) && export OMP_WAIT_POLICY=passive
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
 
-for test in "$@"; do
-    echo "== $test"
-    case $test in
-    /*) command=("$test") ;;
-    *) command=("./$test") ;;
-    esac
+# Of each test its output is the file NAME of $dir, and then its exit status NAME.status.
+run() { # TEST
+    local name=$dir/${1//\//:} command=("./$1")
+    [[ $1 == /* ]] && command=("$1")
     # OpenMP's threads wait in busy loops, and would take the processors from the simulator's.
-    [[ $test == *_sim ]] && command=(env OMP_NUM_THREADS=1 "${command[@]}")
-    [[ $test == */unit_tests || $test == *_test ]] && command+=(--gtest_brief=1)
-    "${command[@]}" 2>&1 | tee "$output"
-    status=${PIPESTATUS[0]}
+    [[ $1 == *_sim ]] && command=(env OMP_NUM_THREADS=1 "${command[@]}")
+    [[ $1 == */unit_tests || $1 == *_test ]] && command+=(--gtest_brief=1)
+    if ((jobs == 1)); then
+        echo "== $1"
+        "${command[@]}" 2>&1 | tee "$name"
+        echo "${PIPESTATUS[0]}" >"$name.status"
+    else
+        "${command[@]}" >"$name" 2>&1
+        echo $? >"$name.status"
+    fi
+}
 
-    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$output" | tail -1)
+count() { # TEST
+    local test=$1 output=$dir/${1//\//:} status line p='' f='' k='' why
+    status=$(<"$output.status")
+    mv "$output.status" "$output.counted"
+    ((jobs == 1)) || { echo "== $test" && cat "$output"; }
+    mapfile -t why < <(sed -n 's/^SKIPPED: //p' "$output")
+    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?$' "$output" | tail -1)
     if [[ $line ]]; then
-        p=${line%% *} f=${line#*, } f=${f%% *}
+        read -r p _ f _ k _ <<<"$line"
+        f=${f%,} k=${k:-${#why[@]}}
     else # GoogleTest, in colour or not
         p=$(sed -nE 's/.*\[  PASSED  \][^0-9]*([0-9]+) tests?\..*/\1/p' "$output" | tail -1)
         f=$(grep -cE '\[  FAILED  \].* \([0-9]+ ms\)$' "$output")
+        k=$(sed -nE 's/.*\[  SKIPPED \][^0-9]*([0-9]+) tests?.*/\1/p' "$output" | tail -1)
+        mapfile -t -O ${#why[@]} why < <(sed -nE '/: Skipped$/{ n; p; }' "$output" | sort | uniq -c |
+            sed -E 's/^ *1 //; s/^ *([0-9]+) (.*)/\2 (\1 tests)/')
         [[ -z $p && $f == 0 && $status == 0 ]] && p=1
     fi
-    p=${p:-0} f=${f:-0}
+    p=${p:-0} f=${f:-0} k=${k:-0}
     ((status != 0 && f == 0)) && f=1 # it crashed, or failed without saying how often
-    ((passed += p, failed += f))
+    ((passed += p, failed += f, skipped += k))
     ((f > 0)) && broken+=("$test ($f, exit status $status)")
+    for line in ${why[@]+"${why[@]}"}; do reasons+=("$test: $line"); done
+    ((k > 0 && ${#why[@]} == 0)) && reasons+=("$test: it does not say why ($k tests)")
+}
+
+count_finished() {
+    local test
+    for test in "${tests[@]}"; do [[ ! -s $dir/${test//\//:}.status ]] || count "$test"; done
+}
+
+tests=("$@") running=0
+for test in "${tests[@]}"; do
+    if ((jobs == 1)); then
+        run "$test"
+    else
+        ((running >= jobs)) && wait -n && ((running--))
+        run "$test" &
+        ((++running))
+    fi
+    count_finished
+done
+while ((running-- > 0)); do
+    wait -n
+    count_finished
 done
 
 echo
-for name in "${broken[@]}"; do echo "FAILED: $name"; done
-echo "$passed passed, $failed failed"
+for line in ${reasons[@]+"${reasons[@]}"}; do echo "SKIPPED: $line"; done
+for name in ${broken[@]+"${broken[@]}"}; do echo "FAILED: $name"; done
+echo "$passed passed, $failed failed, $skipped skipped"
 ((failed == 0 && passed > 0))

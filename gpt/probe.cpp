@@ -342,7 +342,7 @@ struct RootMean {
 void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>& batches,
                       const ProbeSettings& s) {
     const int L = model.config.layers, C = model.config.width;
-    Probes::Jacobian& j = found.jacobian.emplace();
+    Probes::Jacobian& j = found.jacobian.emplace(Probes::Jacobian{});
     std::vector<RootMean> deviation(L), norm(L);
     const uint64_t tokens_stream = fnv1a("jacobian tokens"), signs_stream = fnv1a("jacobian signs");
 
@@ -535,7 +535,7 @@ void measure_usefulness(Probes& found, Model& model, const std::vector<ProbeBatc
                         const std::vector<ProbeBatch>& others,
                         const std::function<void(double)>& tell) {
     const int L = model.config.layers, C = model.config.width;
-    Probes::Usefulness& u = found.usefulness.emplace();
+    Probes::Usefulness& u = found.usefulness.emplace(Probes::Usefulness{});
     u.linear_loss.assign(L, 0);
     u.fit_tokens = count_tokens(others);
     if (u.fit_tokens == 0) fail("there are no tokens to fit the layers of usefulness on");

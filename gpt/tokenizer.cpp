@@ -1,5 +1,6 @@
 #include "gpt/tokenizer.h"
 
+#include "gpt/charsmap.h"
 #include "gpt/error.h"
 #include "gpt/random.h"
 
@@ -651,6 +652,8 @@ struct SentencePiece : Tokenizer {
         auto status = processor.LoadFromSerializedProto(model);
         if (!status.ok())
             fail(path, " is damaged or no tokenizer (", status.ToString(), "), ", advice);
+        if (const std::string fault = charsmap_fault(model); !fault.empty())
+            fail(path, " is damaged (its table of normalizations: ", fault, "), ", advice);
         identity = {"sentencepiece", processor.GetPieceSize(), processor.eos_id(), fnv1a(model)};
 
         // Protocol buffers merge what is appended: field 3 (normalizer_spec) with field 3

@@ -2,6 +2,8 @@
 # Trains one model under several norm schemes, one after the other, and prints their table. Run it
 # in the project's root. The same command again skips what is finished and goes on with the rest.
 set -euo pipefail
+# shellcheck source=scripts/python.sh
+. "$(dirname "$0")/python.sh"
 
 usage() {
     cat <<'USAGE'
@@ -108,4 +110,9 @@ for scheme in "${schemes[@]}"; do
 done
 
 echo
-scripts/table.py "${runs[@]}"
+if ! command -v python3 >/dev/null; then
+    echo "compare.sh: the runs are done. There is no table of them, because there is no python3:" \
+        "\`make deps\`, then scripts/table.py ${runs[*]}" >&2
+    exit
+fi
+python3 scripts/table.py "${runs[@]}"

@@ -7,6 +7,23 @@ import math
 import os
 import sys
 
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def use_own_python():
+    """Goes on as a program of the environment that `make deps` made, where there is one, whatever
+    python3 came first in PATH: its versions are the ones that are tested."""
+    for build in dict.fromkeys((os.environ.get("BUILD") or "build", "build")):
+        venv = os.path.join(PROJECT, build, "venv")
+        python = os.path.join(venv, "bin", "python3")
+        if os.path.realpath(sys.prefix) == os.path.realpath(venv):
+            return
+        if os.access(python, os.X_OK) and os.path.isfile(sys.argv[0]):
+            sys.stdout.flush()
+            os.execv(python, [python, *sys.argv])
+
+
+use_own_python()
 try:
     import matplotlib
     import numpy
@@ -14,10 +31,10 @@ try:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
     from matplotlib.ticker import SymmetricalLogLocator
-except ImportError:
+except ImportError as error:
     sys.exit(
-        f"{os.path.basename(sys.argv[0])}: Matplotlib is missing: install it with `pip install "
-        "matplotlib`, or on Debian and Ubuntu with `apt install python3-matplotlib`"
+        f"{os.path.basename(sys.argv[0])}: Matplotlib is needed to draw, and {sys.executable} has "
+        f"none that works ({error}): `make deps` installs it under build/"
     )
 
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]

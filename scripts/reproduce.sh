@@ -2,6 +2,8 @@
 # Reruns the comparison of "The Curse of Depth in Large Language Models" (arXiv 2502.05795) at one
 # scale, from the data to the report. Run it in the project's root.
 set -euo pipefail
+# shellcheck source=scripts/python.sh
+. "$(dirname "$0")/python.sh"
 
 usage() {
     cat <<'USAGE'
@@ -392,6 +394,15 @@ if [[ $help == *'train_gpt probe'* ]]; then
 fi
 
 echo
-scripts/table.py "${runs[@]}" | tee "$out/table.txt"
-scripts/report.py "${runs[@]}" -o "$out/report.html" ||
-    fail "there is no report yet. With Matplotlib (pip install matplotlib), the same command writes it"
+if ! command -v python3 >/dev/null; then
+    echo "reproduce.sh: the runs are done. There is no table or report of them, because there is no" \
+        "python3: \`make deps\`; then the same command writes them" >&2
+    exit
+fi
+python3 scripts/table.py "${runs[@]}" | tee "$out/table.txt"
+if ! lack=$(python3 scripts/plotting.py 2>&1); then
+    echo "reproduce.sh: the runs are done, and their table is $out/table.txt. There is no report:" \
+        "$(tail -1 <<<"${lack#plotting.py: }"). Then the same command writes it" >&2
+    exit
+fi
+python3 scripts/report.py "${runs[@]}" -o "$out/report.html"

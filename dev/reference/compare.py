@@ -50,7 +50,7 @@ def compare(path):
     return f"{config.architecture}, {scheme.describe()}", sorted(rows, reverse=True)
 
 
-def relative(a, b, whole):
+def relative(a, b, whole=0):
     """‖a − b‖/‖b‖. What should be nothing (q's and k's gradients where a token sees only itself)
     is measured against the whole gradient."""
     size = np.linalg.norm(b)

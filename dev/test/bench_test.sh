@@ -1,9 +1,11 @@
 #!/bin/bash
 # dev/bench/bench.py: what it runs, compares and writes, with a train_gpt and a PyTorch that only
 # say numbers.
+# shellcheck source=scripts/python.sh
+. "$(dirname "$0")/../../scripts/python.sh"
 command -v python3 >/dev/null || {
-    echo "python3 is not here: dev/bench/bench.py is not tested"
-    echo "0 passed, 0 failed"
+    echo "SKIPPED: dev/bench/bench.py is not tested: there is no python3 (make deps)"
+    echo "0 passed, 0 failed, 1 skipped"
     exit 0
 }
 dir=$(mktemp -d)

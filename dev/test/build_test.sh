@@ -1,7 +1,7 @@
 #!/bin/bash
 # The Makefile keeps variants apart, dev/deps.sh asks for what is missing and nothing else, and
 # dev/run_tests.sh counts right.
-unset MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES OPENMP ONEDNN MPI CUDA SANITIZE MARCH BUILD V
+unset MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES OPENMP ONEDNN MPI CUDA SANITIZE MARCH BUILD V CXX
 here=$PWD
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -59,7 +59,9 @@ check "a missing compiler is a sentence" says "$out" "no C++ compiler no-such-co
 
 # A machine with nothing but apt, played by small scripts: $dir/state is what it has installed.
 mkdir "$dir/bin" "$dir/state"
-for tool in bash cut sed awk grep id env; do ln -s "$(command -v $tool)" "$dir/bin/$tool"; done
+for tool in bash cut sed awk grep id env cmp cp sort tail basename mkdir; do
+    ln -s "$(command -v $tool)" "$dir/bin/$tool"
+done
 cat >"$dir/bin/apt-get" <<END
 #!$(command -v bash)
 echo "\$*" >>"$dir/apt.log"
@@ -97,6 +99,30 @@ rm "$dir/state/libcli11-dev"
 out=$(deps libcli11-dev)
 check "without a required package it fails" test $? -eq 1
 check "and says why" says "$out" "libcli11-dev could not be installed"
+
+# Its Python: the module venv copies it, pip only writes down what it is asked for.
+cat >"$dir/bin/python3" <<END
+#!$(command -v bash)
+case \$* in
+'-m pip '*)
+    echo "\$*" >>"$dir/pip.log"
+    [[ ! \$PIP_FAILS ]] || { echo "there is no network" && exit 1; }
+    ;;
+'-m venv '*) mkdir -p "\${!#}/bin" && cp "$dir/bin/python3" "\${!#}/bin/python3" ;;
+esac
+END
+chmod +x "$dir/bin/python3"
+out=$(PIP_FAILS=yes deps)
+check "without a network the rest is there" test $? -eq 0
+check "what is lacking then is told" says "$out" "there is no network"
+check "and what for" says "$out" "warning: there will be no pictures"
+out=$(deps)
+check "the next time Python's packages are installed" says "$out" "installing requirements.txt into build/venv"
+check "those that are pinned" says "$(tail -1 "$dir/pip.log")" "-r $here/dev/requirements.txt"
+: >"$dir/pip.log"
+check "and then no more" silent_on "$(deps)" "installing requirements.txt"
+check "nor is pip asked" test ! -s "$dir/pip.log"
+check "BUILD moves them" says "$(BUILD=other deps)" "into other/venv"
 rm "$dir/bin/apt-get"
 printf '#!%s\n' "$(command -v bash)" >"$dir/bin/dnf" && chmod +x "$dir/bin/dnf"
 out=$(deps)
@@ -110,9 +136,19 @@ test_that numbers 'echo "3 passed, 2 failed"; exit 1'
 test_that silent 'exit 0'
 test_that crash 'echo "5 passed, 0 failed"; kill -SEGV $$'
 test_that gtest 'echo "[  FAILED  ] A.b (0 ms)"; echo "[  PASSED  ] 7 tests."; exit 1'
-out=$("$here/dev/run_tests.sh" numbers silent crash gtest)
-check "failures are a failure" test $? -eq 1
-check "all are counted" test "$(tail -1 <<<"$out")" = "16 passed, 4 failed"
+test_that some 'echo "SKIPPED: ranks: there is no mpirun"; echo "2 passed, 0 failed, 1 skipped"'
+test_that old 'echo "SKIPPED: a GPU: there is none"; echo "0 passed, 0 failed"'
+test_that gtests 'for i in 1 2; do echo "a.cpp:3: Skipped"; echo "no curl here"; echo; done
+echo "[  PASSED  ] 1 test."; echo "[  SKIPPED ] 2 tests."'
+for jobs in 1 3; do
+    out=$(JOBS=$jobs "$here/dev/run_tests.sh" numbers silent crash gtest some old gtests)
+    check "failures are a failure" test $? -eq 1
+    check "all are counted" test "$(tail -1 <<<"$out")" = "19 passed, 4 failed, 4 skipped"
+    check "why a script skips" says "$out" $'\nSKIPPED: some: ranks: there is no mpirun\n'
+    check "why it skips all" says "$out" $'\nSKIPPED: old: a GPU: there is none\n'
+    check "why GoogleTest skips" says "$out" $'\nSKIPPED: gtests: no curl here (2 tests)\n'
+    check "each output is shown once" test "$(grep -cx "3 passed, 2 failed" <<<"$out")" = 1
+done
 out=$("$here/dev/run_tests.sh" silent)
 check "success is a success" test $? -eq 0
 

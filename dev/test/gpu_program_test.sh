@@ -1,14 +1,20 @@
 #!/bin/bash
 # The program on a GPU, as a user runs it, here on the simulated one (dev/sim): choosing the device,
 # training, going on, sampling, memory that does not suffice, ranks.
+# shellcheck source=scripts/python.sh
+. "$(dirname "$0")/../../scripts/python.sh"
 [[ -x train_gpt_sim ]] || {
-    echo "train_gpt_sim is not built: the program on a GPU is not tested"
-    echo "0 passed, 0 failed"
+    echo "SKIPPED: the program on a GPU is not tested: train_gpt_sim is not built"
+    echo "0 passed, 0 failed, 1 skipped"
     exit 0
 }
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
+passed=0 failed=0 skipped=0
+skip() { # WHAT: WHY
+    ((skipped++))
+    echo "SKIPPED: $1"
+}
 check() { # NAME CONDITION...
     local name=$1
     shift
@@ -89,8 +95,12 @@ if command -v mpirun >/dev/null && says "$(gpu --version)" "MPI: Open MPI"; then
         two "${small[@]}" --dtype float32 -b 1 -d 64 -x 4 -o "$dir/two" >/dev/null
         check "two ranks learn what one does" near "$(last "$dir/two" val_loss)" \
             "$(last "$dir/float32" val_loss)" 1e-4
+    else
+        skip "two ranks with a GPU each: this simulator has one"
     fi
+else
+    skip "ranks with a GPU each: there is no mpirun, or this build has no MPI"
 fi
 
-echo "$passed passed, $failed failed"
+echo "$passed passed, $failed failed, $skipped skipped"
 ((failed == 0))

@@ -5,7 +5,13 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 export PYTHONDONTWRITEBYTECODE=1 CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
 unset SCHEMES RATES SEEDS SECOND_SEED LAUNCH PROBE_FLAGS
-passed=0 failed=0
+# shellcheck source=scripts/python.sh
+. "$(dirname "$0")/../../scripts/python.sh"
+passed=0 failed=0 skipped=0
+skip() { # WHAT: WHY
+    ((skipped++))
+    echo "SKIPPED: $1"
+}
 check() { # NAME CONDITION...
     local name=$1
     shift
@@ -82,9 +88,24 @@ check "the table has all" test "$(grep -cE '^(pre|lns|post) .* finished$' "$dir/
 out=$(SCHEMES="pre lns post" RATES=1e-2 reproduce run)
 check "all done: nothing runs" test "$(count "$out" "step 1/")" = 0
 check "all done: says so" says "$out" "3 runs of 200 steps, 0 of them left"
-if python3 -c 'import matplotlib' 2>/dev/null; then
+if why=$(python3 scripts/plotting.py 2>&1); then
     check "the report" grep -q lns "$dir/run/report.html"
+else
+    skip "the report of scripts/reproduce.sh: $(tail -1 <<<"$why")"
 fi
+mkdir "$dir/lacks" && echo 'raise ImportError' >"$dir/lacks/matplotlib.py"
+rm -f "$dir/run/report.html" "$dir/run/table.txt"
+out=$(SCHEMES="pre lns post" RATES=1e-2 PYTHONPATH=$dir/lacks reproduce run)
+check "without Matplotlib: what it can do is done" test $?,"$(wc -l <"$dir/run/table.txt")" = 0,4
+check "without Matplotlib: says so" says "$out" "There is no report: Matplotlib is needed to draw"
+check "without Matplotlib: and how to get it" says "$out" "\`make deps\`"
+check "without Matplotlib: no report" absent run/report.html
+mkdir -p "$dir/bin" "$dir/tree/c/pre" && cp -r scripts "$dir/tree/" && cp train_gpt "$dir/tree/"
+for tool in bash dirname mkdir cat; do ln -s "$(command -v $tool)" "$dir/bin/"; done
+echo finished >"$dir/tree/c/pre/outcome"
+out=$(cd "$dir/tree" && PATH=$dir/bin bash scripts/compare.sh -o c pre 2>&1)
+check "without python3: what was trained is not a failure" test $? -eq 0
+check "without python3: says so" says "$out" "There is no table of them, because there is no python3"
 if [[ $(./train_gpt --help) == *'train_gpt probe'* ]]; then
     check "the probes" here run/lns-lr1e-2-seed1/probe.json
 fi
@@ -163,10 +184,14 @@ if [[ $(./train_gpt --version) != *'SentencePiece: no'* && -x data/vocabulary ]]
     check "vocabulary: and says what to do" says "$out" "smaller --size"
     out=$(data/vocabulary -o "$dir/w.model" "$dir/none" 2>&1)
     check "vocabulary: no such text" says "$out" "cannot open $dir/none"
+else
+    skip "a learned vocabulary: this build has no SentencePiece, or no data/vocabulary"
 fi
 
 if command -v shellcheck >/dev/null; then
     check "shellcheck" shellcheck scripts/*.sh data/get.sh dev/test/reproduce_test.sh
+else
+    skip "the scripts' style: there is no shellcheck (make deps)"
 fi
-echo "$passed passed, $failed failed"
+echo "$passed passed, $failed failed, $skipped skipped"
 ((failed == 0))

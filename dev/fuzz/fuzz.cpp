@@ -1,0 +1,323 @@
+// libFuzzer targets, one for each parser of input that may come from elsewhere or be damaged. The
+// program's own name says which: `make fuzz` links it under each name of the table at the end.
+//
+// An lns::Error is a good answer, and so is a value that keeps the invariants checked here.
+// Everything else is a finding: another exception, a crash, 10 seconds, a gigabyte.
+#include <cstring>
+#include <fcntl.h>
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <unistd.h>
+#include <vector>
+
+#include "gpt/checkpoint.h"
+#include "gpt/config.h"
+#include "gpt/error.h"
+#include "gpt/json.h"
+#include "gpt/options.h"
+#include "gpt/rundir.h"
+#include "gpt/safetensors.h"
+#include "gpt/shard.h"
+#include "gpt/tokenizer.h"
+
+namespace {
+
+namespace fs = std::filesystem;
+using namespace lns;
+
+// Aborts, so that libFuzzer keeps the input.
+void must(bool good, const char* what) {
+    if (good) return;
+    std::fprintf(stderr, "broken invariant: %s\n", what);
+    std::abort();
+}
+
+// A directory of this process, in memory where the system has such a one. run.sh removes it.
+const std::string& scratch() {
+    static const std::string path = [] {
+        const char* parent = std::getenv("FUZZ_SCRATCH");
+        std::string name = cat(parent ? parent : "/tmp", "/fuzz-", getpid());
+        fs::create_directories(name);
+        return name;
+    }();
+    return path;
+}
+
+std::string file(const std::string& name, std::string_view bytes) {
+    const std::string path = scratch() + "/" + name;
+    const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    must(fd >= 0 && write(fd, bytes.data(), bytes.size()) == ssize_t(bytes.size()),
+         "a file is written");
+    close(fd);
+    return path;
+}
+
+// The input in n parts, at bytes that text does not have.
+std::vector<std::string_view> parts(std::string_view input, size_t n) {
+    std::vector<std::string_view> all;
+    while (all.size() + 1 < n) {
+        const size_t end = std::min(input.find('\xFF'), input.size());
+        all.push_back(input.substr(0, end));
+        input.remove_prefix(std::min(end + 1, input.size()));
+    }
+    all.push_back(input);
+    return all;
+}
+
+void json(std::string_view input) {
+    const nlohmann::json value = parse_json(input, "input");
+    must(quoted(value).size() < 400, "a quotation is short");
+    const std::string text = value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+    must(parse_json(text, "text").dump() == text, "what is written is read as the same");
+}
+
+void safetensors(std::string_view input) {
+    const Safetensors read(file("x.safetensors", input));
+    size_t bytes = 0;
+    for (const TensorView& view : read.tensors()) {
+        int64_t elements = 1;
+        for (int64_t size : view.shape) elements *= size;
+        must(view.bytes == size_t(elements) * dtype_bytes(view.dtype), "a tensor has its size");
+        must(read.find(view.name) != nullptr, "a tensor is found");
+        bytes += view.bytes;
+        if (view.dtype != "F32" && view.dtype != "F16" && view.dtype != "BF16" &&
+            view.dtype != "F64")
+            continue;
+        std::vector<float> values(size_t(elements), 0);
+        read.read_f32(view, values.data());
+    }
+    uint64_t header;
+    std::memcpy(&header, input.data(), sizeof header);
+    must(bytes + header + sizeof header == input.size(), "the tensors are all of the file");
+    const std::string copy = scratch() + "/copy.safetensors";
+    write_safetensors(copy, read.tensors(), read.metadata());
+    must(Safetensors(copy).tensors().size() == read.tensors().size(), "a copy has all tensors");
+}
+
+// An index of two files, which are there.
+void index(std::string_view input) {
+    static const bool made = [] {
+        const float values[4] = {1, 2, 3, 4};
+        const TensorView a = {"a", "F32", {2, 2}, values, sizeof values};
+        const TensorView b = {"b", "F32", {4}, values, sizeof values};
+        fs::create_directories(scratch() + "/index");
+        write_safetensors(scratch() + "/index/model-00001-of-00002.safetensors", std::vector{a});
+        write_safetensors(scratch() + "/index/model-00002-of-00002.safetensors", std::vector{b});
+        return true;
+    }();
+    must(made, "two files are made");
+    file("index/model.safetensors.index.json", input);
+    WeightFiles weights(scratch() + "/index");
+}
+
+void shard(std::string_view input) {
+    const Shard read(file("x_train_000000.bin", input));
+    must(1024 + read.tokens * uint64_t(read.token_bytes) == input.size(), "tokens fill the file");
+    std::vector<int> tokens(read.tokens);
+    read.read(0, tokens.size(), tokens.data());
+    for (int vocab : {read.id.vocab_size, 257})
+        if (vocab > 0) {
+            std::string error;
+            try {
+                read.check_tokens(vocab);
+            } catch (const Error& e) {
+                error = e.what();
+            }
+            bool below = true;
+            for (int token : tokens) below &= token >= 0 && token < vocab;
+            must(below == error.empty(), "tokens outside the vocabulary are found");
+        }
+}
+
+void config(std::string_view input) {
+    const Config read = config_from_json(std::string(input), "config.json");
+    const std::string text = config_to_json(read);
+    must(config_to_json(config_from_json(text, "text")) == text,
+         "a configuration is read as it was");
+}
+
+void state(std::string_view input) {
+    fs::create_directories(scratch() + "/step-000001");
+    file("step-000001/config.json", "{}");
+    file("step-000001/model.safetensors", "");
+    file("step-000001/trainer_state.json", input);
+    const TrainerState read = read_trainer_state(scratch() + "/step-000001");
+    must(read.step >= 0 && read.tokens >= 0, "counts are not negative");
+}
+
+// run.json, then log.jsonl.
+void run(std::string_view input) {
+    const auto part = parts(input, 2);
+    const std::string path = scratch() + "/run";
+    fs::create_directories(path);
+    file("run/run.json", part[0]);
+    file("run/log.jsonl", part[1]);
+    const auto attempt = [](const std::function<void()>& action) {
+        try {
+            action();
+        } catch (const Error&) {
+        }
+    };
+    attempt([&] { recorded_flags(path); });
+    attempt([&] { RunDirectory::resume(path).truncate_log_after(1); });
+}
+
+// What every tokenizer promises, of any text.
+void check_encoding(const Tokenizer& tokenizer, std::string_view text, bool exact) {
+    const std::vector<int> tokens = tokenizer.encode(text);
+    for (int token : tokens)
+        must(token >= 0 && token < tokenizer.vocab_size(), "tokens are in range");
+    const std::string back = tokenizer.decode(tokens);
+    if (exact) must(back == text, "a text comes back as it was");
+    const size_t cut = tokenizer.safe_cut(text);
+    must(cut <= text.size(), "a cut is inside");
+    if (cut == 0) return;
+    std::vector<int> joined = tokenizer.encode(text.substr(0, cut));
+    const std::vector<int> rest = tokenizer.encode_rest(text.substr(cut));
+    joined.insert(joined.end(), rest.begin(), rest.end());
+    must(joined == tokens, "a text may be encoded in parts");
+}
+
+const char* sample_text =
+    "One day, Tim's cat\tsat  down. Ünï\xE2\x82\xAC \xF0\x9F\x99\x82\n12 345!";
+
+// The two files of GPT-2's tokenizer.
+void gpt2(std::string_view input) {
+    const auto part = parts(input, 2);
+    fs::create_directories(scratch() + "/gpt2");
+    file("gpt2/encoder.json", part[0]);
+    file("gpt2/vocab.bpe", part[1]);
+    check_encoding(*load_tokenizer("gpt2:" + scratch() + "/gpt2"), sample_text, false);
+}
+
+const std::string fixtures = "dev/test/fixtures/tokenizers/";
+
+// A directory of Hugging Face's: tokenizer_config.json, then tokenizer.json, beside whole files.
+void tokenizer_json(std::string_view input) {
+    const auto part = parts(input, 2);
+    const std::string dir = scratch() + "/hf";
+    fs::create_directories(dir);
+    for (const auto& [from, to] :
+         {std::pair("encoder.json", "vocab.json"), {"vocab.bpe", "merges.txt"}})
+        if (!fs::exists(dir + "/" + to))
+            fs::copy_file(fixtures + "gpt2-subset/" + from, dir + "/" + to);
+    file("hf/tokenizer_config.json", part[0]);
+    if (part[1].empty())
+        fs::remove(dir + "/tokenizer.json");
+    else
+        file("hf/tokenizer.json", part[1]);
+    check_encoding(*load_tokenizer(dir), sample_text, false);
+}
+
+void sentencepiece(std::string_view input) {
+    check_encoding(*load_tokenizer(file("x.model", input)), sample_text, false);
+}
+
+// The tokenizers of the tests; which of them give back every text.
+struct Known {
+    std::string spec;
+    bool exact;
+};
+const std::vector<std::pair<std::unique_ptr<Tokenizer>, bool>>& known_tokenizers() {
+    static const auto all = [] {
+        std::vector<std::pair<std::unique_ptr<Tokenizer>, bool>> loaded;
+        for (const auto& [spec, exact] : {Known{"bytes", true},
+                                          {"gpt2:" + fixtures + "gpt2-subset", true},
+                                          {fixtures + "exact.model", false},
+                                          {fixtures + "folding.model", false}})
+            loaded.emplace_back(load_tokenizer(spec), exact);
+        return loaded;
+    }();
+    return all;
+}
+
+void encode(std::string_view input) {
+    for (const auto& [tokenizer, exact] : known_tokenizers())
+        check_encoding(*tokenizer, input, exact);
+}
+
+// Two bytes a token, some of them beyond the vocabulary.
+void decode(std::string_view input) {
+    for (const auto& [tokenizer, exact] : known_tokenizers()) {
+        std::vector<int> tokens;
+        for (size_t i = 0; i + 1 < input.size(); i += 2)
+            tokens.push_back((uint8_t(input[i]) | uint8_t(input[i + 1]) << 8) %
+                                 (tokenizer->vocab_size() + 2) -
+                             int(input[i] == '\xFF'));
+        try {
+            const std::string whole = tokenizer->decode(tokens);
+            if (!exact) continue;
+            const size_t middle = tokens.size() / 2;
+            must(tokenizer->decode(tokens.data(), middle) +
+                         tokenizer->decode(tokens.data() + middle, tokens.size() - middle) ==
+                     whole,
+                 "bytes do not depend on their neighbours");
+        } catch (const Error&) {
+        }
+    }
+}
+
+void parse(const std::vector<std::string>& arguments) {
+    std::vector<const char*> argv = {"train_gpt"};
+    for (const std::string& argument : arguments) argv.push_back(argument.c_str());
+    parse_options(int(argv.size()), argv.data());
+}
+
+// An argument a line. No other file than the input is read.
+void flags(std::string_view input) {
+    std::vector<std::string> arguments;
+    while (!input.empty()) {
+        const size_t end = std::min(input.find('\n'), input.size());
+        arguments.emplace_back(input.substr(0, end));
+        if (arguments.back().find("--conf") != std::string::npos) return;
+        input.remove_prefix(std::min(end + 1, input.size()));
+    }
+    parse(arguments);
+}
+
+void config_file(std::string_view input) { parse({"--config", file("flags.conf", input)}); }
+
+struct Target {
+    const char* name;
+    void (*run)(std::string_view input);
+};
+const Target targets[] = {
+    {"json", json},
+    {"safetensors", safetensors},
+    {"index", index},
+    {"shard", shard},
+    {"config", config},
+    {"state", state},
+    {"run", run},
+    {"gpt2", gpt2},
+    {"tokenizer_json", tokenizer_json},
+    {"sentencepiece", sentencepiece},
+    {"encode", encode},
+    {"decode", decode},
+    {"flags", flags},
+    {"config_file", config_file},
+};
+const Target* target = nullptr;
+
+} // namespace
+
+extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
+    const std::string name = fs::path((*argv)[0]).filename();
+    for (const Target& t : targets)
+        if (name == t.name) target = &t;
+    if (target) return 0;
+    if (*argc < 2 || std::strcmp((*argv)[1], "--list") != 0)
+        std::fprintf(stderr, "%s is not the name of a target:\n", name.c_str());
+    for (const Target& t : targets) std::printf("%s\n", t.name);
+    std::exit(*argc < 2);
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    try {
+        target->run({reinterpret_cast<const char*>(data), size});
+    } catch (const Error&) {
+    }
+    return 0;
+}

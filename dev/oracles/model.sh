@@ -1,0 +1,24 @@
+#!/bin/bash
+# The reference in PyTorch (dev/reference): itself, the fixtures made again, and other models of
+# train_gpt's than theirs.
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+check() { # NAME COMMAND...: by its exit status
+    local output
+    if output=$("${@:2}" 2>&1); then
+        ((passed++))
+        echo "  ok   $1"
+    else
+        ((failed++))
+        echo "  FAIL $1: $(tail -5 <<<"$output")"
+    fi
+}
+check "the reference's gradients" python3 dev/reference/check_model.py
+for scheme in pre lns mix:1 deepnorm sandwich+gpas; do
+    ./train_gpt --dump-state "$dir/state.safetensors" --layers 3 --width 24 --heads 3 -n $scheme -b 2 -t 16 \
+        --dtype float32 --device cpu --threads 1 >/dev/null
+    check "train_gpt's own model under $scheme" python3 dev/reference/compare.py "$dir/state.safetensors"
+done
+echo "$passed passed, $failed failed"
+((failed == 0))

@@ -1,0 +1,72 @@
+// The tables of SentencePiece models: whole ones pass, damaged ones are found before the library
+// follows them.
+#include "dev/test/data_helpers.h"
+#include "gpt/charsmap.h"
+
+#include <cstring>
+
+using namespace lns;
+using namespace lns::test;
+
+namespace {
+
+// A model of nothing but a table of normalizations.
+std::string model_of(const std::string& table) {
+    auto field = [](int number, const std::string& bytes) {
+        return std::string{char((number << 3) | 2), char((bytes.size() & 127) | 128),
+                           char(bytes.size() >> 7)} +
+               bytes;
+    };
+    return field(3, field(2, table));
+}
+
+// 256 units, all of which lead to nothing, but for the root and 'a', whose value is a place among
+// the strings "x\0y\0".
+struct Table {
+    uint32_t units[256];
+    uint32_t bytes = sizeof units;
+    std::string strings = std::string("x\0y\0", 4);
+    explicit Table(uint32_t value) {
+        for (uint32_t i = 0; i < 256; i++) units[i] = (i ^ 1) & 255;
+        units[0] = 0;                          // its children are in their own places
+        units['a'] = 'a' | 1u << 8 | 3u << 10; // has a value, 3 places from here
+        units['a' ^ 3] = value | 1u << 31;
+    }
+    std::string text() const {
+        std::string all(sizeof bytes + sizeof units, '\0');
+        std::memcpy(all.data(), &bytes, sizeof bytes);
+        std::memcpy(all.data() + sizeof bytes, units, sizeof units);
+        return all + strings;
+    }
+    std::string fault() const { return charsmap_fault(model_of(text())); }
+};
+
+} // namespace
+
+TEST(Charsmap, WholeTablesPass) {
+    EXPECT_EQ(charsmap_fault(""), "");
+    EXPECT_EQ(charsmap_fault(model_of("")), "");
+    EXPECT_EQ(Table(2).fault(), "");
+    for (const char* name : {"exact", "folding"})
+        EXPECT_EQ(charsmap_fault(read_bytes(cat("dev/test/fixtures/tokenizers/", name, ".model"))),
+                  "");
+}
+
+TEST(Charsmap, DamageIsFound) {
+    EXPECT_TRUE(says(Table(4).fault(), {"behind the last"}));
+    EXPECT_TRUE(says(Table(0x7FFFFFFF).fault(), {"behind the last"}));
+    Table far(2);
+    far.units['z'] = 'z' | 300u << 10;
+    EXPECT_TRUE(says(far.fault(), {"behind its end"}));
+    far.units['z'] = 'z' | 1u << 9 | 1u << 10; // an offset in steps of 256
+    EXPECT_TRUE(says(far.fault(), {"behind its end"}));
+    Table open(2);
+    open.strings = "xyz";
+    EXPECT_TRUE(says(open.fault(), {"has no end"}));
+    for (uint32_t bytes : {0u, 1023u, 1028u, 4000u, ~3u}) {
+        Table other(2);
+        other.bytes = bytes;
+        EXPECT_NE(other.fault(), "") << bytes;
+    }
+    EXPECT_TRUE(says(charsmap_fault(model_of("abc")), {"cut"}));
+}
