@@ -628,7 +628,7 @@ TEST(Probe, SmallValidationSets) {
     write_documents("ends.bin", {9, 0, 0, 0}); // nothing to learn but from the first
     write_documents("late.bin", {0, 9, 4, 5});
     for (const std::string shard : {"1", "2", "5", "documents", "ends", "late"})
-        for (const std::string batch : {"", "-b 1 ", "-b 2 "}) {
+        for (const std::string batch : {"", "-b 2 "}) {
             SCOPED_TRACE(shard + " " + batch);
             const bool fits = shard != "1" && shard != "ends";
             const std::string data = "-j " + dir / (shard + ".bin ") + batch;
@@ -644,7 +644,7 @@ TEST(Probe, SmallValidationSets) {
             EXPECT_TRUE(std::isfinite(double(p["jacobian"]["deviation"][1])));
             for (const char* name : {"variance", "gradients", "angular", "removal", "jacobian",
                                      "permutation", "usefulness"}) {
-                if (!batch.empty() && shard != "2") continue;
+                if (!batch.empty() || (shard != "1" && shard != "ends")) continue;
                 f = train_gpt(probe + data + "--probes " + name);
                 EXPECT_EQ(f.status, name == std::string("usefulness") && !fits) << f.output;
             }
