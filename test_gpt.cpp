@@ -1541,7 +1541,7 @@ Row check_gpu_probes(const std::string& name, const std::string& scheme, DType d
         collect(collect, json);
         return numbers;
     };
-    const double tolerance = dtype == DType::bf16 ? bf16_tolerance : float_tolerance;
+    const double tolerance = dtype == DType::bf16 ? 2 * bf16_tolerance : float_tolerance;
     for (const char* probe :
          {"variance", "gradients", "angular", "removal", "jacobian", "usefulness", "permutation"}) {
         ProbeSettings s;
