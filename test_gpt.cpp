@@ -19,6 +19,7 @@
 #include <nlohmann/json.hpp>
 
 #include "gpt/gpu.h"
+#include "gpt/probe.h"
 #include "gpt/ranks.h"
 #include "gpt/safetensors.h"
 #include "gpt/terminal.h"
@@ -1097,6 +1098,91 @@ void fill_like(Model& model, bool as_started = false) {
     }
 }
 
+// What a model tells of its streams where they lie, against the same from copies of them, after a
+// pass forward and backward; the worst relative error.
+double statistics_error(Model& model, const std::vector<int>& inputs,
+                        const std::vector<int>& targets, int B, int T) {
+    const int L = model.config.layers, C = model.config.width, rows = B * T;
+    double worst = 0;
+    auto compare = [&](double found, double expected, double size) {
+        worst = std::max(worst, std::fabs(found - expected) / size);
+    };
+    auto copy = [&](Model::Stream stream) {
+        std::vector<float> x(size_t(rows) * C);
+        model.read(stream, x.data());
+        return x;
+    };
+    auto check_moments = [&](Model::Stream stream) {
+        const std::vector<float> x = copy(stream);
+        const std::vector<Moments> moments = model.row_moments(stream);
+        if (int(moments.size()) != rows) worst = INFINITY;
+        for (int row = 0; row < rows && worst < INFINITY; row++) {
+            double mean = 0, square = 0, size = 0;
+            for (int i = 0; i < C; i++) mean += double(x[row * C + i]) / C;
+            for (int i = 0; i < C; i++) {
+                square += (x[row * C + i] - mean) * (x[row * C + i] - mean);
+                size += double(x[row * C + i]) * x[row * C + i];
+            }
+            if (size == 0) size = 1;
+            compare(moments[row].n, C, C);
+            compare(moments[row].mean, mean, std::sqrt(size / C));
+            compare(moments[row].square, square, size);
+            compare(moments[row].sum_of_squares(), size == 1 ? 0 : size, size);
+        }
+    };
+    model.zero_gradients();
+    model.embed(inputs.data(), B, T);
+    std::vector<std::vector<float>> r = {copy(Model::Stream::residual)};
+    check_moments(Model::Stream::residual);
+    for (int l = 0; l < L; l++) {
+        model.run_layer(l);
+        r.push_back(copy(Model::Stream::residual));
+        for (Model::Stream stream :
+             {Model::Stream::residual, Model::Stream::attention, Model::Stream::mlp})
+            check_moments(stream);
+    }
+    for (int l = 0; l <= L; l++)
+        for (int m = l; m <= L; m++) {
+            const std::vector<double> chords = model.row_chords(l, m);
+            for (int row = 0; row < rows; row++) {
+                double aa = 0, ab = 0, bb = 0;
+                for (int i = row * C; i < (row + 1) * C; i++) {
+                    aa += double(r[l][i]) * r[l][i], bb += double(r[m][i]) * r[m][i];
+                    ab += double(r[l][i]) * r[m][i];
+                }
+                compare(chords[row], 2 - 2 * ab / std::sqrt(aa * bb), 1);
+                if (l == m && chords[row] != 0) worst = INFINITY;
+            }
+        }
+    // Back, and again from the middle.
+    const double loss = model.finish(targets.data());
+    model.rewind(1);
+    if (copy(Model::Stream::residual) != r[1]) worst = INFINITY;
+    for (int l = 1; l < L; l++) model.run_layer(l);
+    compare(model.finish(targets.data()), loss, 1e-6 * loss);
+    model.finish_backward(targets.data(), 0.1);
+    for (int l = L - 1; l >= 0; l--) model.run_layer_backward(l);
+    check_moments(Model::Stream::gradient);
+    const std::vector<double> squares = model.gradient_squares();
+    for (size_t i = 0; i < squares.size(); i++) {
+        std::vector<float> g(size_t(model.registry.params[i].size()));
+        model.read(Buffer::gradients, model.registry.params[i], g.data());
+        double square = 0;
+        for (float x : g) square += double(x) * x;
+        compare(squares[i], square, square > 0 ? square : 1);
+    }
+    // Some rows, and none beside them.
+    std::vector<float> values(2 * C), back(values.size());
+    for (int i = 0; i < 2 * C; i++) values[i] = float(i + 1);
+    model.write_rows(Model::Stream::gradient, {rows - 1, 2}, values.data());
+    model.read_rows(Model::Stream::gradient, {rows - 1, 2}, back.data());
+    const std::vector<float> whole = copy(Model::Stream::gradient);
+    if (back != values || whole[2 * C] != float(C + 1) ||
+        std::count(whole.begin(), whole.end(), 0.0f) != (rows - 2) * C)
+        worst = INFINITY;
+    return worst;
+}
+
 // Layer by layer, a model computes what it computes at once, forward and backward; a layer that is
 // left out is as if the model had been built without it.
 template <class Make>
@@ -1158,6 +1244,7 @@ Row check_layers(const std::string& prefix, const std::string& name, const std::
     }
     const double built = two->loss(inputs.data(), targets.data(), B, T);
     row.add("removed", std::fabs(without - built) / built, 1e-6);
+    row.add("statistics", statistics_error(*parts, inputs, targets, B, T), 1e-5);
     return row;
 }
 
@@ -1421,6 +1508,67 @@ Row check_gpu_inference(const std::string& architecture_name) {
     return row;
 }
 
+// All probes on the GPU find what they find on the CPU. Those of a run that trains bring numbers of
+// each row to the host, and no stream.
+Row check_gpu_probes(const std::string& name, const std::string& scheme, DType dtype) {
+    Row row{
+        cat("cuda: ", name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  probes"),
+        {},
+        {},
+        ""};
+    const Config c = bf16_config(name, scheme);
+    const int B = 3, T = 16;
+    std::vector<ProbeBatch> batches, others;
+    for (int i = 0; i < 9; i++) {
+        ProbeBatch batch{i == 1 ? B - 1 : B, T, {}, {}};
+        test_batch(c, batch.B * T, batch.inputs, batch.targets, true);
+        if (i > 0)
+            for (int& token : batch.inputs) token = (token * (i + 1) + i) % c.vocab_size;
+        (i < 2 ? batches : others).push_back(batch);
+    }
+    const ModelOptions options{.dtype = dtype};
+    std::unique_ptr<Model> gpu = gpu_model(c, B, T, options),
+                           cpu = make_cpu_model(c, B, T, options);
+    fill_like(*gpu), fill_like(*cpu);
+    auto numbers_of = [](const Probes& probes) {
+        Doubles numbers;
+        auto collect = [&](const auto& self, const nlohmann::ordered_json& value) -> void {
+            if (value.is_number()) numbers.push_back(value);
+            if (value.is_structured())
+                for (const auto& part : value) self(self, part);
+        };
+        const nlohmann::ordered_json json = to_json(probes);
+        collect(collect, json);
+        return numbers;
+    };
+    const double tolerance = dtype == DType::bf16 ? 2 * bf16_tolerance : float_tolerance;
+    for (const char* probe :
+         {"variance", "gradients", "angular", "removal", "jacobian", "usefulness", "permutation"}) {
+        ProbeSettings s;
+        s.probes = parse_probes(probe);
+        s.jacobian_layer = 2, s.jacobian_samples = 8;
+        const Doubles found = numbers_of(measure(*gpu, batches, others, s)),
+                      expected = numbers_of(measure(*cpu, batches, others, s));
+        double worst = found.size() == expected.size() && !found.empty() ? 0 : INFINITY;
+        for (size_t i = 0; i < expected.size() && worst < INFINITY; i++)
+            worst = std::max(worst, std::fabs(found[i] - expected[i]) /
+                                        std::max(std::fabs(expected[i]), 0.1));
+        row.add(probe, worst, tolerance);
+    }
+#ifdef LNS_SIM
+    ProbeSettings s;
+    s.probes = parse_probes("variance,gradients,angular");
+    s.reach = 1;
+    const uint64_t before = sim::bytes_to_host();
+    measure(*gpu, batches, {}, s);
+    const double streams = 4 * c.layers + 2, rows = (2 * B - 1) * T, angles = c.layers;
+    const double few = rows * (streams * sizeof(Moments) + angles * sizeof(double)) +
+                       sizeof(double) * double(gpu->registry.params.size() + 2);
+    row.add("to the host", double(sim::bytes_to_host() - before) / few, 1);
+#endif
+    return row;
+}
+
 // What is planned is what is held.
 Row check_gpu_plan() {
     Row row{"cuda: --dry-run's bytes are the model's", {}, {}, ""};
@@ -1519,6 +1667,11 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
             return check_layers("cuda: ", name, scheme,
                                 [](const Config& c, int B, int T) { return gpu_model(c, B, T); });
         });
+    for (auto [name, scheme] :
+         {std::pair{"gpt2", "pre"}, {"llama-gqa", "lns"}, {"olmo2", "sandwich+gpas"}})
+        for (DType dtype : {DType::float32, DType::bf16})
+            keep(cat(name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  probes"),
+                 [&] { return check_gpu_probes(name, scheme, dtype); });
     for (const std::string& name : architectures)
         keep(name + "  generating, variance, evaluation",
              [&] { return check_gpu_inference(name); });

@@ -1330,20 +1330,22 @@ template <class S> struct CpuModel : Model {
     double gradient_norm() override {
         Timed t = timed("update", "gradient norm", double(registry.size) * sizeof(A));
         write_fresh_zeros();
-        const int64_t block = 1 << 12, blocks = (registry.size + block - 1) / block;
+        return std::sqrt(sum_of_squares(gradients, registry.size));
+    }
+    static double sum_of_squares(const A* g, int64_t size) {
+        const int64_t block = 1 << 12, blocks = (size + block - 1) / block;
         std::vector<double> sums(blocks);
 #pragma omp parallel for
         for (int64_t i = 0; i < blocks; i++) {
             A sum = 0; // of few enough that a float has 6 digits of it
-            const A* g = gradients + i * block;
-            const int64_t n = std::min(block, registry.size - i * block);
+            const int64_t end = std::min(size, (i + 1) * block);
 #pragma omp simd reduction(+ : sum)
-            for (int64_t at = 0; at < n; at++) sum += g[at] * g[at];
+            for (int64_t at = i * block; at < end; at++) sum += g[at] * g[at];
             sums[i] = double(sum);
         }
         double sum = 0;
         for (double s : sums) sum += s;
-        return std::sqrt(sum);
+        return sum;
     }
 
     // m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
@@ -1537,51 +1539,104 @@ template <class S> struct CpuModel : Model {
         attention_sublayer_backward(l);
         enter_backward(2 * l);
     }
-    void read(Stream stream, float* out) override {
-        auto copy = [&](const auto* x) {
-            for (int64_t i = 0; i < rows() * config.width; i++) out[i] = float(x[i]);
-        };
+    // f(x): x(i) is number i of a stream.
+    template <class F> void with_stream(Stream stream, const F& f) {
+        auto plain = [&](const auto* x) { f([x](int64_t i) { return float(x[i]); }); };
         switch (stream) {
         case Stream::residual:
-            return copy(residual(at));
-        case Stream::attention:
-            if (branch(at - 1) != branch(at)) return copy(branch(at - 1));
-            return copy_difference(out); // they share a slot, where no junction needs b again
+            return plain(residual(at));
+        case Stream::attention: {
+            if (branch(at - 1) != branch(at)) return plain(branch(at - 1));
+            // They share a slot, where no junction needs b again: it was r ← skip · r + b.
+            const A skip = A(junction(config.scheme, config.layers, at - 1).skip);
+            const A *after = residual(at - 1), *before = residual(at - 2);
+            return f([=](int64_t i) { return float(after[i] - skip * before[i]); });
+        }
         case Stream::mlp:
-            return copy(branch(at));
+            return plain(branch(at));
         case Stream::gradient:
-            return copy(acts.dresidual + 0);
+            return plain(acts.dresidual + 0);
         }
     }
-    // b of the attention that ran last, whose junction was r ← skip · r + b.
-    void copy_difference(float* out) {
-        const A skip = A(junction(config.scheme, config.layers, at - 1).skip);
-        const A *after = residual(at - 1), *before = residual(at - 2);
-        for (int64_t i = 0; i < rows() * config.width; i++)
-            out[i] = float(after[i] - skip * before[i]);
+    void read(Stream stream, float* out) override {
+        with_stream(stream, [&](const auto& x) {
+#pragma omp parallel for
+            for (int64_t i = 0; i < rows() * config.width; i++) out[i] = x(i);
+        });
     }
-    void write(Stream stream, const float* values) override {
+    A* writable(Stream stream) {
         if (stream != Stream::residual && stream != Stream::gradient)
             fail("of the streams between layers r and its gradient alone can be written");
-        A* to = stream == Stream::residual ? residual(at) : acts.dresidual + 0;
+        return stream == Stream::residual ? residual(at) : acts.dresidual + 0;
+    }
+    void write(Stream stream, const float* values) override {
+        A* to = writable(stream);
+#pragma omp parallel for
         for (int64_t i = 0; i < rows() * config.width; i++) to[i] = A(values[i]);
     }
+    void read_rows(Stream stream, const std::vector<int64_t>& rows, float* out) override {
+        const int C = config.width;
+        const A* from = writable(stream);
+        for (int64_t row : rows)
+            for (int i = 0; i < C; i++) *out++ = float(from[row * C + i]);
+    }
+    void write_rows(Stream stream, const std::vector<int64_t>& to, const float* values) override {
+        const int C = config.width;
+        A* x = writable(stream);
+        std::fill_n(x, rows() * C, A(0));
+        for (int64_t row : to)
+            for (int i = 0; i < C; i++) x[row * C + i] = A(*values++);
+    }
+    void rewind(int l) override { at = 2 * l; }
 
-    std::vector<double> residual_variance() override {
-        std::vector<double> variance;
-        const int64_t n = rows() * config.width;
-        for (int l = 0; l <= config.layers; l++) {
-            const A* r = residual(2 * l);
-            double sum = 0, square = 0;
-            for (int64_t i = 0; i < n; i++) sum += double(r[i]);
-            const double mean = sum / double(n);
-            for (int64_t i = 0; i < n; i++) {
-                const double deviation = double(r[i]) - mean;
-                square += deviation * deviation;
+    std::vector<Moments> row_moments(Stream stream) override {
+        std::vector<Moments> moments(rows());
+        const int C = config.width;
+        with_stream(stream, [&](const auto& x) {
+#pragma omp parallel for
+            for (int64_t row = 0; row < rows(); row++) {
+                double sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int i = 0; i < C; i++) sum += double(x(row * C + i));
+                const double mean = sum / C;
+#pragma omp simd reduction(+ : square)
+                for (int i = 0; i < C; i++) {
+                    const double d = double(x(row * C + i)) - mean;
+                    square += d * d;
+                }
+                moments[row] = {double(C), mean, square};
             }
-            variance.push_back(square / double(n));
+        });
+        return moments;
+    }
+    std::vector<double> row_chords(int l, int m) override {
+        std::vector<double> chords(rows());
+        const int C = config.width;
+#pragma omp parallel for
+        for (int64_t row = 0; row < rows(); row++) {
+            const A *a = residual(2 * l) + row * C, *b = residual(2 * m) + row * C;
+            double aa = 0, bb = 0, difference = 0;
+#pragma omp simd reduction(+ : aa, bb)
+            for (int i = 0; i < C; i++) {
+                const double x = double(float(a[i])), y = double(float(b[i]));
+                aa += x * x, bb += y * y;
+            }
+            const double ratio = bb > 0 ? std::sqrt(aa / bb) : 0;
+#pragma omp simd reduction(+ : difference)
+            for (int i = 0; i < C; i++) {
+                const double d = double(float(a[i])) - ratio * double(float(b[i]));
+                difference += d * d;
+            }
+            chords[row] = aa > 0 ? difference / aa : bb > 0;
         }
-        return variance;
+        return chords;
+    }
+    std::vector<double> gradient_squares() override {
+        write_fresh_zeros();
+        std::vector<double> squares;
+        for (const Param& p : registry.params)
+            squares.push_back(sum_of_squares(gradients + p.offset, p.size()));
+        return squares;
     }
 
     std::string first_nonfinite() override {

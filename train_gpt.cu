@@ -2670,6 +2670,7 @@ template <class S> struct Activations {
     Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
     Array<float> delta;       // (rows, NH): dO · O
     Array<char> scratch;      // partial sums
+    Array<Moments> moments;   // (rows) of the stream that is looked at
 
     // OLMo 2's norm of q and k makes the most of their rounding: they are rounded once, behind it
     // and the rotation. Others are rounded before the rotation too, which spares a pass in float.
@@ -2721,6 +2722,7 @@ template <class S> struct Activations {
                            : parts(int64_t(1) << 26);
         make(logits, std::max(head_rows * int64_t(sizeof(S)), logit_rows * 4) * V);
         make(losses, rows);
+        make(moments, rows);
         if (!train) return;
         make(dresidual, rows * C);
         make(dinput, rows * C);
@@ -2807,22 +2809,57 @@ struct OwnStream {
     void wait() const { CUDA(cudaStreamSynchronize(stream)); }
 };
 
-// Σ (x − shift)^power over n numbers, a block's share each.
-__global__ static void power_sum_kernel(double* partial, const float* x, double shift, int power,
-                                        int64_t n) {
-    SharedMemory shared;
-    double* sums = shared.take<double>(blockDim.x);
-    double sum = 0;
-    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
-         i += int64_t(gridDim.x) * blockDim.x) {
-        const double deviation = double(x[i]) - shift;
-        sum += power == 1 ? deviation : deviation * deviation;
-    }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    for (int i = 1; i < int(blockDim.x); i++) sum += sums[i];
-    partial[blockIdx.x] = sum;
+// What rows of C numbers tell, in double: a warp has a row, and reads it twice, the second time
+// from a cache. Moves 4 bytes (of S in a branch: 2) per number, in row_chords_kernel 8.
+const int rows_of_block = 8;
+__device__ inline int64_t row_of_warp() {
+    return int64_t(blockIdx.x) * rows_of_block + threadIdx.x / warp;
+}
+
+// The moments of each row of x − skip · before; before may be null.
+template <class X>
+__global__ static void row_moments_kernel(Moments* moments, const X* x, const float* before,
+                                          float skip, int64_t rows, int C) {
+    const int64_t row = row_of_warp();
+    if (row >= rows) return;
+    auto each = [&](const auto& f) { // of this lane's numbers
+        for (int i = threadIdx.x % warp * 8; i < C; i += 8 * warp) {
+            float numbers[8], others[8];
+            load8(numbers, x + row * C + i);
+            if (before) {
+                load8(others, before + row * C + i);
+                for (int k = 0; k < 8; k++) numbers[k] -= skip * others[k];
+            }
+            for (int k = 0; k < 8; k++) f(double(numbers[k]));
+        }
+    };
+    double sum = 0, square = 0;
+    each([&](double number) { sum += number; });
+    const double mean = warp_sum(sum) / C;
+    each([&](double number) { square += (number - mean) * (number - mean); });
+    square = warp_sum(square);
+    if (threadIdx.x % warp == 0) moments[row] = {double(C), mean, square};
+}
+
+// ‖a/‖a‖ − b/‖b‖‖² of each row, exactly 0 where a and b are the same.
+__global__ static void row_chords_kernel(double* chords, const float* a, const float* b,
+                                         int64_t rows, int C) {
+    const int64_t row = row_of_warp();
+    if (row >= rows) return;
+    auto each = [&](const auto& f) {
+        for (int i = threadIdx.x % warp * 8; i < C; i += 8 * warp) {
+            float x[8], y[8];
+            load8(x, a + row * C + i), load8(y, b + row * C + i);
+            for (int k = 0; k < 8; k++) f(double(x[k]), double(y[k]));
+        }
+    };
+    double aa = 0, bb = 0, difference = 0;
+    each([&](double x, double y) { aa += x * x, bb += y * y; });
+    aa = warp_sum(aa), bb = warp_sum(bb);
+    const double ratio = bb > 0 ? sqrt(aa / bb) : 0;
+    each([&](double x, double y) { difference += (x - ratio * y) * (x - ratio * y); });
+    difference = warp_sum(difference);
+    if (threadIdx.x % warp == 0) chords[row] = aa > 0 ? difference / aa : double(bb > 0);
 }
 
 template <class X> __global__ static void find_nonfinite_kernel(int* found, const X* x, int64_t n) {
@@ -3725,66 +3762,96 @@ template <class S, class G> struct CudaModel : Model {
         stream.wait();
         times.book(profile);
     }
-    void read(Stream which, float* out) override {
-        auto copy = [&](const auto* x) {
-            using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
-            std::vector<X> values(size_t(rows()) * shape.width);
-            CUDA(cudaMemcpyAsync(values.data(), x, values.size() * sizeof(X),
-                                 cudaMemcpyDeviceToHost, stream));
-            stream.wait();
-            for (size_t i = 0; i < values.size(); i++) out[i] = float(values[i]);
-        };
+    // f(x, before, skip): the numbers of a stream are x − skip · before, where before is not null.
+    template <class F> void with_stream(Stream which, const F& f) {
+        const float* none = nullptr;
         switch (which) {
         case Stream::residual:
-            return copy(residual(at));
+            return f(residual(at), none, 0.0f);
         case Stream::attention:
-            if (branch(at - 1) != branch(at)) return copy(branch(at - 1));
-            return copy_difference(out); // they share a slot, where no junction needs b again
+            if (branch(at - 1) != branch(at)) return f(branch(at - 1), none, 0.0f);
+            // They share a slot, where no junction needs b again: it was r ← skip · r + b.
+            return f(residual(at - 1), static_cast<const float*>(residual(at - 2)),
+                     float(junction(config.scheme, config.layers, at - 1).skip));
         case Stream::mlp:
-            return copy(branch(at));
+            return f(branch(at), none, 0.0f);
         case Stream::gradient:
-            return copy(acts.dresidual + 0);
+            return f(acts.dresidual + 0, none, 0.0f);
         }
     }
-    // b of the attention that ran last, whose junction was r ← skip · r + b.
-    void copy_difference(float* out) {
-        const float skip = float(junction(config.scheme, config.layers, at - 1).skip);
-        std::vector<float> before(size_t(rows()) * shape.width);
-        CUDA(
-            cudaMemcpyAsync(out, residual(at - 1), stream_bytes(), cudaMemcpyDeviceToHost, stream));
-        CUDA(cudaMemcpyAsync(before.data(), residual(at - 2), stream_bytes(),
-                             cudaMemcpyDeviceToHost, stream));
+    // n numbers from the GPU.
+    template <class X> std::vector<X> fetch(const X* from, int64_t n) {
+        std::vector<X> numbers(n);
+        CUDA(cudaMemcpyAsync(numbers.data(), from, size_t(n) * sizeof(X), cudaMemcpyDeviceToHost,
+                             stream));
         stream.wait();
-        for (size_t i = 0; i < before.size(); i++) out[i] -= skip * before[i];
+        return numbers;
     }
-    void write(Stream which, const float* values) override {
+    void read(Stream which, float* out) override {
+        const int64_t n = rows() * shape.width;
+        with_stream(which, [&](const auto* x, const float* before, float skip) {
+            const auto numbers = fetch(x, n);
+            const std::vector<float> others = before ? fetch(before, n) : std::vector<float>();
+#pragma omp parallel for
+            for (int64_t i = 0; i < n; i++)
+                out[i] = before ? float(numbers[i]) - skip * others[i] : float(numbers[i]);
+        });
+    }
+    float* writable(Stream which) {
         if (which != Stream::residual && which != Stream::gradient)
             fail("of the streams between layers r and its gradient alone can be written");
-        CUDA(cudaMemcpyAsync(which == Stream::residual ? residual(at) : acts.dresidual + 0, values,
-                             stream_bytes(), cudaMemcpyHostToDevice, stream));
+        return which == Stream::residual ? residual(at) : acts.dresidual + 0;
+    }
+    void write(Stream which, const float* values) override {
+        CUDA(cudaMemcpyAsync(writable(which), values, stream_bytes(), cudaMemcpyHostToDevice,
+                             stream));
         stream.wait();
     }
-
-    std::vector<double> residual_variance() override {
-        const int blocks = 128;
-        Array<double> partial(blocks);
-        std::vector<double> parts(blocks), variance;
-        const int64_t n = rows() * shape.width;
-        auto mean_power = [&](const float* x, double shift, int power) {
-            launch(power_sum_kernel, blocks, 256, shared_bytes<double>(256), stream,
-                   static_cast<double*>(partial), x, shift, power, n);
-            CUDA(cudaMemcpyAsync(parts.data(), partial, blocks * sizeof(double),
+    void read_rows(Stream which, const std::vector<int64_t>& from, float* out) override {
+        const int64_t C = shape.width;
+        for (int64_t row : from) {
+            CUDA(cudaMemcpyAsync(out, writable(which) + row * C, size_t(C) * sizeof(float),
                                  cudaMemcpyDeviceToHost, stream));
-            stream.wait();
-            double sum = 0;
-            for (double part : parts) sum += part;
-            return sum / double(n);
-        };
-        for (int l = 0; l <= shape.layers; l++) {
-            const double mean = mean_power(residual(2 * l), 0, 1);
-            variance.push_back(mean_power(residual(2 * l), mean, 2));
+            out += C;
         }
-        return variance;
+        stream.wait();
+    }
+    void write_rows(Stream which, const std::vector<int64_t>& to, const float* values) override {
+        const int64_t C = shape.width;
+        CUDA(cudaMemsetAsync(writable(which), 0, stream_bytes(), stream));
+        for (int64_t row : to) {
+            CUDA(cudaMemcpyAsync(writable(which) + row * C, values, size_t(C) * sizeof(float),
+                                 cudaMemcpyHostToDevice, stream));
+            values += C;
+        }
+        stream.wait();
+    }
+    void rewind(int l) override { at = 2 * l; }
+
+    std::vector<Moments> row_moments(Stream which) override {
+        with_stream(which, [&](const auto* x, const float* before, float skip) {
+            using X = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+            launch(row_moments_kernel<X>, blocks_for(rows(), rows_of_block), rows_of_block * warp,
+                   0, stream, acts.moments + 0, x, before, skip, rows(), shape.width);
+        });
+        return fetch(acts.moments + 0, rows());
+    }
+    std::vector<double> row_chords(int l, int m) override {
+        double* chords = reinterpret_cast<double*>(acts.moments + 0);
+        launch(row_chords_kernel, blocks_for(rows(), rows_of_block), rows_of_block * warp, 0,
+               stream, chords, residual(2 * l), residual(2 * m), rows(), shape.width);
+        return fetch(chords, rows());
+    }
+    std::vector<double> gradient_squares() override {
+        const Array<double> norms(int64_t(memory.params.size()));
+        for (size_t i = 0; i < memory.params.size(); i++) {
+            const Param& p = memory.params[i]; // a single number is followed by zeros
+            cuda::gradient_norm(norms + i, static_cast<const G*>(gradients + p.offset),
+                                (p.size() + 7) / 8 * 8, sums + 2, stream);
+        }
+        std::vector<double> squares = fetch(norms + 0, norms.size);
+        for (double& x : squares) x *= x;
+        return squares;
     }
 
     std::string first_nonfinite() override {

@@ -6,6 +6,7 @@
 #include "gpt/build.h"
 #include "gpt/error.h"
 #include "gpt/gpu.h"
+#include "gpt/peak.h"
 #include "gpt/terminal.h"
 
 namespace lns {
@@ -47,12 +48,12 @@ std::string describe_machine(int threads, const Ranks& ranks, const Peak& peak,
                 ranks.size > 1 ? cat(" on each of ", ranks.size, " ranks") : "");
     if (options.device == Device::cuda) text += "\nGPU        " + describe_gpu();
     if (peak.flops > 0)
-        text += cat(options.device == Device::cuda ? "\n           " : "; ", "measured peak ",
-                    format_flops(peak.measured), " in ",
-                    options.dtype == DType::bf16 ? "bf16" : "float32",
-                    peak.flops == peak.measured
-                        ? ""
-                        : ", of " + format_flops(peak.flops) + " by the data sheet");
+        text += cat(
+            options.device == Device::cuda ? "\n           " : "; ", "measured peak ",
+            format_flops(peak.measured), " in ", options.dtype == DType::bf16 ? "bf16" : "float32",
+            peak.flops == peak.measured ? ""
+                                        : ", of " + format_flops(peak.flops) + " by the data sheet",
+            was_disturbed(peak.measured, peak.flops) ? ": is another program using the GPU?" : "");
     if (options.device == Device::cpu && built_with_cuda() && !why_no_gpu().empty())
         text += "\n           not on a GPU: " + why_no_gpu();
     return text + "\nnumbers    " + describe_numbers(options) + "\n";

@@ -64,7 +64,10 @@ double Bench::median_seconds() const {
 }
 double Bench::tokens_per_s() const { return double(B) * T / median_seconds(); }
 double Bench::peak() const { return dtype == "bf16" ? bf16_peak : float32_peak; }
-double Bench::mfu_measured() const { return flops * tokens_per_s() / peak(); }
+double Bench::mfu_measured() const {
+    if (dtype == "bf16" && was_disturbed(bf16_peak, data_sheet_peak)) return NAN;
+    return flops * tokens_per_s() / peak();
+}
 double Bench::mfu() const {
     const bool known = data_sheet_peak > 0 && dtype == "bf16";
     return known ? flops * tokens_per_s() / data_sheet_peak : mfu_measured();
@@ -128,10 +131,14 @@ std::string describe(const Bench& b) {
                 format_count(b.flops), " FLOPs each: ", format_number("%.1f%%", 100 * b.mfu()),
                 b.mfu() == b.mfu_measured() ? " of the peak in " : " of the data sheet's peak in ",
                 b.dtype, " (MFU)",
-                b.mfu() == b.mfu_measured()
-                    ? ""
-                    : format_number(", %.1f%% of the measured", 100 * b.mfu_measured()),
+                b.mfu() == b.mfu_measured() ? ""
+                : std::isfinite(b.mfu_measured())
+                    ? format_number(", %.1f%% of the measured", 100 * b.mfu_measured())
+                    : "",
                 "\n");
+    if (std::isnan(b.mfu_measured()))
+        text += "           the measured peak is less than half of the data sheet's: another "
+                "program was using the GPU\n";
     text += cat("memory     ",
                 b.peak_memory ? format_bytes(double(b.peak_memory)) +
                                     (cuda ? " of the GPU's taken" : " at most")

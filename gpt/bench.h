@@ -36,7 +36,8 @@ struct Bench {
     double median_seconds() const;
     double tokens_per_s() const;
     double peak() const;         // of the dtype's products, measured
-    double mfu_measured() const; // the part of peak() that the steps' FLOPs took
+    double mfu_measured() const; // the part of peak() that the steps' FLOPs took; NaN if that was
+                                 // disturbed
     double mfu() const;          // the same of the data sheet's peak, if that is known
 };
 

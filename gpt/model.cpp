@@ -26,4 +26,15 @@ void Model::begin_step(const StepInput& step) {
     update(optimizer);
 }
 
+std::vector<double> Model::residual_variance() {
+    std::vector<double> variance;
+    for (int l = 0; l <= config.layers; l++) {
+        rewind(l);
+        Moments all;
+        for (const Moments& row : row_moments(Stream::residual)) all.add(row);
+        variance.push_back(all.variance());
+    }
+    return variance;
+}
+
 } // namespace lns

@@ -45,6 +45,22 @@ struct ModelOptions {
 
 struct Ranks;
 
+// Of n numbers: their mean and the sum of squared deviations from it, part by part (Chan, Golub and
+// LeVeque, 1979).
+struct Moments {
+    double n = 0, mean = 0, square = 0;
+
+    void add(const Moments& part) {
+        if (part.n == 0) return;
+        const double all = n + part.n, d = part.mean - mean;
+        square += part.square + d * d * n * part.n / all;
+        mean += d * part.n / all;
+        n = all;
+    }
+    double variance() const { return square / n; }
+    double sum_of_squares() const { return square + n * mean * mean; }
+};
+
 // A training step: the tokens of all its micro-batches on this rank, and what to do with their
 // gradient.
 struct StepInput {
@@ -130,13 +146,26 @@ struct Model {
     // (B·T, C); r and dr alone can be written.
     virtual void read(Stream, float*) { no_layers(); }
     virtual void write(Stream, const float*) { no_layers(); }
+    // Of r and dr, some rows (n, C); writing sets all others to 0.
+    virtual void read_rows(Stream, const std::vector<int64_t>&, float*) { no_layers(); }
+    virtual void write_rows(Stream, const std::vector<int64_t>&, const float*) { no_layers(); }
+    // r ← what layer l saw when it ran last; l = L: what came out of layer L − 1. A layer that runs
+    // overwrites what it sees and what the next one sees, and nothing before.
+    virtual void rewind(int) { no_layers(); }
+    // What a stream tells, computed where it lies in double, so that no stream is copied: the
+    // moments of each row; and ‖a/‖a‖ − b/‖b‖‖² of each row, a and b being what rewind(l) and
+    // rewind(m) would make r.
+    virtual std::vector<Moments> row_moments(Stream) { no_layers(); }
+    virtual std::vector<double> row_chords(int, int) { no_layers(); }
+    // Σ g² over the gradient of each parameter, in the registry's order.
+    virtual std::vector<double> gradient_squares() { no_layers(); }
     [[noreturn]] static void no_layers() {
         fail("a model that runs layer by layer must be made to train, without --recompute");
     }
 
     // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after
     // each layer, L + 1 numbers.
-    virtual std::vector<double> residual_variance() = 0;
+    std::vector<double> residual_variance();
 
     // The first tensor, in the order of computation, that has a value that is not finite: of the
     // parameters, then of the last pass's activations, then of the gradients from the head down.

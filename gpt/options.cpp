@@ -245,6 +245,8 @@ void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change
     f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "validate on so many");
     f.count("--probe-every", o.probe_every, 0, most,
             "steps between looks at every layer's variance, gradients and angles; 0: never");
+    f.count("--probe-tokens", o.probe_tokens, 1, 1000000000,
+            "validation tokens to look at, at most and no more than --batch sequences");
     f.count("-s,--sample-every", o.sample_every, 0, most, "steps; 0: only at the end");
     f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "length of a sample; 0: none");
     add_sampling(f, o);

@@ -22,6 +22,10 @@ double measured_bf16_flops(int threads);
 // 0 if it is not in our table.
 double data_sheet_bf16_flops(const std::string& gpu);
 
+// Whether a peak was measured while something else used the GPU: below half of the data sheet's
+// (0: not known), and nothing should be called a percentage of it.
+inline bool was_disturbed(double measured, double data_sheet) { return measured < data_sheet / 2; }
+
 inline double measured_peak(DType dtype, int threads) {
     return dtype == DType::bf16 ? measured_bf16_flops(threads) : measured_peak_flops(threads);
 }

@@ -27,7 +27,8 @@ ProbeSelection parse_probes(const std::string& text) {
         const std::string name = text.substr(begin, end - begin);
         if (std::find(known.begin(), known.end(), name) == known.end())
             fail("'", name, "' is not one of ", join(known), ".", did_you_mean(name, known));
-        for (const auto& [other, flag] : all) *flag |= name == "all" || name == other;
+        s.all |= name == "all";
+        for (const auto& [other, flag] : all) *flag |= s.all || name == other;
         begin = end + 1;
     }
     return s;
@@ -51,43 +52,46 @@ namespace {
 using Stream = Model::Stream;
 using Floats = std::vector<float>;
 
-// A model at work on one batch, layer by layer. Layers are counted from 0 here, and r[l] is what
+// Why the layers have no linear maps in their place.
+struct NoLinearFit : Error {
+    using Error::Error;
+};
+
+// A model at work on one batch, layer by layer. Layers are counted from 0 here, and r_l is what
 // layer l sees.
 struct Pass {
     Model& model;
     const ProbeBatch& batch;
     const int L, C;
-    const int64_t rows; // B·T
+    const int64_t rows;           // B·T
+    std::vector<int64_t> counted; // rows with a target
 
     Pass(Model& m, const ProbeBatch& b)
         : model(m), batch(b), L(m.config.layers), C(m.config.width), rows(int64_t(b.B) * b.T) {
+        for (int64_t row = 0; row < rows; row++)
+            if (batch.targets[row] >= 0) counted.push_back(row);
         model.embed(batch.inputs.data(), batch.B, batch.T);
     }
-    bool counts(int64_t row) const { return batch.targets[row] >= 0; }
     Floats read(Stream stream) {
         Floats x(size_t(rows) * C);
         model.read(stream, x.data());
         return x;
     }
-    // Every r, through all layers in their order.
-    std::vector<Floats> residuals() {
-        std::vector<Floats> r = {read(Stream::residual)};
-        for (int l = 0; l < L; l++) {
-            model.run_layer(l);
-            r.push_back(read(Stream::residual));
-        }
-        return r;
-    }
     void run_layers(int begin, int end) {
         for (int l = begin; l < end; l++) model.run_layer(l);
     }
-    // The sum over tokens of the loss if layers `begin` to the last follow on r.
-    double loss_from(const Floats& r, int begin) {
-        model.write(Stream::residual, r.data());
+    // The sum over tokens of the loss if layers `begin` to the last follow on r_l.
+    double loss_from(int l, int begin) {
+        model.rewind(l);
         run_layers(begin, L);
         return finish();
     }
     double finish() { return model.finish(batch.targets.data()); }
+    // The rows that count, in order, so that the sum does not depend on threads.
+    void add_moments(Moments& all, Stream stream) {
+        const std::vector<Moments> moments = model.row_moments(stream);
+        for (int64_t row : counted) all.add(moments[row]);
+    }
 };
 
 // Tokens with a target.
@@ -98,47 +102,13 @@ int64_t count_tokens(const std::vector<ProbeBatch>& batches) {
     return n;
 }
 
-// Mean and sum of squared deviations, part by part (Chan, Golub and LeVeque, 1979).
-struct Moments {
-    double n = 0, mean = 0, square = 0;
-
-    void add(const Moments& part) {
-        if (part.n == 0) return;
-        const double all = n + part.n, d = part.mean - mean;
-        square += part.square + d * d * n * part.n / all;
-        mean += d * part.n / all;
-        n = all;
-    }
-    double variance() const { return square / n; }
-};
-
-// Row by row, so that the sum does not depend on the threads.
-void add_rows(Moments& all, const Pass& pass, const Floats& x) {
-    std::vector<Moments> of_row(pass.rows);
-#pragma omp parallel for
-    for (int64_t row = 0; row < pass.rows; row++) {
-        if (!pass.counts(row)) continue;
-        const float* v = x.data() + row * pass.C;
-        Moments m;
-        m.n = pass.C;
-        for (int i = 0; i < pass.C; i++) m.mean += double(v[i]);
-        m.mean /= m.n;
-        for (int i = 0; i < pass.C; i++) {
-            const double d = double(v[i]) - m.mean;
-            m.square += d * d;
-        }
-        of_row[row] = m;
-    }
-    for (const Moments& m : of_row) all.add(m);
+// The angle between unit vectors whose difference has this square, over π. The arc of a chord,
+// unlike arccos, is exact for small angles.
+double angle_of_chord(double square) {
+    return 2 / M_PI * std::asin(std::min(1.0, std::sqrt(square) / 2));
 }
 
-double sum_of_squares(const Floats& x) {
-    double sum = 0;
-    for (float v : x) sum += double(v) * double(v);
-    return sum;
-}
-
-// Sums of angular distances: at [n − 1][l] between r[l] and r[l + n].
+// Sums of angular distances: at [n − 1][l] between r_l and r_{l + n}.
 struct Angles {
     Rows all, last;
     int64_t tokens = 0, sequences = 0;
@@ -147,51 +117,20 @@ struct Angles {
         for (int n = 1; n <= reach; n++) all.emplace_back(L - n + 1, 0.0);
         last = all;
     }
-    void add(const Pass& pass, const std::vector<Floats>& r) {
-        const int L = pass.L, C = pass.C, T = pass.batch.T;
-        // A sequence at a time on each thread, and their sums in order.
-        std::vector<Rows> sums(pass.batch.B), lasts(pass.batch.B);
-        std::vector<int64_t> counted(pass.batch.B);
-#pragma omp parallel for schedule(dynamic)
-        for (int b = 0; b < pass.batch.B; b++) {
-            std::vector<double> unit(size_t(L + 1) * C); // r[l] / ‖r[l]‖
-            Rows sum = all, angle = all;
-            for (PerLayer& row : sum) std::fill(row.begin(), row.end(), 0.0);
-            for (int64_t row = int64_t(b) * T; row < int64_t(b + 1) * T; row++) {
-                if (!pass.counts(row)) continue;
-                for (int l = 0; l <= L; l++) {
-                    const float* x = r[l].data() + row * C;
-                    double norm = 0;
-                    for (int i = 0; i < C; i++) norm += double(x[i]) * double(x[i]);
-                    norm = std::sqrt(norm);
-                    for (int i = 0; i < C; i++)
-                        unit[size_t(l) * C + i] = norm > 0 ? double(x[i]) / norm : 0;
-                }
-                for (size_t n = 1; n <= all.size(); n++)
-                    for (size_t l = 0; l + n <= size_t(L); l++) {
-                        angle[n - 1][l] = distance(&unit[l * C], &unit[(l + n) * C], C);
-                        sum[n - 1][l] += angle[n - 1][l];
-                    }
-                counted[b]++;
+    // After a pass through all layers in order.
+    void add(const Pass& pass) {
+        std::vector<int64_t> ends; // the last row that counts of each sequence
+        for (int64_t row : pass.counted) {
+            if (!ends.empty() && ends.back() / pass.batch.T == row / pass.batch.T) ends.pop_back();
+            ends.push_back(row);
+        }
+        tokens += int64_t(pass.counted.size()), sequences += int64_t(ends.size());
+        for (size_t n = 1; n <= all.size(); n++)
+            for (size_t l = 0; l < all[n - 1].size(); l++) {
+                const std::vector<double> chords = pass.model.row_chords(int(l), int(l + n));
+                for (int64_t row : pass.counted) all[n - 1][l] += angle_of_chord(chords[row]);
+                for (int64_t row : ends) last[n - 1][l] += angle_of_chord(chords[row]);
             }
-            sums[b] = std::move(sum);
-            lasts[b] = std::move(angle); // of the last token that counts
-        }
-        for (int b = 0; b < pass.batch.B; b++) {
-            if (counted[b] == 0) continue;
-            tokens += counted[b], sequences++;
-            for (size_t n = 0; n < all.size(); n++)
-                for (size_t l = 0; l < all[n].size(); l++)
-                    all[n][l] += sums[b][n][l], last[n][l] += lasts[b][n][l];
-        }
-    }
-    // The angle between unit vectors, over π. The arc of the chord ‖a − b‖, which unlike arccos is
-    // exact for small angles.
-    static double distance(const double* a, const double* b, int C) {
-        double chord = 0;
-#pragma omp simd reduction(+ : chord)
-        for (int i = 0; i < C; i++) chord += (a[i] - b[i]) * (a[i] - b[i]);
-        return 2 / M_PI * std::asin(std::min(1.0, std::sqrt(chord) / 2));
     }
     Probes::AngularDistance means() const {
         Probes::AngularDistance mean = {last, all};
@@ -207,7 +146,9 @@ struct Angles {
 void parameter_norms(Model& model, Probes::GradientNorm& g) {
     const int L = model.config.layers;
     for (PerLayer* norms : {&g.attention, &g.mlp, &g.norm}) norms->assign(L, 0);
-    for (const Param& p : model.registry.params) {
+    const std::vector<double> squares = model.gradient_squares();
+    for (size_t i = 0; i < squares.size(); i++) {
+        const Param& p = model.registry.params[i];
         // "model.layers.3.self_attn.q_proj.weight", "transformer.h.3.mlp.c_fc.bias"
         const size_t root = p.name.find('.'), layer = p.name.find('.', root + 1);
         const std::string stack = p.name.substr(root + 1, layer - root - 1);
@@ -215,11 +156,9 @@ void parameter_norms(Model& model, Probes::GradientNorm& g) {
         size_t digits;
         const int l = std::stoi(p.name.substr(layer + 1), &digits);
         const std::string part = p.name.substr(layer + 1 + digits);
-        Floats values(p.size());
-        model.read(Buffer::gradients, p, values.data());
         const bool attention = part.rfind(".self_attn.", 0) == 0 || part.rfind(".attn.", 0) == 0;
         const bool mlp = part.rfind(".mlp.", 0) == 0;
-        (attention ? g.attention : mlp ? g.mlp : g.norm)[l] += sum_of_squares(values);
+        (attention ? g.attention : mlp ? g.mlp : g.norm)[l] += squares[i];
     }
     for (PerLayer* norms : {&g.attention, &g.mlp, &g.norm})
         for (double& x : *norms) x = std::sqrt(x);
@@ -236,24 +175,22 @@ void measure_streams(Probes& found, Model& model, const std::vector<ProbeBatch>&
     model.zero_gradients();
     for (const ProbeBatch& batch : batches) {
         Pass pass(model, batch);
-        std::vector<Floats> r;
         for (int l = -1; l < L; l++) {
             if (l >= 0) model.run_layer(l);
-            if (!s.probes.variance && !s.probes.angular) continue;
-            Floats x = pass.read(Stream::residual);
-            if (s.probes.variance) add_rows(residual[l + 1], pass, x);
-            if (s.probes.angular) r.push_back(std::move(x));
-            if (!s.probes.variance || l < 0) continue;
-            add_rows(attention[l], pass, pass.read(Stream::attention));
-            add_rows(mlp[l], pass, pass.read(Stream::mlp));
+            if (!s.probes.variance) continue;
+            pass.add_moments(residual[l + 1], Stream::residual);
+            if (l < 0) continue;
+            pass.add_moments(attention[l], Stream::attention);
+            pass.add_moments(mlp[l], Stream::mlp);
         }
-        if (s.probes.angular) angles.add(pass, r);
+        if (s.probes.angular) angles.add(pass);
         loss += pass.finish();
         if (!s.probes.gradients) continue;
         model.finish_backward(batch.targets.data(), 1 / double(found.tokens));
         for (int l = L; l >= 0; l--) {
             if (l < L) model.run_layer_backward(l);
-            dresidual[l] += sum_of_squares(pass.read(Stream::gradient));
+            for (const Moments& row : model.row_moments(Stream::gradient))
+                dresidual[l] += row.sum_of_squares();
         }
     }
     found.loss = loss / double(found.tokens);
@@ -293,10 +230,10 @@ void measure_removal(Probes& found, Model& model, const std::vector<ProbeBatch>&
     double done = 0;
     for (const ProbeBatch& batch : batches) {
         Pass pass(model, batch);
-        const std::vector<Floats> r = pass.residuals();
-        for (int l = 0; l < L; l++)
+        pass.run_layers(0, L);
+        for (int l = L - 1; l >= 0; l--) // what runs spoils no earlier r
             for (int n = 1; l + n <= L; n++) {
-                loss[n - 1][l] += pass.loss_from(r[l], l + n) / double(found.tokens);
+                loss[n - 1][l] += pass.loss_from(l, l + n) / double(found.tokens);
                 tell(++done / (double(L) * (L + 1) / 2 * double(batches.size())));
             }
     }
@@ -307,15 +244,12 @@ void measure_permutation(Probes& found, Model& model, const std::vector<ProbeBat
     PerLayer& loss = found.permutation.emplace(std::max(L - 1, 0), 0.0);
     for (const ProbeBatch& batch : batches) {
         Pass pass(model, batch);
-        Floats r = pass.read(Stream::residual);
-        for (int l = 0; l + 1 < L; l++) {
-            model.write(Stream::residual, r.data());
+        pass.run_layers(0, L);
+        for (int l = L - 2; l >= 0; l--) { // what runs spoils no earlier r
+            model.rewind(l);
             model.run_layer(l + 1), model.run_layer(l);
             pass.run_layers(l + 2, L);
             loss[l] += pass.finish() / double(found.tokens);
-            model.write(Stream::residual, r.data());
-            model.run_layer(l);
-            r = pass.read(Stream::residual);
         }
     }
 }
@@ -361,26 +295,25 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
         Pass pass(model, batch);
         pass.run_layers(0, L);
         for (int64_t round = 0; round < rounds[i]; round++) {
-            Floats v(size_t(pass.rows) * C); // 0 but in one row of each sequence
+            Floats v; // (rows, C): one row of each sequence
             std::vector<int64_t> rows;
             for (int b = 0; b < batch.B; b++) {
                 if (positions[b].empty()) continue;
                 const uint32_t which =
                     random_below(uint32_t(positions[b].size()), s.seed, tokens_stream, sample);
-                const int64_t row = int64_t(b) * batch.T + positions[b][which];
+                rows.push_back(int64_t(b) * batch.T + positions[b][which]);
                 for (int c = 0; c < C; c++)
-                    v[row * C + c] =
-                        random_bits(s.seed, signs_stream, sample * C + c) >> 63 ? 1.0f : -1.0f;
-                rows.push_back(row);
+                    v.push_back(random_bits(s.seed, signs_stream, sample * C + c) >> 63 ? 1 : -1);
                 sample++;
             }
+            Floats vJ(v.size());
             for (int l = 0; l < L; l++) {
-                model.write(Stream::gradient, v.data());
+                model.write_rows(Stream::gradient, rows, v.data());
                 model.run_layer_backward(l);
-                const Floats vJ = pass.read(Stream::gradient);
-                for (int64_t row : rows) {
+                model.read_rows(Stream::gradient, rows, vJ.data());
+                for (size_t row = 0; row < rows.size(); row++) {
                     double from_identity = 0, whole = 0;
-                    for (int64_t at = row * C; at < (row + 1) * C; at++) {
+                    for (size_t at = row * C; at < (row + 1) * C; at++) {
                         const double d = double(vJ[at]) - double(v[at]);
                         from_identity += d * d, whole += double(vJ[at]) * double(vJ[at]);
                     }
@@ -398,30 +331,32 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
 
     // The matrix, a row of it from each sequence: they are copies of the first that counts.
     if (s.jacobian_layer > 0 && C <= 256) {
-        const ProbeBatch& first = batches[0];
-        const std::vector<std::vector<int>> positions = positions_that_count(first);
+        const ProbeBatch* batch = &batches[0];
+        while (count_tokens({*batch}) == 0) batch++;
+        const std::vector<std::vector<int>> positions = positions_that_count(*batch);
         int from = 0;
-        while (from + 1 < first.B && positions[from].empty()) from++;
-        ProbeBatch copies = first;
-        for (int b = 0; b < first.B; b++)
-            for (auto* tokens : {&copies.inputs, &copies.targets})
-                std::copy_n((tokens == &copies.inputs ? first.inputs : first.targets).begin() +
-                                from * first.T,
-                            first.T, tokens->begin() + b * first.T);
-        const int t = positions[from].empty() ? first.T - 1 : positions[from].back();
+        while (positions[from].empty()) from++;
+        const int t = positions[from].back();
+        ProbeBatch copies = *batch;
+        for (int b = 0; b < copies.B; b++)
+            std::copy_n(batch->inputs.begin() + int64_t(from) * copies.T, copies.T,
+                        copies.inputs.begin() + int64_t(b) * copies.T);
         j.full_layer = s.jacobian_layer;
         Pass pass(model, copies);
         pass.run_layers(0, j.full_layer);
         for (int begin = 0; begin < C; begin += copies.B) {
             const int n = std::min(copies.B, C - begin);
-            Floats v(size_t(pass.rows) * C);
-            auto row = [&](int b) { return (int64_t(b) * copies.T + t) * C; };
-            for (int b = 0; b < n; b++) v[row(b) + begin + b] = 1;
-            model.write(Stream::gradient, v.data());
+            Floats v(size_t(n) * C);
+            std::vector<int64_t> rows;
+            for (int b = 0; b < n; b++) {
+                v[size_t(b) * C + begin + b] = 1;
+                rows.push_back(int64_t(b) * copies.T + t);
+            }
+            model.write_rows(Stream::gradient, rows, v.data());
             model.run_layer_backward(j.full_layer - 1);
-            const Floats vJ = pass.read(Stream::gradient);
+            model.read_rows(Stream::gradient, rows, v.data());
             for (int b = 0; b < n; b++)
-                j.matrix.emplace_back(vJ.begin() + row(b), vJ.begin() + row(b) + C);
+                j.matrix.emplace_back(v.begin() + int64_t(b) * C, v.begin() + int64_t(b + 1) * C);
         }
     }
     model.zero_gradients();
@@ -485,19 +420,21 @@ struct LinearMap {
     explicit LinearMap(int C) : C(C), xx(size_t(C) * C), xy(size_t(C) * C), x_mean(C), y_mean(C) {}
 
     void add(const Pass& pass, const Floats& before, const Floats& after) {
-        Doubles x, y;
-        x.reserve(before.size()), y.reserve(before.size());
-        for (int64_t row = 0; row < pass.rows; row++) {
-            if (!pass.counts(row)) continue;
-            n++;
-            for (int i = 0; i < C; i++) {
-                x.push_back(double(before[row * C + i]));
-                y.push_back(double(after[row * C + i]) - x.back());
-                x_mean[i] += x.back(), y_mean[i] += y.back();
+        const int64_t k = int64_t(pass.counted.size());
+        if (k == 0) return;
+        n += double(k);
+        Doubles x(size_t(k) * C), y(x.size());
+#pragma omp parallel for
+        for (int64_t i = 0; i < k; i++) {
+            const int64_t from = pass.counted[i] * C;
+            for (int c = 0; c < C; c++) {
+                x[i * C + c] = double(before[from + c]);
+                y[i * C + c] = double(after[from + c]) - x[i * C + c];
             }
         }
-        const int64_t k = int64_t(x.size()) / C;
-        if (k == 0) return;
+#pragma omp parallel for
+        for (int c = 0; c < C; c++)
+            for (int64_t i = 0; i < k; i++) x_mean[c] += x[i * C + c], y_mean[c] += y[i * C + c];
         gemm(true, false, C, C, k, x.data(), x.data(), xx.data(), true);
         gemm(true, false, C, C, k, x.data(), y.data(), xy.data(), true);
     }
@@ -514,18 +451,21 @@ struct LinearMap {
         }
         for (int i = 0; i < C; i++) xx[size_t(i) * C + i] += 1e-6 * trace / C;
         if (!cholesky(xx, C))
-            fail("layer ", layer, " has no linear fit: what it sees varies too little over ", n,
-                 " tokens, or is not finite; leave usefulness out of --probes");
+            throw NoLinearFit(cat("layer ", layer, " has no linear fit: what it sees varies too ",
+                                  "little over ", n, " tokens, or is not finite; leave usefulness ",
+                                  "out of --probes"));
         cholesky_solve(xx, xy, C, C);
         xx = {};
     }
     Floats apply(const Floats& before) const {
         const int64_t rows = int64_t(before.size()) / C;
         Doubles x(before.size()), y(before.size());
+#pragma omp parallel for
         for (int64_t row = 0; row < rows; row++)
             for (int i = 0; i < C; i++) x[row * C + i] = double(before[row * C + i]) - x_mean[i];
         gemm(false, false, rows, C, C, x.data(), xy.data(), y.data(), false, y_mean.data());
         Floats after(before.size());
+#pragma omp parallel for
         for (size_t i = 0; i < after.size(); i++) after[i] = float(double(before[i]) + y[i]);
         return after;
     }
@@ -538,7 +478,9 @@ void measure_usefulness(Probes& found, Model& model, const std::vector<ProbeBatc
     Probes::Usefulness& u = found.usefulness.emplace(Probes::Usefulness{});
     u.linear_loss.assign(L, 0);
     u.fit_tokens = count_tokens(others);
-    if (u.fit_tokens == 0) fail("there are no tokens to fit the layers of usefulness on");
+    if (u.fit_tokens == 0)
+        throw NoLinearFit("there are no tokens to fit linear maps on beside those to measure on: "
+                          "name more validation data with -j, or lower -t");
 
     // As many layers at once as 2 GiB of sums hold.
     const int group = int(std::max<double>(1, double(1 << 30) / 8 / (double(C) * C)));
@@ -561,10 +503,13 @@ void measure_usefulness(Probes& found, Model& model, const std::vector<ProbeBatc
         for (int l = begin; l < end; l++) maps[l - begin].solve(l + 1);
         for (const ProbeBatch& batch : batches) {
             Pass pass(model, batch);
-            const std::vector<Floats> r = pass.residuals();
-            for (int l = begin; l < end; l++)
-                u.linear_loss[l] +=
-                    pass.loss_from(maps[l - begin].apply(r[l]), l + 1) / double(found.tokens);
+            pass.run_layers(0, end);
+            for (int l = end - 1; l >= begin; l--) { // what runs spoils no earlier r
+                model.rewind(l);
+                const Floats r = maps[l - begin].apply(pass.read(Stream::residual));
+                model.write(Stream::residual, r.data());
+                u.linear_loss[l] += pass.loss_from(l, l + 1) / double(found.tokens);
+            }
         }
     }
     double useful = 0;
@@ -574,8 +519,11 @@ void measure_usefulness(Probes& found, Model& model, const std::vector<ProbeBatc
 
 } // namespace
 
+uint64_t probe_windows(int64_t tokens, int T) { return uint64_t(std::max<int64_t>(tokens / T, 1)); }
+
 std::vector<ProbeBatch> read_batches(Loader& loader, int T, int B, uint64_t first, uint64_t n) {
     std::vector<ProbeBatch> batches;
+    if (n == 0) return batches; // and `first` may be the end
     loader.restore({0, first});
     for (uint64_t at = 0; at < n; at += uint64_t(B)) {
         ProbeBatch batch;
@@ -603,7 +551,14 @@ Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
     if (s.probes.jacobian) tell("jacobian")(0), measure_jacobian(found, model, batches, s);
     if (s.probes.permutation) tell("permutation")(0), measure_permutation(found, model, batches);
     if (s.probes.removal) measure_removal(found, model, batches, tell("removal"));
-    if (s.probes.usefulness) measure_usefulness(found, model, batches, others, tell("usefulness"));
+    try {
+        if (s.probes.usefulness)
+            measure_usefulness(found, model, batches, others, tell("usefulness"));
+    } catch (const NoLinearFit& why) {
+        if (!s.probes.all) throw;
+        found.usefulness.reset();
+        found.notes.push_back(cat("usefulness is left out: ", why.what()));
+    }
     return found;
 }
 

@@ -57,6 +57,7 @@ struct ProbeBatch {
 struct ProbeSelection {
     bool variance = false, gradients = false, angular = false, removal = false, jacobian = false,
          usefulness = false, permutation = false;
+    bool all = false; // asked for as such: what the data is too small for is left out, with a note
 };
 
 // "variance,removal", or "all". Throws for an unknown name, with the near ones.
@@ -105,6 +106,7 @@ struct Probes {
     std::optional<Jacobian> jacobian;
     std::optional<Usefulness> usefulness;
     std::optional<PerLayer> permutation;
+    std::vector<std::string> notes; // what was left out and why
 };
 
 struct ProbeSettings {
@@ -120,6 +122,9 @@ struct ProbeSettings {
 // usefulness fits on. Throws if the loss is not finite.
 Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
                const std::vector<ProbeBatch>& others, const ProbeSettings& settings);
+
+// Whole windows of T tokens that have at most so many, but at least one.
+uint64_t probe_windows(int64_t tokens, int T);
 
 // Windows `first` to first + n of a loader, B at a time. Leaves the loader anywhere.
 std::vector<ProbeBatch> read_batches(Loader& loader, int T, int B, uint64_t first, uint64_t n);

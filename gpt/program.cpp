@@ -190,8 +190,8 @@ int probe(const Options& o, const Ranks& ranks) {
     if (o.out.empty() && run.empty())
         fail(trained.path, " is of no run: say where to write what is measured with -o FILE");
     auto source = validation_tokens(o, trained);
-    const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length(), B = int(o.batch);
-    check_length(B, T, config);
+    const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
+    check_length(o.batch, T, config);
 
     ProbeSettings settings;
     settings.probes = parse_probes(o.probes);
@@ -205,7 +205,7 @@ int probe(const Options& o, const Ranks& ranks) {
     // The first windows to measure on, those behind them to fit on.
     Loader loader(source, T, 0, false);
     const uint64_t there = loader.windows_per_epoch();
-    const uint64_t wanted = uint64_t(o.probe_tokens + T - 1) / T;
+    const uint64_t wanted = probe_windows(o.probe_tokens, T);
     const uint64_t to_fit =
         settings.probes.usefulness
             ? std::max(wanted, (10 * uint64_t(config.width) + T - 1) / uint64_t(T))
@@ -214,16 +214,19 @@ int probe(const Options& o, const Ranks& ranks) {
     if (wanted + to_fit > there) {
         measured = to_fit == 0 ? there : std::max<uint64_t>(1, there * wanted / (wanted + to_fit));
         fitted = there - measured;
-        if (to_fit > 0 && fitted == 0)
+        if (to_fit > 0 && fitted == 0 && !settings.probes.all)
             fail("the validation data has one sequence of ", T,
                  " tokens, and usefulness needs "
                  "another to fit on: name more with -j, lower -t, or leave it out of --probes");
+        std::string split;
+        if (to_fit > 0) split = cat(", and ", fitted, " to fit usefulness on, of ", to_fit);
         std::printf("note: the validation data has only %llu sequences of %d tokens: %llu to "
-                    "measure on and %llu to fit on, of %llu and %llu asked for\n",
+                    "measure on, of %llu asked for%s\n",
                     (unsigned long long)there, T, (unsigned long long)measured,
-                    (unsigned long long)fitted, (unsigned long long)wanted,
-                    (unsigned long long)to_fit);
+                    (unsigned long long)wanted, split.c_str());
     }
+    const int B =
+        int(std::min(uint64_t(o.batch), std::max(measured, fitted))); // no more are needed
 
     // It is never updated: no master weights, and the least of moments.
     ModelOptions options = model_options(o, true, trained.dtype());
@@ -238,6 +241,7 @@ int probe(const Options& o, const Ranks& ranks) {
                                   read_batches(loader, T, B, measured, fitted), settings);
     progress.finish();
     source->finish_checks();
+    for (const std::string& note : probes.notes) std::printf("note: %s\n", note.c_str());
 
     nlohmann::ordered_json json = {
         {"version", 1},

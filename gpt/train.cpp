@@ -379,7 +379,8 @@ void start(Run& run, const std::string& resume_from) {
 // from.
 Probes probe(Run& run) {
     if (run.probe_batch.empty()) {
-        const uint64_t n = std::min(uint64_t(run.B), run.val_loader->windows_per_epoch());
+        const uint64_t n = std::min({probe_windows(run.o.probe_tokens, run.T), uint64_t(run.B),
+                                     run.val_loader->windows_per_epoch()});
         run.probe_batch = read_batches(*run.val_loader, run.T, run.B, 0, n);
     }
     ProbeSettings settings;

@@ -9,7 +9,7 @@ from runs import DATA, RunError, number
 # Flags that leave a run's result as it is, or change it no more than a seed does.
 HARMLESS = {"--seed", "--threads", "--device", "--keep", "--save-every", "--val-every", "--batch"}
 HARMLESS |= {"--sample-every", "--sample-tokens", "--prompt", "--temperature", "--top-k", "--top-p"}
-HARMLESS |= {"--recompute", "--probe-every", "--probes", "--profile"}
+HARMLESS |= {"--recompute", "--probe-every", "--probe-tokens", "--probes", "--profile"}
 MANY = 8  # groups, from where on pictures show of each scheme only the best learning rate
 
 

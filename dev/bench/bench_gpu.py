@@ -210,7 +210,8 @@ def case_rows(cases):
             continue
         r, best = c.ours, c.best()
         row = [c.model, r["batch"], c.seq_len, c.way, f"{r['tokens_per_s']:.0f}",
-               f"{100 * r['mfu']:.1f}%", f"{100 * r['mfu_measured']:.1f}%",
+               f"{100 * r['mfu']:.1f}%",
+               "-" if r["mfu_measured"] is None else f"{100 * r['mfu_measured']:.1f}%",
                f"{r['peak_memory'] / GIB:.1f}"]
         row += [f"{best['tokens_per_s']:.0f}", best["mode"], f"{best['peak_memory'] / GIB:.1f}",
                 f"{r['tokens_per_s'] / best['tokens_per_s']:.2f}x"] if best else [""] * 4

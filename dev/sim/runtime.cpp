@@ -1,5 +1,6 @@
 #include "dev/sim/runtime.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -214,6 +215,11 @@ Allocated allocated() {
         if (!piece.host) out.bytes += piece.bytes, out.pieces++;
     return out;
 }
+
+namespace {
+std::atomic<uint64_t> copied_to_host = 0;
+}
+uint64_t bytes_to_host() { return copied_to_host; }
 
 } // namespace lns::sim
 
@@ -727,6 +733,7 @@ cudaError_t copy(const char* name, void* to, size_t to_pitch, const void* from, 
     const size_t to_bytes = (height - 1) * to_pitch + width;
     const size_t from_bytes = (height - 1) * from_pitch + width;
     bool now = check_copy(name, to, from, std::min(to_bytes, from_bytes), kind);
+    if (is_device(from) && !is_device(to)) lns::sim::copied_to_host += width * height;
     auto work_from = [=](const void* source) {
         return [=] {
             for (size_t row = 0; row < height; row++)

@@ -1,6 +1,7 @@
 // What the simulator's host side shares: device memory, and the work of streams.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <string>
 
@@ -37,5 +38,8 @@ struct Allocated {
     int pieces = 0;
 };
 Allocated allocated();
+
+// Of all copies from the device's memory to the host's so far.
+uint64_t bytes_to_host();
 
 } // namespace lns::sim

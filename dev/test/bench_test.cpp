@@ -5,6 +5,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "gpt/bench.h"
 #include "gpt/bf16.h"
 #include "gpt/peak.h"
 
@@ -82,6 +83,21 @@ TEST(Bench, JsonSaysEverything) {
     EXPECT_NEAR(double(j["tokens_per_s"]) * double(j["median_seconds"]), 32, 1e-6);
     EXPECT_NEAR(double(j["losses"][0]), std::log(257.), 0.5); // of a model that knows nothing
     EXPECT_LT(j["losses"][1], j["losses"][0]);                // on the same tokens again
+}
+
+TEST(Bench, ADisturbedPeakIsNoMeasure) {
+    Bench b;
+    b.config = architecture("llama");
+    b.dtype = "bf16", b.gpu = "NVIDIA H200", b.options.device = Device::cuda;
+    b.B = b.T = 8, b.seconds = {1}, b.flops = 1e9;
+    b.data_sheet_peak = 989.4e12, b.float32_peak = 5e13, b.bf16_peak = 8e14;
+    EXPECT_TRUE(says(describe(b), {"% of the measured"}));
+    EXPECT_TRUE(nlohmann::json::parse(to_json(b))["mfu_measured"].is_number());
+    b.bf16_peak = 1e9;
+    EXPECT_EQ(describe(b).find("of the measured"), std::string::npos);
+    EXPECT_TRUE(says(describe(b), {"less than half of the data sheet's"}));
+    EXPECT_TRUE(nlohmann::json::parse(to_json(b))["mfu_measured"].is_null());
+    EXPECT_GT(nlohmann::json::parse(to_json(b))["mfu"], 0);
 }
 
 // What --dry-run says is what the process then holds, to 5%, and --recompute lowers it.

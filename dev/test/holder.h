@@ -36,7 +36,6 @@ struct Holder : Model {
     void write(Buffer buffer, const Param& p, const float* values) override {
         std::memcpy(&held[int(buffer)][p.offset], values, p.size() * sizeof(float));
     }
-    std::vector<double> residual_variance() override { return {}; }
     std::string first_nonfinite() override { return ""; }
     int64_t bytes() const override { return 0; }
 };

@@ -594,12 +594,83 @@ TEST(Probe, TheCommandWritesAndTells) {
     EXPECT_TRUE(fails_with(probe + "-t 100000", {"--seq-len 100000", "positions"}));
     EXPECT_TRUE(fails_with("probe " + dir / "none", {"none"}));
     write_shard(dir / "short.bin", 20);
-    EXPECT_TRUE(fails_with(probe + "-j " + dir / "short.bin", {"one sequence", "usefulness"}));
+    EXPECT_TRUE(fails_with(probe + "--probes variance,usefulness -j " + dir / "short.bin",
+                           {"one sequence", "usefulness"}));
     write_shard(dir / "short.bin", 10);
     EXPECT_TRUE(fails_with(probe + "-j " + dir / "short.bin", {"short.bin", "17"}));
     std::filesystem::copy(run_dir + "/step-000003", dir / "alone",
                           std::filesystem::copy_options::recursive);
     EXPECT_TRUE(fails_with("probe " + dir / "alone", {"of no run", "-o FILE"}));
+}
+
+// Fewer tokens than --probe-tokens, fewer sequences than --batch, one sequence, documents padded to
+// the length of a window: all is measured that can be, and what is not says so.
+TEST(Probe, SmallValidationSets) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    write_shard(dir / "t_train_000000.bin", 900);
+    write_shard(dir / "t_val_000000.bin", 100);
+    Finished f = train_gpt(small_model + "-x 1 -i '" + dir / "t_train_*' -o " + dir / "run");
+    ASSERT_EQ(f.status, 0) << f.output;
+    const std::string probe = "probe " + dir / "run --threads 1 -o " + dir / "p.json ";
+
+    // So many sequences of 16 tokens; documents of so many tokens each, in windows of 16.
+    write_shard(dir / "1.bin", 17), write_shard(dir / "2.bin", 33), write_shard(dir / "5.bin", 90);
+    auto write_documents = [&](const char* name, const std::vector<int>& lengths) {
+        std::vector<int> tokens;
+        for (int length : lengths)
+            for (int t = 0; t < 16; t++) tokens.push_back(t < length ? 'a' + t : 256);
+        ShardWriter writer(dir / name, load_tokenizer("bytes")->id(), 16);
+        writer.write(tokens.data(), tokens.size());
+        writer.close();
+    };
+    write_documents("documents.bin", {3, 12, 1, 7, 16});
+    write_documents("ends.bin", {9, 0, 0, 0}); // nothing to learn but from the first
+    write_documents("late.bin", {0, 9, 4, 5});
+    for (const std::string shard : {"1", "2", "5", "documents", "ends", "late"})
+        for (const std::string batch : {"", "-b 2 "}) {
+            SCOPED_TRACE(shard + " " + batch);
+            const bool fits = shard != "1" && shard != "ends";
+            const std::string data = "-j " + dir / (shard + ".bin ") + batch;
+            f = train_gpt(probe + data);
+            ASSERT_EQ(f.status, 0) << f.output;
+            const std::string text = read_bytes(dir / "p.json");
+            const json p = json::parse(text);
+            EXPECT_EQ(p["usefulness"].is_object(), fits) << f.output;
+            EXPECT_EQ(f.output.find("usefulness is left out") == std::string::npos, fits);
+            for (const char* key : {"variance", "gradient_norm", "angular_distance", "removal",
+                                    "jacobian", "permutation"})
+                EXPECT_FALSE(p[key].is_null()) << key;
+            EXPECT_TRUE(std::isfinite(double(p["jacobian"]["deviation"][1])));
+            for (const char* name : {"variance", "gradients", "angular", "removal", "jacobian",
+                                     "permutation", "usefulness"}) {
+                if (!batch.empty() || (shard != "1" && shard != "ends")) continue;
+                f = train_gpt(probe + data + "--probes " + name);
+                EXPECT_EQ(f.status, name == std::string("usefulness") && !fits) << f.output;
+            }
+        }
+    f = train_gpt(probe + "--probes variance -j " + dir / "2.bin");
+    EXPECT_TRUE(says(f.output, {"only 2 sequences of 16 tokens: 2 to measure on, of 1024"}));
+    EXPECT_EQ(f.output.find("fit"), std::string::npos);
+}
+
+TEST(Probe, TrainingLooksAtNoMoreTokensThanItIsTold) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    const std::string out = dir / "run", numbers = "--dtype float32 ";
+    for (const auto& [tokens, same] : {std::pair{"31", "16"}, {"1", "16"}, {"1000", "32"}}) {
+        std::filesystem::remove_all(out);
+        Finished f =
+            train_gpt(small_model + numbers + "-d 64 -x 1 --probe-every 1 --probe-tokens " +
+                      tokens + " -o " + out);
+        ASSERT_EQ(f.status, 0) << f.output;
+        f = train_gpt("probe " + out + " --threads 1 --probes variance --probe-tokens " + same);
+        ASSERT_EQ(f.status, 0) << f.output;
+        const json logged = json::parse(read_bytes(out + "/log.jsonl"))["probe"]["variance"];
+        const json measured = read_json(out + "/probe.json")["variance"];
+        for (int l = 0; l <= 2; l++)
+            EXPECT_NEAR(double(logged["residual"][l]) / double(measured["residual"][l]), 1, 1e-9);
+    }
 }
 
 TEST(Probe, TrainingIsTheSameToTheBitWithProbes) {

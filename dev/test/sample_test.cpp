@@ -43,7 +43,6 @@ struct Counter : Model {
     void update(const AdamW&) override {}
     void read(Buffer, const Param&, float*) override {}
     void write(Buffer, const Param&, const float*) override {}
-    std::vector<double> residual_variance() override { return {}; }
     std::string first_nonfinite() override { return ""; }
     int64_t bytes() const override { return 0; }
 };
