@@ -280,7 +280,7 @@ Row check_qk_norm() {
                        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
                            LayerResult<S> out{x[0], {c, std::vector<S>(Q), std::vector<S>(K)}};
                            std::vector<S> raw(a.rows() * (Q + K));
-                           std::vector<Acc<S>> scratch(max_chunks * (Q + K));
+                           std::vector<Acc<S>> scratch(row_chunks(a.rows()) * (Q + K));
                            std::vector<NormStats<Acc<S>>> stats(2 * a.rows());
                            qk_forward(out.y.data(), out.y.data(), raw.data(), stats.data(),
                                       x[1].data(), x[2].data(), 1e-6,
@@ -385,7 +385,7 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
             if (c.empty()) return out;
             std::vector<S> dr(c.begin(), c.begin() + rows * C), du(rows * C);
             if (j.in_norm) std::copy(c.begin() + rows * C, c.end(), du.begin());
-            std::vector<Acc<S>> scratch(max_chunks * (7 * C + 1));
+            std::vector<Acc<S>> scratch(row_chunks(rows) * (7 * C + 1));
             junction_backward(j, type, x[0].data(), x[1].data(), r.data(), p, stats.data(),
                               du.data(), dr.data(), out.gradients[1].data(),
                               pointers(out.gradients, (Acc<S>*)nullptr), scratch.data(), rows, C);

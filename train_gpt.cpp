@@ -22,6 +22,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -117,18 +118,24 @@ template <class S> S* thread_scratch(int64_t n) {
 }
 
 // Σ f(i), i < n, in as many lanes as a vector of bf16 has. (`omp simd reduction` adds its lanes one
-// by one at the end, which takes longer than a short row.)
-template <class A, class F> inline A sum_of(int64_t n, const F& f) {
-    const int lanes = 32;
-    A sums[lanes] = {};
-    int64_t i = 0;
-    for (; i + lanes <= n; i += lanes)
+// by one at the end, which takes longer than a short row.) A lane adds few numbers before it joins
+// the total: small numbers would vanish beside the sum of all, which made Σ eˣ over 50,000 tokens
+// 7e-6 too low.
+template <class A, class F> inline double sum_of(int64_t n, const F& f) {
+    const int lanes = 32, most = 32;
+    double total = 0;
+    for (int64_t i = 0; i < n;) {
+        const int64_t end = std::min<int64_t>(n, i + lanes * most);
+        A sums[lanes] = {};
+        for (; i + lanes <= end; i += lanes)
 #pragma omp simd
-        for (int j = 0; j < lanes; j++) sums[j] += f(i + j);
-    for (; i < n; i++) sums[i % lanes] += f(i);
-    for (int half = lanes / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; j++) sums[j] += sums[j + half];
-    return sums[0];
+            for (int j = 0; j < lanes; j++) sums[j] += f(i + j);
+        for (; i < end; i++) sums[i % lanes] += f(i);
+        for (int half = lanes / 2; half > 0; half /= 2)
+            for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+        total += sums[0];
+    }
+    return total;
 }
 
 template <class A> inline A largest_of(int64_t n, const A* x) {
@@ -138,12 +145,33 @@ template <class A> inline A largest_of(int64_t n, const A* x) {
     return largest;
 }
 
-// Sums over rows are taken in at most this many chunks, whose partial sums are added in order.
-const int64_t max_chunks = 32;
+// Sums over rows are taken in parts of at most so many rows, whose sums are added in order: the
+// error then grows as the root of a part, not of all rows.
+const int64_t part_rows = 256;
+
+// The parts of a sum over rows that all threads take: enough of them for small batches too.
+inline int64_t row_chunks(int64_t rows) {
+    return std::max(std::min<int64_t>(rows, 32), (rows + part_rows - 1) / part_rows);
+}
+
+// out[i] += Σ row(r)[i] over r < rows, i < n ≤ N.
+template <int N, class A, class Row>
+inline void add_rows(A* out, int n, int64_t rows, const Row& row) {
+    A sum[N] = {};
+    for (int64_t r = 0; r < rows;) {
+        A part[N] = {};
+        for (const int64_t end = std::min(rows, r + part_rows); r < end; r++) {
+            const auto* x = row(r);
+            for (int i = 0; i < n; i++) part[i] += A(x[i]);
+        }
+        for (int i = 0; i < n; i++) sum[i] += part[i];
+    }
+    for (int i = 0; i < n; i++) out[i] += sum[i];
+}
 
 // ---------------------------------------------------------------------------------------------
 // Embedding: out[row] = wte[token] + wpe[t]. Gathering the gradient goes by channel, so that no two
-// threads meet. The first row is at position `first`, which is 0 unless B is 1.
+// threads meet, and by token. The first row is at position `first`, which is 0 unless B is 1.
 
 template <class S>
 void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, int first,
@@ -160,16 +188,23 @@ void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wp
 template <class A>
 void embedding_backward(A* dwte, A* dwpe, const int* tokens, const A* dout, int B, int T, int C) {
     const int slice = 16; // channels
+    const int64_t rows = int64_t(B) * T;
+    std::vector<int64_t> order(rows);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t x, int64_t y) { return tokens[x] < tokens[y]; });
 #pragma omp parallel for
     for (int begin = 0; begin < C; begin += slice) {
-        int end = std::min(C, begin + slice);
-        for (int64_t row = 0; row < int64_t(B) * T; row++) {
-            A* dtoken = dwte + int64_t(tokens[row]) * C;
-            for (int i = begin; i < end; i++) dtoken[i] += dout[row * C + i];
-            if (!dwpe) continue;
-            A* dposition = dwpe + row % T * C;
-            for (int i = begin; i < end; i++) dposition[i] += dout[row * C + i];
+        const int n = std::min(slice, C - begin);
+        for (int64_t i = 0, end; i < rows; i = end) {
+            const int token = tokens[order[i]];
+            for (end = i + 1; end < rows && tokens[order[end]] == token;) end++;
+            add_rows<slice>(dwte + int64_t(token) * C + begin, n, end - i,
+                            [&](int64_t r) { return dout + order[i + r] * C + begin; });
         }
+        for (int64_t t = 0; t < T && dwpe; t++)
+            add_rows<slice>(dwpe + t * C + begin, n, B,
+                            [&](int64_t b) { return dout + (b * T + t) * C + begin; });
     }
 }
 
@@ -301,7 +336,7 @@ void junction_forward(const Junction& j, NormType type, double eps_, const Acc<S
 
 // From du (gradient of u; of r if there is no in-norm) and dr (gradient of r from what comes
 // later): db and, in place of dr, the gradient of r_prev. Adds the gradients of the parameters,
-// through partial sums in scratch (max_chunks, 7·C + 1).
+// through partial sums in scratch (row_chunks(rows), 7·C + 1).
 template <class S>
 void junction_backward(const Junction& j, NormType type, const Acc<S>* r_prev, const S* b,
                        const Acc<S>* r, const JunctionPointers<const S>& p,
@@ -312,7 +347,7 @@ void junction_backward(const Junction& j, NormType type, const Acc<S>* r_prev, c
     const A skip = A(j.skip), in_scale = A(j.in_scale);
     const A gate = j.gate ? silu(A(*p.gate)) : A(0);
     const A dgate = j.gate ? dsilu(A(*p.gate)) : A(0);
-    const int64_t chunks = std::min(max_chunks, rows), width = 7 * int64_t(C) + 1;
+    const int64_t chunks = row_chunks(rows), width = 7 * int64_t(C) + 1;
 
 #pragma omp parallel for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -427,13 +462,9 @@ void linear_backward_weight(Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* i
     if (!dbias) return;
     const int slice = 64;
 #pragma omp parallel for
-    for (int begin = 0; begin < OC; begin += slice) {
-        Acc<S> sum[slice] = {};
-        int n = std::min(slice, OC - begin);
-        for (int64_t row = 0; row < rows; row++)
-            for (int i = 0; i < n; i++) sum[i] += Acc<S>(dout[row * OC + begin + i]);
-        for (int i = 0; i < n; i++) dbias[begin + i] += sum[i];
-    }
+    for (int begin = 0; begin < OC; begin += slice)
+        add_rows<slice>(dbias + begin, std::min(slice, OC - begin), rows,
+                        [&](int64_t row) { return dout + row * OC + begin; });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -495,14 +526,14 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
     }
 }
 
-// The norm's, in place on dqkv's q and k. scratch: (max_chunks, Q + K).
+// The norm's, in place on dqkv's q and k. scratch: (row_chunks(rows), Q + K).
 template <class S>
 void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, const S* q_weight,
                       const S* k_weight, Acc<S>* dq_weight, Acc<S>* dk_weight, Acc<S>* scratch,
                       const AttentionShape& a) {
     using A = Acc<S>;
     const int Q = a.q_width(), K = a.kv_width();
-    const int64_t rows = a.rows(), chunks = std::min(max_chunks, rows);
+    const int64_t rows = a.rows(), chunks = row_chunks(rows);
     A* none = nullptr;
 #pragma omp parallel for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -583,11 +614,11 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                         S* probability = p + int64_t(i) * T; // times the sum, until o
                         hide(score, t0 + i + 1, seen);
                         const A largest = largest_of(seen, score);
-                        const A sum = sum_of<A>(seen, [=](int64_t t) {
+                        const A sum = A(sum_of<A>(seen, [=](int64_t t) {
                             const A e = exp_below(scale * (score[t] - largest));
                             probability[t] = e;
                             return e;
-                        });
+                        }));
                         inverse[i] = A(1) / sum;
                         lse[(int64_t(b) * a.NH + h) * T + t0 + i] = scale * largest + std::log(sum);
                     }
@@ -656,11 +687,11 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                         hide(score, t0 + i + 1, seen);
                         const A normalizer = lse[(int64_t(b) * a.NH + h) * T + t0 + i];
                         // dO · O = Σ P ⊙ dP, which unlike O has not been rounded.
-                        const A dot = sum_of<A>(seen, [=](int64_t t) {
+                        const A dot = A(sum_of<A>(seen, [=](int64_t t) {
                             score[t] = exp_below(scale * score[t] - normalizer);
                             probability[t] = score[t];
                             return score[t] * dprobability[t];
-                        });
+                        }));
 #pragma omp simd
                         for (int t = 0; t < seen; t++)
                             dscore[t] = score[t] * (dprobability[t] - dot);
@@ -750,17 +781,12 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
             continue;
         }
         const A largest = largest_of(V, x);
-        A sum = 0;
         const A at_target = x[target];
+        A sum;
         if (!dx) {
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < V; i++) sum += exp_below(x[i] - largest);
+            sum = A(sum_of<A>(V, [=](int64_t i) { return exp_below(x[i] - largest); }));
         } else {
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < V; i++) {
-                x[i] = exp_below(x[i] - largest);
-                sum += x[i];
-            }
+            sum = A(sum_of<A>(V, [=](int64_t i) { return x[i] = exp_below(x[i] - largest); }));
             const A factor = A(loss_scale) / sum;
             const A at = x[target] * factor - A(loss_scale);
 #pragma omp simd
@@ -854,7 +880,7 @@ template <class S> struct Activations {
         make(dbranch, rows * C);
         make(dwide, rows * std::max(c.qkv_width(), c.mlp_in_width()));
         make(dnarrow, rows * std::max(c.q_width(), c.mlp_width));
-        make(scratch, max_chunks * std::max<int64_t>(7 * C + 1, c.q_width() + c.kv_width()));
+        make(scratch, row_chunks(rows) * std::max<int64_t>(7 * C + 1, c.q_width() + c.kv_width()));
     }
 };
 
@@ -1337,11 +1363,8 @@ template <class S> struct CpuModel : Model {
         std::vector<double> sums(blocks);
 #pragma omp parallel for
         for (int64_t i = 0; i < blocks; i++) {
-            A sum = 0; // of few enough that a float has 6 digits of it
-            const int64_t end = std::min(size, (i + 1) * block);
-#pragma omp simd reduction(+ : sum)
-            for (int64_t at = i * block; at < end; at++) sum += g[at] * g[at];
-            sums[i] = double(sum);
+            sums[i] = sum_of<A>(std::min(block, size - i * block),
+                                [x = g + i * block](int64_t at) { return x[at] * x[at]; });
         }
         double sum = 0;
         for (double s : sums) sum += s;

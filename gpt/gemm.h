@@ -42,9 +42,6 @@ inline void gemm_tile(int64_t k, const S* a, int64_t a_row, int64_t a_column, co
     typedef S Unaligned __attribute__((vector_size(Bytes), aligned(sizeof(S)), may_alias));
     const int width = Bytes / sizeof(S);
     Vector t[MR][N] = {};
-    if (accumulate)
-        for (int i = 0; i < MR; i++)
-            for (int j = 0; j < N; j++) t[i][j] = *(const Unaligned*)(c + i * c_row + j * width);
     for (int64_t p = 0; p < k; p++) {
         Vector x[N];
         for (int j = 0; j < N; j++) x[j] = *(const Unaligned*)(b + p * b_row + j * width);
@@ -52,7 +49,10 @@ inline void gemm_tile(int64_t k, const S* a, int64_t a_row, int64_t a_column, co
             for (int j = 0; j < N; j++) t[i][j] += a[i * a_row + p * a_column] * x[j];
     }
     for (int i = 0; i < MR; i++)
-        for (int j = 0; j < N; j++) *(Unaligned*)(c + i * c_row + j * width) = t[i][j];
+        for (int j = 0; j < N; j++) {
+            Unaligned& to = *(Unaligned*)(c + i * c_row + j * width);
+            to = accumulate ? to + t[i][j] : t[i][j];
+        }
 }
 
 template <int N, int Bytes, class S>

@@ -134,7 +134,7 @@ LNS_AVX512 inline __m512 widen(__m256i x) {
 LNS_AVX512 inline __m512 widen_low(__m512i x) { return widen(_mm512_castsi512_si256(x)); }
 LNS_AVX512 inline __m512 widen_high(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1)); }
 
-// Row i at the last depth; y0 and y1 are its sums.
+// Row i at the last depth; y0 and y1 are its sums over all depths.
 LNS_AVX512 inline void store_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask, __m512 y0,
                                  __m512 y1) {
     const __mmask16 low = __mmask16(mask), high = __mmask16(mask >> 16);
@@ -156,15 +156,26 @@ LNS_AVX512 inline void store_row(const BlockColumn<bf16>& x, int64_t i, __mmask3
     }
 }
 
+// Row i at any depth; y0 and y1 are its sums over this depth.
+LNS_AVX512 inline void join_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask, __m512 y0,
+                                __m512 y1) {
+    float* sums = x.sums + i / block_rows * x.sums_block + i % block_rows * block_columns;
+    if (x.add) y0 = _mm512_add_ps(_mm512_load_ps(sums), y0);
+    if (x.add) y1 = _mm512_add_ps(_mm512_load_ps(sums + 16), y1);
+    if (x.last) {
+        store_row(x, i, mask, y0, y1);
+    } else {
+        _mm512_store_ps(sums, y0);
+        _mm512_store_ps(sums + 16, y1);
+    }
+}
+
 template <int M>
 LNS_AVX512 inline void dot_rows(const BlockColumn<bf16>& x, int64_t block, int64_t i0) {
     const bf16 *a = x.a + block * x.a_panel + i0 * step, *b = x.b;
-    float* sums = x.sums + block * x.sums_block + i0 * block_columns;
     __m512 sum[M][2];
     for (int i = 0; i < M; i++)
-        for (int q = 0; q < 2; q++)
-            sum[i][q] =
-                x.add ? _mm512_load_ps(sums + i * block_columns + q * 16) : _mm512_setzero_ps();
+        for (int q = 0; q < 2; q++) sum[i][q] = _mm512_setzero_ps();
     for (int64_t p = 0; p < x.k; p += step, a += 2 * tile, b += 2 * tile)
         for (int q = 0; q < 16; q++) {
             const __m512bh b0 = (__m512bh)_mm512_load_si512(b + q * 32);
@@ -178,11 +189,8 @@ LNS_AVX512 inline void dot_rows(const BlockColumn<bf16>& x, int64_t block, int64
             }
         }
     for (int i = 0; i < M; i++)
-        if (!x.last) {
-            _mm512_store_ps(sums + i * block_columns, sum[i][0]);
-            _mm512_store_ps(sums + i * block_columns + 16, sum[i][1]);
-        } else if (block * block_rows + i0 + i < x.m)
-            store_row(x, block * block_rows + i0 + i, first(x.n), sum[i][0], sum[i][1]);
+        if (!x.last || block * block_rows + i0 + i < x.m)
+            join_row(x, block * block_rows + i0 + i, first(x.n), sum[i][0], sum[i][1]);
 }
 
 LNS_AVX512 void dot(const BlockColumn<bf16>& x) {
@@ -203,37 +211,33 @@ struct alignas(64) TileShapes { // Intel, Software Developer's Manual, LDTILECFG
 };
 const TileShapes tile_shapes;
 
-// Tiles 0 to 3 are the block's quarters, 4 and 5 a's rows, 6 and 7 b's columns. At the last depth
-// the blocks take turns in two buffers: while the tiles multiply one block, the other units store
-// the one before it, a few rows at each step.
+// Tiles 0 to 3 are the block's quarters, 4 and 5 a's rows, 6 and 7 b's columns. Blocks whose sums
+// join others, or are stored by rows, take turns in two buffers: while the tiles multiply one
+// block, the other units join the one before it, a few rows at each step.
 LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
     alignas(64) float buffers[2][block_rows * block_columns];
-    const int64_t row_bytes = block_columns * 4, steps = x.k / step;
+    const int64_t steps = x.k / step;
     const int64_t slice = (block_rows + steps - 1) / steps;
     const __mmask32 mask = first(x.n);
-    // Whole blocks of sums that nothing joins are stored by the tiles themselves.
+    // Whole blocks of sums that join nothing are stored by the tiles themselves.
     const bool straight =
-        x.last && x.out_float && !x.accumulate && !x.bias_float && x.n == block_columns;
+        !x.add &&
+        (!x.last || (x.out_float && !x.accumulate && !x.bias_float && x.n == block_columns));
     for (int64_t i = 0; i < x.count; i++) {
         const bf16 *a = x.a + i * x.a_panel, *b = x.b;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         float* c = x.sums + i * x.sums_block;
-        if (x.add) {
-            _tile_loadd(0, c, row_bytes);
-            _tile_loadd(1, c + 16, row_bytes);
-            _tile_loadd(2, c + 16 * block_columns, row_bytes);
-            _tile_loadd(3, c + 16 * block_columns + 16, row_bytes);
-        } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        const bool buffered = x.last && !(straight && (i + 1) * block_rows <= x.m);
         int64_t row = block_columns;
-        if (buffered) c = buffers[i % 2];
-        if (x.last && !buffered) c = x.out_float + i * block_rows * x.out_row, row = x.out_row;
-        int64_t stored = (i - 1) * block_rows;
-        const int64_t stored_end = x.last && i > 0 && !straight ? stored + block_rows : stored;
+        const bool whole = !x.last || (i + 1) * block_rows <= x.m;
+        if (!straight || !whole)
+            c = buffers[i % 2];
+        else if (x.last)
+            c = x.out_float + i * block_rows * x.out_row, row = x.out_row;
+        int64_t joined = (i - 1) * block_rows;
+        const int64_t joined_end = i > 0 && !straight ? joined + block_rows : joined;
         // The lines that this block will be stored to are on their way meanwhile. To the second
         // cache: rows that are a multiple of 4 KiB apart would push each other out of the first.
         int64_t wanted = i * block_rows;
@@ -255,9 +259,9 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
-            for (int64_t end = std::min(stored_end, stored + slice); stored < end; stored++) {
-                const float* y = buffers[(i + 1) % 2] + stored % block_rows * block_columns;
-                store_row(x, stored, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
+            for (int64_t end = std::min(joined_end, joined + slice); joined < end; joined++) {
+                const float* y = buffers[(i + 1) % 2] + joined % block_rows * block_columns;
+                join_row(x, joined, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
             }
         }
         _tile_stored(0, c, row * 4);
@@ -265,10 +269,11 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
         _tile_stored(2, c + 16 * row, row * 4);
         _tile_stored(3, c + 16 * row + 16, row * 4);
     }
-    if (x.last && !(straight && x.m % block_rows == 0))
-        for (int64_t i = (x.count - 1) * block_rows; i < x.m; i++) {
+    const int64_t end = x.last ? x.m : x.count * block_rows;
+    if (!straight || end % block_rows != 0)
+        for (int64_t i = (x.count - 1) * block_rows; i < end; i++) {
             const float* y = buffers[(x.count + 1) % 2] + i % block_rows * block_columns;
-            store_row(x, i, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
+            join_row(x, i, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
         }
 }
 

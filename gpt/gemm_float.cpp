@@ -20,23 +20,24 @@ typedef float Unaligned
     __attribute__((vector_size(vector_bytes), aligned(sizeof(float)), may_alias));
 const int width = vector_bytes / int(sizeof(float)), block_columns = block_vectors * width;
 
-// c = start + a · b, in registers; start may be null. Rows of start and c are so many floats apart.
+// c = start + a · b; start may be null. Rows of start and c are so many floats apart. Each part of
+// k is summed from zero in registers.
 void multiply_block(int64_t k, const float* a, const float* b, const float* start,
                     int64_t start_row, float* c, int64_t c_row) {
-    Vector sum[block_rows][block_vectors] = {};
-    if (start)
+    for (; k > 0; k -= sum_part, start = c, start_row = c_row) {
+        Vector sum[block_rows][block_vectors] = {};
+        for (int64_t p = std::min(k, sum_part); p > 0; p--, a += block_rows, b += block_columns) {
+            Vector x[block_vectors];
+            for (int j = 0; j < block_vectors; j++) x[j] = *(const Unaligned*)(b + j * width);
+            for (int i = 0; i < block_rows; i++)
+                for (int j = 0; j < block_vectors; j++) sum[i][j] += a[i] * x[j];
+        }
         for (int i = 0; i < block_rows; i++)
-            for (int j = 0; j < block_vectors; j++)
-                sum[i][j] = *(const Unaligned*)(start + i * start_row + j * width);
-    for (int64_t p = 0; p < k; p++, a += block_rows, b += block_columns) {
-        Vector x[block_vectors];
-        for (int j = 0; j < block_vectors; j++) x[j] = *(const Unaligned*)(b + j * width);
-        for (int i = 0; i < block_rows; i++)
-            for (int j = 0; j < block_vectors; j++) sum[i][j] += a[i] * x[j];
+            for (int j = 0; j < block_vectors; j++) {
+                if (start) sum[i][j] += *(const Unaligned*)(start + i * start_row + j * width);
+                *(Unaligned*)(c + i * c_row + j * width) = sum[i][j];
+            }
     }
-    for (int i = 0; i < block_rows; i++)
-        for (int j = 0; j < block_vectors; j++)
-            *(Unaligned*)(c + i * c_row + j * width) = sum[i][j];
 }
 
 void multiply(const BlockColumn<float>& x) {

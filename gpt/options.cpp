@@ -309,7 +309,8 @@ std::string help_text(const CLI::App& app) {
 }
 
 // The paper's recipe as flags (arXiv 2502.05795, section 4.1 and its released code), by the model's
-// parameters. The paper has no runs below 130m: the 10,000 steps there are ours.
+// parameters. The paper has no runs below 130m: the 10,000 steps there are ours. Embeddings start
+// at √(2/5) as in the code of the published results (until its commit eb1a0a5 of 2026-01-02).
 std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) {
     struct Row {
         double parameters;

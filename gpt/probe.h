@@ -17,7 +17,8 @@
 //               1/√N.
 //   angular     d(r_ℓ, r_{ℓ+n}) = arccos(cos(r_ℓ, r_{ℓ+n}))/π, from 0 (same direction) to 1: rows
 //               n = 1 … L of ℓ = 0 … L − n. On the last token of each sequence (Gromov et al.,
-//               arXiv 2403.17887), and the mean over all tokens (the code of arXiv 2502.05795).
+//               arXiv 2403.17887; both versions of the code of arXiv 2502.05795), and the mean over
+//               all tokens, which is ours.
 //   removal     the loss without layers ℓ … ℓ+n−1: rows n = 1 … L of ℓ = 1 … L − n + 1. A layer
 //               goes with its junctions: layer ℓ+n sees r_{ℓ−1}. What it costs is the difference to
 //               the loss of the whole model (ΔP of arXiv 2502.05795).

@@ -1,7 +1,9 @@
 // The learning rate as a function of the step: warmup, then one of four curves.
 //
 // Steps count from 1, so the first step already moves (1 / warmup of the peak), step `warmup` has
-// the peak, and the last step has exactly peak · final_fraction (but of `constant`).
+// the peak, and the last step has exactly peak · final_fraction (but of `constant`). PyTorch's
+// LambdaLR, as in the code of arXiv 2502.05795, counts from 0: its first update has rate 0, and
+// each has the rate that ours had one step before.
 #pragma once
 
 #include <algorithm>

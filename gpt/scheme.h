@@ -10,7 +10,8 @@
 //     b ← γ ⊙ b                   LayerScale: a learned vector; SkipInit: a learned scalar
 //     r ← skip · r + b
 //     r ← norm_out(r)
-//     r ← r − silu(g) · stop(r)   GPAS; where there is an out-norm it acts on the skip path
+//     r ← r − silu(g) · stop(r)   GPAS; where there is an out-norm it acts on the skip path. Each
+//                                 junction has its own g, in GPAS's code a layer's two share one
 //     u ← scale · norm_in(r)      else u = r
 //
 // A scheme is a row of the table in scheme.cpp; both backends know only Junction.
@@ -46,7 +47,8 @@ struct Scheme {
     const SchemeRow* row = nullptr;
     int mix_layers = -1;                  // k of mix:k; −1: L / 4
     bool gpas = false;                    // a gate per junction (arXiv 2506.22049)
-    bool scaled_init = false;             // O and down projections start at std / √(2L)
+    bool scaled_init = false;             // O and down projections start at std / √(2L): of all
+                                          // layers, also mix:k's with an out-norm
     double lns_power = 0.5;               // p of ℓ^(−p)
     bool lns_attn = true, lns_mlp = true; // the sublayers whose in-norms are scaled
 
