@@ -2,6 +2,7 @@
 
 #include "gpt/error.h"
 #include "gpt/files.h"
+#include "gpt/publish.h"
 
 #include <algorithm>
 #include <bit>
@@ -310,6 +311,7 @@ std::vector<std::string> glob_paths(const std::string& pattern) {
     int result = glob(pattern.c_str(), GLOB_BRACE | GLOB_TILDE, nullptr, &found);
     std::vector<std::string> paths(found.gl_pathv, found.gl_pathv + found.gl_pathc);
     globfree(&found);
+    paths.erase(std::remove_if(paths.begin(), paths.end(), is_link_to_nothing), paths.end());
     if (result != 0 && result != GLOB_NOMATCH)
         fail("cannot list the files of '", pattern, "': ", std::strerror(errno));
     if (paths.empty() && access(pattern.c_str(), F_OK) == 0) return {pattern}; // a name with a [
