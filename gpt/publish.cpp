@@ -39,6 +39,16 @@ void make_directory(const std::string& path) {
              ". Choose a place that can be written with --out");
 }
 
+// A directory may still list what a killed publisher was just removing: then once more.
+void remove_all(const std::string& path) {
+    std::error_code error;
+    for (int tries = 0; tries < 3; tries++) {
+        fs::remove_all(path, error);
+        if (!error) return;
+    }
+    fail("cannot remove ", path, ": ", error.message());
+}
+
 void sync_directory(const std::string& path) {
     const Fd directory(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (directory) fsync(directory.fd); // some file systems cannot
@@ -59,7 +69,7 @@ bool link_files(const std::string& from, const std::string& to) {
 void put_in_place(const std::string& from, const std::string& path) {
     if (fs::is_directory(fs::symlink_status(from)) && exists_itself(path)) {
         if (renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, path.c_str(), RENAME_EXCHANGE) == 0) return;
-        fs::remove_all(path);
+        remove_all(path);
     }
     rename_to(from, path);
 }
@@ -178,10 +188,10 @@ void PublishedSet::show_through_switch(const std::string& file) {
         fail("cannot make the link ", link, ": ", std::strerror(errno));
     if (!fs::is_directory(fs::symlink_status(at(file)))) return rename_to(link, at(file));
     if (renameat2(AT_FDCWD, link.c_str(), AT_FDCWD, at(file).c_str(), RENAME_EXCHANGE) != 0) {
-        fs::remove_all(at(file));
+        remove_all(at(file));
         return rename_to(link, at(file));
     }
-    fs::remove_all(link);
+    remove_all(link);
 }
 
 int PublishedSet::publish() {
@@ -222,10 +232,10 @@ int PublishedSet::publish() {
 
 void PublishedSet::rename_one_by_one(const std::vector<std::string>& files) {
     for (const std::string& file : members(folder_))
-        if (!std::binary_search(files.begin(), files.end(), file)) fs::remove_all(at(file));
+        if (!std::binary_search(files.begin(), files.end(), file)) remove_all(at(file));
     for (const std::string& file : files) put_in_place(new_dir() + "/" + file, at(file));
-    fs::remove_all(old_dir());
-    fs::remove_all(new_dir());
+    remove_all(old_dir());
+    remove_all(new_dir());
     sync_directory(folder_);
 }
 
@@ -242,7 +252,7 @@ void PublishedSet::tidy() {
     // The switch first: what it points to is only needed while a name is a link through it.
     for (const std::string& path :
          {switch_path(), at("." + name_ + ".set-link"), old_dir(), new_dir()})
-        fs::remove_all(path);
+        remove_all(path);
 }
 
 } // namespace lns

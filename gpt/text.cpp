@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "gpt/error.h"
+#include "gpt/files.h"
 
 namespace lns {
 namespace {
@@ -33,8 +34,7 @@ const char* wide_encoding(std::string_view text) {
 } // namespace
 
 bool is_lfs_pointer(std::string_view text) {
-    const std::string_view start = "version https://git-lfs";
-    return text.substr(0, start.size()) == start;
+    return text.starts_with(lfs_pointer);
 }
 
 std::string why_not_text(std::string_view text, const std::string& name,
