@@ -5,11 +5,14 @@
 // or on how a pipe delivers. Parts end where Tokenizer::safe_cut says that the encoding is that of
 // the whole text.
 //
-// Shards stand under temporary names until all are whole; then all are renamed. So an error, a full
-// disk or Ctrl-C leaves the shards of an earlier run as they were.
+// Shards are written into a hidden folder until all are whole; then they are published as a set
+// (gpt/publish.h). So an error, a full disk, Ctrl-C or a kill leaves the shards of an earlier run
+// as they were.
 #include "gpt/error.h"
 #include "gpt/paths.h"
+#include "gpt/publish.h"
 #include "gpt/terminal.h"
+#include "gpt/text.h"
 #include "gpt/threads.h"
 #include "gpt/tokenizer.h"
 
@@ -60,20 +63,18 @@ void stop_if_interrupted() {
 // The shards of one kind, train or val
 
 struct ShardSet {
-    std::string prefix; // with _train or _val
+    std::string kind; // train or val
+    const PublishedSet* files = nullptr;
     TokenizerId id;
     uint64_t shard_tokens = 0, tokens = 0;
     int window = 0;        // of padded documents, or 0
     std::vector<int> open; // the document that has not come to its end, as far as it is kept
     bool cut = false;      // whether it was longer
+    bool waits = false;    // one token, until it is known whether it is the last
+    int waiting = 0;
     uint64_t documents = 0, documents_cut = 0, padding = 0; // of padded documents
     std::vector<std::unique_ptr<ShardWriter>> shards;       // all but the last are finished
 
-    std::string path(size_t i) const {
-        char number[24];
-        std::snprintf(number, sizeof number, "_%06zu.bin", i);
-        return prefix + number;
-    }
     // Tokens of documents, each with its end-of-text behind it.
     void add(const std::vector<int>& from) {
         if (window == 0) return write(from.data(), from.size());
@@ -94,11 +95,21 @@ struct ShardSet {
         }
         open.clear(), cut = false;
     }
+    // A last token that would be alone in a shard, mostly end-of-text, stays with those before it:
+    // no sequence fits into a shard of one.
     void write(const int* from, size_t n) {
+        if (n == 0) return;
+        if (std::exchange(waits, false)) put(&waiting, 1); // it was not the last
+        waits = !window && tokens + n > shard_tokens && (tokens + n) % shard_tokens == 1;
+        if (waits) waiting = from[--n];
+        put(from, n);
+    }
+    void put(const int* from, size_t n) {
         while (n > 0) {
             if (shards.empty() || shards.back()->tokens == shard_tokens) {
-                if (!shards.empty()) shards.back()->finish();
-                shards.push_back(std::make_unique<ShardWriter>(path(shards.size()), id, window));
+                if (!shards.empty()) shards.back()->close();
+                shards.push_back(std::make_unique<ShardWriter>(files->new_path(kind, shards.size()),
+                                                               id, window));
             }
             size_t here = size_t(std::min<uint64_t>(n, shard_tokens - shards.back()->tokens));
             shards.back()->write(from, here);
@@ -107,26 +118,9 @@ struct ShardSet {
     }
     void finish() {
         if (window) end_document();
-        if (!shards.empty()) shards.back()->finish();
-    }
-    // Renames all into place and removes what an earlier run left beyond them, which a pattern
-    // would mix in. Returns how many it removed.
-    int publish() {
-        for (auto& shard : shards) shard->publish();
-        fs::path folder = fs::path(prefix).parent_path();
-        std::string name = fs::path(prefix).filename().string() + "_";
-        std::vector<fs::path> stale;
-        for (const auto& entry : fs::directory_iterator(folder.empty() ? "." : folder)) {
-            std::string file = entry.path().filename().string();
-            if (file.rfind(name, 0) != 0 || file.size() < name.size() + 10) continue;
-            std::string number = file.substr(name.size(), file.size() - name.size() - 4);
-            if (file.substr(file.size() - 4) != ".bin" || number.size() > 18 ||
-                number.find_first_not_of("0123456789") != std::string::npos)
-                continue;
-            if (std::stoull(number) >= shards.size()) stale.push_back(entry.path());
-        }
-        for (const fs::path& path : stale) fs::remove(path);
-        return int(stale.size());
+        if (waits && shard_tokens == max_shard_tokens) put(&waiting, 1);
+        if (waits && shard_tokens < max_shard_tokens) shards.back()->write(&waiting, 1), tokens++;
+        if (!shards.empty()) shards.back()->close();
     }
 };
 
@@ -311,22 +305,6 @@ struct File {
     }
 };
 
-// What is surely no text is an error that says how to make it one.
-void refuse_binary(std::string_view text, const std::string& name) {
-    auto starts = [&](std::string_view magic) { return text.substr(0, magic.size()) == magic; };
-    const char* tool = starts("\x1f\x8b")                             ? "gzip"
-                       : starts(std::string_view("\xfd\x37zXZ\0", 6)) ? "xz"
-                       : starts("\x28\xb5\x2f\xfd")                   ? "zstd"
-                                                                      : nullptr;
-    if (tool)
-        fail(name, " is compressed, expected text. Unpack it on the way: ", tool, " -dc ", name,
-             " | data/tokenize ...");
-    int32_t magic = 0;
-    if (text.size() >= 4) std::memcpy(&magic, text.data(), 4);
-    if (magic == 20240520 || magic == 20240801)
-        fail(name, " is a shard of tokens already, expected text");
-}
-
 // The text, cut into documents and parts, each with its destination
 
 struct Reader {
@@ -336,6 +314,7 @@ struct Reader {
     Progress& progress;
     Job job = {};
     uint64_t bytes = 0, documents = 0, forced_cuts = 0; // bytes: of documents, without separators
+    uint64_t zeros = 0, separators = 0;
 
     // Where validation text comes from:
     // - with separators, whole documents, wherever validation has less than its fraction;
@@ -357,6 +336,7 @@ struct Reader {
             {job.text.size(), job.text.size() + text.size(), !started, last, in_validation});
         job.text += text;
         bytes += text.size();
+        zeros += uint64_t(std::count(text.begin(), text.end(), '\0'));
         if (in_validation) val_bytes += text.size();
         started = !last;
         documents += last;
@@ -426,7 +406,10 @@ struct Reader {
         size_t want = part;
         while (true) {
             if (more && text.size() < want) more = file.fill(text, want - text.size());
-            if (!checked) refuse_binary(text, file.name);
+            if (!checked)
+                if (std::string reason = why_not_text(text, file.name, "data/tokenize");
+                    !reason.empty())
+                    fail(reason);
             checked = true;
 
             size_t used = 0, begin, end;
@@ -434,6 +417,7 @@ struct Reader {
                 while (find_separator(text, used, at_line_start, !more, begin, end)) {
                     end_document(std::string_view(text).substr(used, begin - used));
                     used = end;
+                    separators++;
                 }
             } else if (split == by_tail && !in_validation && bytes + text.size() > tail) {
                 used = tail > bytes ? cut_near(text, size_t(tail - bytes)) : 0;
@@ -497,28 +481,23 @@ struct Reader {
     }
 };
 
-// Only one process at a time may write under a prefix.
-struct Lock {
-    std::string path;
-    int file;
-    explicit Lock(const std::string& prefix) : path(prefix + ".lock") {
-        file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
-        if (file < 0)
-            fail("cannot write ", path, ": ", std::strerror(errno),
-                 ". Choose a place that can be written with --out");
-        if (flock(file, LOCK_EX | LOCK_NB) != 0) {
-            close(file);
-            fail("another tokenize is writing ", prefix,
-                 "_*. Wait for it, or choose another --out");
-        }
+// The tokens of a part, behind `out`, and how many of its bytes have none.
+void encode_part(const Tokenizer& tokenizer, const Part& part, std::string_view text,
+                 std::vector<int>& out, std::atomic<uint64_t>& without_token) {
+    const int eot = tokenizer.eot(), bos = tokenizer.bos;
+    // Where one token both begins and ends texts, the end of the last begins the next.
+    if (part.first && bos >= 0 && bos != eot) out.push_back(bos);
+    if (!text.empty()) {
+        auto tokens = part.first ? tokenizer.encode(text) : tokenizer.encode_rest(text);
+        out.insert(out.end(), tokens.begin(), tokens.end());
+        without_token += tokenizer.without_token(text);
     }
-    Lock(const Lock&) = delete;
-    Lock& operator=(const Lock&) = delete;
-    ~Lock() {
-        unlink(path.c_str());
-        close(file);
-    }
-};
+    if (part.last && eot >= 0) out.push_back(eot);
+}
+
+void note(const std::string& text) {
+    std::fprintf(stderr, "tokenize: %s\n", printable(text).c_str());
+}
 
 void run(const Options& options) {
     if (options.separator.find('\n') != std::string::npos)
@@ -532,7 +511,7 @@ void run(const Options& options) {
     if (options.out.empty() || options.out.back() == '/')
         fail("--out '", options.out, "' names no file, expected a prefix such as data/mytext");
 
-    Lock lock(options.out);
+    PublishedSet files(options.out);
     TokenizerId id = tokenizer->id();
     const int window = options.pad_documents;
     uint64_t shard_tokens = options.shard_tokens;
@@ -550,10 +529,11 @@ void run(const Options& options) {
     }
     ShardSet sets[2];
     for (int k = 0; k < 2; k++) {
-        sets[k].prefix = options.out + (k == 0 ? "_train" : "_val");
+        sets[k].kind = k == 0 ? "train" : "val", sets[k].files = &files;
         sets[k].id = id, sets[k].shard_tokens = shard_tokens, sets[k].window = window;
     }
-    uint64_t bytes, documents, forced_cuts;
+    uint64_t bytes, documents, forced_cuts, zeros, separators;
+    std::atomic<uint64_t> without_token = 0;
     double seconds;
     {
         Progress progress;
@@ -562,13 +542,7 @@ void run(const Options& options) {
             for (const Part& part : job.parts) {
                 std::string_view text(job.text);
                 text = text.substr(part.begin, part.end - part.begin);
-                std::vector<int>& out = job.tokens[part.validation];
-                if (!text.empty()) {
-                    auto tokens =
-                        part.first ? tokenizer->encode(text) : tokenizer->encode_rest(text);
-                    out.insert(out.end(), tokens.begin(), tokens.end());
-                }
-                if (part.last && id.eot >= 0) out.push_back(id.eot);
+                encode_part(*tokenizer, part, text, job.tokens[part.validation], without_token);
             }
         };
         auto write = [&](Job& job) {
@@ -579,6 +553,7 @@ void run(const Options& options) {
         reader.read_all();
         pipeline.close();
         bytes = reader.bytes, documents = reader.documents, forced_cuts = reader.forced_cuts;
+        zeros = reader.zeros, separators = reader.separators;
         if (bytes == 0) fail("there is no text in the input, so no shard was written");
         for (ShardSet& set : sets) set.finish();
         if (sets[0].tokens == 0)
@@ -586,26 +561,27 @@ void run(const Options& options) {
         seconds = progress.seconds();
     }
     stop_if_interrupted();
-    tokenizer->save(options.out + "_tokenizer");
-    int removed = 0;
-    for (ShardSet& set : sets) removed += set.publish();
+    tokenizer->save(files.new_tokenizer());
+    const int removed = files.publish();
 
     uint64_t tokens = sets[0].tokens + sets[1].tokens;
     if (removed)
-        std::fprintf(stderr, "tokenize: removed %d shards that an earlier run left under %s\n",
-                     removed, options.out.c_str());
+        note(cat("removed ", removed, " shards that an earlier run left under ", options.out));
     if (forced_cuts)
-        std::fprintf(
-            stderr,
-            "tokenize: %llu stretches of 1 MiB had no place to cut, and were cut anyway: a "
-            "word or line there may be two\n",
-            static_cast<unsigned long long>(forced_cuts));
+        note(cat(forced_cuts,
+                 " stretches of 1 MiB had no place to cut, and were cut anyway: a word "
+                 "or line there may be two"));
+    if (zeros) note(cat(zeros, " bytes of the input are 0, which text has none of: is it text?"));
+    if (without_token)
+        note(cat(without_token, " bytes have no token in this vocabulary: they became its unknown "
+                                "token, or are left out where it has none"));
     if (options.val_fraction > 0 && sets[1].tokens == 0)
-        std::fprintf(stderr, "tokenize: %s\n",
-                     !options.separator.empty() && documents == 1
-                         ? "the text is one document, with no line of --doc-separator in it, so "
-                           "there are no validation tokens"
-                         : "the text is too short for validation tokens");
+        note(options.separator.empty() || documents > 1
+                 ? "the text is too short for validation tokens"
+             : separators ? "the text is one document, and validation takes whole documents but "
+                            "the first, so there are no validation tokens"
+                          : "the text is one document, with no line of --doc-separator in it, so "
+                            "there are no validation tokens");
     if (options.quiet) return;
     std::ostringstream out;
     out << std::fixed << std::setprecision(2);
@@ -624,7 +600,7 @@ void run(const Options& options) {
     }
     for (const ShardSet& set : sets)
         if (!set.shards.empty())
-            out << "  " << set.path(0) << (set.shards.size() > 1 ? " ..." : "") << ": "
+            out << "  " << files.path(set.kind, 0) << (set.shards.size() > 1 ? " ..." : "") << ": "
                 << set.tokens << " tokens in " << set.shards.size()
                 << (set.shards.size() == 1 ? " shard\n" : " shards\n");
     out << "  " << options.out << "_tokenizer/\n";
@@ -650,7 +626,8 @@ int main(int argc, char** argv) {
     app.add_option(
            "--tokenizer", options.tokenizer,
            "bytes; gpt2:DIR, with encoder.json and vocab.bpe or vocab.json and merges.txt; a "
-           "SentencePiece FILE.model; or a directory with a saved tokenizer")
+           "SentencePiece FILE.model; a tokenizer.json of GPT-2's kind; or a directory with one, "
+           "whose tokenizer_config.json is followed")
         ->type_name("SPEC");
     app.add_option("--doc-separator", options.separator,
                    "The line that ends a document (as <|endoftext|>); it is no part of the text. "

@@ -3,16 +3,23 @@
 // The model is of LLaMA's kind: byte-pair encoding that folds nothing, with a piece for every byte,
 // so that it gives back every text; digits one by one. Lines are its sentences, so that no piece
 // reaches across a newline. The same text gives the same model.
+//
+// The trainer aborts at words of 65,536 characters and skips lines that are long or have one of its
+// own characters, so it gets long words and lines in parts, and a space in place of what it cannot
+// take. The program says how many.
 #include "gpt/error.h"
+#include "gpt/files.h"
 #include "gpt/paths.h"
 #include "gpt/terminal.h"
+#include "gpt/text.h"
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <iostream>
+#include <fcntl.h>
+#include <unistd.h>
 #ifdef LNS_SENTENCEPIECE
 #include <sentencepiece_trainer.h>
 #endif
@@ -27,48 +34,140 @@ struct Options {
 };
 
 #ifdef LNS_SENTENCEPIECE
-// The lines of all files but for those that only separate documents, as the trainer asks for them.
+constexpr size_t longest_line = 16 << 10; // bytes; longer ones are cut at the next space
+constexpr size_t longest_word = 1000;     // characters; a piece has 16 at most
+
+// A file, or stdin for "-", byte by byte.
+struct Input {
+    std::string name;
+    Fd file;
+    std::string block;
+    size_t at = 0;
+
+    explicit Input(const std::string& path) : name(path == "-" ? "stdin" : path) {
+        file = Fd(path == "-" ? dup(STDIN_FILENO) : open(path.c_str(), O_RDONLY | O_CLOEXEC));
+        if (!file) fail("cannot open ", name, ": ", std::strerror(errno));
+        fill();
+        if (std::string reason = why_not_text(block, name, "data/vocabulary"); !reason.empty())
+            fail(reason);
+    }
+    void fill() {
+        block.resize(1 << 16);
+        size_t used = 0;
+        while (used < block.size()) {
+            const ssize_t n = read(file.fd, block.data() + used, block.size() - used);
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0) fail("cannot read ", name, ": ", std::strerror(errno));
+            if (n == 0) break;
+            used += size_t(n);
+        }
+        block.resize(used);
+        at = 0;
+    }
+    // -1: the end
+    int peek() {
+        if (at == block.size()) fill();
+        return block.empty() ? -1 : static_cast<unsigned char>(block[at]);
+    }
+    int get() {
+        const int byte = peek();
+        if (byte >= 0) at++;
+        return byte;
+    }
+};
+
+// What the trainer learns from, as it asks for it: the lines of all files but for those that only
+// separate documents, in parts where they are long.
 struct Lines : sentencepiece::SentenceIterator {
     const Options& options;
     size_t next = 0; // file
-    std::ifstream file;
-    std::istream* in = nullptr;
-    std::string line;
-    uint64_t bytes = 0;
+    std::unique_ptr<Input> in;
+    std::string chunk;   // of a line
+    size_t at = 0;       // in it
+    bool inside = false; // more of its line follows
+    size_t word = 0;     // characters since the last space or cut
+    bool word_cut = false;
+    std::string sentence;
+    uint64_t bytes = 0, lines = 0, long_lines = 0, long_words = 0, replaced = 0;
     bool ended = false;
 
     explicit Lines(const Options& options) : options(options) { Next(); }
     bool done() const override { return ended; }
-    const std::string& value() const override { return line; }
+    const std::string& value() const override { return sentence; }
     sentencepiece::util::Status status() const override { return {}; }
     void Next() override {
-        while (true) {
-            if (!in && next == options.files.size()) {
+        sentence.clear();
+        while (sentence.empty()) {
+            if (at == chunk.size() && !read_chunk()) {
                 ended = true;
                 return;
             }
-            if (!in) open();
-            if (!std::getline(*in, line)) {
-                in = nullptr;
-                continue;
-            }
-            if (!line.empty() && line.back() == '\r') line.pop_back();
-            if (line.empty() || line == options.separator) continue;
-            bytes += line.size();
-            return;
+            take_sentence();
         }
     }
 
   private:
-    void open() {
-        const std::string& path = options.files[next++];
-        in = &std::cin;
-        if (path == "-") return;
-        file = std::ifstream(path, std::ios::binary);
-        if (!file) fail("cannot open ", path, ": ", std::strerror(errno));
-        in = &file;
+    // Of the current line, or of the next one that is to be learned; false: there is none.
+    bool read_chunk() {
+        while (true) {
+            if (!in && next == options.files.size()) return false;
+            if (!in) in = std::make_unique<Input>(options.files[next++]);
+            const bool begins = !inside;
+            chunk.clear(), at = 0, inside = false;
+            int byte;
+            while ((byte = in->get()) >= 0 && byte != '\n') {
+                if (byte == ' ' && chunk.size() >= longest_line) {
+                    inside = true; // the trainer puts a space before the next part
+                    break;
+                }
+                chunk += char(byte);
+                if (chunk.size() < 2 * longest_line) continue;
+                inside = (in->peek() & 0xC0) != 0x80 || chunk.size() > 2 * longest_line + 4;
+                if (inside) break;
+            }
+            if (byte < 0) in = nullptr;
+            if (!inside && !chunk.empty() && chunk.back() == '\r') chunk.pop_back();
+            if (begins && !inside && (chunk.empty() || chunk == options.separator)) continue;
+            if (begins || byte == ' ') word = 0, word_cut = false;
+            lines += begins, long_lines += begins && inside;
+            bytes += chunk.size();
+            if (!chunk.empty()) return true;
+        }
+    }
+
+    // A character's bytes at chunk[i]; 0: none that the trainer takes.
+    size_t character(size_t i) const {
+        const unsigned char lead = static_cast<unsigned char>(chunk[i]);
+        if (lead < 0x80) return lead != 0;
+        const size_t length = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : 2;
+        const std::string_view c = std::string_view(chunk).substr(i, length);
+        return c.size() == length && is_utf8(c) && c != "\u2585" ? length : 0;
+    }
+
+    // The chunk, or as much of it as comes before a word is too long.
+    void take_sentence() {
+        while (at < chunk.size()) {
+            const size_t length = character(at);
+            if (length == 0 || chunk[at] == ' ') {
+                replaced += length == 0;
+                sentence += ' ';
+                word = 0, word_cut = false;
+                at++;
+                continue;
+            }
+            if (word == longest_word) {
+                long_words += !std::exchange(word_cut, true);
+                word = 0;
+                return;
+            }
+            sentence.append(chunk, at, length);
+            word++;
+            at += length;
+        }
     }
 };
+
+std::string count(uint64_t n, const char* what) { return cat(n, " ", what, n == 1 ? "" : "s"); }
 
 void run(const Options& options) {
     const std::string suffix = ".model";
@@ -96,14 +195,19 @@ void run(const Options& options) {
         fail("SentencePiece learns no vocabulary of ", options.size, " from these ", lines.bytes,
              " bytes: ", status.ToString(),
              ". Where it finds the text too short for so many pieces, ask for a smaller --size");
-    const std::string temporary = options.out + ".tmp";
-    std::ofstream file(temporary, std::ios::binary);
-    file << model;
-    file.close();
-    if (!file || std::rename(temporary.c_str(), options.out.c_str()) != 0)
-        fail("cannot write ", options.out, ": ", std::strerror(errno));
-    std::printf("%s: %d pieces, learned from %.1f MB\n", printable(options.out).c_str(),
-                options.size, double(lines.bytes) / 1e6);
+    write_file_atomic(options.out, model);
+    std::printf("%s: %d pieces, learned from %.1f MB in %s\n", printable(options.out).c_str(),
+                options.size, double(lines.bytes) / 1e6, count(lines.lines, "line").c_str());
+    if (lines.long_lines)
+        std::printf("  %s of more than %zu bytes learned in parts\n",
+                    count(lines.long_lines, "line").c_str(), longest_line);
+    if (lines.long_words)
+        std::printf("  %s of more than %zu characters learned in parts\n",
+                    count(lines.long_words, "word").c_str(), longest_word);
+    if (lines.replaced)
+        std::printf("  %s taken for spaces: zero, not UTF-8, or U+2585, which SentencePiece keeps "
+                    "for itself\n",
+                    count(lines.replaced, "byte").c_str());
 }
 #else
 void run(const Options&) {

@@ -10,6 +10,7 @@
 #include "gpt/error.h"
 #include "gpt/files.h"
 #include "gpt/json.h"
+#include "gpt/setup.h"
 #include "gpt/terminal.h"
 
 namespace lns {
@@ -253,6 +254,9 @@ int export_model(const Options& o) {
     std::error_code error;
     fs::create_directories(parent, error);
     if (error) fail("cannot make the directory ", parent.string(), ": ", error.message());
+
+    if (fs::exists(from + "/trainer_state.json") && has_tokenizer(from))
+        expect_tokenizer(*load_tokenizer(from), from, read_trainer_state(from).tokenizer);
 
     std::vector<TensorOut> tensors;
     for (const Param& p : written.params) {

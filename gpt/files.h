@@ -48,7 +48,7 @@ class AtomicFile {
     // Writes over what was written before, at an offset from the beginning.
     bool can_overwrite() const; // false of a pipe
     void overwrite(uint64_t at, const void* data, size_t size);
-    void commit();                             // syncs, renames, syncs the directory
+    void commit(); // syncs, renames, syncs the directory
 
   private:
     std::string path_, temporary_, buffer_;

@@ -5,6 +5,7 @@
 #include "gpt/random.h"
 
 #include <algorithm>
+#include <sys/stat.h>
 
 namespace lns {
 
@@ -14,12 +15,45 @@ std::string windows_of(int length) {
     return length ? cat("documents padded to ", length, " tokens") : "one stream of tokens";
 }
 
+// Which files stand under these names now.
+std::vector<std::pair<dev_t, ino_t>> identities(const std::vector<std::string>& paths) {
+    std::vector<std::pair<dev_t, ino_t>> found;
+    for (const std::string& path : paths) {
+        struct stat info = {};
+        if (stat(path.c_str(), &info) != 0) info = {};
+        found.push_back({info.st_dev, info.st_ino});
+    }
+    return found;
+}
+
 } // namespace
 
 ShardSource::ShardSource(const std::string& pattern) : pattern(pattern) {
+    for (int tries_left = 9;; tries_left--) {
+        const std::vector<std::string> paths = glob_paths(pattern);
+        const auto before = identities(paths);
+        auto unchanged = [&] {
+            return glob_paths(pattern) == paths && identities(paths) == before;
+        };
+        try {
+            open(paths);
+        } catch (const Error&) {
+            if (tries_left == 0 || unchanged()) throw;
+            continue;
+        }
+        if (unchanged()) return;
+        if (tries_left == 0)
+            fail("the shards of '", pattern,
+                 "' are replaced again and again: start when data/tokenize has ended");
+    }
+}
+
+void ShardSource::open(const std::vector<std::string>& paths) {
+    shards.clear(), ends.clear();
+    tokenizer = {};
     uint64_t end = 0;
     std::string named; // the first that names its tokenizer
-    for (const std::string& path : glob_paths(pattern)) {
+    for (const std::string& path : paths) {
         const Shard& shard = shards.emplace_back(path);
         ends.push_back(end += shard.tokens);
         if (shard.window != shards[0].window)

@@ -36,7 +36,8 @@ struct TokenSource {
 };
 
 // All shards that match a pattern, one after the other. Shards that name different tokenizers are
-// an error, as are some with padded documents among others.
+// an error, as are some with padded documents among others. A set that is replaced while it is
+// opened is opened again, so that it never holds some of the old one.
 struct ShardSource : TokenSource {
     explicit ShardSource(const std::string& pattern);
     uint64_t size() const override { return ends.back(); }
@@ -65,6 +66,7 @@ struct ShardSource : TokenSource {
         ~Checker();
     };
     std::unique_ptr<Checker> checker; // null: no shard awaits its check
+    void open(const std::vector<std::string>& paths);
 };
 
 // Tokens in memory, for tests and for overfitting a batch.

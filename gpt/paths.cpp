@@ -1,6 +1,7 @@
 #include "gpt/paths.h"
 
 #include "gpt/error.h"
+#include "gpt/publish.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -68,6 +69,7 @@ std::vector<std::string> find_paths(const std::string& pattern) {
     std::vector<std::string> paths = matches(with_literal_folders(path));
     // Names with brackets that only * and ? tell apart: "a[1]_train_*.bin".
     if (paths.empty()) paths = matches(escaped(path, "[]{}"));
+    paths.erase(std::remove_if(paths.begin(), paths.end(), is_link_to_nothing), paths.end());
     std::sort(paths.begin(), paths.end());
     return paths;
 }

@@ -74,17 +74,12 @@ struct Trained {
     }
 };
 
-// Writes text as it grows, but never a part of a character.
+// Writes text as it grows.
 struct Stream {
     size_t written = 0;
     bool terminal = isatty(STDOUT_FILENO);
 
-    void show(const std::string& text, bool all) {
-        size_t end = text.size();
-        if (!all) { // a character's first byte has the top bits 11, the others 10
-            while (end > written && (text[end - 1] & 0xC0) == 0x80) end--;
-            if (end > written && (text[end - 1] & 0xC0) == 0xC0) end--;
-        }
+    void show(const std::string& text, size_t end) {
         if (end <= written) return;
         std::string part = text.substr(written, end - written);
         std::cout << (terminal ? printable(part) : part) << std::flush;
@@ -105,8 +100,9 @@ int sample(const Options& o, const Ranks& ranks) {
             fail("no tokenizer lies with the weights (", error.what(),
                  "): name one with --tokenizer");
         }
+        expect_tokenizer(*tokenizer, trained.path, trained.state.tokenizer);
     }
-    std::vector<int> tokens = tokenizer->encode(o.prompt);
+    std::vector<int> tokens = tokenizer->encode_prompt(o.prompt);
     if (tokens.empty()) {
         if (tokenizer->eot() < 0)
             fail("this tokenizer has no end of text to start behind: give a --prompt");
@@ -123,17 +119,17 @@ int sample(const Options& o, const Ranks& ranks) {
     load_weights(*model, trained.path);
     Stream stream;
     std::string text = o.prompt;
-    stream.show(text, true);
+    stream.show(text, text.size());
     std::vector<int> made;
     generate(*model, tokens, int(o.sample_tokens), context,
              {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed), tokenizer->vocab_size()},
              [&](int token) {
                  if (token == tokenizer->eot() && !o.ignore_eot) return false;
                  made.push_back(token);
-                 stream.show(text = o.prompt + tokenizer->decode(made), false);
+                 text = o.prompt + continuation(*tokenizer, tokens, made);
+                 stream.show(text, whole_characters(text));
                  return true;
              });
-    stream.show(text, true);
     std::cout << std::endl;
     return 0;
 }
@@ -145,11 +141,7 @@ std::shared_ptr<TokenSource> validation_tokens(const Options& o, const Trained& 
         fail(trained.path, " does not say what it was validated on: name token shards with -j");
     const std::string pattern = !o.val.empty() || run_on_stories ? o.val : trained.validation();
     auto source = open_validation(pattern, trained.count("--seed", 0));
-    if (TokenizerId made = source->id(), known = trained.state.tokenizer;
-        made.vocab_size && known.vocab_size && made != known)
-        fail("the model was trained on tokens of another tokenizer (", known.kind, " of ",
-             known.vocab_size, ") than these (", made.kind, " of ", made.vocab_size,
-             "): tokenize them with the model's");
+    expect_tokenizer_of_weights(trained.path, source->id());
     source->check_tokens(trained.config.vocab_size);
     return source;
 }

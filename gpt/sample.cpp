@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "gpt/error.h"
 #include "gpt/random.h"
@@ -59,6 +60,43 @@ std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int cont
     }
     tokens.erase(tokens.begin(), tokens.begin() + prompt);
     return tokens;
+}
+
+std::string continuation(const Tokenizer& tokenizer, const std::vector<int>& prompt,
+                         const std::vector<int>& made) {
+    std::vector<int> tokens;
+    auto add = [&](const std::vector<int>& more) {
+        std::copy_if(more.begin(), more.end(), std::back_inserter(tokens),
+                     [&](int token) { return tokenizer.has(token); });
+    };
+    add(prompt);
+    const std::string before = tokenizer.decode(tokens);
+    add(made);
+    const std::string whole = tokenizer.decode(tokens);
+    // A prompt that ends within a character decodes to another end once that is complete.
+    size_t same =
+        size_t(std::mismatch(before.begin(), before.end(), whole.begin(), whole.end()).first -
+               before.begin());
+    while (same < before.size() && same > 0 && (whole[same] & 0xC0) == 0x80) same--;
+    return whole.substr(same);
+}
+
+size_t whole_characters(std::string_view text) {
+    const std::string_view replaced = "\uFFFD";
+    size_t end = text.size();
+    for (int i = 0; i < 3 && end >= replaced.size(); i++) {
+        if (text.substr(end - replaced.size(), replaced.size()) != replaced) break;
+        end -= replaced.size();
+    }
+    if (end < text.size()) return end;
+    for (size_t back = 1; back <= 3 && back <= end; back++) {
+        const unsigned char byte = static_cast<unsigned char>(text[end - back]);
+        if (byte < 0x80) break;
+        const size_t length = byte >= 0xF0 ? 4 : byte >= 0xE0 ? 3 : byte >= 0xC0 ? 2 : 0;
+        if (length > back) return end - back;
+        if (length) break;
+    }
+    return end;
 }
 
 } // namespace lns

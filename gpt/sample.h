@@ -2,9 +2,12 @@
 #pragma once
 
 #include <functional>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "gpt/model.h"
+#include "gpt/tokenizer.h"
 
 namespace lns {
 
@@ -32,5 +35,15 @@ int sample_token(const float* logits, int V, const Sampling& sampling, uint64_t 
 // given the last `context` tokens. on_token sees each as it comes; false ends it there.
 std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int context,
                           const Sampling& sampling, const std::function<bool(int)>& on_token = {});
+
+// The text that the tokens `made` add to a prompt: the difference between decodings of the whole,
+// since a token's text may depend on those before it (SentencePiece drops the space of a first
+// word). Tokens that the tokenizer does not have add nothing.
+std::string continuation(const Tokenizer& tokenizer, const std::vector<int>& prompt,
+                         const std::vector<int>& made);
+
+// The length of the text without a last character that more tokens may still complete: an
+// unfinished one of UTF-8, or the U+FFFD that SentencePiece decodes its bytes to.
+size_t whole_characters(std::string_view text);
 
 } // namespace lns

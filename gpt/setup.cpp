@@ -178,6 +178,38 @@ std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::st
     return tokenizer;
 }
 
+void expect_tokenizer(const Tokenizer& tokenizer, const std::string& dir, const TokenizerId& id) {
+    const TokenizerId found = tokenizer.id();
+    if (id.vocab_size && found != id)
+        fail("the tokenizer in ", dir, " (", found.kind, ", ", found.vocab_size,
+             " tokens) is not the model's (", id.kind, ", ", id.vocab_size, " tokens",
+             found.kind == id.kind && found.vocab_size == id.vocab_size ? ", of other contents"
+                                                                        : "",
+             "): put the model's own files back");
+}
+
+void expect_tokenizer_of_weights(const std::string& path, const TokenizerId& id) {
+    const std::string at = find_checkpoint(path);
+    if (!id.vocab_size || !fs::is_directory(at)) return;
+    TokenizerId known;
+    if (fs::exists(at + "/trainer_state.json")) known = read_trainer_state(at).tokenizer;
+    if (!known.vocab_size && has_tokenizer(at)) {
+        try {
+            known = load_tokenizer(at)->id();
+        } catch (const Error& error) {
+            fail("the tokenizer beside the weights cannot be compared with that of the tokens (",
+                 id.kind, ", ", id.vocab_size, " tokens): ", error.what(),
+                 ". If you know that they are the same, move its files out of ", at);
+        }
+    }
+    if (known.vocab_size && known != id)
+        fail("the weights of ", at, " belong to another tokenizer (", known.kind, " of ",
+             known.vocab_size, ") than the tokens (", id.kind, " of ", id.vocab_size,
+             known.kind == id.kind && known.vocab_size == id.vocab_size ? ", of other contents"
+                                                                        : "",
+             "): tokenize the text with that of the weights");
+}
+
 Data open_data(const Options& o) {
     Data data;
     if (o.train.empty() && !o.val.empty())
@@ -198,6 +230,7 @@ Data open_data(const Options& o) {
 }
 
 void fit_vocabulary(const Options& o, Data& data, Config& config) {
+    if (!o.init_from.empty() && !o.resume) expect_tokenizer_of_weights(o.init_from, data.id);
     const bool free = o.vocab == 0 && o.init_from.empty() && data.id.vocab_size > 0 &&
                       (config.preset == "tiny" || o.model == "tiny");
     if (free) config.vocab_size = data.id.vocab_size;

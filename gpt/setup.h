@@ -44,6 +44,13 @@ std::shared_ptr<TokenSource> open_validation(const std::string& pattern, int64_t
 std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::string& pattern,
                                           const TokenizerId& id, std::string* why_none = nullptr);
 
+// Throws unless the tokenizer, which lies in dir, is the one of `id` (vocab_size 0: any).
+void expect_tokenizer(const Tokenizer& tokenizer, const std::string& dir, const TokenizerId& id);
+
+// Throws if the weights at `path` are of another tokenizer than tokens of `id`: of what their run
+// recorded, else of the tokenizer's files beside them. Where neither says, any will do.
+void expect_tokenizer_of_weights(const std::string& path, const TokenizerId& id);
+
 // Takes the data's vocabulary where neither a preset nor --vocab says one, and throws if the
 // data's tokens do not fit the model's.
 void fit_vocabulary(const Options& options, Data& data, Config& config);

@@ -2,15 +2,16 @@
 
 #include "gpt/charsmap.h"
 #include "gpt/error.h"
+#include "gpt/files.h"
+#include "gpt/json.h"
 #include "gpt/random.h"
+#include "gpt/tokenizer_files.h"
 
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cerrno>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <queue>
 #include <sstream>
@@ -31,39 +32,18 @@ namespace {
 namespace fs = std::filesystem;
 using json = nlohmann::json;
 
-std::string read_file(const std::string& path) {
-    std::ifstream in(path, std::ios::binary);
-    std::ostringstream out;
-    if (in) out << in.rdbuf();
-    if (!in || in.bad() || fs::is_directory(path))
-        fail("cannot read the tokenizer file ", path, ": ",
-             fs::is_directory(path) ? "it is a directory" : std::strerror(errno));
-    return out.str();
-}
-
 // Puts a tokenizer's files into dir and takes away those of another kind, so that dir is one
 // tokenizer.
 void save_files(const std::string& dir, const std::vector<std::array<std::string, 2>>& files) {
     std::error_code error;
     fs::create_directories(dir, error);
     if (error) fail("cannot make the directory ", dir, ": ", error.message());
-    for (const char* name : {"tokenizer.model", "vocab.json", "merges.txt", "encoder.json",
-                             "vocab.bpe", "tokenizer.json", "tokenizer_config.json"})
+    for (const char* name :
+         {"tokenizer.model", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe",
+          "tokenizer.json", "tokenizer_config.json", "added_tokens.json"})
         if (std::none_of(files.begin(), files.end(), [&](auto& file) { return file[0] == name; }))
             fs::remove(fs::path(dir) / name, error);
-    for (const auto& [name, bytes] : files) {
-        std::string path = dir + "/" + name, temporary = path + ".tmp";
-        std::ofstream out(temporary, std::ios::binary);
-        out << bytes;
-        out.close();
-        if (!out) {
-            int reason = errno;
-            fs::remove(temporary, error);
-            fail("cannot write ", path, ": ", std::strerror(reason));
-        }
-        fs::rename(temporary, path, error);
-        if (error) fail("cannot rename ", temporary, " to ", path, ": ", error.message());
-    }
+    for (const auto& [name, bytes] : files) write_file_atomic(dir + "/" + name, bytes);
 }
 
 [[noreturn]] void bad_token(int token, const TokenizerId& id) {
@@ -141,6 +121,7 @@ struct Bytes : Tokenizer {
         }
         return text;
     }
+    bool has(int token) const override { return token >= 0 && token <= 256; }
     TokenizerId id() const override {
         return {"bytes", 257, 256, fnv1a("bytes, then end-of-text")};
     }
@@ -258,6 +239,7 @@ const std::vector<Class>& unicode_classes() {
 
 struct Splitter {
     const Class* table = unicode_classes().data();
+    Digits digits = Digits::in_runs_with_spaces;
 
     Class at(std::string_view text, size_t i, size_t& length) const {
         unsigned char byte = static_cast<unsigned char>(text[i]);
@@ -268,6 +250,18 @@ struct Splitter {
         Character c = character_at(text, i);
         length = c.length;
         return c.code == Character::invalid ? other : table[c.code];
+    }
+
+    // The end of the segment that starts at i < text.size(). Digits cuts a text into segments first
+    // (numbers, one by one or in runs, and what is between them), each split on its own.
+    size_t segment_end(std::string_view text, size_t i) const {
+        if (digits == Digits::in_runs_with_spaces) return text.size();
+        size_t length;
+        const bool first = at(text, i, length) == number;
+        for (i += length; i < text.size(); i += length)
+            if ((at(text, i, length) == number) != first || (first && digits == Digits::each))
+                break;
+        return i;
     }
 
     // The end of the piece that starts at i < text.size().
@@ -298,7 +292,7 @@ struct Splitter {
 
     // See Tokenizer::safe_cut. No piece has two classes but a first space and a contraction. So
     // between two characters of different classes a piece always ends, unless the first is a space
-    // (which may begin the next piece) or the two may be a contraction.
+    // (which may begin the next piece) or the two may be a contraction. Digits only adds ends.
     size_t safe_cut(std::string_view text) const {
         for (size_t p = text.size(); p-- > 1;) {
             unsigned char byte = static_cast<unsigned char>(text[p]);
@@ -369,120 +363,223 @@ struct Merges {
     }
 };
 
+// The pair of files that GPT-2 came in.
+BytePairs read_vocab_and_merges(const std::string& dir,
+                                std::vector<std::array<std::string, 2>>& files) {
+    const bool original = fs::exists(dir + "/encoder.json");
+    BytePairs pairs;
+    pairs.path = dir + (original ? "/encoder.json" : "/vocab.json");
+    const std::string path = dir + (original ? "/vocab.bpe" : "/merges.txt");
+    for (const std::string& needed : {pairs.path, path})
+        if (!fs::exists(needed))
+            fail(needed, " is missing. GPT-2's tokenizer is encoder.json and vocab.bpe, or "
+                         "vocab.json and merges.txt");
+    files = {{"vocab.json", read_tokenizer_file(pairs.path)},
+             {"merges.txt", read_tokenizer_file(path)}};
+    pairs.vocab = parse_json(files[0][1], pairs.path);
+    std::istringstream in(files[1][1]);
+    std::string line;
+    for (int number = 1; std::getline(in, line); number++) {
+        if (!line.empty() && line.back() == '\r') line.pop_back();
+        if (line.empty() || (number == 1 && line.rfind("#version", 0) == 0)) continue;
+        size_t gap = line.find(' ');
+        if (gap == std::string::npos || gap == 0 || gap + 1 == line.size() ||
+            line.find(' ', gap + 1) != std::string::npos)
+            fail("line ", number, " of ", path, " is ", quoted(line),
+                 ", expected two tokens and a space between them. Fetch the file again");
+        pairs.merges.emplace_back(line.substr(0, gap), line.substr(gap + 1));
+    }
+    if (pairs.merges.empty()) fail(path, " has no merges, expected about 50,000. Fetch it again");
+    return pairs;
+}
+
 struct Gpt2 : Tokenizer {
-    std::string vocab_file, merges_file; // as read, for save
-    std::vector<std::string> bytes_of;   // by id; end-of-text and gaps are empty
+    std::vector<std::array<std::string, 2>> files; // names and bytes as read, for save
+    std::vector<std::string> bytes_of;             // by id; special tokens and gaps are empty
     std::vector<bool> known;
-    std::array<int, 256> byte_ids;
+    std::array<int, 256> byte_ids; // -1: no token
+    int unknown = -1;              // the token of bytes that have none; -1: they are left out
+    bool fuse_unknown = false;     // neighbouring ones become one
+    bool add_prefix_space = false; // before a text that begins with none
     Merges merges;
     TokenizerId identity;
     Splitter splitter;
     uint64_t serial; // tells this tokenizer's cache entries from those of one that is gone
 
-    explicit Gpt2(const std::string& dir) {
+    // Of a directory, or of a tokenizer.json alone. Where there is one, it decides.
+    explicit Gpt2(const std::string& path) {
         static std::atomic<uint64_t> count{0};
         serial = ++count;
-        auto in_dir = [&](const char* name) { return dir + "/" + name; };
-        if (!fs::is_directory(dir))
-            fail("there is no directory ", dir,
+        const bool is_dir = fs::is_directory(path);
+        if (!is_dir && !fs::exists(path))
+            fail("there is no directory ", path,
                  ", expected one with encoder.json and vocab.bpe, or "
                  "vocab.json and merges.txt (of GPT-2)");
-        bool original = fs::exists(in_dir("encoder.json"));
-        std::string vocab_path = in_dir(original ? "encoder.json" : "vocab.json");
-        std::string merges_path = in_dir(original ? "vocab.bpe" : "merges.txt");
-        for (const std::string& path : {vocab_path, merges_path})
-            if (!fs::exists(path))
-                fail(path, " is missing. GPT-2's tokenizer is encoder.json and vocab.bpe, or "
-                           "vocab.json and merges.txt");
-        // Others keep their tokenizer in the same two files with another splitting rule.
-        if (fs::exists(in_dir("tokenizer_config.json"))) {
-            json config = json::parse(read_file(in_dir("tokenizer_config.json")), nullptr, false);
-            if (!config.is_object())
-                fail(in_dir("tokenizer_config.json"), " is not JSON. Fetch it again");
-            json name = config.value("tokenizer_class", json("GPT2Tokenizer"));
-            if (name != "GPT2Tokenizer" && name != "GPT2TokenizerFast")
-                fail(dir, " has a tokenizer of class ", name.dump(),
-                     ", expected GPT2Tokenizer: the splitting rule of others is not implemented");
+        const std::string dir = is_dir ? path : fs::path(path).parent_path().string();
+        const bool has_config = is_dir || fs::path(path).filename() == "tokenizer.json";
+        TokenizerConfig config;
+        if (has_config) config = TokenizerConfig(dir.empty() ? "." : dir);
+        const std::string tokenizer_json = is_dir ? path + "/tokenizer.json" : path;
+        BytePairs pairs;
+        if (fs::exists(tokenizer_json)) {
+            config.expect_class({"GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast",
+                                 "TokenizersBackend"});
+            files = {{"tokenizer.json", read_tokenizer_file(tokenizer_json)}};
+            pairs = read_tokenizer_json(files[0][1], tokenizer_json);
+        } else {
+            // Others keep their tokenizer in the same two files with another splitting rule.
+            config.expect_class({"GPT2Tokenizer", "GPT2TokenizerFast"});
+            pairs = read_vocab_and_merges(dir, files);
         }
-        vocab_file = read_file(vocab_path);
-        merges_file = read_file(merges_path);
         ByteNames names;
-        read_vocab(vocab_path, names);
-        read_merges(vocab_path, merges_path);
+        read_vocab(pairs, config, names);
+        read_settings(pairs, config);
+        read_merges(pairs);
+        ids.clear();
+        if (config.text.empty()) config.text = own_config();
+        files.push_back({"tokenizer_config.json", config.text});
+        if (const std::string beside = dir + "/added_tokens.json"; is_dir && fs::exists(beside))
+            files.push_back({"added_tokens.json", read_tokenizer_file(beside)});
     }
 
     std::unordered_map<std::string, int> ids; // by name; only while the files are read
 
-    void read_vocab(const std::string& path, const ByteNames& names) {
-        json vocab = json::parse(vocab_file, nullptr, false);
-        if (!vocab.is_object())
+    void add(int id, const std::string& name, const std::string& path) {
+        if (size_t(id) >= known.size()) known.resize(size_t(id) + 1), bytes_of.resize(known.size());
+        if (known[size_t(id)]) fail(path, " gives two tokens the id ", id, ". Fetch it again");
+        known[size_t(id)] = true;
+        ids[name] = id;
+    }
+    int find(const std::string& name) const {
+        auto found = ids.find(name);
+        return found == ids.end() ? -1 : found->second;
+    }
+
+    void read_vocab(const BytePairs& pairs, const TokenizerConfig& config, const ByteNames& names) {
+        const std::string& path = pairs.path;
+        if (!pairs.vocab.is_object())
             fail(path, " is not a JSON object of tokens and their ids. Fetch it again");
-        constexpr int64_t most = 1 << 24;
-        for (const auto& [name, value] : vocab.items()) {
-            if (!value.is_number_integer() || value.get<int64_t>() < 0 ||
-                value.get<int64_t>() >= most)
-                fail(path, " gives the token '", name, "' the id ", value.dump(),
-                     ", expected a number of 0 to ", most - 1, ". Fetch it again");
-            int id = value.get<int>();
-            if (size_t(id) >= known.size())
-                known.resize(size_t(id) + 1), bytes_of.resize(known.size());
-            if (known[size_t(id)]) fail(path, " gives two tokens the id ", id, ". Fetch it again");
-            known[size_t(id)] = true;
-            if (name == "<|endoftext|>")
-                identity.eot = id;
-            else if (!names.bytes(name, bytes_of[size_t(id)]))
-                fail(path, " has the token '", name,
-                     "', which has a character that names no byte, so it is not GPT-2's. Fetch it "
-                     "again");
-            ids[name] = id;
+        std::vector<AddedToken> added = pairs.added;
+        added.insert(added.end(), config.added.begin(), config.added.end());
+        std::unordered_map<std::string, int> specials = {{"<|endoftext|>", -1}};
+        for (const AddedToken& token : added) {
+            if (!config.is_special(token))
+                fail(path, " is not supported yet: texts are split at its added token ",
+                     quoted(token.content), ", which is not special");
+            specials[token.content] = token.id;
         }
-        for (uint32_t b = 0; b < 256; b++) {
-            std::string name;
-            append_utf8(name, names.name_of[b]);
-            auto found = ids.find(name);
-            if (found == ids.end())
-                fail(path, " has no token for the byte ", b, " ('", name, "'). Fetch it again");
-            byte_ids[b] = found->second;
+        constexpr int64_t most = 1 << 24;
+        for (const auto& [name, value] : pairs.vocab.items()) {
+            if (!value.is_number_integer() || value < 0 || value >= most)
+                fail(path, " gives the token ", quoted(name), " the id ", quoted(value),
+                     ", expected a number of 0 to ", most - 1, ". Fetch it again");
+            const int id = value.get<int>();
+            add(id, name, path);
+            if (!specials.count(name) && !names.bytes(name, bytes_of[size_t(id)]))
+                fail(path, " has the token ", quoted(name),
+                     ", which has a character that names no byte, so it is not GPT-2's. Fetch it "
+                     "again");
+        }
+        for (const auto& [name, id] : specials) {
+            if (id < 0) continue;
+            if (find(name) < 0) add(id, name, path);
+            if (find(name) != id)
+                fail(path, " gives the token ", quoted(name), " the ids ", find(name), " and ", id,
+                     ". The files do not belong together");
         }
         identity.kind = "gpt2";
         identity.vocab_size = int(known.size());
+        identity.eot = find("<|endoftext|>");
+        if (const int id = find(config.token("eos_token")); identity.eot < 0 && id >= 0)
+            identity.eot = id, bytes_of[size_t(id)].clear();
         // What the files mean, not how they are written: JSON has many forms.
         uint64_t hash = fnv1a("gpt2");
         for (size_t id = 0; id < known.size(); id++)
             if (known[id]) hash = fnv1a(cat(id, ' ', bytes_of[id].size(), ' ', bytes_of[id]), hash);
         identity.fingerprint = hash;
+        // SmolLM2's lacks bytes that no text in UTF-8 has.
+        for (uint32_t b = 0; b < 256; b++) {
+            std::string name;
+            append_utf8(name, names.name_of[b]);
+            byte_ids[b] = find(name);
+        }
+        if (std::all_of(byte_ids.begin(), byte_ids.end(), [](int id) { return id < 0; }))
+            fail(path, " has no token for any byte, so it is not GPT-2's. Fetch it again");
     }
 
-    void read_merges(const std::string& vocab_path, const std::string& path) {
-        merges.reserve(size_t(std::count(merges_file.begin(), merges_file.end(), '\n')) + 1);
-        std::istringstream in(merges_file);
-        std::string line;
+    // What plain GPT-2 has not changes the fingerprint.
+    void read_settings(const BytePairs& pairs, const TokenizerConfig& config) {
+        auto mark = [&](const std::string& setting) {
+            identity.fingerprint = fnv1a(setting, identity.fingerprint);
+        };
+        const std::optional<bool> prefix = config.flag("add_prefix_space");
+        if (prefix && pairs.add_prefix_space && prefix != pairs.add_prefix_space)
+            fail(config.path, " says add_prefix_space ", *prefix ? "true" : "false", ", and ",
+                 pairs.path, " says otherwise: make them agree");
+        add_prefix_space = prefix.value_or(pairs.add_prefix_space.value_or(false));
+        splitter.digits = pairs.digits;
+        if (add_prefix_space) mark("add_prefix_space");
+        if (splitter.digits == Digits::each) mark("Digits, each");
+        if (splitter.digits == Digits::runs) mark("Digits, in runs");
+
+        if (!pairs.unknown.empty()) {
+            unknown = find(pairs.unknown);
+            if (unknown < 0)
+                fail(pairs.path, " has the unk_token ", quoted(pairs.unknown),
+                     ", which is not in its vocabulary. Fetch it again");
+            if (unknown == identity.eot) unknown = -1; // it never comes from a text
+        }
+        fuse_unknown = pairs.fuse_unknown;
+        const bool lacks = std::count(byte_ids.begin(), byte_ids.end(), -1) > 0;
+        if (lacks && unknown >= 0) mark(cat("unknown ", unknown, fuse_unknown ? " fused" : ""));
+
+        const std::string bos_token =
+            !pairs.before.empty() ? pairs.before : config.token("bos_token");
+        if (!config.flag("add_bos_token").value_or(!pairs.before.empty())) return;
+        bos = find(bos_token.empty() ? "<|endoftext|>" : bos_token);
+        if (bos < 0)
+            fail(config.path, " says add_bos_token, and its vocabulary has no bos_token ",
+                 quoted(bos_token));
+    }
+
+    void read_merges(const BytePairs& pairs) {
+        merges.reserve(pairs.merges.size() + 1);
         uint32_t rank = 0;
-        for (int number = 1; std::getline(in, line); number++) {
-            if (!line.empty() && line.back() == '\r') line.pop_back();
-            if (line.empty() || (number == 1 && line.rfind("#version", 0) == 0)) continue;
-            size_t gap = line.find(' ');
-            if (gap == std::string::npos || gap == 0 || gap + 1 == line.size() ||
-                line.find(' ', gap + 1) != std::string::npos)
-                fail("line ", number, " of ", path, " is '", line,
-                     "', expected two tokens and a space between them. Fetch the file again");
-            std::string left = line.substr(0, gap), right = line.substr(gap + 1);
+        for (const auto& [left, right] : pairs.merges) {
             int id[3], k = 0;
-            for (const std::string& name : {left, right, left + right}) {
-                auto found = ids.find(name);
-                if (found == ids.end())
-                    fail("line ", number, " of ", path, " is '", line, "', but ", vocab_path,
-                         " has no '", name, "'. The two files do not belong together");
-                id[k++] = found->second;
-            }
+            for (const std::string& name : {left, right, left + right})
+                if ((id[k++] = find(name)) < 0)
+                    fail(pairs.path, " has no token ", quoted(name), ", which the merge ",
+                         quoted(left + " " + right), " needs. The two do not belong together");
             Merges::Entry& entry = merges.entries[merges.slot(Merges::pair_of(id[0], id[1]))];
             if (entry.pair != UINT64_MAX)
-                fail("line ", number, " of ", path, " repeats '", line, "'. Fetch the file again");
+                fail("the merges beside ", pairs.path, " repeat ", quoted(left + " " + right),
+                     ". Fetch the files again");
             entry = {Merges::pair_of(id[0], id[1]), rank++, id[2]};
-            identity.fingerprint = fnv1a(line, fnv1a("\n", identity.fingerprint));
+            identity.fingerprint = fnv1a(left + " " + right, fnv1a("\n", identity.fingerprint));
         }
-        if (rank == 0) fail(path, " has no merges, expected about 50,000. Fetch it again");
-        ids.clear();
+    }
+
+    std::string own_config() const {
+        const char* eot = "<|endoftext|>";
+        json config = {{"tokenizer_class", "GPT2Tokenizer"},
+                       {"add_prefix_space", add_prefix_space}};
+        if (identity.eot >= 0)
+            for (const char* role : {"bos_token", "eos_token", "unk_token"}) config[role] = eot;
+        return config.dump(2) + "\n";
+    }
+
+    // The tokens of single bytes, at most as many as there are bytes; returns how many.
+    template <class Put> void single_bytes(std::string_view piece, Put put) const {
+        bool last_unknown = false;
+        for (char c : piece) {
+            const int id = byte_ids[static_cast<unsigned char>(c)];
+            if (id >= 0)
+                put(id);
+            else if (unknown >= 0 && !(fuse_unknown && last_unknown))
+                put(unknown);
+            last_unknown = id < 0;
+        }
     }
 
     // Merges the pair of lowest rank, the leftmost first, until none is left. Linear search for it:
@@ -491,13 +588,14 @@ struct Gpt2 : Tokenizer {
         constexpr uint32_t none = UINT32_MAX;
         int id[max_short], merged[max_short];
         uint32_t rank[max_short]; // of the pair (i, i+1)
-        size_t n = piece.size();
+        size_t n = 0;
+        single_bytes(piece, [&](int token) { id[n++] = token; });
+        if (n == 0) return;
         auto look_up = [&](size_t i) {
             const Merges::Entry* entry = i + 1 < n ? merges.find(id[i], id[i + 1]) : nullptr;
             rank[i] = entry ? entry->rank : none;
             merged[i] = entry ? entry->id : 0;
         };
-        for (size_t i = 0; i < n; i++) id[i] = byte_ids[static_cast<unsigned char>(piece[i])];
         for (size_t i = 0; i < n; i++) look_up(i);
         while (true) {
             size_t best = 0;
@@ -522,8 +620,15 @@ struct Gpt2 : Tokenizer {
             uint32_t rank; // of the pair (this, next)
         };
         constexpr uint32_t none = UINT32_MAX;
-        uint32_t n = uint32_t(piece.size());
-        std::vector<Node> nodes(n);
+        std::vector<Node> nodes;
+        nodes.reserve(piece.size());
+        single_bytes(piece, [&](int token) {
+            const uint32_t i = uint32_t(nodes.size());
+            nodes.push_back({token, i ? i - 1 : none, i + 1, none});
+        });
+        if (nodes.empty()) return;
+        nodes.back().next = none;
+        const uint32_t n = uint32_t(nodes.size());
         std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> heap; // rank, place
         auto look_up = [&](uint32_t i) {
             Node& node = nodes[i];
@@ -532,9 +637,6 @@ struct Gpt2 : Tokenizer {
             node.rank = entry ? entry->rank : none;
             if (entry) heap.push(uint64_t(entry->rank) << 32 | i);
         };
-        for (uint32_t i = 0; i < n; i++)
-            nodes[i] = {byte_ids[static_cast<unsigned char>(piece[i])], i ? i - 1 : none,
-                        i + 1 < n ? i + 1 : none, none};
         for (uint32_t i = 0; i < n; i++) look_up(i);
         while (!heap.empty()) {
             uint64_t top = heap.top();
@@ -567,6 +669,10 @@ struct Gpt2 : Tokenizer {
     };
 
     std::vector<int> encode(std::string_view text) const override {
+        if (!add_prefix_space || text.empty() || text[0] == ' ') return encode_rest(text);
+        return encode_rest(" " + std::string(text));
+    }
+    std::vector<int> encode_rest(std::string_view text) const override {
         static thread_local Cache cache;
         if (cache.serial != serial) {
             cache.entries.assign(Cache::size, {});
@@ -575,54 +681,53 @@ struct Gpt2 : Tokenizer {
         std::vector<int> out;
         out.reserve(text.size() / 3 + 8);
         for (size_t i = 0; i < text.size();) {
-            size_t end = splitter.next_piece(text, i);
-            std::string_view piece = text.substr(i, end - i);
-            i = end;
-            if (piece.size() > max_short) {
-                merge_long(piece, out);
-                continue;
+            const size_t segment = splitter.segment_end(text, i);
+            const std::string_view until = text.substr(0, segment);
+            while (i < segment) {
+                const size_t end = splitter.next_piece(until, i);
+                encode_piece(text.substr(i, end - i), cache, out);
+                i = end;
             }
-            if (piece.size() > sizeof Cache::Entry::text) {
-                merge_short(piece, out);
-                continue;
-            }
-            uint64_t hash = std::hash<std::string_view>()(piece);
-            Cache::Entry& entry = cache.entries[hash % Cache::size];
-            if (entry.length == piece.size() &&
-                std::memcmp(entry.text, piece.data(), piece.size()) == 0) {
-                out.insert(out.end(), entry.tokens, entry.tokens + entry.count);
-                continue;
-            }
-            size_t before = out.size();
-            merge_short(piece, out);
-            if (out.size() - before > std::size(entry.tokens)) continue;
-            entry.length = static_cast<unsigned char>(piece.size());
-            entry.count = static_cast<unsigned char>(out.size() - before);
-            std::memcpy(entry.text, piece.data(), piece.size());
-            std::copy(out.begin() + std::ptrdiff_t(before), out.end(), entry.tokens);
         }
         return out;
+    }
+    void encode_piece(std::string_view piece, Cache& cache, std::vector<int>& out) const {
+        if (piece.size() > max_short) return merge_long(piece, out);
+        if (piece.size() > sizeof Cache::Entry::text) return merge_short(piece, out);
+        uint64_t hash = std::hash<std::string_view>()(piece);
+        Cache::Entry& entry = cache.entries[hash % Cache::size];
+        if (entry.length == piece.size() &&
+            std::memcmp(entry.text, piece.data(), piece.size()) == 0) {
+            out.insert(out.end(), entry.tokens, entry.tokens + entry.count);
+            return;
+        }
+        size_t before = out.size();
+        merge_short(piece, out);
+        if (out.size() - before > std::size(entry.tokens)) return;
+        entry.length = static_cast<unsigned char>(piece.size());
+        entry.count = static_cast<unsigned char>(out.size() - before);
+        std::memcpy(entry.text, piece.data(), piece.size());
+        std::copy(out.begin() + std::ptrdiff_t(before), out.end(), entry.tokens);
+    }
+    size_t without_token(std::string_view text) const override {
+        return size_t(std::count_if(text.begin(), text.end(), [&](char c) {
+            return byte_ids[static_cast<unsigned char>(c)] < 0;
+        }));
     }
 
     std::string decode(const int* tokens, size_t n) const override {
         std::string text;
         for (size_t i = 0; i < n; i++) {
-            if (tokens[i] < 0 || size_t(tokens[i]) >= known.size() || !known[size_t(tokens[i])])
-                bad_token(tokens[i], identity);
+            if (!has(tokens[i])) bad_token(tokens[i], identity);
             text += bytes_of[size_t(tokens[i])];
         }
         return text;
     }
-    TokenizerId id() const override { return identity; }
-    void save(const std::string& dir) const override {
-        const char* eot = "<|endoftext|>";
-        json config = {{"tokenizer_class", "GPT2Tokenizer"}, {"add_prefix_space", false}};
-        if (identity.eot >= 0)
-            for (const char* role : {"bos_token", "eos_token", "unk_token"}) config[role] = eot;
-        save_files(dir, {{"vocab.json", vocab_file},
-                         {"merges.txt", merges_file},
-                         {"tokenizer_config.json", config.dump(2) + "\n"}});
+    bool has(int token) const override {
+        return token >= 0 && size_t(token) < known.size() && known[size_t(token)];
     }
+    TokenizerId id() const override { return identity; }
+    void save(const std::string& dir) const override { save_files(dir, files); }
     size_t safe_cut(std::string_view text) const override { return splitter.safe_cut(text); }
 };
 
@@ -642,27 +747,81 @@ struct SentencePiece : Tokenizer {
     bool after_space = true; // also before those that follow other space
     TokenizerId identity;
 
-    explicit SentencePiece(const std::string& path) : model(read_file(path)) {
+    std::string config_file; // tokenizer_config.json as read, or ""
+
+    explicit SentencePiece(const std::string& path) : model(read_tokenizer_file(path)) {
         const char* advice = "expected a SentencePiece model. Fetch it again";
         if (model.empty()) fail(path, " is empty, ", advice);
-        if (model.rfind("version https://git-lfs", 0) == 0)
-            fail(path, " is a Git LFS pointer, not the file. Fetch the file itself");
-        if (model.rfind("IQ== 0", 0) == 0)
-            fail(path, " is a tiktoken vocabulary (as LLaMA 3 has), ", advice);
+        if (is_tiktoken(model))
+            fail(path, " is not supported yet: it is a tiktoken vocabulary (as LLaMA 3's), ",
+                 "expected a SentencePiece model");
         auto status = processor.LoadFromSerializedProto(model);
         if (!status.ok())
             fail(path, " is damaged or no tokenizer (", status.ToString(), "), ", advice);
         if (const std::string fault = charsmap_fault(model); !fault.empty())
             fail(path, " is damaged (its table of normalizations: ", fault, "), ", advice);
         identity = {"sentencepiece", processor.GetPieceSize(), processor.eos_id(), fnv1a(model)};
+        const fs::path file(path);
+        const fs::path dir = file.has_parent_path() ? file.parent_path() : ".";
+        std::string settings; // of the model, edited
+        if (file.filename() == "tokenizer.model") settings = read_config(dir.string());
 
         // Protocol buffers merge what is appended: field 3 (normalizer_spec) with field 3
         // (add_dummy_prefix) false, then true (sentencepiece_model.proto).
-        for (char prefix : {'\0', '\1'}) {
-            std::string edited = model + std::string({'\x1a', '\x02', '\x18', prefix});
+        for (bool prefix : {false, true}) {
+            std::string edited = model + settings + prefix_setting(prefix);
             if (!rest.LoadFromSerializedProto(edited).ok()) break;
             if ((cuttable = newlines_stand_alone())) break;
         }
+    }
+
+    static std::string prefix_setting(bool prefix) { return {'\x1a', '\x02', '\x18', prefix}; }
+
+    // Follows tokenizer_config.json. Returns what is to be appended to the model for it.
+    std::string read_config(const std::string& dir) {
+        const TokenizerConfig config(dir);
+        config.expect_class({"LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer",
+                             "CodeLlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast",
+                             "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast"});
+        config_file = config.text;
+        for (const AddedToken& token : config.added) {
+            if (token.id < processor.GetPieceSize() &&
+                processor.IdToPiece(token.id) == token.content)
+                continue;
+            if (!config.is_special(token))
+                fail(config.path, " is not supported yet: texts are split at its added token ",
+                     quoted(token.content), ", which is not special");
+        }
+        const std::string name = config.tokenizer_class();
+        const bool by_default = name.find("Llama") != name.npos || name.find("Gemma") == 0;
+        if (config.flag("add_bos_token").value_or(by_default)) {
+            const std::string token = config.token("bos_token");
+            bos = token.empty() ? processor.bos_id() : processor.PieceToId(token);
+            if (bos < 0 || (!token.empty() && processor.IdToPiece(bos) != token))
+                fail(config.path, " says add_bos_token, and the model has no bos_token ",
+                     quoted(token));
+        }
+        const std::optional<bool> prefix = config.flag("add_prefix_space");
+        if (!prefix) return "";
+        const std::string text = "a b";
+        const std::vector<int> own = encode_with(processor, text);
+        const std::string setting = prefix_setting(*prefix);
+        if (!processor.LoadFromSerializedProto(model + setting).ok())
+            fail(config.path, " says add_prefix_space, which this model cannot change");
+        if (encode_with(processor, text) == own) return "";
+        identity.fingerprint =
+            fnv1a(*prefix ? "add_prefix_space" : "no prefix space", identity.fingerprint);
+        return setting;
+    }
+
+    // A line of LLaMA 3's and OpenAI's vocabularies is a token in base64 and its rank.
+    static bool is_tiktoken(const std::string& file) {
+        const std::string line = file.substr(0, std::min(file.find('\n'), size_t(1000)));
+        const size_t gap = line.find(' ');
+        const char* base64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=";
+        return gap != line.npos && gap >= 4 && gap % 4 == 0 &&
+               line.find_first_not_of(base64) == gap && gap + 1 < line.size() &&
+               line.find_first_not_of("0123456789\r", gap + 1) == line.npos;
     }
 
     // Whether a text cut before a newline encodes to the same tokens: no piece reaches across one
@@ -748,8 +907,12 @@ struct SentencePiece : Tokenizer {
         if (!status.ok()) fail("SentencePiece cannot decode: ", status.ToString());
         return text;
     }
+    bool has(int token) const override { return token >= 0 && token < identity.vocab_size; }
     TokenizerId id() const override { return identity; }
     void save(const std::string& dir) const override {
+        if (!config_file.empty())
+            return save_files(dir,
+                              {{"tokenizer.model", model}, {"tokenizer_config.json", config_file}});
         json config = {{"add_bos_token", false}, {"add_eos_token", false}};
         if (processor.PieceToId("<0x0A>") != processor.unk_id())
             config["tokenizer_class"] = "LlamaTokenizer";
@@ -764,11 +927,11 @@ struct SentencePiece : Tokenizer {
 
 #endif
 
-std::unique_ptr<Tokenizer> load_gpt2(const std::string& dir) {
+std::unique_ptr<Tokenizer> load_gpt2(const std::string& path) {
 #ifdef LNS_PCRE2
-    return std::make_unique<Gpt2>(dir);
+    return std::make_unique<Gpt2>(path);
 #else
-    fail("the tokenizer of ", dir,
+    fail("the tokenizer of ", path,
          " is GPT-2's, which needs PCRE2, and this build has none. "
          "Install libpcre2-dev (or run `make deps`) and build again");
 #endif
@@ -784,30 +947,67 @@ std::unique_ptr<Tokenizer> load_sentencepiece(const std::string& path) {
 #endif
 }
 
+std::unique_ptr<Tokenizer> load_json(const std::string& path) {
+    const json tokenizer = parse_json(read_tokenizer_file(path), path);
+    if (tokenizer.is_object() &&
+        tokenizer.value("model", json()) == bytes_as_hugging_face()["model"])
+        return std::make_unique<Bytes>();
+    return load_gpt2(path);
+}
+
+bool has_kind_bytes(const std::string& dir) {
+    const std::string path = dir + "/tokenizer_config.json";
+    if (!fs::exists(path)) return false;
+    const json config = parse_json(read_tokenizer_file(path), path);
+    return config.is_object() && config.value("kind", json()) == "bytes";
+}
+
+std::unique_ptr<Tokenizer> load_directory(const std::string& dir) {
+    auto has = [&](const char* name) { return fs::exists(fs::path(dir) / name); };
+    if (has("tokenizer.model")) return load_sentencepiece(dir + "/tokenizer.model");
+    if (has_kind_bytes(dir)) return std::make_unique<Bytes>();
+    if (has("vocab.json") || has("encoder.json")) return load_gpt2(dir);
+    if (has("tokenizer.json")) return load_json(dir + "/tokenizer.json");
+    for (auto [name, kind] : {std::pair{"vocab.txt", "WordPiece"}, {"tekken.json", "Mistral's"}})
+        if (has(name))
+            fail("the tokenizer of ", dir, " is not supported yet: it is ", kind, " (", name, ")");
+    if (has("spiece.model"))
+        fail("the directory ", dir,
+             " has its tokenizer in spiece.model: name that file, as in "
+             "--tokenizer ",
+             dir, "/spiece.model");
+    fail("the directory ", dir,
+         " has no tokenizer: expected tokenizer.model, tokenizer.json, vocab.json and merges.txt, "
+         "or what a run saved");
+}
+
 } // namespace
+
+bool has_tokenizer(const std::string& dir) {
+    for (const char* name : {"tokenizer.model", "tokenizer.json", "vocab.json", "encoder.json",
+                             "vocab.txt", "spiece.model", "tekken.json"})
+        if (fs::exists(dir + "/" + name)) return true;
+    return has_kind_bytes(dir);
+}
+
+std::vector<int> Tokenizer::encode_prompt(std::string_view text) const {
+    std::vector<int> tokens = encode(text);
+    if (bos >= 0) tokens.insert(tokens.begin(), bos);
+    return tokens;
+}
 
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& spec) {
     if (spec == "bytes") return std::make_unique<Bytes>();
     if (spec.rfind("gpt2:", 0) == 0) return load_gpt2(spec.substr(5));
-    if (fs::is_directory(spec)) {
-        auto has = [&](const char* name) { return fs::exists(fs::path(spec) / name); };
-        if (has("tokenizer.model")) return load_sentencepiece(spec + "/tokenizer.model");
-        if (has("vocab.json") || has("encoder.json")) return load_gpt2(spec);
-        if (has("tokenizer_config.json")) {
-            std::string path = spec + "/tokenizer_config.json";
-            json config = json::parse(read_file(path), nullptr, false);
-            if (config.is_object() && config.value("kind", json()) == "bytes")
-                return std::make_unique<Bytes>();
-        }
-        fail("the directory ", spec,
-             " has no tokenizer: expected tokenizer.model, or vocab.json and "
-             "merges.txt, or what a run saved");
-    }
-    if (fs::exists(spec) || (spec.size() > 6 && spec.substr(spec.size() - 6) == ".model"))
-        return load_sentencepiece(spec);
+    if (fs::is_directory(spec)) return load_directory(spec);
+    auto ends = [&](std::string_view end) {
+        return spec.size() > end.size() && spec.substr(spec.size() - end.size()) == end;
+    };
+    if (fs::exists(spec) && ends(".json")) return load_json(spec);
+    if (fs::exists(spec) || ends(".model")) return load_sentencepiece(spec);
     fail("there is no tokenizer '", spec,
-         "'. Expected bytes, gpt2:DIR (with encoder.json and "
-         "vocab.bpe), a SentencePiece FILE.model, or a directory with a saved tokenizer");
+         "'. Expected bytes, gpt2:DIR (with encoder.json and vocab.bpe, or vocab.json and "
+         "merges.txt), a SentencePiece FILE.model, a tokenizer.json, or a directory with one");
 }
 
 } // namespace lns

@@ -186,12 +186,15 @@ std::string sample_text(Run& run) {
     const Options& o = run.o;
     const Tokenizer* tokenizer = run.data.tokenizer.get();
     std::vector<int> prompt;
-    if (!o.prompt.empty() && tokenizer) prompt = tokenizer->encode(o.prompt);
+    if (tokenizer) prompt = tokenizer->encode_prompt(o.prompt);
     if (prompt.empty()) prompt = {std::max(run.data.id.eot, 0)};
     std::vector<int> tokens = generate(*run.model, prompt, int(o.sample_tokens), run.T,
                                        {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed),
                                         tokenizer ? tokenizer->vocab_size() : 0});
-    if (tokenizer) return o.prompt + printable(tokenizer->decode(tokens));
+    if (tokenizer) {
+        const std::string more = continuation(*tokenizer, prompt, tokens);
+        return o.prompt + printable(more.substr(0, whole_characters(more)));
+    }
     std::string text = "token ids";
     for (int token : tokens) text += " " + std::to_string(token);
     return text;

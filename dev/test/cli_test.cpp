@@ -265,6 +265,44 @@ TEST(BadInput, Checkpoints) {
     EXPECT_TRUE(fails_with("eval " + s / "none", {"none"}));
 }
 
+TEST(BadInput, TokenizersThatAreNotTheModels) {
+    NEEDS_PROGRAM();
+    Shards s, other; // the same vocabulary, of other contents
+    const TokenizerId made = {"gpt2", 257, 256, 1};
+    write_shard(other.train, 1000, made);
+    write_shard(other.val, 200, made);
+    const std::string run = s / "mine", checkpoint = run + "/step-000002", hf = s / "hf";
+    Finished f = train_gpt(small_model + "-n pre -x 2 -o " + run + " -i " + s.train);
+    ASSERT_EQ(f.status, 0) << f.output;
+    f = train_gpt("export " + run + " " + hf);
+    ASSERT_EQ(f.status, 0) << f.output;
+    const std::vector<std::string> told = {"another tokenizer (bytes of 257)", "gpt2 of 257"};
+    for (const std::string& weights : {run, hf}) {
+        EXPECT_TRUE(s.fails("--init-from " + weights + " -i " + other.train, told));
+        EXPECT_TRUE(fails_with("eval " + weights + " --threads 1 -j " + other.val, told));
+        EXPECT_TRUE(fails_with(
+            "probe " + weights + " --threads 1 -o " + s / "probe.json" + " -j " + other.val, told));
+        f = train_gpt("eval " + weights + " --threads 1 -t 16 -j " + s.val);
+        EXPECT_EQ(f.status, 0) << f.output;
+        f = train_gpt(small_model + "-x 1 --dry-run --init-from " + weights + " -i " + s.train);
+        EXPECT_EQ(f.status, 0) << f.output;
+    }
+    // Tokens of an unknown tokenizer are taken as the model's.
+    write_shard(other.val, 200, {});
+    EXPECT_EQ(train_gpt("eval " + hf + " --threads 1 -t 16 -j " + other.val).status, 0);
+    // A tokenizer that cannot be read may be another one.
+    write_bytes(hf + "/tokenizer.json", R"({"model": {"type": "WordPiece", "vocab": {}}})");
+    write_bytes(hf + "/tokenizer_config.json", "{}");
+    EXPECT_TRUE(fails_with("eval " + hf + " --threads 1 -t 16 -j " + s.val,
+                           {"cannot be compared", "WordPiece", "not supported yet"}));
+#ifdef LNS_SENTENCEPIECE
+    // Another's file in a checkpoint
+    fs::copy_file("dev/test/fixtures/tokenizers/exact.model", checkpoint + "/tokenizer.model");
+    for (const std::string command : {"sample " + run, "export " + run + " " + s / "hf2"})
+        EXPECT_TRUE(fails_with(command, {checkpoint, "sentencepiece", "is not the model's"}));
+#endif
+}
+
 TEST(BadInput, DirectoriesThatCannotBeWritten) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;

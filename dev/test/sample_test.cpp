@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "dev/test/data_helpers.h"
 #include "gpt/error.h"
 #include "gpt/sample.h"
 
@@ -128,4 +129,43 @@ TEST(Sample, GenerateCropsTheContextAndStops) {
 TEST(Sample, WhatTheTokenizerLacksIsNotDrawn) {
     Counter model(small());
     for (int token : generate(model, {0}, 50, 4, {2, 0, 1, 0, 2})) EXPECT_LT(token, 2);
+}
+
+TEST(Sample, TextIsTheDifferenceBetweenDecodings) {
+    const auto bytes = load_tokenizer("bytes");
+    EXPECT_EQ(continuation(*bytes, {'a', ' '}, {'b'}), "b");
+    EXPECT_EQ(continuation(*bytes, {256}, {'b', 256, 'c'}), "bc");
+    EXPECT_EQ(continuation(*bytes, {}, {}), "");
+    // what the tokenizer does not have
+    EXPECT_EQ(continuation(*bytes, {'a', 999}, {257, 'b', -1}), "b");
+#ifdef LNS_SENTENCEPIECE
+    const auto pieces = load_tokenizer("dev/test/fixtures/tokenizers/exact.model");
+    const std::vector<int> prompt = pieces->encode("the fox"),
+                           whole = pieces->encode("the fox the");
+    const std::vector<int> made(whole.begin() + std::ptrdiff_t(prompt.size()), whole.end());
+    EXPECT_EQ(continuation(*pieces, prompt, made), " the");
+    EXPECT_EQ(continuation(*pieces, {2}, made), "the"); // a text begins without a space
+    // byte pieces: <0x00> is 3
+    auto byte = [](int b) { return b + 3; };
+    EXPECT_EQ(continuation(*pieces, prompt, {byte(0xe4), byte(0xb8), byte(0xad)}), "\u4e2d");
+    std::vector<int> cut = prompt;
+    cut.push_back(byte(0xe4));
+    EXPECT_EQ(continuation(*pieces, cut, {byte(0xb8), byte(0xad)}), "\u4e2d");
+    EXPECT_EQ(whole_characters(continuation(*pieces, prompt, {byte('x'), byte(0xe4), byte(0xb8)})),
+              1u);
+#endif
+}
+
+TEST(Sample, UnfinishedCharactersAreHeldBack) {
+    EXPECT_EQ(whole_characters(""), 0u);
+    EXPECT_EQ(whole_characters("ab"), 2u);
+    EXPECT_EQ(whole_characters("a\u00e9"), 3u);
+    EXPECT_EQ(whole_characters("a\xc3"), 1u);
+    EXPECT_EQ(whole_characters("a\xf0\x9f\x99"), 1u);
+    EXPECT_EQ(whole_characters("a\U0001F642"), 5u);
+    EXPECT_EQ(whole_characters("\xf0"), 0u);
+    EXPECT_EQ(whole_characters("a\xff"), 1u);
+    EXPECT_EQ(whole_characters("a\x80\x80\x80\x80"), 5u); // nothing completes these
+    EXPECT_EQ(whole_characters("a\uFFFD\uFFFD"), 1u);
+    EXPECT_EQ(whole_characters("a\uFFFD\uFFFD\uFFFD\uFFFD"), 4u); // a character has 4 bytes
 }

@@ -152,6 +152,18 @@ TEST_F(TokenizeProgram, ShardsAreFullAndOldOnesGo) {
                                                  "text.txt"}));
 }
 
+TEST_F(TokenizeProgram, EndOfTextIsNotAloneInAShard) {
+    for (int n : {999, 1000, 1001, 2000, 400'000}) {
+        write_bytes(dir / "text.txt", std::string(size_t(n), 'a'));
+        tokenized("text.txt -q -o out --val-fraction 0 --shard-tokens 1k");
+        EXPECT_EQ(tokens("out_train_*.bin"),
+                  bytes_of(std::string(size_t(n), 'a')) + std::vector<int>{256});
+        const std::vector<uint64_t> parts = ShardSource(dir / "out_train_*.bin").parts();
+        EXPECT_EQ(parts.back(), n % 1000 ? uint64_t(n % 1000) + 1 : 1001u);
+        for (size_t i = 0; i + 1 < parts.size(); i++) EXPECT_EQ(parts[i], 1000u);
+    }
+}
+
 // The tokens are those of the whole text at once, however it comes and is cut.
 TEST_F(TokenizeProgram, TheTokensAreThoseOfTheWholeText) {
     std::string text = prose(1'200'000);
@@ -299,4 +311,111 @@ TEST_F(TokenizeProgram, PadsAndCutsDocuments) {
         says(failed("text.txt -o bad --pad-documents 1 --val-fraction 0"), {"--pad-documents 1"}));
     EXPECT_TRUE(says(failed("text.txt -o bad --pad-documents x"), {"--pad-documents"}));
     EXPECT_FALSE(fs::exists(dir / "bad_train_000000.bin"));
+}
+
+TEST_F(TokenizeProgram, WhatIsNoTextIsNamed) {
+    std::string wide;
+    for (char c : std::string("hello world, this is text\n")) wide += {c, '\0'};
+    std::string swapped;
+    for (size_t i = 0; i < wide.size(); i += 2) swapped += {wide[i + 1], wide[i]};
+    std::string wider;
+    for (char c : std::string("hello\n")) wider += {c, '\0', '\0', '\0'};
+    const std::tuple<std::string, const char*, const char*> cases[] = {
+        {"\xff\xfe" + wide, "UTF-16LE", "iconv -f UTF-16 -t UTF-8"},
+        {"\xfe\xff" + swapped, "UTF-16BE", "iconv -f UTF-16 -t UTF-8"},
+        {wide, "UTF-16LE", "iconv -f UTF-16LE -t UTF-8"},
+        {swapped, "UTF-16BE", "iconv -f UTF-16BE -t UTF-8"},
+        {std::string("\xff\xfe\0\0", 4) + wider, "UTF-32LE", "iconv -f UTF-32 -t UTF-8"},
+        {wider, "UTF-32LE", "iconv -f UTF-32LE -t UTF-8"},
+        {"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer",
+         "git lfs"},
+        {"\x1f\x8b\x08", "compressed", "gzip -dc"}};
+    for (const auto& [bytes, what, advice] : cases) {
+        write_bytes(dir / "x.txt", bytes);
+        EXPECT_TRUE(says(failed("x.txt -o out"), {"x.txt is", what, advice}));
+        EXPECT_TRUE(says(failed("-o out <x.txt"), {"stdin is", what}));
+    }
+    EXPECT_EQ(names(), (std::vector<std::string>{"x.txt"}));
+    // A few zeros are told.
+    write_bytes(dir / "x.txt", prose(1000) + std::string(3, '\0') + prose(1000));
+    EXPECT_TRUE(says(tokenized("x.txt -o out"), {"3 bytes of the input are 0"}));
+}
+
+TEST_F(TokenizeProgram, OneDocumentHasNoValidation) {
+    write_bytes(dir / "one.txt", "one text\n<|end|>\n");
+    const std::string with = tokenized("one.txt -q -o a --doc-separator '<|end|>'");
+    EXPECT_TRUE(says(with, {"one document", "no validation tokens"}));
+    EXPECT_EQ(with.find("no line of"), std::string::npos) << with;
+    EXPECT_TRUE(says(tokenized("one.txt -q -o a --doc-separator '#'"),
+                     {"no line of --doc-separator", "no validation tokens"}));
+}
+
+TEST_F(TokenizeProgram, MessagesHaveNoControlCharacters) {
+    const std::string output = failed("\"$(printf 'no\\033[31m.txt')\" -o out");
+    EXPECT_EQ(output.find('\x1b'), std::string::npos);
+    EXPECT_TRUE(says(output, {"cannot open no^[[31m.txt"}));
+}
+
+#ifdef LNS_SENTENCEPIECE
+TEST_F(TokenizeProgram, DocumentsBeginWithBosWhereTheTokenizerSaysSo) {
+    fs::create_directory(dir / "model");
+    fs::copy_file(fixtures + "/exact.model", dir / "model/tokenizer.model");
+    write_bytes(dir / "model/tokenizer_config.json", R"({"add_bos_token": true})");
+    write_bytes(dir / "text.txt", "the\n#\nfox\n");
+    tokenized("text.txt -q -o out --val-fraction 0 --doc-separator '#' --tokenizer model");
+    const auto tokenizer = load_tokenizer(dir / "out_tokenizer");
+    const std::vector<int> bos = {1}, eos = {2};
+    EXPECT_EQ(tokens("out_train_*.bin"),
+              bos + tokenizer->encode("the\n") + eos + bos + tokenizer->encode("fox\n") + eos);
+}
+#endif
+
+// Links, folders and devices under the set's names are not replaced.
+TEST_F(TokenizeProgram, OnlyPlainFilesAreReplaced) {
+    write_bytes(dir / "text.txt", prose(1000));
+    write_bytes(dir / "precious", "precious");
+    fs::create_symlink("precious", dir / "out_train_000000.bin");
+    EXPECT_TRUE(says(failed("text.txt -o out"), {"out_train_000000.bin is a symbolic link"}));
+    fs::remove(dir / "out_train_000000.bin");
+    run("mkfifo '" + dir / "out_val_000003.bin'");
+    EXPECT_TRUE(says(failed("text.txt -o out"), {"out_val_000003.bin is no regular file"}));
+    fs::remove(dir / "out_val_000003.bin");
+    fs::create_directory(dir / "elsewhere");
+    fs::create_directory_symlink("elsewhere", dir / "out_tokenizer");
+    EXPECT_TRUE(says(failed("text.txt -o out"), {"out_tokenizer is a symbolic link"}));
+    fs::remove(dir / "out_tokenizer");
+    fs::create_symlink("precious", dir / "out.lock");
+    EXPECT_TRUE(says(failed("text.txt -o out"), {"out.lock", "symbolic link"}));
+    fs::remove(dir / "out.lock");
+    EXPECT_EQ(read_bytes(dir / "precious"), "precious");
+    tokenized("text.txt -o out");
+}
+
+// dev/test/publish_test.cpp kills at each of its steps; this is the program, killed as it renames.
+TEST_F(TokenizeProgram, AKillLeavesOneSet) {
+    write_bytes(dir / "A", std::string(8000, 'A'));
+    write_bytes(dir / "B", std::string(6000, 'B'));
+    auto shown = [&] {
+        std::vector<int> all = tokens("out_train_*.bin") + tokens("out_val_*.bin");
+        const bool one =
+            std::all_of(all.begin(), all.end() - 1, [&](int t) { return t == all[0]; });
+        return one ? cat(char(all[0]), all.size()) : "mixed";
+    };
+    const std::string flags = " -q --threads 1 --shard-tokens 100 -o out ";
+    const std::string whole[] = {"A8001", "B6001"};
+    tokenized(flags + "A");
+    int kills = 0;
+    for (uint64_t i = 0; i < 16; i++) {
+        const std::string before = shown(), wanted = whole[i % 2];
+        const Finished killed =
+            tokenize(flags + (i % 2 ? "B" : "A") + " & p=$!; sleep " +
+                     std::to_string(0.001 * random_below(40, 5, 0, i)) + "; kill -9 $p; wait $p");
+        kills += killed.status == 137;
+        const std::string after = shown();
+        ASSERT_TRUE(after == before || after == wanted) << after << " after " << before;
+    }
+    EXPECT_GT(kills, 0);
+    tokenized(flags + "A");
+    EXPECT_EQ(shown(), whole[0]);
+    for (const std::string& name : names()) EXPECT_NE(name[0], '.') << name; // tidied
 }

@@ -321,17 +321,19 @@ TEST(Tokenizer, Gpt2RefusesDamagedFiles) {
     EXPECT_TRUE(says(error_of([&] { load_tokenizer("gpt2:" + dir.path); }),
                      {"class \"Qwen2Tokenizer\", expected GPT2Tokenizer"}));
 
-    EXPECT_TRUE(
-        says(refused(vocab.substr(0, 1000), merges), {"encoder.json is not a JSON object"}));
+    EXPECT_TRUE(says(refused(vocab.substr(0, 1000), merges), {"encoder.json is not valid JSON"}));
     EXPECT_TRUE(says(refused("[1]", merges), {"is not a JSON object"}));
-    EXPECT_TRUE(says(refused("{\"!\": 0}", merges), {"no token for the byte 0"}));
-    EXPECT_TRUE(says(refused("{\"!\": -1}", merges), {"'!' the id -1"}));
+    EXPECT_TRUE(says(refused("{\"hi\": 0}", merges), {"no token for any byte"}));
+    EXPECT_TRUE(says(refused("{\"!\": 0}", merges), {"do not belong together"}));
+    EXPECT_TRUE(says(refused("{\"!\": 0, \"!\": 1}", merges), {"twice"}));
+    EXPECT_TRUE(says(refused("{\"!\": -1}", merges), {"\"!\" the id -1"}));
     EXPECT_TRUE(says(refused("{\"!\": 0, \"a\": 0}", merges), {"two tokens the id 0"}));
     EXPECT_TRUE(says(refused("{\"\u4e2d\": 0}", merges), {"names no byte"}));
     EXPECT_TRUE(says(refused(vocab, "#version: 0.2\n"), {"has no merges"}));
-    EXPECT_TRUE(says(refused(vocab, merges + "a b c\n"), {"is 'a b c', expected two tokens"}));
-    EXPECT_TRUE(says(refused(vocab, merges + "q q\n"), {"has no 'qq'", "do not belong together"}));
-    EXPECT_TRUE(says(refused(vocab, merges + "h e\n"), {"repeats 'h e'"}));
+    EXPECT_TRUE(says(refused(vocab, merges + "a b c\n"), {"is \"a b c\", expected two tokens"}));
+    EXPECT_TRUE(
+        says(refused(vocab, merges + "q q\n"), {"no token \"qq\"", "do not belong together"}));
+    EXPECT_TRUE(says(refused(vocab, merges + "h e\n"), {"repeat \"h e\""}));
 }
 #else
 TEST(Tokenizer, Gpt2SaysWhatIsMissing) {
@@ -400,7 +402,7 @@ TEST(Tokenizer, SentencePieceRefusesWhatIsNoModel) {
         return error_of([&] { load_tokenizer(dir / "x.model"); });
     };
     EXPECT_TRUE(
-        says(error_of([] { load_tokenizer("none.model"); }), {"cannot read", "none.model"}));
+        says(error_of([] { load_tokenizer("none.model"); }), {"cannot open", "none.model"}));
     EXPECT_TRUE(says(refused(""), {"x.model is empty"}));
     EXPECT_TRUE(says(refused("IQ== 0\nIg== 1\n"), {"tiktoken"}));
     EXPECT_TRUE(says(refused("version https://git-lfs.github.com/spec/v1\n"), {"Git LFS pointer"}));

@@ -1,0 +1,154 @@
+// A set of files, replaced by a process that is killed at each of its system calls in turn.
+#include "dev/test/data_helpers.h"
+#include "gpt/publish.h"
+#include "gpt/shard.h"
+
+#include <csignal>
+#include <sys/ptrace.h>
+#include <unistd.h>
+
+using namespace lns;
+using namespace lns::test;
+namespace fs = std::filesystem;
+
+namespace {
+
+void write_set(
+    const std::string& prefix, const std::string& text, size_t train, size_t val,
+    const std::function<void()>& before_publishing = [] {}) {
+    PublishedSet set(prefix);
+    for (size_t i = 0; i < train; i++) write_bytes(set.new_path("train", i), text);
+    for (size_t i = 0; i < val; i++) write_bytes(set.new_path("val", i), text);
+    fs::create_directory(set.new_tokenizer());
+    write_bytes(set.new_tokenizer() + "/tokenizer.json", text);
+    before_publishing();
+    set.publish();
+}
+
+// "old 3 1": what the names show, and how many of each kind; "nothing"
+std::string shown(const std::string& prefix) {
+    std::string text, counts;
+    auto add = [&](const std::string& more) {
+        if (text.empty()) text = more;
+        if (text != more) text = "mixed";
+    };
+    for (const char* kind : {"train", "val"}) {
+        std::vector<std::string> paths;
+        try {
+            paths = glob_paths(prefix + "_" + kind + "_*.bin");
+        } catch (const Error&) { // none
+        }
+        for (const std::string& path : paths) add(read_bytes(path));
+        counts += cat(" ", paths.size());
+    }
+    if (fs::exists(prefix + "_tokenizer")) add(read_bytes(prefix + "_tokenizer/tokenizer.json"));
+    return text.empty() ? "nothing" : text + counts;
+}
+
+bool all_plain(const std::string& dir) {
+    for (const auto& entry : fs::directory_iterator(dir))
+        if (entry.is_symlink() || entry.path().filename().string()[0] == '.') return false;
+    return true;
+}
+
+// Runs the action in a child that is killed before its system call number n from when it calls its
+// argument on; false if it ended before that, -1 if it cannot be traced here.
+int killed_at(int n, const std::function<void(const std::function<void()>&)>& action) {
+    const pid_t child = fork();
+    if (child == 0) {
+        action([] {
+            if (ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) != 0) _exit(3);
+            raise(SIGSTOP);
+        });
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    if (WIFEXITED(status)) return -1;
+    for (int stops = 0; stops < 2 * n; stops++) { // one before and one behind each call
+        ptrace(PTRACE_SYSCALL, child, nullptr, nullptr);
+        waitpid(child, &status, 0);
+        if (!WIFSTOPPED(status)) return 0;
+    }
+    kill(child, SIGKILL);
+    waitpid(child, &status, 0);
+    return 1;
+}
+
+struct Sizes {
+    size_t train, val;
+};
+
+} // namespace
+
+TEST(Publish, AKillAtAnyStepLeavesOneSet) {
+    for (const auto& [before, after] : {std::pair<Sizes, Sizes>{{3, 1}, {3, 1}},
+                                        {{4, 2}, {2, 0}},
+                                        {{1, 0}, {3, 1}},
+                                        {{0, 0}, {2, 1}}}) {
+        int steps = 0;
+        for (int n = 1;; n++) {
+            TemporaryDirectory dir;
+            const std::string prefix = dir / "x";
+            if (before.train) write_set(prefix, "old", before.train, before.val);
+            const std::string old = shown(prefix);
+            const int killed = killed_at(n, [&](const std::function<void()>& begin) {
+                write_set(prefix, "new", after.train, after.val, begin);
+            });
+            if (killed < 0) GTEST_SKIP() << "processes cannot be traced here";
+            const std::string fresh = cat("new ", after.train, " ", after.val);
+            const std::string found = shown(prefix);
+            ASSERT_TRUE(found == fresh || found == old) << found << " at step " << n;
+            if (!killed) {
+                EXPECT_EQ(found, fresh);
+                EXPECT_TRUE(all_plain(dir.path));
+                break;
+            }
+            steps += found == old;
+            // The next publisher tidies, whatever becomes of it.
+            { PublishedSet next(prefix); }
+            ASSERT_EQ(shown(prefix), found) << "tidied after step " << n;
+            ASSERT_TRUE(all_plain(dir.path)) << "tidied after step " << n;
+        }
+        EXPECT_GT(steps, 5);
+    }
+}
+
+TEST(Publish, WhatIsNotPublishedLeavesNothing) {
+    TemporaryDirectory dir;
+    write_set(dir / "x", "old", 2, 1);
+    {
+        PublishedSet set(dir / "x");
+        write_bytes(set.new_path("train", 0), "new");
+        EXPECT_TRUE(
+            says(error_of([&] { PublishedSet second(dir / "x"); }), {"another tokenize", "/x_*"}));
+        PublishedSet other(dir / "x2"); // another prefix
+    }
+    EXPECT_EQ(shown(dir / "x"), "old 2 1");
+    EXPECT_TRUE(all_plain(dir.path));
+}
+
+TEST(Publish, OtherFilesStay) {
+    TemporaryDirectory dir;
+    for (const char* name : {"x_train_notes.bin", "x_trainer_000001.bin", "xx_train_000001.bin"})
+        write_bytes(dir / name, "mine");
+    write_set(dir / "x", "old", 4, 1);
+    PublishedSet set(dir / "x");
+    write_bytes(set.new_path("train", 0), "new");
+    EXPECT_EQ(set.publish(), 4); // 3 of train, 1 of val
+    for (const char* name : {"x_train_notes.bin", "x_trainer_000001.bin", "xx_train_000001.bin"})
+        EXPECT_EQ(read_bytes(dir / name), "mine");
+    EXPECT_EQ(shown(dir / "x"), "new 1 0");
+}
+
+TEST(Publish, ASwitchedReaderSeesNoMixture) {
+    // A link of a set that is being published and lacks the file is no file.
+    TemporaryDirectory dir;
+    write_bytes(dir / "x_train_000000.bin", "old");
+    fs::create_symlink(".x.set/x_train_000001.bin", dir / "x_train_000001.bin");
+    EXPECT_EQ(glob_paths(dir / "x_train_*.bin"),
+              (std::vector<std::string>{dir / "x_train_000000.bin"}));
+    // Another's broken link is an error as before, not a file that is left out.
+    fs::create_symlink("nowhere", dir / "x_train_000002.bin");
+    EXPECT_EQ(glob_paths(dir / "x_train_*.bin").size(), 2u);
+}

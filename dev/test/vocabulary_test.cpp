@@ -1,0 +1,110 @@
+// The program data/vocabulary, run as a user runs it, on texts that its trainer cannot take as they
+// are.
+#include "dev/test/data_helpers.h"
+#include "gpt/random.h"
+#include "gpt/tokenizer.h"
+
+#include <sys/stat.h>
+
+using namespace lns;
+using namespace lns::test;
+namespace fs = std::filesystem;
+
+#ifdef LNS_SENTENCEPIECE
+namespace {
+
+// LNS_VOCABULARY or the one that make builds. The sanitizers' build makes the tests alone.
+struct VocabularyProgram : testing::Test {
+    TemporaryDirectory dir;
+    std::string program =
+        std::getenv("LNS_VOCABULARY") ? std::getenv("LNS_VOCABULARY") : "data/vocabulary";
+    std::string plain;
+    void SetUp() override {
+        if (!fs::exists(program)) GTEST_SKIP() << program << " is not built";
+        for (int i = 0; i < 300; i++) plain += "hello world the cat sat\n";
+    }
+    Finished learn(const std::string& text, const std::string& arguments = "--size 300") {
+        write_bytes(dir / "text.txt", text);
+        return run("cd '" + dir.path + "' && '" + fs::absolute(program).string() + "' " +
+                   arguments + " -o v.model text.txt");
+    }
+    // That it learns from the text, says so, and that the model has that piece.
+    testing::AssertionResult learns(const std::string& text, const std::vector<std::string>& parts,
+                                    const std::string& piece = "hello") {
+        fs::remove(dir / "v.model");
+        const Finished f = learn(text);
+        if (f.status != 0) return testing::AssertionFailure() << f.status << ": " << f.output;
+        if (read_bytes(dir / "v.model").find(piece) == std::string::npos)
+            return testing::AssertionFailure() << "no piece '" << piece << "'";
+        const auto tokenizer = load_tokenizer(dir / "v.model");
+        if (tokenizer->decode(tokenizer->encode(plain)) != plain)
+            return testing::AssertionFailure() << "it does not give back a text";
+        return says(f.output, parts);
+    }
+    testing::AssertionResult refuses(const std::string& text,
+                                     const std::vector<std::string>& parts) {
+        const Finished f = learn(text);
+        if (f.status != 1) return testing::AssertionFailure() << f.status << ": " << f.output;
+        if (f.output.find("vocabulary: ") == std::string::npos)
+            return testing::AssertionFailure() << f.output;
+        return says(f.output, parts);
+    }
+};
+
+} // namespace
+
+TEST_F(VocabularyProgram, LongWordsAndLinesAreLearnedInParts) {
+    for (int n : {60'000, 70'000, 200'000}) {
+        std::string word;
+        for (int i = 0; i < n; i++) word += char('a' + random_below(8, 1, 0, uint64_t(i)));
+        EXPECT_TRUE(learns("base64 " + word + "\n" + plain,
+                           {"300 pieces", "301 lines", "1 line of more than 16384 bytes",
+                            "1 word of more than 1000 characters"}));
+    }
+    std::string line;
+    while (line.size() < 1'400'000) line += "alphabeta ";
+    EXPECT_TRUE(learns(line + "\n" + plain, {"1.4 MB in 301 lines", "1 line of more"}, "alpha"));
+    // Words of more than one byte a character, and one without a single ASCII byte.
+    std::string wide;
+    for (int i = 0; i < 50'000; i++) wide += i % 2 ? "\u4e2d" : "\u6587";
+    EXPECT_TRUE(learns(wide + "\n" + plain, {"1 word of more"}, "\u4e2d\u6587"));
+    // What is at the limit is whole.
+    const Finished f = learn(std::string(1000, 'x') + "\n" + plain);
+    EXPECT_EQ(f.output.find("in parts"), std::string::npos) << f.output;
+    EXPECT_TRUE(learns(std::string(1001, 'x') + "\n" + plain, {"1 word of more"}));
+}
+
+TEST_F(VocabularyProgram, WhatTheTrainerCannotTakeIsASpace) {
+    EXPECT_TRUE(learns(plain + std::string("a\0b\n", 4), {"1 byte taken for spaces"}));
+    EXPECT_TRUE(learns(plain + "a\xff\xfe b\xc3\n", {"3 bytes taken for spaces"}));
+    EXPECT_TRUE(learns(plain + "a\u2585b\n", {"3 bytes taken for spaces"}));
+    EXPECT_TRUE(learns(plain + "a\u2581b \u2047\tc\r\n\ufeff", {"300 pieces"}));
+}
+
+TEST_F(VocabularyProgram, WhatIsNoTextIsNamed) {
+    std::string wide = "\xff\xfe";
+    for (char c : plain) wide += {c, '\0'};
+    EXPECT_TRUE(refuses(wide, {"text.txt is text in UTF-16LE", "iconv"}));
+    EXPECT_TRUE(refuses(wide.substr(2), {"text.txt is text in UTF-16LE", "iconv"}));
+    EXPECT_TRUE(
+        refuses("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", {"Git LFS pointer"}));
+    EXPECT_TRUE(refuses("\x1f\x8b", {"compressed"}));
+    EXPECT_TRUE(refuses("\n\n", {"no text"}));
+    EXPECT_TRUE(refuses("a", {"smaller --size"}));
+    EXPECT_FALSE(fs::exists(dir / "v.model"));
+    const Finished f = run("cd '" + dir.path + "' && '" + fs::absolute(program).string() +
+                           "' -o v.model \"$(printf 'no\\033[31m')\" .");
+    EXPECT_EQ(f.status, 1);
+    EXPECT_TRUE(says(f.output, {"cannot open no^[[31m"}));
+    EXPECT_EQ(f.output.find('\x1b'), std::string::npos);
+}
+
+TEST_F(VocabularyProgram, ItsOutputGoesThroughNoLink) {
+    // A temporary name that can be guessed was once opened through whatever stood there.
+    write_bytes(dir / "precious", "precious");
+    fs::create_symlink("precious", dir / "v.model.tmp");
+    EXPECT_EQ(learn(plain).status, 0);
+    EXPECT_EQ(read_bytes(dir / "precious"), "precious");
+    EXPECT_TRUE(fs::is_regular_file(fs::symlink_status(dir / "v.model")));
+}
+#endif
