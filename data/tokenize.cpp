@@ -9,6 +9,7 @@
 // disk or Ctrl-C leaves the shards of an earlier run as they were.
 #include "gpt/error.h"
 #include "gpt/paths.h"
+#include "gpt/signals.h"
 #include "gpt/terminal.h"
 #include "gpt/threads.h"
 #include "gpt/tokenizer.h"
@@ -502,7 +503,7 @@ struct Lock {
     std::string path;
     int file;
     explicit Lock(const std::string& prefix) : path(prefix + ".lock") {
-        file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+        file = open(path.c_str(), O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
         if (file < 0)
             fail("cannot write ", path, ": ", std::strerror(errno),
                  ". Choose a place that can be written with --out");
@@ -635,6 +636,7 @@ void run(const Options& options) {
 } // namespace lns
 
 int main(int argc, char** argv) {
+    lns::prepare_process();
     lns::Options options;
     options.threads = lns::default_threads();
     std::string shard_tokens = "100M";
@@ -702,11 +704,13 @@ int main(int argc, char** argv) {
         }; // without SA_RESTART: read(2) returns
         sigaction(SIGINT, &action, nullptr);
         sigaction(SIGTERM, &action, nullptr);
-        std::signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is an error of write(2)
         lns::run(options);
         return 0;
     } catch (const CLI::ParseError& error) {
-        if (error.get_exit_code() == 0) return app.exit(error); // --help
+        if (error.get_exit_code() == 0) { // --help
+            app.exit(error);
+            return lns::output_status("tokenize");
+        }
         std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n",
                      lns::one_line(error.what()).c_str());
     } catch (const std::exception& error) {
