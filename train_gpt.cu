@@ -2965,6 +2965,7 @@ template <class S, class G> struct CudaModel : Model {
     std::vector<Graph> graphs;
     GpuTimes times;
     double step_scale = 0; // loss_scale of the step under way
+    bool stopped = false;  // that step, by its StepInput::stop
 
     Communicator communicator;
 
@@ -3472,11 +3473,20 @@ template <class S, class G> struct CudaModel : Model {
         // 2. The gradient of the mean loss.
         zero_gradients();
         CUDA(cudaMemsetAsync(sums, 0, 2 * sizeof(double), stream));
+        stopped = false;
         for (int m = 0; m < step.micro_batches; m++) {
+            if (m > 0 && step.stop) {
+                // The host keeps one micro-batch ahead, so that a stop has little to wait for.
+                if (m > 1) CUDA(cudaEventSynchronize(arrived[m - 2]));
+                stopped = step.stop();
+                if (stopped) return;
+            }
             CUDA(cudaStreamWaitEvent(stream, arrived[m], 0));
             CUDA(cudaMemcpyAsync(batch, batches + m * ints, size_t(ints) * sizeof(int),
                                  cudaMemcpyDeviceToDevice, stream));
             micro_step();
+            // Its tokens have been taken: from here on the event says that it is computed.
+            if (step.stop) CUDA(cudaEventRecord(arrived[m], stream));
         }
         if (ranks->size > 1) {
             GpuTimed t = timed("update", "sum over ranks", double(memory.size) * sizeof(G));
@@ -3494,7 +3504,7 @@ template <class S, class G> struct CudaModel : Model {
     StepResult end_step() override {
         stream.wait();
         times.book(profile);
-        return {sums_back[0] * step_scale, sums_back[1]};
+        return {sums_back[0] * step_scale, sums_back[1], stopped};
     }
 
     // If the tokens continue those of the last call, as in generating text, only the new positions

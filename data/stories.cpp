@@ -2,11 +2,13 @@
 // <|endoftext|>.
 #include "gpt/stories.h"
 #include "gpt/error.h"
+#include "gpt/signals.h"
 #include "gpt/terminal.h"
 
 #include <CLI/CLI.hpp>
 
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 
@@ -28,6 +30,7 @@ void print(double megabytes, uint64_t seed) {
 } // namespace
 
 int main(int argc, char** argv) {
+    std::signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is an error of write(2)
     CLI::App app{"Prints synthetic English stories, documents between lines of <|endoftext|>.",
                  "data/stories"};
     double megabytes = 1;
@@ -40,7 +43,10 @@ int main(int argc, char** argv) {
         app.parse(argc, argv);
         print(megabytes, seed);
     } catch (const CLI::ParseError& error) {
-        if (error.get_exit_code() == 0) return app.exit(error); // --help
+        if (error.get_exit_code() == 0) { // --help
+            app.exit(error);
+            return lns::output_status("data/stories");
+        }
         std::fprintf(stderr, "data/stories: %s. See data/stories --help\n",
                      lns::one_line(error.what()).c_str());
         return 1;

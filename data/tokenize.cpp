@@ -11,6 +11,7 @@
 #include "gpt/error.h"
 #include "gpt/paths.h"
 #include "gpt/publish.h"
+#include "gpt/signals.h"
 #include "gpt/terminal.h"
 #include "gpt/text.h"
 #include "gpt/threads.h"
@@ -611,6 +612,7 @@ void run(const Options& options) {
 } // namespace lns
 
 int main(int argc, char** argv) {
+    lns::prepare_process();
     lns::Options options;
     options.threads = lns::default_threads();
     std::string shard_tokens = "100M";
@@ -679,11 +681,13 @@ int main(int argc, char** argv) {
         }; // without SA_RESTART: read(2) returns
         sigaction(SIGINT, &action, nullptr);
         sigaction(SIGTERM, &action, nullptr);
-        std::signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is an error of write(2)
         lns::run(options);
         return 0;
     } catch (const CLI::ParseError& error) {
-        if (error.get_exit_code() == 0) return app.exit(error); // --help
+        if (error.get_exit_code() == 0) { // --help
+            app.exit(error);
+            return lns::output_status("tokenize");
+        }
         std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n",
                      lns::one_line(error.what()).c_str());
     } catch (const std::exception& error) {

@@ -10,6 +10,7 @@
 #include "gpt/error.h"
 #include "gpt/files.h"
 #include "gpt/paths.h"
+#include "gpt/signals.h"
 #include "gpt/terminal.h"
 #include "gpt/text.h"
 
@@ -220,6 +221,7 @@ void run(const Options&) {
 } // namespace lns
 
 int main(int argc, char** argv) {
+    lns::prepare_process();
     lns::Options options;
     CLI::App app("Learns a SentencePiece vocabulary from text files.");
     app.option_defaults()->always_capture_default();
@@ -240,9 +242,12 @@ int main(int argc, char** argv) {
         for (std::string& file : options.files) file = lns::expand_home(file);
         if (options.files.empty()) options.files = {"-"};
         lns::run(options);
-        return 0;
+        return lns::output_status("vocabulary");
     } catch (const CLI::ParseError& error) {
-        if (error.get_exit_code() == 0) return app.exit(error); // --help
+        if (error.get_exit_code() == 0) { // --help
+            app.exit(error);
+            return lns::output_status("vocabulary");
+        }
         std::fprintf(stderr, "vocabulary: %s. See data/vocabulary --help\n",
                      lns::one_line(error.what()).c_str());
     } catch (const std::exception& error) {

@@ -47,7 +47,8 @@ double step(Model& model, const Options& o, const std::vector<int>& tokens, int 
     adam.weight_decay = o.weight_decay;
     adam.step = number;
     model.begin_step(input);
-    const auto [loss, norm] = model.end_step();
+    const StepResult result = model.end_step();
+    const double loss = result.loss, norm = result.grad_norm;
     if (!std::isfinite(loss) || !std::isfinite(norm))
         fail("step ", number, ": the loss is ", loss, " and the gradient's norm ", norm,
              ", and arithmetic on numbers that are not finite may take another time");

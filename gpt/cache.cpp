@@ -69,7 +69,8 @@ std::optional<std::string> Cache::settle(const std::string& key, const std::stri
     if (path_.empty()) return std::nullopt;
     try {
         std::filesystem::create_directories(std::filesystem::path(path_).parent_path());
-        const Fd lock(open((path_ + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
+        const Fd lock(
+            open((path_ + ".lock").c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666));
         if (!lock || flock(lock.fd, LOCK_EX) != 0) return std::nullopt;
         read();
         const auto [entry, ours] = entries_.emplace(key, value);

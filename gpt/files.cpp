@@ -26,6 +26,7 @@ std::string parent_of(const std::string& path) {
 std::string reason(int error) {
     std::string text = std::strerror(error);
     if (error == ENOSPC || error == EDQUOT) text += "; free some space or choose another directory";
+    if (error == EFBIG) text += ": it exceeds the limit on a file's size (ulimit -f)";
     return text;
 }
 
@@ -45,6 +46,20 @@ void sync_path(const std::string& path, int flags) {
     Fd file(open(path.c_str(), O_RDONLY | O_CLOEXEC | flags));
     if (!file) fail("cannot open ", path, " to sync it: ", reason(errno));
     sync(file.fd, path);
+}
+
+// What a chain of links ends in, which need not exist; "" of a process's own descriptors, such as
+// /dev/stdout.
+std::string link_target(const std::string& path) {
+    fs::path at = path;
+    std::error_code error;
+    for (int links = 0; fs::is_symlink(fs::symlink_status(at, error)); links++) {
+        if (at.string().rfind("/proc/", 0) == 0) return "";
+        if (links == 40) fail("cannot write ", path, ": its links go round in a circle");
+        at = at.parent_path() / fs::read_symlink(at, error); // an absolute one stands alone
+        if (error) fail("cannot read the link ", at.string(), ": ", error.message());
+    }
+    return at.string();
 }
 
 void rename_checked(const std::string& from, const std::string& to) {
@@ -97,9 +112,36 @@ std::string temporary_name(const std::string& path) {
         .string();
 }
 
-AtomicFile::AtomicFile(const std::string& path) : path_(path), temporary_(temporary_name(path)) {
-    if (fs::is_directory(path)) fail("cannot write ", path, ": it is a directory");
-    file_ = Fd(open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+Fd create_file(const std::string& path) {
+    for (int attempt = 0;; attempt++) {
+        Fd file(open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666));
+        if (file || errno != EEXIST || attempt == 10) return file;
+        if (unlink(path.c_str()) != 0 && errno != ENOENT) return file;
+    }
+}
+
+void check_regular_or_absent(const std::string& path) {
+    struct stat status;
+    if (lstat(path.c_str(), &status) != 0 || S_ISREG(status.st_mode)) return;
+    fail(path, S_ISLNK(status.st_mode) ? " is a symbolic link" : " is no regular file",
+         ", and it would be written: remove it, or choose another place.");
+}
+
+AtomicFile::AtomicFile(const std::string& path) : path_(path) {
+    struct stat status;
+    const bool exists = stat(path.c_str(), &status) == 0;
+    if (exists && S_ISDIR(status.st_mode)) fail("cannot write ", path, ": it is a directory");
+    const bool stream = exists && (S_ISFIFO(status.st_mode) || S_ISCHR(status.st_mode));
+    if (exists && !stream && !S_ISREG(status.st_mode))
+        fail("cannot write ", path, ": it is a block device or a socket; name a file");
+    const std::string target = stream ? "" : link_target(path);
+    if (target.empty()) {
+        file_ = Fd(open(path.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC));
+    } else {
+        path_ = target;
+        temporary_ = temporary_name(path_);
+        file_ = create_file(temporary_);
+    }
     if (!file_) fail("cannot write ", path, ": ", reason(errno));
 }
 
@@ -139,6 +181,7 @@ void AtomicFile::commit() {
     flush();
     sync(file_.fd, path_);
     close_checked(file_, path_);
+    if (temporary_.empty()) return;
     rename_checked(temporary_, path_);
     temporary_.clear();
     sync_path(parent_of(path_), O_DIRECTORY);
@@ -148,6 +191,11 @@ AtomicDirectory::AtomicDirectory(const std::string& path)
     : path_(path), temporary_(temporary_name(path)) {
     while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
     std::error_code error;
+    const fs::file_status status = fs::symlink_status(path_, error);
+    if (fs::exists(status) && !fs::is_directory(status))
+        fail("cannot make the directory ", path_, ": it is ",
+             fs::is_symlink(status) ? "a symbolic link" : "a file",
+             " already; name another, or the directory itself");
     fs::remove_all(temporary_, error);
     if (mkdir(temporary_.c_str(), 0777) != 0)
         fail("cannot make the directory ", path_, ": ", reason(errno));
@@ -221,7 +269,7 @@ void check_writable(const std::string& dir, uint64_t bytes_needed) {
         fail(dir, " is a file, and a directory is needed here: choose another name.");
     std::string probe = temporary_name((fs::path(dir) / "write-check").string());
     {
-        Fd file(open(probe.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+        Fd file = create_file(probe);
         if (!file) fail("cannot write to the directory ", dir, ": ", reason(errno));
     }
     unlink(probe.c_str());

@@ -1,6 +1,7 @@
 // Files as a trainer needs them: read whole, written whole or not at all. Nothing is lost silently:
 // every write, sync and close is checked, and a full disk is an Error that names the file.
 // What is being written lies beside its target as .NAME.tmp-PID until it is synced and renamed.
+// That name is never opened through a link.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,15 @@ std::string read_file(const std::string& path);
 // Writes all of data or throws; path only names the file in the message.
 void write_all(int fd, const void* data, size_t size, const std::string& path);
 
-// The file appears under its name with all of text, or is left as it was.
+// A new file, open for writing. Anything that stands under the name is removed first, a link too.
+Fd create_file(const std::string& path);
+
+// Throws if anything but a regular file stands under the name: a link, a FIFO, a device.
+void check_regular_or_absent(const std::string& path);
+
+// The file appears under its name with all of text, or is left as it was. A link's target is
+// written, not the link. FIFOs and devices that take characters are written to as they are; block
+// devices and sockets are refused.
 void write_file_atomic(const std::string& path, std::string_view text);
 
 // The same for a file written piece by piece: without commit() nothing changes.
@@ -51,13 +60,14 @@ class AtomicFile {
     void commit(); // syncs, renames, syncs the directory
 
   private:
-    std::string path_, temporary_, buffer_;
+    std::string path_, temporary_, buffer_; // temporary_ is empty of what is written to directly
     Fd file_;
     void flush();
 };
 
 // A directory written under temporary(), which commit() syncs and renames to path. A directory
-// that already stands there is exchanged in the same instant and then removed.
+// that already stands there is exchanged in the same instant and then removed; links and files are
+// refused.
 class AtomicDirectory {
   public:
     explicit AtomicDirectory(const std::string& path);

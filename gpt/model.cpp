@@ -10,9 +10,14 @@ void Model::begin_step(const StepInput& step) {
     const int64_t n = int64_t(step.B) * step.T;
     zero_gradients();
     double loss = 0;
-    for (int m = 0; m < step.micro_batches; m++)
+    for (int m = 0; m < step.micro_batches; m++) {
+        if (m > 0 && step.stop && step.stop()) {
+            step_result = {0, 0, true};
+            return;
+        }
         loss += loss_and_gradients(step.inputs + m * n, step.targets + m * n, step.B, step.T,
                                    step.loss_scale);
+    }
     if (ranks && ranks->size > 1) {
         Timed t(profile, "", "sum over ranks", 0, 0);
         loss = ranks->sum(loss);

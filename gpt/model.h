@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -69,10 +70,14 @@ struct StepInput {
     double loss_scale = 1; // 1 / (targets ≥ 0, over all micro-batches and ranks)
     double grad_clip = 0;  // the gradient's norm is scaled down to this; 0: never
     AdamW optimizer = {};  // its grad_scale is not looked at
+    // Asked between micro-batches; true ends the step there, and nothing is updated. On several
+    // ranks it must say the same to all.
+    std::function<bool()> stop = {};
 };
 struct StepResult {
     double loss = 0;      // the mean over all ranks' targets
     double grad_norm = 0; // of the mean's gradient, before clipping
+    bool stopped = false; // by StepInput::stop; then the others are not known
 };
 
 struct Model {

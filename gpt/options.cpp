@@ -515,8 +515,9 @@ Options parse_options(int argc, const char* const* argv, const SavedFlags& saved
                  "  train_gpt verify PATH...                check runs, checkpoints and shards\n\n"
                  "Counts may be written as 10M, 64k or 1e6.");
     app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-    app.footer("\nExit status: 0 done, 1 an error, 130 stopped by SIGINT or SIGTERM (saved; -y "
-               "goes on).\n");
+    app.footer("\nExit status: 0 done, 1 an error, 130 stopped by a signal and saved (Ctrl-C, HUP, "
+               "TERM, USR1,\nUSR2 or XCPU; -y goes on). A second signal, a second or more later, "
+               "ends at once without saving: 1.\n");
     add_training(app, o, changes);
     std::string resume;
     CLI::Option* y = app.add_option("-y,--resume", resume,

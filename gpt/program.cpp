@@ -25,6 +25,7 @@
 #include "gpt/rundir.h"
 #include "gpt/sample.h"
 #include "gpt/setup.h"
+#include "gpt/signals.h"
 #include "gpt/terminal.h"
 #include "gpt/train.h"
 #include "gpt/verify.h"
@@ -83,6 +84,7 @@ struct Stream {
         if (end <= written) return;
         std::string part = text.substr(written, end - written);
         std::cout << (terminal ? printable(part) : part) << std::flush;
+        check_output();
         written = end;
     }
 };
@@ -228,7 +230,10 @@ int probe(const Options& o, const Ranks& ranks) {
     std::unique_ptr<Model> model = make_model(config, B, T, options, ranks);
     load_weights(*model, trained.path);
     Progress progress;
-    settings.tell = [&](const std::string& line) { progress.update("probing: " + line); };
+    settings.tell = [&](const std::string& line) {
+        progress.update("probing: " + line);
+        if (!progress.failure().empty()) fail(progress.failure());
+    };
     const Probes probes = measure(*model, read_batches(loader, T, B, 0, measured),
                                   read_batches(loader, T, B, measured, fitted), settings);
     progress.finish();
@@ -278,11 +283,16 @@ void compare_starts(const Options& o, const Ranks& ranks) {
     ranks.compare({o.settings.begin(), o.settings.end()});
 }
 
-// -y takes the run's own flags where none are given.
-Options options_of(int argc, char** argv, const Ranks& ranks) {
+// -y takes the run's own flags where none are given. A run that is to be written is locked before
+// anything in it is read.
+Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
     Options o = parse_options(argc, argv);
     compare_starts(o, ranks);
     if (o.command != Options::Command::train || !o.resume) return o;
+    if (!o.dry_run && o.dump_state.empty()) {
+        if (ranks.first() && std::filesystem::is_directory(o.out)) lock = RunDirectory::lock(o.out);
+        ranks.barrier();
+    }
     std::string checkpoint = newest_checkpoint(o.out);
     ranks.compare(
         {{"the newest checkpoint", std::filesystem::path(checkpoint).filename().string()}});
@@ -296,10 +306,11 @@ Options options_of(int argc, char** argv, const Ranks& ranks) {
 }
 
 int dispatch(int argc, char** argv, const Ranks& ranks) {
-    Options o = options_of(argc, argv, ranks);
+    Fd lock;
+    Options o = options_of(argc, argv, ranks, lock);
     switch (o.command) {
     case Options::Command::train:
-        return train(std::move(o), ranks);
+        return train(std::move(o), ranks, std::move(lock));
     case Options::Command::sample:
         return ranks.first() ? sample(o, ranks) : 0;
     case Options::Command::eval:
@@ -332,12 +343,15 @@ int report(const Ranks* ranks, const std::string& sentence) {
 } // namespace
 
 int run_program(int argc, char** argv) {
+    prepare_process();
     std::unique_ptr<Ranks> ranks;
     try {
         ranks = std::make_unique<Ranks>();
         // mpirun gives a pseudo-terminal even where its own output is a file: plain lines then.
         if (ranks->size > 1) setenv("TERM", "dumb", 1);
-        return dispatch(argc, argv, *ranks);
+        const int status = dispatch(argc, argv, *ranks);
+        if (ranks->first()) check_output();
+        return status;
     } catch (const std::bad_alloc&) {
         return report(ranks.get(), "not enough memory: lower --batch, --seq-len or the model's "
                                    "size; --dry-run says what is needed");

@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <set>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 namespace fs = std::filesystem;
@@ -23,15 +24,31 @@ using nlohmann::ordered_json;
 
 std::string log_of(const std::string& path) { return (fs::path(path) / "log.jsonl").string(); }
 
-// An exclusive lock for as long as the descriptor is open, that is, the process lives.
-Fd lock_directory(const std::string& path) {
-    std::string name = (fs::path(path) / "lock").string();
-    Fd lock(open(name.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666));
+std::string lock_of(const std::string& path) { return (fs::path(path) / "lock").string(); }
+
+bool is_open_as(const std::string& name, int fd) {
+    struct stat named, open;
+    return stat(name.c_str(), &named) == 0 && fstat(fd, &open) == 0 &&
+           named.st_dev == open.st_dev && named.st_ino == open.st_ino;
+}
+
+} // namespace
+
+// The lock holds for as long as the descriptor is open, that is, the process lives.
+Fd RunDirectory::lock(const std::string& path) {
+    const std::string name = lock_of(path);
+    for (const char* written : {"lock", "log.jsonl", "log.damaged", "run.json"})
+        check_regular_or_absent((fs::path(path) / written).string());
+    Fd lock(open(name.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666));
     if (!lock) fail("cannot write to ", path, ": ", std::strerror(errno));
+    char begin[256];
+    const ssize_t n = std::max<ssize_t>(0, pread(lock.fd, begin, sizeof begin, 0));
+    std::string holder(begin, size_t(n));
+    holder.erase(holder.find_last_not_of('\n') + 1);
+    if (!holder.empty() && holder.rfind("process ", 0) != 0)
+        fail(name, " is not a run's lock: move it away, or choose another directory with -o.");
     if (flock(lock.fd, LOCK_EX | LOCK_NB) != 0) {
         if (errno == EWOULDBLOCK) {
-            std::string holder = read_file(name);
-            holder.erase(holder.find_last_not_of('\n') + 1);
             fail("another run (", holder.empty() ? "just starting" : holder, ") is writing to ",
                  path, ": wait until it ends, or choose another directory with -o.");
         }
@@ -41,13 +58,11 @@ Fd lock_directory(const std::string& path) {
     }
     char host[256] = "";
     gethostname(host, sizeof host - 1);
-    std::string holder = cat("process ", getpid(), " on ", host, "\n");
+    holder = cat("process ", getpid(), " on ", host, "\n");
     if (ftruncate(lock.fd, 0) != 0) fail("cannot write ", name, ": ", std::strerror(errno));
     write_all(lock.fd, holder.data(), holder.size(), name);
     return lock;
 }
-
-} // namespace
 
 int64_t checkpoint_step(const std::string& name) {
     const std::string prefix = "step-";
@@ -81,7 +96,7 @@ RunDirectory RunDirectory::create(const std::string& path) {
     std::error_code error;
     fs::create_directories(run.path_, error);
     if (error) fail("cannot make the directory ", path, ": ", error.message());
-    run.lock_ = lock_directory(run.path_);
+    run.lock_ = lock(run.path_);
     if (fs::exists(log_of(run.path_)) || !checkpoints_in(run.path_).empty())
         fail(path, " already holds a run: continue it with -y, or choose another directory with "
                    "-o.");
@@ -90,10 +105,10 @@ RunDirectory RunDirectory::create(const std::string& path) {
     return run;
 }
 
-RunDirectory RunDirectory::resume(const std::string& path) {
+RunDirectory RunDirectory::resume(const std::string& path, Fd held) {
     RunDirectory run(path);
     if (!fs::is_directory(run.path_)) fail("there is no run to continue: ", path, " is missing.");
-    run.lock_ = lock_directory(run.path_);
+    run.lock_ = held ? std::move(held) : lock(run.path_);
     remove_stale_temporaries(run.path_, true);
     run.open_log();
     return run;
@@ -101,7 +116,7 @@ RunDirectory RunDirectory::resume(const std::string& path) {
 
 void RunDirectory::open_log() {
     std::string name = log_of(path_);
-    log_ = Fd(open(name.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666));
+    log_ = Fd(open(name.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW | O_CLOEXEC, 0666));
     if (!log_) fail("cannot write ", name, ": ", std::strerror(errno));
 }
 
@@ -152,6 +167,22 @@ void RunDirectory::append(std::string_view json_line) {
     }
 }
 
+std::string RunDirectory::mend() {
+    lost_.clear();
+    if (is_open_as(log_of(path_), log_.fd)) return "";
+    const bool locked = is_open_as(lock_of(path_), lock_.fd);
+    const std::string gone = cat(locked ? log_of(path_) : path_,
+                                 " was removed, renamed or unmounted while it was in use");
+    try {
+        fs::create_directories(path_);
+        if (!locked) lock_ = lock(path_);
+        open_log();
+    } catch (const std::exception& error) {
+        return lost_ = cat(gone, ", and cannot be made again: ", error.what());
+    }
+    return cat(gone, ". It is made again, without what was in it");
+}
+
 int64_t RunDirectory::truncate_log_after(int64_t step) {
     const std::string name = log_of(path_), text = read_file(name);
     std::string kept, damaged;
@@ -186,6 +217,7 @@ int64_t RunDirectory::truncate_log_after(int64_t step) {
 std::string RunDirectory::damaged_log() const { return (fs::path(path_) / "log.damaged").string(); }
 
 std::string RunDirectory::checkpoint_path(int64_t step) const {
+    if (!lost_.empty()) throw Error(lost_);
     char name[32];
     std::snprintf(name, sizeof name, "step-%06lld", static_cast<long long>(step));
     return (fs::path(path_) / name).string();

@@ -18,8 +18,11 @@ class RunDirectory {
   public:
     // A new run. Throws where a run lies already, or another process holds the directory.
     static RunDirectory create(const std::string& path);
-    // An earlier run, to be continued. The temporaries that a kill left are removed.
-    static RunDirectory resume(const std::string& path);
+    // An earlier run, to be continued. The temporaries that a kill left are removed. held: what
+    // lock() gave; without it, it is locked first.
+    static RunDirectory resume(const std::string& path, Fd held = {});
+    // Keeps other processes from training into path for as long as this lives. Throws if one does.
+    static Fd lock(const std::string& path);
 
     const std::string& path() const { return path_; }
 
@@ -31,12 +34,15 @@ class RunDirectory {
 
     // Appends a line to log.jsonl, whole or not at all.
     void append(std::string_view json_line);
+    // "" as long as the directory and its log stand where they were. If they were removed, renamed
+    // or unmounted, they are made again, and this says so, or why they cannot be.
+    std::string mend();
     // Drops the lines with "step" > step, as a resumed run is to write them again, and moves those
     // that are damaged to damaged_log(). How many these were.
     int64_t truncate_log_after(int64_t step);
     std::string damaged_log() const;
 
-    // PATH/step-000500, to be written through AtomicDirectory.
+    // PATH/step-000500, to be written through AtomicDirectory. Throws if the directory is lost.
     std::string checkpoint_path(int64_t step) const;
     // All whole checkpoints, by step.
     std::vector<std::pair<int64_t, std::string>> checkpoints() const;
@@ -46,6 +52,7 @@ class RunDirectory {
   private:
     std::string path_;
     Fd lock_, log_;
+    std::string lost_; // why the directory is no longer ours
     explicit RunDirectory(const std::string& path);
     void open_log();
 };

@@ -204,7 +204,8 @@ ShardWriter::ShardWriter(const std::string& path, const TokenizerId& id, int win
     if (id.kind.size() >= kind_bytes)
         fail("the tokenizer's kind '", id.kind, "' does not fit a shard's header (", kind_bytes - 1,
              " characters)");
-    file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+    check_regular_or_absent(path);
+    file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666);
     if (file < 0)
         fail("cannot write ", temporary, ": ", std::strerror(errno),
              ". Choose a place that can be written with --out");

@@ -1,12 +1,14 @@
 #include "gpt/terminal.h"
 
 #include "gpt/error.h"
+#include "gpt/signals.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <cmath>
-#include <csignal>
 #include <cstdlib>
+#include <cstring>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -67,8 +69,6 @@ bool looks_numeric(const std::string& cell) {
     size_t i = cell.find_first_not_of("+-.~<");
     return i != std::string::npos && cell[i] >= '0' && cell[i] <= '9';
 }
-
-volatile std::sig_atomic_t stop_flag = 0;
 
 } // namespace
 
@@ -277,7 +277,8 @@ std::string Table::text() const {
 
 void Table::print(FILE* out) const { std::fputs(text().c_str(), out); }
 
-Progress::Progress(FILE* out) : out_(out), in_place_(is_interactive(out)) {}
+Progress::Progress(FILE* out)
+    : out_(out), in_place_(is_interactive(out)), terminal_(isatty(fileno(out))) {}
 
 Progress::~Progress() { finish(); }
 
@@ -297,7 +298,7 @@ bool Progress::due_locked() const {
 
 void Progress::update(const std::string& text, bool now) {
     std::lock_guard lock(mutex_);
-    if (!now && !due_locked()) return;
+    if (silent_ || (!now && !due_locked())) return;
     const std::string line = printable(text);
     any_ = true;
     shown_ = Clock::now();
@@ -306,7 +307,21 @@ void Progress::update(const std::string& text, bool now) {
     } else {
         std::fprintf(out_, "%s\n", line.c_str());
     }
-    std::fflush(out_);
+    flush();
+}
+
+void Progress::flush() {
+    errno = 0;
+    if (std::fflush(out_) == 0 && !std::ferror(out_)) return;
+    const int error = errno;
+    std::clearerr(out_);
+    silent_ = true;
+    if (!(terminal_ && error == EIO)) error_ = error ? error : EIO;
+}
+
+std::string Progress::failure() const {
+    std::lock_guard lock(mutex_);
+    return error_ ? output_failed(error_) : "";
 }
 
 void Progress::draw(const std::string& line) {
@@ -323,33 +338,22 @@ void Progress::erase() {
 
 void Progress::message(const std::string& text) {
     std::lock_guard lock(mutex_);
+    if (silent_) return;
     std::string line = line_;
     erase();
     std::fputs(printable(text).c_str(), out_);
     if (text.empty() || text.back() != '\n') std::fputc('\n', out_);
     line_.clear();
     if (!line.empty()) draw(line);
-    std::fflush(out_);
+    flush();
 }
 
 void Progress::finish() {
     std::lock_guard lock(mutex_);
+    if (silent_) return;
     if (!line_.empty()) std::fputc('\n', out_);
     line_.clear();
-    std::fflush(out_);
+    flush();
 }
-
-void install_stop_handlers() {
-    struct sigaction action = {};
-    action.sa_handler = [](int) {
-        if (stop_flag) _exit(130);
-        stop_flag = 1;
-    };
-    action.sa_flags = SA_RESTART;
-    sigaction(SIGINT, &action, nullptr);
-    sigaction(SIGTERM, &action, nullptr);
-}
-
-bool stop_requested() { return stop_flag != 0; }
 
 } // namespace lns

@@ -1,4 +1,4 @@
-// What a person sees: a progress line, tables, bars, numbers for humans; and Ctrl-C.
+// What a person sees: a progress line, tables, bars, numbers for humans.
 // Nothing here writes escape codes: the progress line is redrawn with a carriage return, and where
 // the output is no terminal (or TERM=dumb) it becomes plain lines, at growing intervals.
 #pragma once
@@ -70,22 +70,23 @@ class Progress {
     void message(const std::string& text);
     // Leaves the last line standing and moves below it.
     void finish();
+    // Why a line could not be written, as a sentence; "" if all were. A terminal that was closed is
+    // no failure: whoever leaves a run behind on purpose does that.
+    std::string failure() const;
 
   private:
     using Clock = std::chrono::steady_clock;
     FILE* out_;
-    bool in_place_;
+    bool in_place_, terminal_, silent_ = false;
+    int error_ = 0;
     Clock::time_point started_ = Clock::now(), shown_;
     bool any_ = false;
     std::string line_; // on the screen now
     mutable std::mutex mutex_;
     bool due_locked() const;
+    void flush();
     void erase();
     void draw(const std::string& line);
 };
-
-// The first SIGINT or SIGTERM makes stop_requested() true; the second exits at once, status 130.
-void install_stop_handlers();
-bool stop_requested();
 
 } // namespace lns

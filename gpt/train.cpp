@@ -7,6 +7,8 @@
 #include <cmath>
 #include <exception>
 #include <filesystem>
+#include <functional>
+#include <new>
 #include <optional>
 #include <unistd.h>
 
@@ -21,6 +23,7 @@
 #include "gpt/sample.h"
 #include "gpt/schedule.h"
 #include "gpt/setup.h"
+#include "gpt/signals.h"
 #include "gpt/terminal.h"
 
 namespace lns {
@@ -30,6 +33,40 @@ namespace {
 double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
+}
+
+// One that says itself what is saved.
+struct FinalError : Error {
+    using Error::Error;
+};
+
+// Thrown by all ranks at the same place.
+struct SharedError : Error {
+    using Error::Error;
+};
+
+// Throws on every rank if one has an error.
+void share(const Ranks& ranks, const std::exception_ptr& mine) {
+    if (ranks.size == 1 && mine) std::rethrow_exception(mine);
+    if (!ranks.any(bool(mine))) return;
+    std::vector<double> failed(size_t(ranks.size), 0.0);
+    failed[size_t(ranks.rank)] = bool(mine);
+    ranks.sum(failed.data(), int(failed.size()));
+    const int first = int(std::find(failed.begin(), failed.end(), 1.0) - failed.begin());
+    // The first one's sentence, a character a number.
+    std::vector<double> characters(1000, 0.0);
+    if (first == ranks.rank) try {
+            std::rethrow_exception(mine);
+        } catch (const std::exception& error) {
+            const std::string text = cat("rank ", first, ": ", error.what());
+            for (size_t i = 0; i < std::min(text.size(), characters.size()); i++)
+                characters[i] = static_cast<unsigned char>(text[i]);
+        }
+    ranks.sum(characters.data(), int(characters.size()));
+    std::string text;
+    for (double c : characters)
+        if (c > 0) text += char(c);
+    throw SharedError(text);
 }
 
 // Everything that a run holds.
@@ -59,6 +96,10 @@ struct Run {
     std::vector<ProbeBatch> probe_batch;   // with --probe-every: the first validation sequences
     std::optional<RunDirectory> directory; // of rank 0
     std::string last_checkpoint;           // "": none yet
+    int64_t saved_step = -1;               // what it is of
+    bool updating = false;                 // the weights may be half of one step, half of the next
+    std::string gone;                      // what was last told of a directory that disappeared
+    double step_seconds = 0;               // of the last step, on rank 0
     Progress progress;
     Profile profile;                            // of the steps after the first
     double profiled = 0;                        // seconds
@@ -87,13 +128,17 @@ int64_t checked_total_batch(Options& o, const Ranks& ranks) {
 
 [[noreturn]] void fail_nonfinite(Run& run, int64_t step, const std::string& what) {
     std::string first = run.model->first_nonfinite();
-    fail("step ", step, ": ", what, " is not finite",
-         first.empty() ? "" : "; the first tensor that is not: " + first,
-         ". This step's weights were not saved; ",
-         run.last_checkpoint.empty() ? "there is no checkpoint yet"
-                                     : "the last good checkpoint is " + run.last_checkpoint,
-         ". Lower --lr, or raise --warmup");
+    throw FinalError(cat("step ", step, ": ", what, " is not finite",
+                         first.empty() ? "" : "; the first tensor that is not: " + first,
+                         ". This step's weights were not saved; ",
+                         run.last_checkpoint.empty()
+                             ? "there is no checkpoint yet"
+                             : "the last good checkpoint is " + run.last_checkpoint,
+                         ". Lower --lr, or raise --warmup"));
 }
+
+// Of one rank: whether it is to stop.
+bool is_to_stop(const Run& run) { return stop_requested() || !run.progress.failure().empty(); }
 
 // The tokens of a whole step: every rank takes its B windows of each micro-batch.
 void draw_batch(Run& run) {
@@ -117,7 +162,8 @@ void draw_ahead(Run& run) {
     }
 }
 
-Step train_step(Run& run) {
+// Nothing if a stop was asked for between its micro-batches: all is then as it was before.
+std::optional<Step> train_step(Run& run) {
     const Options& o = run.o;
     const double start = now();
     Model& model = *run.model;
@@ -130,13 +176,14 @@ Step train_step(Run& run) {
 
     // 1. The tokens, and how many of them count.
     if (!o.overfit_batch && !run.drawn) draw_ahead(run);
-    if (run.draw_error) std::rethrow_exception(run.draw_error);
+    share(run.ranks, run.draw_error);
     double valid = 0;
     for (int target : run.targets) valid += target >= 0;
     valid = run.ranks.sum(valid);
     if (valid == 0)
-        fail("step ", number,
-             ": none of its tokens has a target, so there is no loss to lower: check the data");
+        throw SharedError(
+            cat("step ", number,
+                ": none of its tokens has a target, so there is no loss to lower: check the data"));
 
     // 2. The gradient of the mean loss over all micro-batches and ranks, its norm, and the step
     // down it; meanwhile the next step's tokens, which a GPU leaves the CPU time for.
@@ -148,6 +195,17 @@ Step train_step(Run& run) {
     adam.beta1 = o.beta1, adam.beta2 = o.beta2, adam.eps = o.eps;
     adam.weight_decay = o.weight_decay;
     adam.step = number;
+    // Ranks ask each other some four times a second, all after the same micro-batch.
+    const double each = run.step_seconds / run.micro_batches; // 0 in the first step
+    const int every = each > 0 ? std::max(1, int(0.25 / each)) : 1;
+    int asked = 0;
+    if (run.micro_batches > 1)
+        input.stop = [&] {
+            if (run.ranks.size == 1) return is_to_stop(run);
+            return ++asked % every == 0 && run.ranks.any(is_to_stop(run));
+        };
+    run.updating = true;
+    const LoaderState loaded = o.overfit_batch ? run.loader->state() : run.before_draw;
     {
         Ranks::Steady steady(run.ranks, "a step");
         model.begin_step(input);
@@ -159,6 +217,12 @@ Step train_step(Run& run) {
     }
     Ranks::Steady steady(run.ranks, "the end of a step");
     const StepResult result = model.end_step();
+    run.updating = false;
+    if (result.stopped) {
+        run.drawn = false;
+        run.loader->restore(loaded);
+        return std::nullopt;
+    }
     if (!std::isfinite(result.loss)) fail_nonfinite(run, number, "the loss");
     if (!std::isfinite(result.grad_norm)) fail_nonfinite(run, number, "the gradient");
     run.state.step = number;
@@ -172,9 +236,12 @@ Step train_step(Run& run) {
     return step;
 }
 
+// NAN if a stop was asked for before its end.
 double validate(Run& run) {
-    double loss =
-        evaluate(*run.model, *run.val_loader, run.ranks, run.B, run.T, run.o.val_tokens).loss;
+    const Evaluation e = evaluate(*run.model, *run.val_loader, run.ranks, run.B, run.T,
+                                  run.o.val_tokens, [&] { return is_to_stop(run); });
+    if (e.stopped) return NAN;
+    const double loss = e.loss;
     if (!std::isfinite(loss)) fail_nonfinite(run, run.state.step, "the validation loss");
     run.state.val_loss = loss;
     run.variance = run.model->residual_variance(); // on the last of the validation batches
@@ -190,7 +257,8 @@ std::string sample_text(Run& run) {
     if (prompt.empty()) prompt = {std::max(run.data.id.eot, 0)};
     std::vector<int> tokens = generate(*run.model, prompt, int(o.sample_tokens), run.T,
                                        {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed),
-                                        tokenizer ? tokenizer->vocab_size() : 0});
+                                        tokenizer ? tokenizer->vocab_size() : 0},
+                                       [&](int) { return !is_to_stop(run); });
     if (tokenizer) {
         const std::string more = continuation(*tokenizer, prompt, tokens);
         return o.prompt + printable(more.substr(0, whole_characters(more)));
@@ -200,19 +268,11 @@ std::string sample_text(Run& run) {
     return text;
 }
 
-std::string program_of(const Run& run) {
-    return run.o.argv.empty() ? "./train_gpt" : run.o.argv[0];
-}
-
-// For a shell.
-std::string quoted_directory(const Run& run) {
-    const char* words[] = {run.o.out.c_str()};
-    return shell_quoted(1, words);
-}
-
 std::string command_to_go_on(const Run& run) {
-    return cat(run.ranks.size > 1 ? cat("mpirun -np ", run.ranks.size, " ") : "", program_of(run),
-               " -o ", quoted_directory(run), " -y");
+    const char* words[] = {run.o.argv.empty() ? "./train_gpt" : run.o.argv[0].c_str(), "-o",
+                           run.o.out.c_str(), "-y"};
+    return cat(run.ranks.size > 1 ? cat("mpirun -np ", run.ranks.size, " ") : "",
+               shell_quoted(4, words));
 }
 
 // What any rank is to say when another is lost.
@@ -223,8 +283,16 @@ void advise(const Run& run) {
                          "; go on with: ", command_to_go_on(run)));
 }
 
+// The run's directory may disappear while it trains.
+void look_after_directory(Run& run) {
+    const std::string gone = run.directory->mend();
+    if (!gone.empty() && gone != run.gone) run.print(cat("WARNING: ", gone, ". Training goes on"));
+    run.gone = gone;
+}
+
 // On rank 0. Until the new checkpoint stands whole under its name, no older one is touched.
 void save(Run& run) {
+    look_after_directory(run);
     run.state.loader = run.drawn ? run.before_draw : run.loader->state();
     run.state.flags = run.o.flags;
     run.state.tokenizer = run.data.id;
@@ -232,6 +300,7 @@ void save(Run& run) {
     std::string path = run.directory->checkpoint_path(run.state.step);
     save_checkpoint(path, *run.model, run.state, run.data.tokenizer.get());
     run.last_checkpoint = path;
+    run.saved_step = run.state.step;
     advise(run);
     run.directory->keep_last(int(run.o.keep));
 }
@@ -328,7 +397,7 @@ void describe(Run& run) {
 }
 
 // The run's directory, locked; the disk must have room for a checkpoint.
-void open_directory(Run& run, bool goes_on) {
+void open_directory(Run& run, bool goes_on, Fd lock) {
     Options& o = run.o;
     if (o.out.empty()) {
         const Config& c = run.config;
@@ -337,7 +406,8 @@ void open_directory(Run& run, bool goes_on) {
         o.out = default_run_path("runs/" + name);
     }
     bool exists = goes_on && std::filesystem::is_directory(o.out);
-    run.directory = exists ? RunDirectory::resume(o.out) : RunDirectory::create(o.out);
+    run.directory =
+        exists ? RunDirectory::resume(o.out, std::move(lock)) : RunDirectory::create(o.out);
     check_writable(o.out, uint64_t(checkpoint_bytes(run.model->registry)));
     if (int64_t damaged = run.directory->truncate_log_after(run.state.step))
         run.print(cat("note: ", damaged, damaged == 1 ? " line" : " lines", " of ", o.out,
@@ -375,6 +445,7 @@ void start(Run& run, const std::string& resume_from) {
              "): to go on with other data, start another run with --init-from ", run.o.out);
     run.loader->restore(run.state.loader);
     run.last_checkpoint = resume_from;
+    run.saved_step = run.state.step;
     run.print(cat("going on from ", resume_from, " (step ", run.state.step, ")"));
 }
 
@@ -422,35 +493,71 @@ std::string progress_line(const Run& run, const Step& step, double seconds_a_ste
 
 // What a stopped or finished run tells at its end.
 std::string how_to_go_on(const Run& run, bool finished) {
-    if (!finished) return "go on with:    " + command_to_go_on(run);
-    const std::string program = program_of(run), dir = quoted_directory(run);
+    const std::string again = command_to_go_on(run);
+    if (!finished) return "go on with:    " + again;
+    const char* words[] = {run.o.argv.empty() ? "./train_gpt" : run.o.argv[0].c_str(), "sample",
+                           run.o.out.c_str()};
     return cat(format_count(double(run.state.tokens)), " tokens in ",
                format_duration(run.state.seconds), " of training\nrun directory: ", run.o.out,
-               "\nsample it:     ", program, " sample ", dir,
-               " --prompt TEXT\ntrain longer:  ", command_to_go_on(run), " -x ",
+               "\nsample it:     ", shell_quoted(3, words),
+               " --prompt TEXT\ntrain longer:  ", again, " -x ",
                2 * std::max({run.o.steps, run.state.step, int64_t(1)}));
 }
 
-// Steps until the last, or until a signal. False if stopped by one.
+std::string where_it_is_saved(const Run& run) {
+    return run.last_checkpoint.empty() ? "there is no checkpoint"
+                                       : "-y goes on from " + run.last_checkpoint;
+}
+
+// Saves what the last step left. If it cannot be, a run that ends here fails, others go on.
+void save_step(Run& run, bool ends) {
+    const int64_t n = run.state.step;
+    if (run.saved_step == n && std::filesystem::exists(run.last_checkpoint)) return;
+    if (!run.model->first_nonfinite().empty()) fail_nonfinite(run, n, "the model that it left");
+    try {
+        save(run);
+    } catch (const Error& error) { // a full disk may have room again next time
+        if (ends)
+            throw FinalError(
+                cat(error.what(), ". Step ", n, " is not saved; ", where_it_is_saved(run)));
+        run.print(cat("WARNING: no checkpoint at step ", n, ": ", error.what(),
+                      "; training goes on, ",
+                      run.last_checkpoint.empty() ? "nothing is saved yet"
+                                                  : "saved is " + run.last_checkpoint));
+    }
+}
+
+// Steps until the last, or until a stop is asked for. False if stopped.
 bool loop(Run& run) {
     const Options& o = run.o;
     double seconds = 0, steps = 0; // averages over about the last ten seconds
     bool stop = false, log_broken = false;
     while (!stop && run.state.step < o.steps) {
-        Step step = train_step(run);
+        const std::optional<Step> made = train_step(run);
+        if (!made) {
+            if (run.ranks.first()) save_step(run, true);
+            return false;
+        }
+        const Step& step = *made;
         const int64_t n = run.state.step;
         auto due = [&](int64_t every) { return every > 0 && n % every == 0; };
         const bool last = n == o.steps;
-        stop = run.ranks.any(stop_requested()) && !last;
+        run.step_seconds = step.seconds;
+        run.ranks.broadcast(&run.step_seconds, sizeof run.step_seconds);
+        stop = run.ranks.any(is_to_stop(run)) && !last;
         const double fade = std::exp(-step.seconds / 10);
         seconds = seconds * fade + step.seconds;
         steps = steps * fade + 1;
         double val_loss = NAN;
-        if (last || (due(o.val_every) && !stop)) val_loss = validate(run);
+        if (last || (due(o.val_every) && !stop)) {
+            val_loss = validate(run);
+            stop = stop || (std::isnan(val_loss) && !last);
+        }
 
         if (!run.ranks.first()) continue; // the rest is telling and saving
         std::optional<Probes> probes;
         if (o.probe_every > 0 && (last || (due(o.probe_every) && !stop))) probes = probe(run);
+        look_after_directory(run);
         try {
             run.directory->append(log_line(run, step, val_loss, probes));
         } catch (const Error& error) {
@@ -463,48 +570,78 @@ bool loop(Run& run) {
                           format_number("  perplexity %.2f", std::exp(val_loss))));
         if (o.sample_tokens > 0 && (last || (due(o.sample_every) && !stop)))
             run.print(cat("step ", n, "  sample:\n", sample_text(run), "\n"));
-        if (last || stop || due(o.save_every)) {
-            if (!run.model->first_nonfinite().empty())
-                fail_nonfinite(run, n, "the model that it left");
-            try {
-                save(run);
-            } catch (const Error& error) { // a full disk may have room again next time
-                if (last || stop)
-                    fail(error.what(), ". Step ", n, " is not saved; ",
-                         run.last_checkpoint.empty() ? "there is no checkpoint"
-                                                     : "-y goes on from " + run.last_checkpoint);
-                run.print(cat("WARNING: no checkpoint at step ", n, ": ", error.what(),
-                              "; training goes on, ",
-                              run.last_checkpoint.empty() ? "nothing is saved yet"
-                                                          : "saved is " + run.last_checkpoint));
-            }
-        }
+        if (last || stop || due(o.save_every)) save_step(run, last || stop);
     }
     return !stop;
 }
 
+// Before an error ends the run: what was trained is saved. The end of the error's sentence.
+std::string keep(Run& run) {
+    if (run.state.step == 0 && run.last_checkpoint.empty()) return ""; // nothing was trained
+    if (run.updating) return cat(". This step is lost; ", where_it_is_saved(run));
+    try {
+        save_step(run, true);
+    } catch (const Error& error) {
+        return cat(". ", error.what());
+    }
+    return cat(". Step ", run.state.step, " is saved as ", run.last_checkpoint, "; go on with ",
+               command_to_go_on(run));
+}
+
+// The loop; what its last whole step left is saved also where it fails.
+bool train_steps(Run& run) {
+    std::string sentence;
+    bool shared = false;
+    try {
+        return loop(run);
+    } catch (const FinalError&) {
+        throw;
+    } catch (const std::bad_alloc&) {
+        if (run.ranks.first()) run.print("stopped" + keep(run));
+        throw;
+    } catch (const SharedError& error) {
+        sentence = error.what(), shared = true;
+    } catch (const Error& error) {
+        sentence = error.what();
+    }
+    if (!sentence.empty() && sentence.back() == '.') sentence.pop_back();
+    if (run.ranks.first()) sentence += keep(run);
+    if (shared) run.ranks.barrier(); // the first to fail ends all, and this one is to save before
+    fail(sentence);
+}
+
 } // namespace
 
-Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int T,
-                    int64_t tokens) {
+Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int T, int64_t tokens,
+                    const std::function<bool()>& stop) {
     const uint64_t wanted = uint64_t(tokens + T - 1) / T;
     const uint64_t windows = std::min(std::max<uint64_t>(wanted, 1), loader.windows_per_epoch());
     std::vector<int> inputs(size_t(B) * T), targets(inputs.size());
     double sums[2] = {0, 0}; // loss, targets
-    for (uint64_t w = uint64_t(ranks.rank) * B; w < windows; w += uint64_t(ranks.size) * B) {
-        int b = int(std::min<uint64_t>(B, windows - w));
-        loader.restore({0, w});
-        loader.next(b, inputs.data(), targets.data());
-        Ranks::Steady steady(ranks, "a batch of validation");
-        sums[0] += model.loss(inputs.data(), targets.data(), b, T);
+    std::exception_ptr error;
+    for (uint64_t round = 0; round < windows; round += uint64_t(ranks.size) * B) {
+        if (stop && round > 0 && ranks.any(stop())) return {NAN, 0, true};
+        const uint64_t w = round + uint64_t(ranks.rank) * B;
+        if (w >= windows || error) continue;
+        const int b = int(std::min<uint64_t>(B, windows - w));
+        try {
+            loader.restore({0, w});
+            loader.next(b, inputs.data(), targets.data());
+            Ranks::Steady steady(ranks, "a batch of validation");
+            sums[0] += model.loss(inputs.data(), targets.data(), b, T);
+        } catch (...) {
+            error = std::current_exception();
+        }
         for (size_t i = 0; i < size_t(b) * T; i++) sums[1] += targets[i] >= 0;
     }
+    share(ranks, error);
     ranks.sum(sums, 2);
     if (sums[1] == 0) fail("no token of the validation data has a target");
     return {sums[0] / sums[1], int64_t(sums[1])};
 }
 
-int train(Options options, const Ranks& ranks) {
+int train(Options options, const Ranks& ranks, Fd lock) {
+    install_stop_handlers();
     Run run(std::move(options), ranks);
     const Options& o = run.o;
     std::string resume_from;
@@ -518,6 +655,7 @@ int train(Options options, const Ranks& ranks) {
         run.peak.measured = ranks.sum(run.peak.measured);
     }
     describe(run);
+    if (!run.progress.failure().empty()) fail(run.progress.failure());
     if (o.dry_run) {
         double step = run.flops * double(run.tokens_per_step);
         run.print(cat("compute    ", format_count(run.flops), " FLOPs a token, ",
@@ -538,10 +676,10 @@ int train(Options options, const Ranks& ranks) {
         run.print(cat("all ", o.steps, " steps are done\n", how_to_go_on(run, true)));
         return 0;
     }
-    if (ranks.first()) open_directory(run, o.resume);
+    if (ranks.first()) open_directory(run, o.resume, std::move(lock));
     run.print("");
-    install_stop_handlers();
-    const bool finished = loop(run);
+    enter(Stage::training);
+    const bool finished = train_steps(run);
     if (finished)
         for (const auto& source : {run.data.train, run.data.val}) source->finish_checks();
     if (o.profile && run.profiled_steps > 0)
@@ -549,15 +687,18 @@ int train(Options options, const Ranks& ranks) {
                                        {run.peak.measured / ranks.size,
                                         device_bandwidth(run.numbers, run.threads).update}));
     if (o.steps == 0 && ranks.first()) save(run); // the weights that a run would start from
+    ranks.barrier();
+    enter(Stage::saved);
     run.progress.finish();
-    if (!finished) {
+    if (finished) {
+        if (!run.variance.empty()) run.print("\n" + describe_variance(run.variance));
+        run.print("\n" + how_to_go_on(run, true));
+    } else if (stop_requested() || run.progress.failure().empty()) {
         run.print(cat("stopped by a signal after step ", run.state.step, ", saved as ",
                       run.last_checkpoint, "\n", how_to_go_on(run, false)));
-        return 130;
     }
-    if (!run.variance.empty()) run.print("\n" + describe_variance(run.variance));
-    run.print("\n" + how_to_go_on(run, true));
-    return 0;
+    if (const std::string lost = run.progress.failure(); !lost.empty()) fail(lost, keep(run));
+    return finished ? 0 : 130;
 }
 
 } // namespace lns

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "gpt/error.h"
+#include "gpt/signals.h"
 #include "gpt/terminal.h"
 
 namespace lns {

@@ -137,13 +137,16 @@ def write(run, directory):
     start = start_time(run)
     try:
         os.makedirs(directory, exist_ok=True)
-        with open(os.path.join(directory, FILE + ".new"), "wb") as file:
+        new = os.path.join(directory, FILE + ".new")
+        if os.path.lexists(new):
+            os.remove(new)
+        with open(new, "xb") as file:  # never through a link
             file.write(record(b"\x09" + struct.pack("<d", start) + message(3, b"brain.Event:2")))
             for line in run.log:
                 seconds = number(line.get("seconds"))
                 time = start + (seconds if math.isfinite(seconds) else 0)
                 file.write(record(event(time, max(0, int(line["step"])), scalars_of(line))))
-        os.replace(os.path.join(directory, FILE + ".new"), os.path.join(directory, FILE))
+        os.replace(new, os.path.join(directory, FILE))
     except OSError as error:
         raise RunError(f"cannot write {directory}: {error.strerror}") from None
     return len(run.log)

@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 using namespace lns;
@@ -179,6 +180,74 @@ TEST(Files, OnlyWhatKilledProcessesLeftIsRemoved) {
     remove_stale_temporaries(dir.path, true);
     EXPECT_EQ(listing(dir.path), (Names{gone + "x", ".x", "a.tmp-1", "step-000001"}));
     remove_stale_temporaries(dir / "absent");
+}
+
+TEST(Files, LinksAreFollowedToTheirTargets) {
+    TemporaryDirectory dir;
+    fs::create_directory(dir / "d");
+    write_bytes(dir / "d/target", "before");
+    fs::create_symlink("d/target", dir / "link");
+    fs::create_symlink("link", dir / "link2");
+    fs::create_symlink(dir / "d/new", dir / "dangling");
+    for (const char* name : {"link", "link2", "dangling"}) {
+        write_file_atomic(dir / name, name);
+        EXPECT_TRUE(fs::is_symlink(dir / name));
+        EXPECT_EQ(read_bytes(dir / name), name);
+    }
+    EXPECT_EQ(listing(dir / "d"), (Names{"new", "target"}));
+    EXPECT_EQ(read_bytes(dir / "d/target"), "link2");
+    fs::create_symlink("circle", dir / "circle");
+    EXPECT_TRUE(says(error_of([&] { write_file_atomic(dir / "circle", "x"); }), {"circle"}));
+}
+
+TEST(Files, FifosAndDevicesAreWrittenTo) {
+    TemporaryDirectory dir;
+    ASSERT_EQ(mkfifo((dir / "fifo").c_str(), 0666), 0);
+    Fd reader(open((dir / "fifo").c_str(), O_RDONLY | O_NONBLOCK));
+    write_file_atomic(dir / "fifo", "through");
+    char text[20] = "";
+    EXPECT_EQ(read(reader.fd, text, sizeof text), 7);
+    EXPECT_STREQ(text, "through");
+    EXPECT_TRUE(fs::is_fifo(dir / "fifo"));
+    fs::create_symlink("/dev/null", dir / "null");
+    write_file_atomic(dir / "null", "x");
+    EXPECT_TRUE(fs::is_symlink(dir / "null"));
+    EXPECT_TRUE(fs::is_character_file("/dev/null"));
+    EXPECT_EQ(listing(dir.path), (Names{"fifo", "null"}));
+    EXPECT_EQ(0, in_child([&] { // a process's own descriptor: at its end, the file stays
+                  Fd out(open((dir / "out").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0666));
+                  dup2(out.fd, STDOUT_FILENO);
+                  write_all(STDOUT_FILENO, "a", 1, "out");
+                  write_file_atomic("/dev/stdout", "b");
+                  write_all(STDOUT_FILENO, "c", 1, "out");
+                  return 0;
+              }));
+    EXPECT_EQ(read_bytes(dir / "out"), "abc");
+}
+
+TEST(Files, ADirectoryReplacesNoFileAndNoLink) {
+    TemporaryDirectory dir;
+    write_bytes(dir / "file", "mine");
+    fs::create_directory(dir / "d");
+    fs::create_directory_symlink("d", dir / "link");
+    fs::create_directory_symlink("absent", dir / "dangling");
+    for (const char* name : {"file", "link", "dangling"})
+        EXPECT_TRUE(says(error_of([&] { AtomicDirectory d(dir / name); }), {dir / name}));
+    EXPECT_EQ(listing(dir.path), (Names{"d", "dangling", "file", "link"}));
+}
+
+TEST(Files, ATemporaryNameIsNeverOpenedThroughALink) {
+    TemporaryDirectory dir;
+    write_bytes(dir / "victim", "precious");
+    fs::create_symlink("victim", temporary_name(dir / "a"));
+    fs::create_symlink("victim", temporary_name(dir / "write-check"));
+    fs::create_directory_symlink(".", temporary_name(dir / "d"));
+    write_file_atomic(dir / "a", "x");
+    check_writable(dir.path);
+    AtomicDirectory(dir / "d").commit();
+    EXPECT_EQ(read_bytes(dir / "victim"), "precious");
+    EXPECT_FALSE(fs::is_symlink(dir / "a"));
+    EXPECT_EQ(listing(dir.path), (Names{"a", "d", "victim"}));
 }
 
 TEST(Files, WhetherADirectoryCanBeWrittenIsFoundOutBefore) {

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <nlohmann/json.hpp>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 using namespace lns;
@@ -63,8 +64,11 @@ TEST(RunDirectory, TwoProcessesCannotShareOne) {
     close(end[0]);
     char byte;
     ASSERT_EQ(read(ready[0], &byte, 1), 1);
-    for (auto open : {RunDirectory::create, RunDirectory::resume})
-        EXPECT_TRUE(says(error_of([&] { open(dir / "a"); }),
+    for (int resumed : {0, 1})
+        EXPECT_TRUE(says(error_of([&] {
+                             resumed ? RunDirectory::resume(dir / "a")
+                                     : RunDirectory::create(dir / "a");
+                         }),
                          {dir / "a", cat("process ", other), "another run"}));
     close(end[1]);
     waitpid(other, nullptr, 0);
@@ -103,6 +107,65 @@ TEST(RunDirectory, LogLinesAreWholeAndThoseAfterAStepGo) {
     run.append("{\"step\":2}");
     EXPECT_EQ(run.truncate_log_after(2), 0);
     EXPECT_EQ(read_bytes(log), "{\"step\":1}\n{\"step\":2}\n");
+}
+
+TEST(RunDirectory, NothingIsWrittenThroughALink) {
+    TemporaryDirectory dir;
+    for (const char* name : {"lock", "log.jsonl", "run.json"})
+        for (bool dangling : {false, true}) {
+            const std::string path = dir / (name + std::to_string(dangling));
+            fs::create_directory(path);
+            if (!dangling) write_bytes(dir / "victim", "precious");
+            fs::create_symlink("../victim", path + "/" + name);
+            for (int resumed : {0, 1})
+                EXPECT_TRUE(says(error_of([&] {
+                                     resumed ? RunDirectory::resume(path)
+                                             : RunDirectory::create(path);
+                                 }),
+                                 {path + "/" + name, "symbolic link"}));
+            EXPECT_EQ(fs::exists(dir / "victim"), !dangling);
+            EXPECT_EQ(dangling ? "precious" : read_bytes(dir / "victim"), "precious");
+            fs::remove(dir / "victim");
+            fs::remove_all(path);
+        }
+    fs::create_directory(dir / "a");
+    ASSERT_EQ(mkfifo((dir / "a/lock").c_str(), 0666), 0);
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::create(dir / "a"); }), {"a/lock", "regular"}));
+    fs::remove(dir / "a/lock");
+    write_bytes(dir / "a/lock", "a user's own file");
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::create(dir / "a"); }), {"not a run's lock"}));
+    EXPECT_EQ(read_bytes(dir / "a/lock"), "a user's own file");
+    // A link to the directory itself is the user's choice.
+    fs::create_directory(dir / "b");
+    fs::create_directory_symlink("b", dir / "link");
+    RunDirectory::create(dir / "link").append("{}");
+    EXPECT_TRUE(fs::is_symlink(dir / "link"));
+    EXPECT_EQ(read_bytes(dir / "b/log.jsonl"), "{}\n");
+}
+
+TEST(RunDirectory, OneThatDisappearsIsToldAndMadeAgain) {
+    TemporaryDirectory dir;
+    RunDirectory run = RunDirectory::create(dir / "runs/a");
+    run.append("{\"step\":1}");
+    EXPECT_EQ(run.mend(), "");
+    fs::rename(dir / "runs", dir / "moved");
+    EXPECT_TRUE(says(run.mend(), {dir / "runs/a was removed, renamed", "made again"}));
+    EXPECT_EQ(run.mend(), "");
+    run.append("{\"step\":2}");
+    EXPECT_EQ(read_bytes(dir / "runs/a/log.jsonl"), "{\"step\":2}\n");
+    EXPECT_EQ(read_bytes(dir / "moved/a/log.jsonl"), "{\"step\":1}\n");
+    EXPECT_TRUE(says(error_of([&] { RunDirectory::lock(dir / "runs/a"); }), {"another run"}));
+
+    fs::remove(dir / "runs/a/log.jsonl");
+    EXPECT_TRUE(says(run.mend(), {"log.jsonl was removed", "made again"}));
+    fs::remove_all(dir / "runs");
+    write_bytes(dir / "runs", "a file in its way");
+    EXPECT_TRUE(says(run.mend(), {"cannot be made again"}));
+    EXPECT_TRUE(says(error_of([&] { run.checkpoint_path(2); }), {"cannot be made again"}));
+    fs::remove(dir / "runs");
+    EXPECT_TRUE(says(run.mend(), {"made again, without"}));
+    make_checkpoint(run, 2);
+    EXPECT_EQ(steps(run), Steps{2});
 }
 
 TEST(RunDirectory, AFullDiskCutsNoLogLine) {

@@ -263,24 +263,12 @@ TEST(Train, ASignalSavesAndSaysHowToGoOn) {
     }
 }
 
-TEST(Train, ASecondSignalExitsAtOnce) {
-    NEEDS_PROGRAM();
-    TemporaryDirectory dir;
-    // A validation that takes for ever, after a first step.
-    Finished f = run("./train_gpt " + small_model + "-x 1 --val-tokens 100M -o " + dir / "run" +
-                     " >/dev/null & pid=$!\n" + "until [ -s " + dir / "run/run.json" +
-                     " ]; do sleep 0.05; done; sleep 0.5\n" +
-                     "kill -INT $pid; sleep 0.3; kill -0 $pid && echo still there\n" +
-                     "kill -INT $pid; wait $pid; echo status $?");
-    EXPECT_TRUE(says(f.output, {"still there", "status 130"})) << f.output;
-}
-
 TEST(Train, AFullDiskWhileTrainingLosesNothing) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     // A limit on the size of a file stands for the full disk: a checkpoint's files are larger.
     auto limited = [&](const std::string& arguments) {
-        return run("trap '' XFSZ; ulimit -f 32; ./train_gpt " + arguments + " -o " + dir / "run");
+        return run("ulimit -f 32; ./train_gpt " + arguments + " -o " + dir / "run");
     };
     ASSERT_RUNS(small_model + "-x 4 -o " + dir / "run");
     const std::string before = read_bytes(dir / "run/step-000004/model.safetensors");

@@ -1,0 +1,132 @@
+// Signals, closed descriptors, lost output.
+#include "gpt/signals.h"
+
+#include "dev/test/data_helpers.h"
+
+#include <csignal>
+#include <fcntl.h>
+#include <thread>
+#include <unistd.h>
+
+using namespace lns;
+using namespace lns::test;
+
+namespace {
+
+// What a child process that runs action ends with, and what it says on stderr.
+template <class Action> Finished in_child(Action action) {
+    int ends[2];
+    if (pipe(ends) != 0) fail("no pipe");
+    std::fflush(nullptr);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        dup2(ends[1], STDERR_FILENO);
+        action();
+        _exit(99);
+    }
+    close(ends[1]);
+    Finished f;
+    char block[1000];
+    for (ssize_t n; (n = read(ends[0], block, sizeof block)) > 0;)
+        f.output.append(block, size_t(n));
+    close(ends[0]);
+    waitpid(pid, &f.status, 0);
+    f.status = WIFEXITED(f.status) ? WEXITSTATUS(f.status) : 128 + WTERMSIG(f.status);
+    return f;
+}
+
+const int stop_signals[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU};
+const auto a_second = std::chrono::milliseconds(1010);
+
+} // namespace
+
+TEST(Signals, TheFirstAsksForAStop) {
+    for (int signal : stop_signals) {
+        Finished f = in_child([&] {
+            install_stop_handlers();
+            enter(Stage::training);
+            if (stop_requested()) _exit(1);
+            raise(signal);
+            // The same wish once more: terminals, shells and launchers repeat it.
+            raise(signal == SIGINT ? SIGTERM : signal);
+            _exit(stop_requested() ? 0 : 2);
+        });
+        EXPECT_EQ(f.status, 0) << signal;
+        EXPECT_EQ(f.output, "");
+    }
+}
+
+TEST(Signals, ALaterOneEndsAtOnceAndSaysSo) {
+    Finished f = in_child([&] {
+        install_stop_handlers();
+        enter(Stage::training);
+        raise(SIGTERM);
+        std::this_thread::sleep_for(a_second);
+        raise(SIGXCPU); // the kernel repeats it every second
+        raise(SIGINT);
+    });
+    EXPECT_EQ(f.status, 1);
+    EXPECT_EQ(f.output, "train_gpt: SIGINT, a second signal, ended it at once: nothing was saved "
+                        "since the last checkpoint\n");
+    f = in_child([&] {
+        install_stop_handlers();
+        enter(Stage::training);
+        raise(SIGTERM);
+        enter(Stage::saved);
+        std::this_thread::sleep_for(a_second);
+        raise(SIGINT);
+    });
+    EXPECT_EQ(f.status, 130);
+    EXPECT_EQ(f.output, "");
+}
+
+TEST(Signals, BeforeTrainingNothingIsToBeSaved) {
+    for (int signal : stop_signals) {
+        Finished f = in_child([&] {
+            install_stop_handlers();
+            raise(signal);
+        });
+        EXPECT_EQ(f.status, 1);
+        EXPECT_TRUE(says(f.output, {"train_gpt: SIG", "nothing to save"}));
+    }
+}
+
+TEST(Signals, NohupIsKept) {
+    Finished f = in_child([&] {
+        std::signal(SIGHUP, SIG_IGN);
+        std::signal(SIGINT, SIG_IGN); // as in a script's background jobs
+        install_stop_handlers();
+        enter(Stage::training);
+        raise(SIGHUP);
+        if (stop_requested()) _exit(1);
+        raise(SIGINT);
+        _exit(stop_requested() ? 0 : 2);
+    });
+    EXPECT_EQ(f.status, 0);
+}
+
+TEST(Signals, WritingFailsAndDoesNotKill) {
+    TemporaryDirectory dir;
+    Finished f = in_child([&] {
+        prepare_process();
+        int ends[2];
+        if (pipe(ends) != 0) _exit(1);
+        close(ends[0]);
+        _exit(write(ends[1], "x", 1) == -1 && errno == EPIPE ? 0 : 2);
+    });
+    EXPECT_EQ(f.status, 0);
+}
+
+TEST(Signals, ClosedDescriptorsAreNotGivenToFiles) {
+    TemporaryDirectory dir;
+    Finished f = in_child([&] {
+        for (int fd : {STDIN_FILENO, STDOUT_FILENO}) close(fd);
+        prepare_process();
+        int fd = open((dir / "a").c_str(), O_WRONLY | O_CREAT, 0666);
+        if (fd <= STDERR_FILENO) _exit(1);
+        std::puts("lost");
+        _exit(output_status("test") == 1 ? 0 : 2);
+    });
+    EXPECT_EQ(f.status, 0);
+    EXPECT_TRUE(says(f.output, {"test: cannot write to the standard output"}));
+}
