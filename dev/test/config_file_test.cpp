@@ -53,7 +53,7 @@ TEST(ConfigFile, OtherLinesAreErrorsThatNameTheLine) {
 }
 
 TEST(ConfigFile, WhatIsNoTextIsRefused) {
-    EXPECT_TRUE(says(error(std::string_view("a = 1\nb = 2\0003", 12)),
+    EXPECT_TRUE(says(error(std::string_view("a = 1\nb = 2\0003", 13)),
                      {"line 2", "control", "'b = 2^@3', expected"}));
     EXPECT_TRUE(says(error("a = \x1B[31m"), {"line 1", "control"}));
     EXPECT_TRUE(says(error("a = 1\rb = 2"), {"line 1", "control"}));
