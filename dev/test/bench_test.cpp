@@ -88,6 +88,10 @@ TEST(Bench, JsonSaysEverything) {
 TEST(Bench, ADisturbedPeakIsNoMeasure) {
     Bench b;
     b.config = architecture("llama");
+    b.config.scheme = parse_scheme("pre");
+    b.config.vocab_size = 8, b.config.width = 8, b.config.layers = 1, b.config.heads = 1;
+    b.config.positions = 8;
+    complete_config(b.config);
     b.dtype = "bf16", b.gpu = "NVIDIA H200", b.options.device = Device::cuda;
     b.B = b.T = 8, b.seconds = {1}, b.flops = 1e9;
     b.data_sheet_peak = 989.4e12, b.float32_peak = 5e13, b.bf16_peak = 8e14;
