@@ -7,6 +7,7 @@
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <fcntl.h>
@@ -18,6 +19,7 @@ namespace {
 
 std::atomic<Stage> stage = Stage::starting;
 std::atomic<int64_t> first_signal = 0; // nanoseconds since the machine started; 0: none yet
+std::atomic<bool> launcher_ends = false;
 static_assert(std::atomic<Stage>::is_always_lock_free && std::atomic<int64_t>::is_always_lock_free);
 
 struct Named {
@@ -61,6 +63,12 @@ void on_stop(int signal) {
     errno = error;
 }
 
+// What Open MPI's daemon, a rank's parent, sends when mpirun is to end: a second before SIGTERM,
+// and two before SIGKILL.
+void on_continue(int, siginfo_t* info, void*) {
+    if (stage == Stage::training && info->si_pid == getppid()) launcher_ends = true;
+}
+
 } // namespace
 
 void prepare_process() {
@@ -85,11 +93,16 @@ void install_stop_handlers() {
                           earlier.sa_handler == SIG_IGN;
         if (!kept) sigaction(s.signal, &action, nullptr);
     }
+    if (std::getenv("OMPI_COMM_WORLD_SIZE")) {
+        action.sa_sigaction = on_continue;
+        action.sa_flags = SA_RESTART | SA_SIGINFO;
+        sigaction(SIGCONT, &action, nullptr);
+    }
 }
 
 void enter(Stage next) { stage = next; }
 
-bool stop_requested() { return first_signal != 0; }
+bool stop_requested() { return first_signal != 0 || launcher_ends; }
 
 std::string output_failed(int error) {
     return cat("cannot write to the standard output: ",

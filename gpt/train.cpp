@@ -199,10 +199,12 @@ std::optional<Step> train_step(Run& run) {
     const double each = run.step_seconds / run.micro_batches; // 0 in the first step
     const int every = each > 0 ? std::max(1, int(0.25 / each)) : 1;
     int asked = 0;
+    bool given_up = false;
     if (run.micro_batches > 1)
         input.stop = [&] {
-            if (run.ranks.size == 1) return is_to_stop(run);
-            return ++asked % every == 0 && run.ranks.any(is_to_stop(run));
+            given_up = run.ranks.size == 1 ? is_to_stop(run)
+                                           : ++asked % every == 0 && run.ranks.any(is_to_stop(run));
+            return given_up;
         };
     run.updating = true;
     const LoaderState loaded = o.overfit_batch ? run.loader->state() : run.before_draw;
@@ -211,7 +213,7 @@ std::optional<Step> train_step(Run& run) {
         model.begin_step(input);
     }
     run.drawn = false;
-    if (!o.overfit_batch && number < o.steps) {
+    if (!o.overfit_batch && number < o.steps && !given_up) {
         Timed t(cpu_profile, "", "data", 0, 0);
         draw_ahead(run);
     }

@@ -105,6 +105,36 @@ TEST(Signals, NohupIsKept) {
     EXPECT_EQ(f.status, 0);
 }
 
+TEST(Signals, OpenMpiAnnouncesTheEnd) {
+    for (bool launched : {true, false}) {
+        Finished f = in_child([&] {
+            launched ? setenv("OMPI_COMM_WORLD_SIZE", "2", 1) : unsetenv("OMPI_COMM_WORLD_SIZE");
+            install_stop_handlers();
+            enter(Stage::training);
+            raise(SIGCONT); // from this process itself, not from its parent
+            if (stop_requested()) _exit(1);
+            // A child of this one, to which this one is the launcher.
+            int ends[2];
+            if (pipe(ends) != 0) _exit(3);
+            const pid_t rank = fork();
+            if (rank == 0) {
+                char byte = 'x';
+                if (write(ends[1], &byte, 1) != 1) _exit(4);
+                for (int i = 0; i < 100 && !stop_requested(); i++)
+                    std::this_thread::sleep_for(std::chrono::milliseconds(launched ? 50 : 2));
+                _exit(stop_requested() == launched ? 0 : 2);
+            }
+            char byte;
+            if (read(ends[0], &byte, 1) != 1) _exit(5);
+            kill(rank, SIGCONT);
+            int status = 0;
+            waitpid(rank, &status, 0);
+            _exit(WEXITSTATUS(status));
+        });
+        EXPECT_EQ(f.status, 0) << launched;
+    }
+}
+
 TEST(Signals, WritingFailsAndDoesNotKill) {
     TemporaryDirectory dir;
     Finished f = in_child([&] {

@@ -120,7 +120,7 @@ if [[ -c /dev/full ]]; then
     full() { fails "$lost" "$program" "$@" >/dev/full; }
     for command in "--help" "--version" "eval whole $ev" "sample whole -g 4 --threads 1" \
         "bench -m tiny -b 1 -t 8 -x 1 --json --threads 1" "$small -x 1 --dry-run" \
-        "$small -x 1 -o never" "export whole exported" "probe whole $ev --probes variance --probe-tokens 32"; do
+        "$small -x 1 -o never" "export whole exported" "probe whole -t 16 -b 2 --threads 1 --probes variance --probe-tokens 32"; do
         # shellcheck disable=SC2086
         check "/dev/full: $command" full $command
     done
@@ -178,8 +178,8 @@ ln -s target link
 # shellcheck disable=SC2086
 "$program" $small --dump-state link >out 2>&1
 check "--dump-state through a link" test -L link -a -s target
-ln -s nowhere exported
-check "export does not replace a link" fails "symbolic link" "$program" export whole exported >/dev/null
+ln -s nowhere link2
+check "export does not replace a link" fails "symbolic link" "$program" export whole link2 >/dev/null
 mkdir real
 ln -s real linked-run
 # shellcheck disable=SC2086
