@@ -793,7 +793,7 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
             for (int i = 0; i < V; i++) dx[i] = x[i] * factor;
             dx[target] = at;
         }
-        losses[row] = largest + std::log(sum) - at_target;
+        losses[row] = (largest - at_target) + std::log(sum);
     }
 }
 

@@ -19,7 +19,7 @@
 namespace lns {
 
 // Every kernel sums parts of k from zero and adds what came before at their ends: so many k's in
-// float, a depth in bf16. The error of a sum over K grows as √part + √(K/part), that of one chain
+// float, a depth in bf16. The error of a sum over K grows as √(part + K/part), that of one chain
 // of additions, each rounded at the size of the whole sum, as √K.
 const int64_t sum_part = 256;
 
