@@ -33,9 +33,7 @@ const char* wide_encoding(std::string_view text) {
 
 } // namespace
 
-bool is_lfs_pointer(std::string_view text) {
-    return text.starts_with(lfs_pointer);
-}
+bool is_lfs_pointer(std::string_view text) { return text.starts_with(lfs_pointer); }
 
 std::string why_not_text(std::string_view text, const std::string& name,
                          const std::string& program) {
