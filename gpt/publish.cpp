@@ -93,6 +93,7 @@ PublishedSet::PublishedSet(const std::string& prefix) {
         check_names();
         make_directory(new_dir());
     } catch (...) {
+        unlink(at(name_ + ".lock").c_str());
         close(lock_);
         throw;
     }

@@ -298,7 +298,7 @@ TEST(BadInput, TokenizersThatAreNotTheModels) {
 #ifdef LNS_SENTENCEPIECE
     // Another's file in a checkpoint
     fs::copy_file("dev/test/fixtures/tokenizers/exact.model", checkpoint + "/tokenizer.model");
-    for (const std::string command : {"sample " + run, "export " + run + " " + s / "hf2"})
+    for (const std::string& command : {"sample " + run, "export " + run + " " + s / "hf2"})
         EXPECT_TRUE(fails_with(command, {checkpoint, "sentencepiece", "is not the model's"}));
 #endif
 }

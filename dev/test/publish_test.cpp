@@ -75,6 +75,20 @@ int killed_at(int n, const std::function<void(const std::function<void()>&)>& ac
     return 1;
 }
 
+// Each step's state is synced, which a disk takes a second for.
+struct MemoryForTemporaries {
+    std::string before = std::getenv("TMPDIR") ? std::getenv("TMPDIR") : "";
+    MemoryForTemporaries() {
+        if (fs::is_directory("/dev/shm")) setenv("TMPDIR", "/dev/shm", 1);
+    }
+    ~MemoryForTemporaries() {
+        if (before.empty())
+            unsetenv("TMPDIR");
+        else
+            setenv("TMPDIR", before.c_str(), 1);
+    }
+};
+
 struct Sizes {
     size_t train, val;
 };
@@ -82,6 +96,7 @@ struct Sizes {
 } // namespace
 
 TEST(Publish, AKillAtAnyStepLeavesOneSet) {
+    const MemoryForTemporaries memory;
     for (const auto& [before, after] : {std::pair<Sizes, Sizes>{{3, 1}, {3, 1}},
                                         {{4, 2}, {2, 0}},
                                         {{1, 0}, {3, 1}},
@@ -138,7 +153,9 @@ TEST(Publish, OtherFilesStay) {
     EXPECT_EQ(set.publish(), 4); // 3 of train, 1 of val
     for (const char* name : {"x_train_notes.bin", "x_trainer_000001.bin", "xx_train_000001.bin"})
         EXPECT_EQ(read_bytes(dir / name), "mine");
-    EXPECT_EQ(shown(dir / "x"), "new 1 0");
+    EXPECT_EQ(read_bytes(dir / "x_train_000000.bin"), "new");
+    EXPECT_FALSE(fs::exists(dir / "x_train_000001.bin"));
+    EXPECT_FALSE(fs::exists(dir / "x_tokenizer"));
 }
 
 TEST(Publish, ASwitchedReaderSeesNoMixture) {

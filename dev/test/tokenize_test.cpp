@@ -138,14 +138,15 @@ TEST_F(TokenizeProgram, ShardsAreFullAndOldOnesGo) {
     std::string text = prose(10'000);
     write_bytes(dir / "text.txt", text);
     tokenized("text.txt -o out --val-fraction 0 --shard-tokens 1k");
-    for (int i = 0; i < 10; i++)
+    for (int i = 0; i < 9; i++)
         EXPECT_EQ(Shard(dir / cat("out_train_00000", i, ".bin")).tokens, 1000u);
+    EXPECT_EQ(Shard(dir / "out_train_000009.bin").tokens, 1001u); // end-of-text is not left alone
     EXPECT_EQ(tokens("out_train_*.bin"), bytes_of(text) + std::vector<int>{256});
 
     write_bytes(dir / "out_train_notes.bin", "mine");
     write_bytes(dir / "out_trainer_000009.bin", "mine");
     std::string output = tokenized("text.txt -o out --val-fraction 0 --shard-tokens 4k");
-    EXPECT_TRUE(says(output, {"removed 8 shards"}));
+    EXPECT_TRUE(says(output, {"removed 7 shards"}));
     EXPECT_EQ(names(), (std::vector<std::string>{"out_tokenizer", "out_train_000000.bin",
                                                  "out_train_000001.bin", "out_train_000002.bin",
                                                  "out_train_notes.bin", "out_trainer_000009.bin",

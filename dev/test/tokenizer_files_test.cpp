@@ -41,7 +41,10 @@ json tokenizer_json(const json& vocab = byte_vocab()) {
             {"pre_tokenizer", level},
             {"post_processor", nullptr},
             {"decoder", level},
-            {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", {{"\u0120", "a"}}}}}};
+            {"model",
+             {{"type", "BPE"},
+              {"vocab", vocab},
+              {"merges", json::array({json::array({"\u0120", "a"})})}}}};
 }
 
 json with_digits(bool each) {
@@ -82,7 +85,7 @@ void expect_kept(const Folder& folder) {
     const auto after = load_tokenizer(saved.path);
     EXPECT_EQ(after->id(), before->id());
     EXPECT_EQ(after->bos, before->bos);
-    for (const std::string text : {"a 12 b", " a", "'tis\n\n1"})
+    for (const char* text : {"a 12 b", " a", "'tis\n\n1"})
         EXPECT_EQ(after->encode(text), before->encode(text));
 }
 
@@ -96,7 +99,7 @@ TEST(TokenizerFiles, TokenizerJsonIsTheSameAsItsPair) {
     expect_kept(one), expect_kept(pair);
     // Merges were written as one string before 2024.
     json old = tokenizer_json();
-    old["model"]["merges"] = {"\u0120 a"};
+    old["model"]["merges"] = json::array({"\u0120 a"});
     EXPECT_EQ(Folder(old).load()->id(), pair.load()->id());
     // Where both are there, tokenizer.json decides.
     write_bytes(pair / "tokenizer.json", with_digits(true).dump());
@@ -116,13 +119,13 @@ TEST(TokenizerFiles, DigitsAreSplitFirst) {
     vocab["\u010a\u010a"] = 258;
     for (json all : {tokenizer_json(), with_digits(true), with_digits(false)}) {
         all["model"]["vocab"] = vocab;
-        all["model"]["merges"].push_back({"\u010a", "\u010a"});
+        all["model"]["merges"].push_back(json::array({"\u010a", "\u010a"}));
         const bool digits = all["pre_tokenizer"]["type"] == "Sequence";
         EXPECT_EQ(tokens_of(Folder(all), "a\n\n1"), digits
                                                         ? (std::vector<int>{'a', 258, '1'})
                                                         : (std::vector<int>{'a', '\n', '\n', '1'}));
         all["model"]["vocab"]["12"] = 259;
-        all["model"]["merges"].push_back({"1", "2"});
+        all["model"]["merges"].push_back(json::array({"1", "2"}));
         const bool apart = digits && all["pre_tokenizer"]["pretokenizers"][0]["individual_digits"];
         EXPECT_EQ(tokens_of(Folder(all), "12"),
                   apart ? (std::vector<int>{'1', '2'}) : (std::vector<int>{259}));
@@ -275,9 +278,9 @@ TEST(TokenizerFiles, WhatIsNotUnderstoodIsNamed) {
     EXPECT_TRUE(says(Folder(tokenizer_json(), {{"tokenizer_class", "RobertaTokenizer"}}).refused(),
                      {"RobertaTokenizer", "not supported yet"}));
     // A part that is no part is a sentence too.
-    for (const std::string at : {"/model", "/model/vocab", "/model/merges", "/added_tokens",
-                                 "/model/merges/0", "/post_processor", "/normalizer", "/decoder",
-                                 "/pre_tokenizer", "/pre_tokenizer/use_regex"})
+    for (const char* at : {"/model", "/model/vocab", "/model/merges", "/added_tokens",
+                           "/model/merges/0", "/post_processor", "/normalizer", "/decoder",
+                           "/pre_tokenizer", "/pre_tokenizer/use_regex"})
         for (const json& value : {json(7), json("x"), json(json::array({1})), json({{"a", 1}})}) {
             json all = tokenizer_json();
             all[json::json_pointer(at)] = value;
@@ -341,21 +344,21 @@ TEST(TokenizerFiles, SentencePieceFollowsItsConfiguration) {
     }
     EXPECT_EQ(
         load_tokenizer(
-            ModelFolder({{"add_bos_token", false}, {"tokenizer_class", "LlamaTokenizer"}}).path)
+            ModelFolder(json{{"add_bos_token", false}, {"tokenizer_class", "LlamaTokenizer"}}).path)
             ->bos,
         -1);
-    EXPECT_TRUE(says(ModelFolder({{"add_bos_token", true}, {"bos_token", "<bos>"}}).refused(),
+    EXPECT_TRUE(says(ModelFolder(json{{"add_bos_token", true}, {"bos_token", "<bos>"}}).refused(),
                      {"add_bos_token", "<bos>"}));
-    EXPECT_TRUE(says(ModelFolder({{"tokenizer_class", "XLMRobertaTokenizer"}}).refused(),
+    EXPECT_TRUE(says(ModelFolder(json{{"tokenizer_class", "XLMRobertaTokenizer"}}).refused(),
                      {"XLMRobertaTokenizer", "not supported yet"}));
-    EXPECT_TRUE(
-        says(ModelFolder({{"added_tokens_decoder", {{"9999", {{"content", "<x>"}}}}}}).refused(),
-             {"<x>", "not supported yet"}));
+    EXPECT_TRUE(says(
+        ModelFolder(json{{"added_tokens_decoder", {{"9999", {{"content", "<x>"}}}}}}).refused(),
+        {"<x>", "not supported yet"}));
 }
 
 TEST(TokenizerFiles, SentencePieceWithoutItsPrefixSpace) {
     const auto plain = load_tokenizer(fixtures + "exact.model");
-    const ModelFolder off({{"add_prefix_space", false}}), on({{"add_prefix_space", true}});
+    const ModelFolder off(json{{"add_prefix_space", false}}), on(json{{"add_prefix_space", true}});
     const auto tokenizer = load_tokenizer(off.path);
     EXPECT_EQ(load_tokenizer(on.path)->id(), plain->id());
     EXPECT_NE(tokenizer->id(), plain->id());
