@@ -28,9 +28,9 @@ struct Table {
     std::string strings = std::string("x\0y\0", 4);
     explicit Table(uint32_t value) {
         for (uint32_t i = 0; i < 256; i++) units[i] = (i ^ 1) & 255;
-        units[0] = 0;                          // its children are in their own places
-        units['a'] = 'a' | 1u << 8 | 3u << 10; // has a value, 3 places from here
-        units['a' ^ 3] = value | 1u << 31;
+        units[0] = 0;                                  // its children are in their own places
+        units[size_t('a')] = 'a' | 1u << 8 | 3u << 10; // has a value, 3 places from here
+        units[size_t('a') ^ 3] = value | 1u << 31;
     }
     std::string text() const {
         std::string all(sizeof bytes + sizeof units, '\0');
@@ -56,9 +56,9 @@ TEST(Charsmap, DamageIsFound) {
     EXPECT_TRUE(says(Table(4).fault(), {"behind the last"}));
     EXPECT_TRUE(says(Table(0x7FFFFFFF).fault(), {"behind the last"}));
     Table far(2);
-    far.units['z'] = 'z' | 300u << 10;
+    far.units[size_t('z')] = 'z' | 300u << 10;
     EXPECT_TRUE(says(far.fault(), {"behind its end"}));
-    far.units['z'] = 'z' | 1u << 9 | 1u << 10; // an offset in steps of 256
+    far.units[size_t('z')] = 'z' | 1u << 9 | 1u << 10; // an offset in steps of 256
     EXPECT_TRUE(says(far.fault(), {"behind its end"}));
     Table open(2);
     open.strings = "xyz";
