@@ -31,7 +31,7 @@ struct VocabularyProgram : testing::Test {
     }
     // That it learns from the text, says so, and that the model has that piece.
     testing::AssertionResult learns(const std::string& text, const std::vector<std::string>& parts,
-                                    const std::string& piece = "hello") {
+                                    const std::string& piece = "he") {
         fs::remove(dir / "v.model");
         const Finished f = learn(text);
         if (f.status != 0) return testing::AssertionFailure() << f.status << ": " << f.output;
