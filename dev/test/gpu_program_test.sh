@@ -82,6 +82,21 @@ check "before it is saved" test ! -e "$dir/broken/step-000009"
 out=$(gpu bench --json -b 1 -t 8 --steps 1 --profile | python3 -c 'import json, sys; b = json.load(sys.stdin); print(b["gpu"], b["device"], b["peak_memory"] >= b["model_memory"] > 1e6, len(b["profile"]) > 10, all(p > 0 for p in b["peak_flops"].values()))')
 check "bench measures the GPU" test "$out" = "simulated GPU cuda True True True"
 
+# A step given up between micro-batches is done again to the same bits.
+long=("${small[@]}" -d 1024 -x 2)
+gpu "${long[@]}" -o "$dir/whole" >/dev/null
+./train_gpt_sim "${long[@]}" --save-every 0 -o "$dir/stopped" >/dev/null 2>&1 &
+pid=$!
+while [[ ! -s $dir/stopped/log.jsonl ]] && kill -0 $pid; do sleep 0.02; done
+kill -TERM $pid
+wait $pid
+check "a signal between micro-batches saves" test $? = 130 -a -d "$dir/stopped/step-000001"
+gpu -o "$dir/stopped" -y >/dev/null
+for file in model optimizer; do
+    check "the step given up is done again: $file" cmp -s \
+        "$dir/whole/step-000002/$file.safetensors" "$dir/stopped/step-000002/$file.safetensors"
+done
+
 # Two ranks with a GPU each, and with one between them.
 if command -v mpirun >/dev/null && says "$(gpu --version)" "MPI: Open MPI"; then
     root=''
