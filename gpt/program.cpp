@@ -333,7 +333,10 @@ int report(const Ranks* ranks, const std::string& sentence) {
     std::cout << std::flush;
     const bool alone = !ranks || ranks->size == 1;
     // What every rank finds is told by the first alone: it ends the others while they wait.
-    if (!alone && !ranks->first()) sleep(2);
+    if (!alone && !ranks->first()) {
+        remove_stop_handlers();
+        sleep(2);
+    }
     std::cerr << "train_gpt: " << (alone || ranks->first() ? "" : cat("rank ", ranks->rank, ": "))
               << one_line(sentence) << std::endl;
     if (!alone) ranks->abort(1);

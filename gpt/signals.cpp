@@ -100,6 +100,11 @@ void install_stop_handlers() {
     }
 }
 
+void remove_stop_handlers() {
+    for (const Named& s : stop_signals) std::signal(s.signal, SIG_DFL);
+    std::signal(SIGCONT, SIG_DFL);
+}
+
 void enter(Stage next) { stage = next; }
 
 bool stop_requested() { return first_signal != 0 || launcher_ends; }

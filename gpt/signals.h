@@ -20,6 +20,7 @@ enum class Stage {
 };
 void install_stop_handlers(); // of Stage::starting
 void enter(Stage stage);
+void remove_stop_handlers(); // the signals end the process again, with no word
 bool stop_requested();
 
 // The sentence for an errno of the standard output.
