@@ -192,10 +192,15 @@ void run(const Options& options) {
                                                     {"num_threads", "1"},
                                                     {"minloglevel", "1"}},
                                                    &lines, &model);
-    if (!status.ok())
+    if (!status.ok()) {
+        const std::string why = status.ToString();
+        const bool too_small = why.find("smaller than required_chars") != std::string::npos;
         fail("SentencePiece learns no vocabulary of ", options.size, " from these ", lines.bytes,
-             " bytes: ", status.ToString(),
-             ". Where it finds the text too short for so many pieces, ask for a smaller --size");
+             " bytes: ", why, why.ends_with('.') ? " " : ". ",
+             too_small ? "Ask for a larger --size: the text's characters have a piece each"
+                       : "Where it finds the text too short for so many pieces, ask for a smaller "
+                         "--size");
+    }
     write_file_atomic(options.out, model);
     std::printf("%s: %d pieces, learned from %.1f MB in %s\n", printable(options.out).c_str(),
                 options.size, double(lines.bytes) / 1e6, count(lines.lines, "line").c_str());
