@@ -755,11 +755,17 @@ struct SentencePiece : Tokenizer {
         if (is_tiktoken(model))
             fail(path, " is not supported yet: it is a tiktoken vocabulary (as LLaMA 3's), ",
                  "expected a SentencePiece model");
-        auto status = processor.LoadFromSerializedProto(model);
-        if (!status.ok())
-            fail(path, " is damaged or no tokenizer (", status.ToString(), "), ", advice);
+        // Before the library uses it.
         if (const std::string fault = charsmap_fault(model); !fault.empty())
             fail(path, " is damaged (its table of normalizations: ", fault, "), ", advice);
+        sentencepiece::util::Status status;
+        try {
+            status = processor.LoadFromSerializedProto(model);
+        } catch (const std::exception& error) { // of its tries: a piece that begins with a 0
+            fail(path, " is damaged or no tokenizer (", error.what(), "), ", advice);
+        }
+        if (!status.ok())
+            fail(path, " is damaged or no tokenizer (", status.ToString(), "), ", advice);
         identity = {"sentencepiece", processor.GetPieceSize(), processor.eos_id(), fnv1a(model)};
         const fs::path file(path);
         const fs::path dir = file.has_parent_path() ? file.parent_path() : ".";

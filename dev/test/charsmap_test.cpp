@@ -2,6 +2,7 @@
 // follows them.
 #include "dev/test/data_helpers.h"
 #include "gpt/charsmap.h"
+#include "gpt/tokenizer.h"
 
 #include <cstring>
 
@@ -70,3 +71,15 @@ TEST(Charsmap, DamageIsFound) {
     }
     EXPECT_TRUE(says(charsmap_fault(model_of("abc")), {"cut"}));
 }
+
+#ifdef LNS_SENTENCEPIECE
+TEST(Charsmap, DamagedModelsAreRefused) {
+    TemporaryDirectory dir;
+    const std::string whole = read_bytes("dev/test/fixtures/tokenizers/folding.model");
+    // What is appended to a protocol buffer is merged into it: a piece of one byte 0, and a table.
+    write_bytes(dir / "piece.model", whole + std::string("\x0a\x08\x0a\x01\0\x15\0\0\0\0", 10));
+    write_bytes(dir / "table.model", whole + model_of(Table(4).text()));
+    for (const char* name : {"piece.model", "table.model"})
+        EXPECT_TRUE(says(error_of([&] { load_tokenizer(dir / name); }), {name, "is damaged"}));
+}
+#endif
