@@ -446,7 +446,7 @@ Row check_long_sums(const std::string& name) {
     // Rows and columns are the same numbers from another place on, each a sum of its own.
     std::vector<bf16> a(m * k), b(k * n);
     for (int64_t p = 0; p < k; p++) {
-        const bf16 heavy(float(z[p] * std::exp(2 * y[p]))), other(float(w[p]));
+        const bf16 heavy = bf16(float(z[p] * std::exp(2 * y[p]))), other = bf16(float(w[p]));
         for (int64_t i = 0; i < m; i++) a[i * k + (p + 331 * i) % k] = heavy;
         for (int64_t j = 0; j < n; j++) b[(p + 173 * j) % k * n + j] = other;
     }

@@ -107,9 +107,10 @@ TEST(Publish, AKillAtAnyStepLeavesOneSet) {
             const std::string prefix = dir / "x";
             if (before.train) write_set(prefix, "old", before.train, before.val);
             const std::string old = shown(prefix);
-            const int killed = killed_at(n, [&](const std::function<void()>& begin) {
-                write_set(prefix, "new", after.train, after.val, begin);
-            });
+            const int killed =
+                killed_at(n, [&, &after = after](const std::function<void()>& begin) {
+                    write_set(prefix, "new", after.train, after.val, begin);
+                });
             if (killed < 0) GTEST_SKIP() << "processes cannot be traced here";
             const std::string fresh = cat("new ", after.train, " ", after.val);
             const std::string found = shown(prefix);
