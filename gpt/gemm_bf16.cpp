@@ -159,7 +159,8 @@ LNS_AVX512 inline void store_row(const BlockColumn<bf16>& x, int64_t i, __mmask3
 // Row i at any depth; y0 and y1 are its sums over this depth.
 LNS_AVX512 inline void join_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask, __m512 y0,
                                 __m512 y1) {
-    float* sums = x.sums + i / block_rows * x.sums_block + i % block_rows * block_columns;
+    float* sums = nullptr; // of a product of one depth, which needs none
+    if (x.sums) sums = x.sums + i / block_rows * x.sums_block + i % block_rows * block_columns;
     if (x.add) y0 = _mm512_add_ps(_mm512_load_ps(sums), y0);
     if (x.add) y1 = _mm512_add_ps(_mm512_load_ps(sums + 16), y1);
     if (x.last) {
