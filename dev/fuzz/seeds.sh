@@ -23,6 +23,7 @@ for arch in llama gpt2; do
     ./train_gpt --arch $arch "${small[@]}" -n lns -x 1 --save-every 1 -o "$work/$arch" >/dev/null
     step=$work/$arch/step-000001
     seed config $arch <"$step/config.json"
+    seed checksums $arch <"$step/checksums.json"
     seed json $arch <"$step/config.json"
     seed state $arch <"$step/trainer_state.json"
     head -c 100000 "$step/model.safetensors" | seed safetensors $arch
