@@ -895,8 +895,18 @@ struct SentencePiece : Tokenizer {
         return tokens;
     }
 
+    // Whether U+2581, which stands for a space and does not fold with others, is next to the white
+    // space around p.
+    static bool beside_mark(std::string_view text, size_t p) {
+        auto space = [&](size_t i) { return static_cast<unsigned char>(text[i]) <= ' '; };
+        size_t begin = p, end = p;
+        while (begin > 0 && space(begin - 1)) begin--;
+        while (end < text.size() && space(end)) end++;
+        return text.substr(0, begin).ends_with("\u2581") || text.substr(end, 3) == "\u2581";
+    }
     bool may_cut(std::string_view text, size_t p) const {
-        return text[p] == '\n' && (after_space || static_cast<unsigned char>(text[p - 1]) > ' ');
+        return text[p] == '\n' && (after_space || static_cast<unsigned char>(text[p - 1]) > ' ') &&
+               !beside_mark(text, p);
     }
     size_t safe_cut(std::string_view text) const override {
         if (cuttable)

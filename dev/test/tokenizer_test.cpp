@@ -416,3 +416,20 @@ TEST(Tokenizer, SentencePieceSaysWhatIsMissing) {
                      {"no SentencePiece", "libsentencepiece-dev"}));
 }
 #endif
+
+#ifdef LNS_SENTENCEPIECE
+TEST(SentencePieceTokenizer, WhatFoldsToASpaceIsOneBeforeACut) {
+    auto tokenizer = load_tokenizer("dev/test/fixtures/tokenizers/folding.model");
+    for (const char* space : {"\u2581", "\u2581\u2581", "\u00a0", "\u3000", "\u2003", " "}) {
+        const std::string text = cat("one", space, "\n\nunder");
+        const size_t cut = tokenizer->safe_cut(text);
+        std::vector<int> parts = tokenizer->encode(text.substr(0, cut));
+        const std::vector<int> rest = tokenizer->encode_rest(text.substr(cut));
+        parts.insert(parts.end(), rest.begin(), rest.end());
+        if (cut > 0) {
+            EXPECT_EQ(parts, tokenizer->encode(text)) << text;
+        }
+    }
+    EXPECT_GT(tokenizer->safe_cut("\u4e2d\nunder"), 0u);
+}
+#endif
