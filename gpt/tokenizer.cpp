@@ -895,18 +895,19 @@ struct SentencePiece : Tokenizer {
         return tokens;
     }
 
-    // Whether U+2581, which stands for a space and does not fold with others, is next to the white
-    // space around p.
-    static bool beside_mark(std::string_view text, size_t p) {
-        auto space = [&](size_t i) { return static_cast<unsigned char>(text[i]) <= ' '; };
-        size_t begin = p, end = p;
-        while (begin > 0 && space(begin - 1)) begin--;
-        while (end < text.size() && space(end)) end++;
-        return text.substr(0, begin).ends_with("\u2581") || text.substr(end, 3) == "\u2581";
+    // Whether U+2581 stands before p, with nothing but space between. It means a space too, but one
+    // that does not fold with its neighbours: at the end of a text it goes, inside it stays. Which
+    // characters outside ASCII a model turns into spaces only it knows: all may be.
+    static bool after_mark(std::string_view text, size_t p) {
+        auto may_be_space = [](char c) { return c < 0 || c <= ' ' || c == '\x7f'; };
+        const std::string_view mark = "\u2581";
+        for (; p > 0 && may_be_space(text[p - 1]); p--)
+            if (text.substr(0, p).ends_with(mark)) return true;
+        return false;
     }
     bool may_cut(std::string_view text, size_t p) const {
         return text[p] == '\n' && (after_space || static_cast<unsigned char>(text[p - 1]) > ' ') &&
-               !beside_mark(text, p);
+               !after_mark(text, p);
     }
     size_t safe_cut(std::string_view text) const override {
         if (cuttable)

@@ -418,18 +418,37 @@ TEST(Tokenizer, SentencePieceSaysWhatIsMissing) {
 #endif
 
 #ifdef LNS_SENTENCEPIECE
-TEST(SentencePieceTokenizer, WhatFoldsToASpaceIsOneBeforeACut) {
-    auto tokenizer = load_tokenizer("dev/test/fixtures/tokenizers/folding.model");
-    for (const char* space : {"\u2581", "\u2581\u2581", "\u00a0", "\u3000", "\u2003", " "}) {
-        const std::string text = cat("one", space, "\n\nunder");
-        const size_t cut = tokenizer->safe_cut(text);
-        std::vector<int> parts = tokenizer->encode(text.substr(0, cut));
-        const std::vector<int> rest = tokenizer->encode_rest(text.substr(cut));
-        parts.insert(parts.end(), rest.begin(), rest.end());
-        if (cut > 0) {
-            EXPECT_EQ(parts, tokenizer->encode(text)) << text;
+// Texts of the characters that normalization changes, cut where safe_cut allows it before it has
+// seen the rest.
+TEST(SentencePieceTokenizer, ATextCutInTwoGivesTheSameTokens) {
+    const char* characters[] = {"a",      "b",        ",",      " ",      "\n",     "\n",
+                                "\t",     "\r",       "\x01",   "\x7f",   "\u2581", "\u2581",
+                                "\u00a0", "\u3000",   "\u2003", "\u00b4", "\ufeff", "\u200b",
+                                "\u4e2d", "\xe2\x96", "\xff",   "\u0085", "\u2028"};
+    uint64_t drawn = 0;
+    auto below = [&](size_t n) { return random_below(uint32_t(n), 1, 0, drawn++); };
+    auto draw = [&](size_t most) {
+        std::string text;
+        for (size_t n = below(most + 1); n > 0; n--)
+            text += characters[below(std::size(characters))];
+        return text;
+    };
+    for (const char* name : {"exact.model", "folding.model"}) {
+        auto tokenizer = load_tokenizer(fixtures + name);
+        int cuts = 0;
+        for (int i = 0; i < 20000; i++) {
+            const std::string begin = draw(10), text = begin + draw(4);
+            const size_t cut = tokenizer->safe_cut(begin);
+            std::vector<int> parts = tokenizer->encode(text.substr(0, cut));
+            const std::vector<int> rest =
+                cut > 0 ? tokenizer->encode_rest(text.substr(cut)) : tokenizer->encode(text);
+            parts.insert(parts.end(), rest.begin(), rest.end());
+            ASSERT_EQ(parts, tokenizer->encode(text))
+                << name << ": " << testing::PrintToString(text) << " cut at " << cut;
+            cuts += cut > 0;
         }
+        EXPECT_GT(cuts, 4000) << name;
     }
-    EXPECT_GT(tokenizer->safe_cut("\u4e2d\nunder"), 0u);
+    EXPECT_GT(load_tokenizer(fixtures + "folding.model")->safe_cut("\u4e2d\nunder"), 0u);
 }
 #endif
