@@ -5,15 +5,15 @@
 # one, by its exit status. Why it skips something it says in a line "SKIPPED: WHAT: WHY".
 # shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../scripts/python.sh"
-passed=0 failed=0 skipped=0 broken=() reasons=() jobs=${JOBS:-1}
+passed=0 failed=0 skipped=0 broken=() reasons=() times=() jobs=${JOBS:-1}
 # Threads that wait would take the processors from the test beside theirs.
 ((jobs > 1)) && export OMP_WAIT_POLICY=passive
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 
-# Of each test its output is the file NAME of $dir, and then its exit status NAME.status.
+# Of each test its output is the file NAME of $dir, and then its exit status and seconds NAME.status.
 run() { # TEST
-    local name=$dir/${1//\//:} command=("./$1")
+    local name=$dir/${1//\//:} command=("./$1") start=$SECONDS
     [[ $1 == /* ]] && command=("$1")
     # OpenMP's threads wait in busy loops, and would take the processors from the simulator's.
     [[ $1 == *_sim ]] && command=(env OMP_NUM_THREADS=1 "${command[@]}")
@@ -21,16 +21,17 @@ run() { # TEST
     if ((jobs == 1)); then
         echo "== $1"
         "${command[@]}" 2>&1 | tee "$name"
-        echo "${PIPESTATUS[0]}" >"$name.status"
+        set -- "${PIPESTATUS[0]}"
     else
         "${command[@]}" >"$name" 2>&1
-        echo $? >"$name.status"
+        set -- "$?"
     fi
+    echo "$1 $((SECONDS - start))" >"$name.status"
 }
 
 count() { # TEST
-    local test=$1 output=$dir/${1//\//:} status line p='' f='' k='' why
-    status=$(<"$output.status")
+    local test=$1 output=$dir/${1//\//:} status took line p='' f='' k='' why
+    read -r status took <"$output.status"
     mv "$output.status" "$output.counted"
     ((jobs == 1)) || { echo "== $test" && cat "$output"; }
     mapfile -t why < <(sed -n 's/^SKIPPED: //p' "$output")
@@ -49,6 +50,7 @@ count() { # TEST
     p=${p:-0} f=${f:-0} k=${k:-0}
     ((status != 0 && f == 0)) && f=1 # it crashed, or failed without saying how often
     ((passed += p, failed += f, skipped += k))
+    times+=("$(printf '%6d s  %s' "$took" "$test")")
     ((f > 0)) && broken+=("$test ($f, exit status $status)")
     for line in ${why[@]+"${why[@]}"}; do reasons+=("$test: $line"); done
     ((k > 0 && ${#why[@]} == 0)) && reasons+=("$test: it does not say why ($k tests)")
@@ -75,6 +77,8 @@ while ((running-- > 0)); do
     count_finished
 done
 
+printf '\nThe slowest:\n'
+printf '%s\n' "${times[@]}" | sort -rn | head -5
 echo
 for line in ${reasons[@]+"${reasons[@]}"}; do echo "SKIPPED: $line"; done
 for name in ${broken[@]+"${broken[@]}"}; do echo "FAILED: $name"; done
