@@ -124,7 +124,7 @@ endif
 
 # What there is to build
 objects = $(patsubst %.cpp,$O/%.o,$1)
-library := $(call objects,$(wildcard gpt/*.cpp))
+library := $(call objects,$(wildcard gpt/*/*.cpp))
 sim_tests := $(wildcard dev/test/sim_test.cpp dev/test/cuda_*_test.cpp)
 tests := $(call objects,$(filter-out $(sim_tests),$(wildcard dev/test/*_test.cpp)))
 programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp data/vocabulary.cpp))
@@ -159,10 +159,10 @@ $(cuda_object): train_gpt.cu | $O/.found
 	$(call say,NVCC,$<)$(nvcc) $(nvcc_flags) -MMD -MP -c $< -o $@
 endif
 
-# What the build says of itself to the run record: gpt/build.cpp alone sees it, and it is only
+# What the build says of itself to the run record: gpt/base/build.cpp alone sees it, and it is only
 # touched when it changes.
-$O/gpt/build.o: flags += -I$O
-$O/gpt/build.o: $O/build_info.h
+$O/gpt/base/build.o: flags += -I$O
+$O/gpt/base/build.o: $O/build_info.h
 features := {"OpenMP", "$(or $(call found,OPENMP),no)"}, {"oneDNN", "$(or $(call found,ONEDNN),no)"}, \
     {"MPI", "$(or $(subst -, ,$(subst _, ,$(call found,MPI))),no)"}, {"PCRE2", "$(or $(call found,PCRE2),no)"}, \
     {"SentencePiece", "$(if $(call found,SENTENCEPIECE),$(or $(call pkg,--modversion sentencepiece),yes),no)"}, \

@@ -18,12 +18,12 @@
 
 #include <nlohmann/json.hpp>
 
-#include "gpt/gemm_kernel.h"
-#include "gpt/gpu.h"
-#include "gpt/probe.h"
-#include "gpt/ranks.h"
-#include "gpt/safetensors.h"
-#include "gpt/terminal.h"
+#include "gpt/base/ranks.h"
+#include "gpt/base/terminal.h"
+#include "gpt/cpu/gemm_kernel.h"
+#include "gpt/cuda/gpu.h"
+#include "gpt/run/probe.h"
+#include "gpt/run/safetensors.h"
 #ifdef LNS_SIM
 #include "dev/sim/runtime.h"
 #include "dev/sim/sim.h"

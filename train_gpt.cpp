@@ -2,7 +2,7 @@
 // Large Language Models" (arXiv 2502.05795). This file is the whole model on the CPU, forward and
 // backward, in the order in which data flows: each backward stands directly below its forward.
 // The program around it (flags, data, training loop, checkpoints) is in gpt/ and knows only the
-// interface gpt/model.h.
+// interface gpt/model/model.h.
 //
 // Sizes: B sequences of T tokens; V vocabulary; C width; L layers; NH heads of q and KVH of k and
 // v, of HS channels each; H width of the MLP. Arrays are row-major, a row is a token.
@@ -34,12 +34,12 @@
 #include <sys/mman.h>
 #endif
 
-#include "gpt/bf16.h"
-#include "gpt/error.h"
-#include "gpt/gemm.h"
-#include "gpt/model.h"
-#include "gpt/random.h"
-#include "gpt/slots.h"
+#include "gpt/base/error.h"
+#include "gpt/base/random.h"
+#include "gpt/cpu/bf16.h"
+#include "gpt/cpu/gemm.h"
+#include "gpt/model/model.h"
+#include "gpt/model/slots.h"
 
 namespace lns {
 
@@ -263,7 +263,7 @@ void norm_row_backward(NormType type, const NormStats<A>& stats, const X* x, con
 
 // ---------------------------------------------------------------------------------------------
 // The junction, where a sublayer's output b meets the residual stream r: the one place in which the
-// norm schemes differ (gpt/scheme.h has its equations).
+// norm schemes differ (gpt/model/scheme.h has its equations).
 
 // A junction's parameters, or the gradients of them; null where it has none.
 template <class P> struct JunctionPointers {
@@ -1753,7 +1753,7 @@ MemoryPlan plan_cpu_memory(const Config& config, int B, int T, const ModelOption
 } // namespace lns
 
 #ifndef TESTING
-#include "gpt/program.h"
+#include "gpt/run/program.h"
 
 int main(int argc, char** argv) { return lns::run_program(argc, argv); }
 #endif

@@ -14,9 +14,9 @@
 // Nothing here waits for the GPU unless it says so: functions enqueue on a stream.
 //
 // A line of dashes begins each section: scalars and arrays; embedding; norms; the junction;
-// matrices (cuBLASLt); attention (Hopper's own is gpt/attention_hopper.cuh); the MLP's activations;
-// loss; the optimizer; the model (what it holds, forward, backward, a step, layer by layer); the
-// GPU.
+// matrices (cuBLASLt); attention (Hopper's own is gpt/cuda/attention_hopper.cuh); the MLP's
+// activations; loss; the optimizer; the model (what it holds, forward, backward, a step, layer by
+// layer); the GPU.
 
 #include <algorithm>
 #include <cmath>
@@ -34,14 +34,14 @@
 
 #include <cublasLt.h>
 
-#include "gpt/bf16.h"
-#include "gpt/cache.h"
-#include "gpt/cuda.h"
-#include "gpt/error.h"
-#include "gpt/gpu.h"
-#include "gpt/hopper.h"
-#include "gpt/model.h"
-#include "gpt/slots.h"
+#include "gpt/base/cache.h"
+#include "gpt/base/error.h"
+#include "gpt/cpu/bf16.h"
+#include "gpt/cuda/cuda.h"
+#include "gpt/cuda/gpu.h"
+#include "gpt/cuda/hopper.h"
+#include "gpt/model/model.h"
+#include "gpt/model/slots.h"
 
 #ifdef LNS_NCCL
 #include <nccl.h>
@@ -383,8 +383,9 @@ __device__ void norm_row_backward(NormType type, const NormStats& stats, const f
 
 // ---------------------------------------------------------------------------------------------
 // The junction, where a sublayer's output b meets the residual stream r: the one place in which the
-// norm schemes differ (gpt/scheme.h has its equations). One kernel forward and one backward for
-// every row of the table; what a junction has not is a branch that all threads pass by together.
+// norm schemes differ (gpt/model/scheme.h has its equations). One kernel forward and one backward
+// for every row of the table; what a junction has not is a branch that all threads pass by
+// together.
 
 // A junction's parameters, or the gradients of them; null where it has none.
 template <class P> struct JunctionPointers {
@@ -871,8 +872,8 @@ struct ProductDescriptors {
 };
 
 // cuBLASLt, its workspace, and the algorithm of each product: chosen by measurement where it is met
-// for the first time, and remembered (gpt/cache.h) so that the next run has the same bits. Where
-// nothing can be remembered, or measured since a stream is being captured, it is the one that
+// for the first time, and remembered (gpt/base/cache.h) so that the next run has the same bits.
+// Where nothing can be remembered, or measured since a stream is being captured, it is the one that
 // cuBLASLt guesses to be best; a graph's products should have been run before.
 struct Products {
     const cudaStream_t stream; // of all products, since they share the workspace
@@ -1950,7 +1951,7 @@ void attention_forward_tiles(S* out, float* lse, const S* qkv, const AttentionSh
            qkv, a, heads_that_fit(heads, 2 * int64_t(sizeof(S)) * a.T * a.HS / group));
 }
 
-#include "gpt/attention_hopper.cuh"
+#include "gpt/cuda/attention_hopper.cuh"
 
 // Hopper has instructions of its own for this (wgmma, TMA), which are taken where they can serve:
 // in llama-130m on 64 x 1,024 tokens attention took 20.9 ms of a step on an H200, by mma 29.2 ms.
@@ -2497,7 +2498,7 @@ struct AdamWNumbers {
     uint32_t step;
 };
 
-// gpt/random.h's, for the GPU.
+// gpt/base/random.h's, for the GPU.
 __device__ inline uint32_t mix_bits(uint32_t x) {
     x = (x ^ x >> 16) * 0x21f0aaadu;
     x = (x ^ x >> 15) * 0xd35a2d97u;
@@ -2505,7 +2506,7 @@ __device__ inline uint32_t mix_bits(uint32_t x) {
 }
 
 // Up or down to a bf16 with the probabilities that make the mean exact, as round_stochastically of
-// gpt/bf16.h does; a float that bf16 holds exactly. random: 16 random bits.
+// gpt/cpu/bf16.h does; a float that bf16 holds exactly. random: 16 random bits.
 __device__ inline float round_to_bf16_stochastically(float x, uint32_t random) {
     const uint32_t u = __float_as_uint(x);
     const uint32_t finite = (u & 0x7F800000u) == 0x7F800000u ? 0 : random & 0xFFFFu;

@@ -1,9 +1,9 @@
 // Prints the embedded corpus, for whoever wants the text itself: documents between lines of
 // <|endoftext|>.
-#include "gpt/stories.h"
-#include "gpt/error.h"
-#include "gpt/signals.h"
-#include "gpt/terminal.h"
+#include "gpt/data/stories.h"
+#include "gpt/base/error.h"
+#include "gpt/base/signals.h"
+#include "gpt/base/terminal.h"
 
 #include <CLI/CLI.hpp>
 

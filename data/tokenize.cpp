@@ -6,16 +6,16 @@
 // the whole text.
 //
 // Shards are written into a hidden folder until all are whole; then they are published as a set
-// (gpt/publish.h). So an error, a full disk, Ctrl-C or a kill leaves the shards of an earlier run
-// as they were.
-#include "gpt/error.h"
-#include "gpt/paths.h"
-#include "gpt/publish.h"
-#include "gpt/signals.h"
-#include "gpt/terminal.h"
-#include "gpt/text.h"
-#include "gpt/threads.h"
-#include "gpt/tokenizer.h"
+// (gpt/data/publish.h). So an error, a full disk, Ctrl-C or a kill leaves the shards of an earlier
+// run as they were.
+#include "gpt/base/error.h"
+#include "gpt/base/signals.h"
+#include "gpt/base/terminal.h"
+#include "gpt/base/threads.h"
+#include "gpt/data/paths.h"
+#include "gpt/data/publish.h"
+#include "gpt/data/text.h"
+#include "gpt/data/tokenizer.h"
 
 #include <CLI/CLI.hpp>
 #include <atomic>

@@ -7,12 +7,12 @@
 // The trainer aborts at words of 65,536 characters and skips lines that are long or have one of its
 // own characters, so it gets long words and lines in parts, and a space in place of what it cannot
 // take. The program says how many.
-#include "gpt/error.h"
-#include "gpt/files.h"
-#include "gpt/paths.h"
-#include "gpt/signals.h"
-#include "gpt/terminal.h"
-#include "gpt/text.h"
+#include "gpt/base/error.h"
+#include "gpt/base/files.h"
+#include "gpt/base/signals.h"
+#include "gpt/base/terminal.h"
+#include "gpt/data/paths.h"
+#include "gpt/data/text.h"
 
 #include <CLI/CLI.hpp>
 #include <algorithm>

@@ -12,16 +12,16 @@
 #include <unistd.h>
 #include <vector>
 
-#include "gpt/checkpoint.h"
-#include "gpt/config.h"
-#include "gpt/config_file.h"
-#include "gpt/error.h"
-#include "gpt/json.h"
-#include "gpt/options.h"
-#include "gpt/rundir.h"
-#include "gpt/safetensors.h"
-#include "gpt/shard.h"
-#include "gpt/tokenizer.h"
+#include "gpt/base/error.h"
+#include "gpt/base/json.h"
+#include "gpt/data/shard.h"
+#include "gpt/data/tokenizer.h"
+#include "gpt/model/config.h"
+#include "gpt/run/checkpoint.h"
+#include "gpt/run/config_file.h"
+#include "gpt/run/options.h"
+#include "gpt/run/rundir.h"
+#include "gpt/run/safetensors.h"
 
 namespace {
 

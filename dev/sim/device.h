@@ -1,4 +1,4 @@
-// The simulator's half of gpt/cuda.h: the same names for kernels, run by the host.
+// The simulator's half of gpt/cuda/cuda.h: the same names for kernels, run by the host.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -29,7 +29,7 @@
 #define ASAN_UNPOISON_MEMORY_REGION(at, bytes) ((void)(at), (void)(bytes))
 #endif
 
-#include "gpt/error.h"
+#include "gpt/base/error.h"
 
 namespace lns::sim {
 

@@ -1,4 +1,4 @@
-// The simulator's half of gpt/hopper.h. What is asynchronous happens as late as it may: copied
+// The simulator's half of gpt/cuda/hopper.h. What is asynchronous happens as late as it may: copied
 // boxes arrive when a thread waits for their barrier and nothing else can go on, products read
 // their operands and write their sums at wgmma_wait; until then their destinations are poisoned.
 // Addresses in shared memory, matrix descriptors and swizzles are decoded as the PTX ISA defines

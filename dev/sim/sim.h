@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "dev/sim/vector_types.h"
-#include "gpt/error.h"
+#include "gpt/base/error.h"
 
 // Of the thread that runs.
 extern thread_local constinit uint3 threadIdx, blockIdx;

@@ -5,9 +5,9 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "gpt/bench.h"
-#include "gpt/bf16.h"
-#include "gpt/peak.h"
+#include "gpt/cpu/bf16.h"
+#include "gpt/cpu/peak.h"
+#include "gpt/run/bench.h"
 
 using namespace lns;
 using namespace lns::test;

@@ -23,9 +23,9 @@ silent_on() { ! says "$1" "$2"; }
 mkdir -p "$dir/tree/dev" "$dir/tree/gpt"
 cp Makefile "$dir/tree/"
 cp dev/probe.in dev/run_tests.sh "$dir/tree/dev/"
-cp gpt/build.h gpt/build.cpp "$dir/tree/gpt/"
+cp gpt/base/build.h gpt/base/build.cpp "$dir/tree/gpt/"
 cat >"$dir/tree/train_gpt.cpp" <<'END'
-#include "gpt/build.h"
+#include "gpt/base/build.h"
 #include <cstdio>
 #ifdef _OPENMP
 const char* openmp = "with OpenMP";
@@ -42,13 +42,13 @@ check "a second build has nothing to do" silent_on "$out" CXX
 check "the program says its flags" says "$(./train_gpt)" "-std=c++20"
 check "OpenMP is in where it is found" says "$(./train_gpt)" "with OpenMP"
 out=$(make MARCH= OPENMP=0 2>&1)
-check "an option compiles everything again" says "$out" "CXX   gpt/build.cpp"
+check "an option compiles everything again" says "$out" "CXX   gpt/base/build.cpp"
 check "what is left out is named" says "$out" "without OpenMP: one thread only"
 check "an option takes effect" says "$(./train_gpt)" "without OpenMP"
 out=$(make MARCH= 2>&1)
 check "switching back compiles nothing" silent_on "$out" CXX
 check "switching back takes effect" says "$(./train_gpt)" "with OpenMP"
-touch -d '+1 minute' gpt/build.h
+touch -d '+1 minute' gpt/base/build.h
 out=$(make MARCH= 2>&1)
 check "a changed header compiles its users" says "$out" "CXX   train_gpt.cpp"
 sed -i '/CLI11/d' dev/probe.in

@@ -1,8 +1,8 @@
 // The tables of SentencePiece models: whole ones pass, damaged ones are found before the library
 // follows them.
 #include "dev/test/data_helpers.h"
-#include "gpt/charsmap.h"
-#include "gpt/tokenizer.h"
+#include "gpt/data/charsmap.h"
+#include "gpt/data/tokenizer.h"
 
 #include <cstring>
 

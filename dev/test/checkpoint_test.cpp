@@ -1,8 +1,8 @@
-#include "gpt/checkpoint.h"
+#include "gpt/run/checkpoint.h"
 
 #include "dev/test/data_helpers.h"
 #include "dev/test/holder.h"
-#include "gpt/random.h"
+#include "gpt/base/random.h"
 
 #include <nlohmann/json.hpp>
 

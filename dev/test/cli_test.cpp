@@ -1,9 +1,9 @@
 // Bad input: a sentence, status 1, nothing lost.
 #include "dev/test/program_helpers.h"
 
-#include "gpt/config.h"
-#include "gpt/error.h"
-#include "gpt/files.h"
+#include "gpt/base/error.h"
+#include "gpt/base/files.h"
+#include "gpt/model/config.h"
 
 #include <nlohmann/json.hpp>
 #include <sys/mount.h>

@@ -1,4 +1,4 @@
-#include "gpt/config_file.h"
+#include "gpt/run/config_file.h"
 
 #include "dev/test/data_helpers.h"
 

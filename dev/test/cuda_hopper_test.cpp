@@ -11,9 +11,9 @@
 
 #include "train_gpt.cu"
 
-#include "gpt/hopper.h"
+#include "gpt/cuda/hopper.h"
 namespace lns::cuda {
-#include "gpt/attention_hopper.cuh"
+#include "gpt/cuda/attention_hopper.cuh"
 }
 
 namespace lns::cuda {

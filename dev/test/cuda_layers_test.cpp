@@ -3,8 +3,8 @@
 #include "train_gpt.cu"
 
 #include "dev/sim/sim.h"
-#include "gpt/files.h"
-#include "gpt/random.h"
+#include "gpt/base/files.h"
+#include "gpt/base/random.h"
 
 #include <gtest/gtest.h>
 

@@ -2,7 +2,7 @@
 // the sentence that an action fails with.
 #pragma once
 
-#include "gpt/error.h"
+#include "gpt/base/error.h"
 
 #include <cstdio>
 #include <cstdlib>

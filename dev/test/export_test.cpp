@@ -1,4 +1,4 @@
-#include "gpt/export.h"
+#include "gpt/run/export.h"
 
 #include "dev/test/holder.h"
 #include "dev/test/program_helpers.h"
@@ -6,8 +6,8 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "gpt/bf16.h"
-#include "gpt/checkpoint.h"
+#include "gpt/cpu/bf16.h"
+#include "gpt/run/checkpoint.h"
 
 using namespace lns;
 using namespace lns::test;

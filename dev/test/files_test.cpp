@@ -1,4 +1,4 @@
-#include "gpt/files.h"
+#include "gpt/base/files.h"
 
 #include "dev/test/data_helpers.h"
 

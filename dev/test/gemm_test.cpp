@@ -13,8 +13,8 @@
 #include <omp.h>
 #endif
 
-#include "gpt/gemm.h"
-#include "gpt/gemm_kernel.h"
+#include "gpt/cpu/gemm.h"
+#include "gpt/cpu/gemm_kernel.h"
 
 using namespace lns;
 

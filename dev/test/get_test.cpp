@@ -1,7 +1,7 @@
 // data/get.sh against a small server on loopback: whole, interrupted, resumed and wrong downloads.
 #include "dev/test/data_helpers.h"
-#include "gpt/loader.h"
-#include "gpt/tokenizer.h"
+#include "gpt/data/loader.h"
+#include "gpt/data/tokenizer.h"
 
 #include <arpa/inet.h>
 #include <cstring>

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
-#include "gpt/error.h"
-#include "gpt/model.h"
-#include "gpt/random.h"
+#include "gpt/base/error.h"
+#include "gpt/base/random.h"
+#include "gpt/model/model.h"
 
 namespace lns::test {
 

@@ -1,4 +1,4 @@
-#include "gpt/json.h"
+#include "gpt/base/json.h"
 
 #include "dev/test/data_helpers.h"
 

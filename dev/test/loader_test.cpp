@@ -1,6 +1,6 @@
 // The loader: every window once an epoch, in an order that a seed fixes and a state restores.
 #include "dev/test/data_helpers.h"
-#include "gpt/loader.h"
+#include "gpt/data/loader.h"
 
 #include <algorithm>
 #include <gtest/gtest.h>

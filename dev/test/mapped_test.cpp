@@ -1,9 +1,9 @@
 // Files that change while they are mapped.
-#include "gpt/mapped.h"
+#include "gpt/base/mapped.h"
 
 #include "dev/test/program_helpers.h"
-#include "gpt/files.h"
-#include "gpt/safetensors.h"
+#include "gpt/base/files.h"
+#include "gpt/run/safetensors.h"
 
 #include <csignal>
 #include <fcntl.h>

@@ -1,10 +1,10 @@
-#include "gpt/options.h"
+#include "gpt/run/options.h"
 
 #include "dev/test/data_helpers.h"
 
 #include <cmath>
 
-#include "gpt/setup.h"
+#include "gpt/run/setup.h"
 
 using namespace lns;
 using namespace lns::test;

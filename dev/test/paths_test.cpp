@@ -1,4 +1,4 @@
-#include "gpt/paths.h"
+#include "gpt/data/paths.h"
 
 #include "dev/test/data_helpers.h"
 

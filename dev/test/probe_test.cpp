@@ -7,8 +7,8 @@
 #endif
 #include "train_gpt.cpp"
 
-#include "gpt/checkpoint.h"
-#include "gpt/probe.h"
+#include "gpt/run/checkpoint.h"
+#include "gpt/run/probe.h"
 
 #include <nlohmann/json.hpp>
 

@@ -3,8 +3,8 @@
 
 #include "dev/test/data_helpers.h"
 
-#include "gpt/shard.h"
-#include "gpt/tokenizer.h"
+#include "gpt/data/shard.h"
+#include "gpt/data/tokenizer.h"
 
 namespace lns::test {
 

@@ -1,7 +1,7 @@
 // A set of files, replaced by a process that is killed at each of its system calls in turn.
 #include "dev/test/data_helpers.h"
-#include "gpt/paths.h"
-#include "gpt/publish.h"
+#include "gpt/data/paths.h"
+#include "gpt/data/publish.h"
 
 #include <csignal>
 #include <sys/ptrace.h>

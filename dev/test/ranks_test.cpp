@@ -1,6 +1,6 @@
 // What ranks compare, how they share a step, and how they notice that one hangs. dev/test/ranks.sh
 // has the program's part.
-#include "gpt/ranks.h"
+#include "gpt/base/ranks.h"
 
 #include <gtest/gtest.h>
 
@@ -9,9 +9,9 @@
 #include <unistd.h>
 
 #include "dev/test/data_helpers.h"
-#include "gpt/facts.h"
-#include "gpt/setup.h"
-#include "gpt/watch.h"
+#include "gpt/base/watch.h"
+#include "gpt/run/facts.h"
+#include "gpt/run/setup.h"
 
 namespace lns {
 namespace {

@@ -1,4 +1,4 @@
-#include "gpt/rundir.h"
+#include "gpt/run/rundir.h"
 
 #include "dev/test/data_helpers.h"
 

@@ -1,8 +1,8 @@
-#include "gpt/safetensors.h"
+#include "gpt/run/safetensors.h"
 
 #include "dev/test/data_helpers.h"
-#include "gpt/checksum.h"
-#include "gpt/random.h"
+#include "gpt/base/checksum.h"
+#include "gpt/base/random.h"
 
 #include <cmath>
 #include <cstring>

@@ -4,8 +4,8 @@
 #include <limits>
 
 #include "dev/test/data_helpers.h"
-#include "gpt/error.h"
-#include "gpt/sample.h"
+#include "gpt/base/error.h"
+#include "gpt/run/sample.h"
 
 using namespace lns;
 

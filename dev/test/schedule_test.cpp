@@ -1,6 +1,6 @@
 #include <gtest/gtest.h>
 
-#include "gpt/schedule.h"
+#include "gpt/model/schedule.h"
 
 using namespace lns;
 

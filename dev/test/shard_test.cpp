@@ -1,8 +1,8 @@
 // Shards: llm.c's layout byte for byte, and every way in which a file can be wrong.
 #include "dev/test/data_helpers.h"
-#include "gpt/checksum.h"
-#include "gpt/paths.h"
-#include "gpt/shard.h"
+#include "gpt/base/checksum.h"
+#include "gpt/data/paths.h"
+#include "gpt/data/shard.h"
 
 #include <csignal>
 #include <cstring>
@@ -14,7 +14,7 @@ using namespace lns::test;
 
 namespace {
 
-// The layout by hand, independently of gpt/shard.cpp: llm.c's dev/data/data_common.py.
+// The layout by hand, independently of gpt/data/shard.cpp: llm.c's dev/data/data_common.py.
 template <class Token> std::string by_hand(std::vector<int32_t> words, std::vector<Token> tokens) {
     words.resize(256);
     std::string bytes(1024 + tokens.size() * sizeof(Token), '\0');

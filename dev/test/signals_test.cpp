@@ -1,5 +1,5 @@
 // Signals, closed descriptors, lost output.
-#include "gpt/signals.h"
+#include "gpt/base/signals.h"
 
 #include "dev/test/data_helpers.h"
 

@@ -1,6 +1,6 @@
 // The simulated GPU: that it computes what a GPU would, and that it finds what a GPU hides. Each
 // fault is planted in a kernel of its own.
-#include "gpt/cuda.h"
+#include "gpt/cuda/cuda.h"
 
 #include <cublasLt.h>
 #include <nccl.h>

@@ -1,8 +1,8 @@
 // The embedded corpus: reproducible, clean English, and true: a checker that knows nothing of the
 // generator reads the text, resolves its pronouns, keeps its own books and compares the answers.
-#include "gpt/error.h"
-#include "gpt/random.h"
-#include "gpt/stories.h"
+#include "gpt/base/error.h"
+#include "gpt/base/random.h"
+#include "gpt/data/stories.h"
 
 #include <gtest/gtest.h>
 

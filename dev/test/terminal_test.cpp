@@ -1,4 +1,4 @@
-#include "gpt/terminal.h"
+#include "gpt/base/terminal.h"
 
 #include "dev/test/data_helpers.h"
 

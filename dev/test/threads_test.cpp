@@ -1,10 +1,10 @@
-#include "gpt/threads.h"
+#include "gpt/base/threads.h"
 
 #include "dev/test/program_helpers.h"
 
 #include <cmath>
 
-#include "gpt/build.h"
+#include "gpt/base/build.h"
 
 using namespace lns;
 using namespace lns::test;

@@ -1,8 +1,8 @@
 // The program data/tokenize, run as a user runs it.
 #include "dev/test/data_helpers.h"
-#include "gpt/loader.h"
-#include "gpt/random.h"
-#include "gpt/tokenizer.h"
+#include "gpt/base/random.h"
+#include "gpt/data/loader.h"
+#include "gpt/data/tokenizer.h"
 
 #include <csignal>
 #include <gtest/gtest.h>

@@ -1,8 +1,8 @@
 // Tokenizers as Hugging Face's files describe them. The expected tokens are what `tokenizers` 0.23
 // makes of the same files.
 #include "dev/test/data_helpers.h"
-#include "gpt/json.h"
-#include "gpt/tokenizer.h"
+#include "gpt/base/json.h"
+#include "gpt/data/tokenizer.h"
 
 using namespace lns;
 using namespace lns::test;

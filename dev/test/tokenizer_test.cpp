@@ -2,8 +2,8 @@
 // With LNS_GPT2_DIR set to a directory with all of encoder.json and vocab.bpe, GPT-2's are checked
 // with those too.
 #include "dev/test/data_helpers.h"
-#include "gpt/random.h"
-#include "gpt/tokenizer.h"
+#include "gpt/base/random.h"
+#include "gpt/data/tokenizer.h"
 
 #include <gtest/gtest.h>
 #include <thread>

@@ -1,7 +1,7 @@
 // The training program as a whole, run as a user runs it.
 #include "dev/test/program_helpers.h"
 
-#include "gpt/checkpoint.h"
+#include "gpt/run/checkpoint.h"
 
 #include <nlohmann/json.hpp>
 #include <thread>

@@ -1,7 +1,7 @@
 // The program data/vocabulary, run as a user runs it, on texts that its trainer cannot take as they
 // are.
 #include "dev/test/data_helpers.h"
-#include "gpt/tokenizer.h"
+#include "gpt/data/tokenizer.h"
 
 #include <sys/stat.h>
 

@@ -1,0 +1,85 @@
+#include "gpt/base/json.h"
+
+#include "gpt/base/error.h"
+#include "gpt/base/files.h"
+#include "gpt/base/terminal.h"
+
+#include <set>
+#include <vector>
+
+namespace lns {
+namespace {
+
+constexpr size_t longest_quote = 80;
+
+std::string shortened(const std::string& text, size_t most) {
+    if (text.size() <= most) return printable(text);
+    size_t end = most; // not inside a UTF-8 character
+    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) end--;
+    return printable(text.substr(0, end)) + "…";
+}
+
+template <class Json>
+Json parse(std::string_view text, const std::string& where, size_t most_bytes) {
+    if (text.size() > most_bytes)
+        fail(where, " has ", text.size(), " bytes; JSON of at most ", most_bytes, " is read here");
+    if (text.starts_with(lfs_pointer))
+        fail(where, " is a Git LFS pointer, not the file itself: fetch it with git lfs pull");
+    if (text.find('\0') != text.npos) // where the parser would stop
+        fail(where, " is not valid JSON: it has a zero byte at ", text.find('\0'));
+    std::vector<std::set<std::string>> keys; // of the open objects
+    auto check = [&](int depth, typename Json::parse_event_t event, Json& value) {
+        using Event = typename Json::parse_event_t;
+        if ((event == Event::object_start || event == Event::array_start) && depth >= json_depth)
+            fail(where, " nests more than ", json_depth,
+                 " arrays and objects in each other: it is damaged");
+        if (event == Event::object_start) keys.emplace_back();
+        if (event == Event::object_end) keys.pop_back();
+        if (event == Event::key && !keys.back().insert(value.template get<std::string>()).second)
+            fail(where, " has the key ", quoted(value), " twice in one object");
+        return true;
+    };
+    try {
+        return Json::parse(text.begin(), text.end(), check);
+    } catch (const nlohmann::json::exception& error) {
+        fail(where, " is not valid JSON: ", shortened(error.what(), 200));
+    }
+}
+
+// Writes value into out until it is long enough; the depth of what is built in memory is bounded
+// by whoever built it, that of the sentence by its length.
+void quote(const nlohmann::json& value, std::string& out) {
+    if (out.size() > longest_quote) return;
+    if (!value.is_structured()) {
+        out += value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+        return;
+    }
+    out += value.is_object() ? '{' : '[';
+    bool first = true;
+    for (auto item = value.begin(); item != value.end(); ++item) {
+        if (out.size() > longest_quote) break;
+        if (!std::exchange(first, false)) out += ',';
+        if (value.is_object()) quote(nlohmann::json(item.key()), out), out += ':';
+        quote(*item, out);
+    }
+    out += value.is_object() ? '}' : ']';
+}
+
+} // namespace
+
+nlohmann::json parse_json(std::string_view text, const std::string& where, size_t most_bytes) {
+    return parse<nlohmann::json>(text, where, most_bytes);
+}
+
+nlohmann::ordered_json parse_ordered_json(std::string_view text, const std::string& where,
+                                          size_t most_bytes) {
+    return parse<nlohmann::ordered_json>(text, where, most_bytes);
+}
+
+std::string quoted(const nlohmann::json& value) {
+    std::string text;
+    quote(value, text);
+    return shortened(text, longest_quote);
+}
+
+} // namespace lns

@@ -1,0 +1,268 @@
+// Hopper's own instructions (sm_90a), each behind a thin wrapper like those of gpt/cuda/cuda.h:
+// copies by the tensor memory accelerator (TMA), barriers in shared memory that count what it has
+// brought, and products of 4 warps together (wgmma). PTX ISA 9.0 where a section is named. Under
+// the simulator dev/sim/hopper.h defines them.
+#pragma once
+
+#include <type_traits>
+
+#include "gpt/cuda/cuda.h"
+
+#ifndef __CUDACC__
+#include <hopper.h> // dev/sim
+#else
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+
+namespace lns::cuda {
+
+// Whether the code that is being compiled may use them: other architectures get kernels that are
+// empty and allow one warp, which is how the host knows them.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool hopper_instructions = true;
+#else
+constexpr bool hopper_instructions = false;
+#endif
+
+// Whether this GPU is a Hopper and this build has the kernel's code for it.
+template <class Kernel> bool has_hopper_code(Kernel* kernel) {
+    int device = 0, major = 0, minor = 0;
+    CUDA(cudaGetDevice(&device));
+    CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (major != 9 || minor != 0) return false;
+    cudaFuncAttributes code;
+    CUDA(cudaFuncGetAttributes(&code, kernel));
+    return code.maxThreadsPerBlock > 32;
+}
+
+// ---- Tensor maps: what TMA must know of an array, encoded by the driver
+
+using TensorMap = CUtensorMap; // a kernel takes it as const __grid_constant__ TensorMap
+
+// Of bf16 (sizes[3], sizes[2], sizes[1], sizes[0]), where the innermost is contiguous and the
+// others are `strides` bytes apart, multiples of 16. A copy brings `box` of it, as rows of box[0]
+// numbers, which must be 128 bytes: with their 16-byte units swizzled (unit u of row r stands at u
+// ^ r % 8).
+inline TensorMap tensor_map(const __nv_bfloat16* array, const uint64_t (&sizes)[4],
+                            const uint64_t (&strides)[3], const uint32_t (&box)[4]) {
+    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] { // so that we need no libcuda
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                              cudaEnableDefault, &result));
+        if (result != cudaDriverEntryPointSuccess)
+            fail("the GPU's driver has no cuTensorMapEncodeTiled: it is older than CUDA 12. Update "
+                 "it, or set LNS_ATTENTION=mma");
+        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+    }();
+    const uint32_t every[4] = {1, 1, 1, 1};
+    TensorMap map;
+    const CUresult result =
+        encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<__nv_bfloat16*>(array), sizes,
+               strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+        fail("cuTensorMapEncodeTiled refused an array of ", sizes[0], " × ", sizes[1], " × ",
+             sizes[2], " × ", sizes[3], " numbers: error ", int(result),
+             ". This is a bug: please report it");
+    return map;
+}
+
+__device__ inline void prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// ---- Barriers in shared memory (mbarrier, 9.7.13.15). A phase ends when `arrivals` threads have
+// arrived and all expected bytes have come; phases count from 0.
+
+__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(arrivals)
+                 : "memory");
+}
+// By the thread that initialized barriers, before a __syncthreads: TMA sees them too.
+__device__ inline void barrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+// Arrives, and the phase waits for so many bytes of copies.
+__device__ inline void barrier_expect(uint64_t* barrier, int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+}
+// Until the phase of this number has ended. It must be the current one or the one before: only its
+// parity is looked at, so phase -1 has ended from the start.
+__device__ inline void barrier_wait(uint64_t* barrier, int phase) {
+    asm volatile("{\n.reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n}" ::"r"(shared_address(barrier)),
+                 "r"(phase & 1)
+                 : "memory");
+}
+
+// A box of the map's array, whose first number has these coordinates (innermost first), to shared
+// memory, aligned to 1,024 bytes; what lies beyond the array is 0. One thread asks for it; the
+// barrier counts all the box's bytes when they are there.
+__device__ inline void copy_box(void* shared, const TensorMap& map, int c0, int c1, int c2, int c3,
+                                uint64_t* barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+                 "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// ---- Warps of different tasks
+
+// The registers of each thread of a warpgroup from here on; all 4 warps call it.
+template <int registers> __device__ inline void release_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers> __device__ inline void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// Barrier `id` (1 to 15) of `threads` threads, whole warps: some wait, others only arrive.
+__device__ inline void named_barrier_wait(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- wgmma (9.7.15): products of a warpgroup, 4 warps from a multiple of 4 on, which run on their
+// own from wgmma_commit to wgmma_wait; meanwhile their sums and registers are not to be touched.
+
+// A matrix in shared memory as copy_box leaves it: rows of 64 numbers, swizzled, the first aligned
+// to 1,024 bytes (matrix descriptor, 9.7.15.5.1.2.2). As an operand its rows are either
+// - the other dimension, K along them: `next` is not used; the next 16 of K are 32 bytes further;
+// - or K itself, the other dimension along them (transposed, "MN-major"): `next` bytes to the
+//   next 64 numbers of a row; the next 16 of K are 2,048 bytes further.
+__device__ inline uint64_t matrix(const void* shared, int next = 16) {
+    return uint64_t((shared_address(shared) & 0x3FFFF) >> 4) | uint64_t(next >> 4) << 16 |
+           uint64_t(1024 >> 4) << 32 | // to the next 8 rows
+           uint64_t(1) << 62;          // 128-byte swizzle
+}
+// The same matrix from `bytes` further on.
+__device__ inline uint64_t advanced(uint64_t matrix, int bytes) { return matrix + (bytes >> 4); }
+
+// The compiler does not know that wgmma's sums come later: it must take them as changed here.
+template <class X, int N> __device__ inline void changed(X (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        if constexpr (sizeof(x[i]) > 4)
+            changed(x[i]);
+        else if constexpr (std::is_same_v<X, float>)
+            asm volatile("" : "+f"(x[i])::"memory");
+        else
+            asm volatile("" : "+r"(x[i])::"memory");
+}
+
+// Before the first wgmma that reads or adds to these registers since they were written.
+template <class... Registers> __device__ inline void wgmma_fence(Registers&... registers) {
+    (changed(registers), ...);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// The products since the last call are a group.
+__device__ inline void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until all but the last N groups are done; `sums` are theirs.
+template <int N, class... Sums> __device__ inline void wgmma_wait(Sums&... sums) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+    (changed(sums), ...);
+}
+
+// d (64, 2·N) = a (64, 16) · b (16, 2·N), or d += where `add`. Of d each warp holds 16 rows: lane i
+// holds of rows i/4 (d[4n], d[4n + 1]) and i/4 + 8 (d[4n + 2], d[4n + 3]) the columns 8n + 2(i%4)
+// and the next; a in registers as mma's (9.7.15.5.1.1.1). wgmma: a and b with K along their rows;
+// wgmma_transposed: b's rows are K.
+__device__ inline void wgmma(float (&d)[32], uint64_t a, uint64_t b, bool add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                 "%24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, add, 1, 1, 0, 0;\n}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+                   "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+                   "+f"(d[30]), "+f"(d[31])
+                 : "l"(a), "l"(b), "r"(int(add)));
+}
+__device__ inline void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                 "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+                 "%60, %61, %62, %63}, "
+                 "%64, %65, add, 1, 1, 0, 0;\n}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+                   "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+                   "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+                   "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
+                   "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
+                   "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+                 : "l"(a), "l"(b), "r"(int(add)));
+}
+__device__ inline void wgmma_transposed(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                        bool add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                 "%24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "{%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+                   "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+                   "+f"(d[30]), "+f"(d[31])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ inline void wgmma_transposed(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                        bool add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                 "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                 "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+                 "%60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+                   "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+                   "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
+                   "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+                   "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+                   "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
+                   "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
+                   "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+
+} // namespace lns::cuda
+#endif

@@ -1,0 +1,89 @@
+#include "gpt/data/charsmap.h"
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace lns {
+namespace {
+
+// The fields of a protocol buffer that have bytes: calls take(number, bytes). False if it is cut.
+template <class Take> bool each_field(std::string_view data, const Take& take) {
+    auto varint = [&](uint64_t& value) {
+        value = 0;
+        for (int shift = 0; shift < 64 && !data.empty(); shift += 7) {
+            const auto byte = static_cast<unsigned char>(data[0]);
+            data.remove_prefix(1);
+            value |= uint64_t(byte & 127) << shift;
+            if (byte < 128) return true;
+        }
+        return false;
+    };
+    while (!data.empty()) {
+        uint64_t key, size = 0;
+        if (!varint(key)) return false;
+        switch (key & 7) {
+        case 0:
+            if (!varint(size)) return false;
+            size = 0;
+            break;
+        case 1:
+            size = 8;
+            break;
+        case 2:
+            if (!varint(size)) return false;
+            break;
+        case 5:
+            size = 4;
+            break;
+        default:
+            return false;
+        }
+        if (size > data.size()) return false;
+        if ((key & 7) == 2) take(key >> 3, data.substr(0, size));
+        data.remove_prefix(size);
+    }
+    return true;
+}
+
+std::string table_fault(std::string_view table) {
+    if (table.empty()) return "";
+    uint32_t trie_bytes = 0;
+    if (table.size() <= sizeof trie_bytes) return "it is cut";
+    std::memcpy(&trie_bytes, table.data(), sizeof trie_bytes);
+    table.remove_prefix(sizeof trie_bytes);
+    if (trie_bytes % 4 != 0 || trie_bytes == 0 || trie_bytes >= table.size())
+        return "its trie is longer than the table";
+    std::vector<uint32_t> units(trie_bytes / 4);
+    std::memcpy(units.data(), table.data(), trie_bytes);
+    const std::string_view strings = table.substr(trie_bytes);
+    if (strings.back() != '\0') return "its last string has no end";
+
+    constexpr uint32_t is_value = 1u << 31, has_value = 1u << 8;
+    for (size_t i = 0; i < units.size(); i++) {
+        const uint32_t unit = units[i];
+        if (i > 0 && (unit & is_value)) continue; // no byte leads there
+        // The values of the next byte are the children's places relative to this one.
+        const size_t children = i ^ (size_t(unit >> 10) << ((unit & 1u << 9) >> 6));
+        if ((children | 255) >= units.size()) return "its trie points behind its end";
+        if ((unit & has_value) && (units[children] & ~is_value) >= strings.size())
+            return "its trie names a string behind the last";
+    }
+    return "";
+}
+
+} // namespace
+
+std::string charsmap_fault(std::string_view model) {
+    constexpr uint64_t normalizer = 3, denormalizer = 5, precompiled_charsmap = 2;
+    std::string fault;
+    each_field(model, [&](uint64_t number, std::string_view spec) {
+        if (number != normalizer && number != denormalizer) return;
+        each_field(spec, [&](uint64_t field, std::string_view table) {
+            if (field == precompiled_charsmap && fault.empty()) fault = table_fault(table);
+        });
+    });
+    return fault;
+}
+
+} // namespace lns

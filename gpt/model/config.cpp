@@ -1,0 +1,510 @@
+#include "gpt/model/config.h"
+
+#include <cmath>
+#include <set>
+
+#include "gpt/base/error.h"
+#include "gpt/base/json.h"
+#include "gpt/base/suggest.h"
+
+namespace lns {
+
+namespace {
+
+struct Preset {
+    const char *name, *model_type;
+    int vocab_size, width, layers, heads, kv_heads, mlp_width, positions;
+    bool tied;
+};
+
+// clang-format off
+// The LLaMA sizes are those of arXiv 2502.05795, its code and that of Mix-LN; GPT-2's, Qwen2.5's
+// and OLMo's those of their releases. tiny is ours: deep and narrow, with bytes for tokens.
+const Preset presets[] = {
+    // name, type, V, C, L, NH, KVH, H, positions, tied
+    {"tiny",          "llama",    257,   64, 16,  4,  4,   176,   1024, false},
+    {"gpt2-124m",     "gpt2",   50257,  768, 12, 12, 12,  3072,   1024, true},
+    {"gpt2-350m",     "gpt2",   50257, 1024, 24, 16, 16,  4096,   1024, true},
+    {"gpt2-774m",     "gpt2",   50257, 1280, 36, 20, 20,  5120,   1024, true},
+    {"gpt2-1558m",    "gpt2",   50257, 1600, 48, 25, 25,  6400,   1024, true},
+    {"llama-9m",      "llama",  32000,  128,  4,  4,  4,   352,   2048, false},
+    {"llama-20m",     "llama",  32000,  256,  4,  4,  4,   688,   2048, false},
+    {"llama-35m",     "llama",  32000,  384,  6,  8,  8,  1024,   2048, false},
+    {"llama-40m",     "llama",  32000,  416,  8,  8,  8,  1024,   2048, false},
+    {"llama-60m",     "llama",  32000,  512,  8,  8,  8,  1376,   2048, false},
+    {"llama-71m",     "llama",  32000,  512, 12,  8,  8,  1368,   2048, false},
+    {"llama-100m",    "llama",  32000,  640, 12, 10, 10,  1708,   2048, false},
+    {"llama-130m",    "llama",  32000,  768, 12, 12, 12,  2048,   2048, false},
+    {"llama-250m",    "llama",  32000,  768, 24, 16, 16,  2560,   2048, false},
+    {"llama-350m",    "llama",  32000, 1024, 24, 16, 16,  2736,   2048, false},
+    {"llama-1b",      "llama",  32000, 2048, 24, 32, 32,  5461,   2048, false},
+    {"llama-3b",      "llama",  32000, 2560, 32, 32, 32,  6848,   2048, false},
+    {"llama-7b",      "llama",  32000, 4096, 32, 32, 32, 11008,   2048, false},
+    {"qwen2.5-0.5b",  "qwen2", 151936,  896, 24, 14,  2,  4864,  32768, true},
+    {"qwen2.5-1.5b",  "qwen2", 151936, 1536, 28, 12,  2,  8960,  32768, true},
+    {"qwen2.5-7b",    "qwen2", 152064, 3584, 28, 28,  4, 18944,  32768, false},
+    {"olmo-1b",       "olmo",   50304, 2048, 16, 16, 16,  8192,   2048, true},
+    {"olmo-7b",       "olmo",   50304, 4096, 32, 32, 32, 11008,   2048, false},
+};
+// clang-format on
+
+const std::vector<std::string> model_types = {"gpt2", "llama", "qwen2", "olmo", "olmo2"};
+
+} // namespace
+
+std::vector<std::string> preset_names() {
+    std::vector<std::string> names;
+    for (const Preset& preset : presets) names.push_back(preset.name);
+    return names;
+}
+
+Scheme stock_scheme(const std::string& model_type) {
+    return parse_scheme(model_type == "olmo2" ? "olmo2" : "pre");
+}
+
+Config architecture(const std::string& model_type) {
+    Config c;
+    c.model_type = model_type;
+    c.scheme = stock_scheme(model_type);
+    if (model_type == "gpt2") {
+        c.norm = NormType::layer;
+        c.norm_bias = true;
+        c.norm_eps = 1e-5;
+        c.rope = false;
+        c.gated_mlp = false;
+        c.qkv_bias = c.attn_out_bias = c.mlp_bias = true;
+        c.tied = true;
+    } else if (model_type == "qwen2") {
+        c.rope_theta = 1e6;
+        c.qkv_bias = true;
+    } else if (model_type == "olmo") {
+        c.norm = NormType::layer;
+        c.norm_weight = false;
+        c.norm_eps = 1e-5;
+    } else if (model_type == "olmo2") {
+        c.qk_norm = true;
+    } else if (model_type != "llama") {
+        fail("the architecture '", model_type, "' is not supported.",
+             did_you_mean(model_type, model_types), " The architectures are ", join(model_types),
+             ".");
+    }
+    return c;
+}
+
+Config preset_config(const std::string& name) {
+    for (const Preset& p : presets)
+        if (name == p.name) {
+            Config c = architecture(p.model_type);
+            c.preset = name;
+            c.vocab_size = p.vocab_size;
+            c.width = p.width;
+            c.layers = p.layers;
+            c.heads = p.heads;
+            c.kv_heads = p.kv_heads;
+            c.mlp_width = p.mlp_width;
+            c.positions = p.positions;
+            c.tied = p.tied;
+            complete_config(c);
+            return c;
+        }
+    fail("unknown model '", name, "'.", did_you_mean(name, preset_names()), " The presets are ",
+         join(preset_names()), "; a directory with a Hugging Face config.json is a model too.");
+}
+
+void complete_config(Config& c) {
+    if (c.kv_heads == 0) c.kv_heads = c.heads;
+    if (c.head_size == 0 && c.heads > 0) {
+        if (c.width % c.heads)
+            fail("the width ", c.width, " is not a multiple of the ", c.heads,
+                 " heads: choose --width and --heads so that it is");
+        c.head_size = c.width / c.heads;
+    }
+    // SwiGLU's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
+    if (c.mlp_width == 0) c.mlp_width = c.gated_mlp ? (8 * c.width / 3 + 7) / 8 * 8 : 4 * c.width;
+    check_config(c);
+}
+
+void check_config(const Config& c) {
+    struct Size {
+        const char* name;
+        int value;
+        const char* flag;
+    };
+    for (const Size& size : {Size{"vocabulary", c.vocab_size, "--vocab"},
+                             {"width", c.width, "--width"},
+                             {"number of layers", c.layers, "--layers"},
+                             {"number of heads", c.heads, "--heads"},
+                             {"number of kv heads", c.kv_heads, "--kv-heads"},
+                             {"head size", c.head_size, "--width and --heads"},
+                             {"MLP width", c.mlp_width, "--mlp-width"},
+                             {"number of positions", c.positions, "--positions"}})
+        if (size.value < 1)
+            fail("the model's ", size.name, " is ", size.value, ", expected at least 1: set ",
+                 size.flag);
+    const double parameters =
+        2. * c.vocab_size * c.width + 3. * c.layers * c.width * c.mlp_width +
+        2. * c.layers * c.width * (double(c.heads) + c.kv_heads) * c.head_size;
+    if (c.layers > 100000 || parameters > 1e15)
+        fail("a model of ", c.layers, " layers, width ", c.width, ", MLP width ", c.mlp_width,
+             " and vocabulary ", c.vocab_size, " fits no machine: check its sizes");
+    if (c.heads % c.kv_heads)
+        fail("the ", c.heads, " heads are not a multiple of the ", c.kv_heads,
+             " kv heads: choose --heads and --kv-heads so that they are");
+    if (c.rope && c.head_size % 2)
+        fail("the head size ", c.head_size,
+             " is odd, but rotary positions turn pairs of channels: choose --width and --heads so "
+             "that it is even");
+    if (c.scheme.mix_layers > c.layers)
+        fail("mix:", c.scheme.mix_layers, " asks for more Post-LN layers than the model's ",
+             c.layers);
+    if (c.scheme.row->depth == DepthScale::init_weight && !c.norm_weight)
+        fail("the scheme '", c.scheme.row->name, "' starts the norms' weights at 1/sqrt(layer), ",
+             "but the norms of ", c.model_type, " have no weights: use lns");
+}
+
+namespace {
+
+using nlohmann::json;
+
+// Fields that a config.json may have and that change nothing here.
+const std::set<std::string> harmless = {"_name_or_path",
+                                        "architectures",
+                                        "auto_map",
+                                        "bos_token_id",
+                                        "eos_token_id",
+                                        "pad_token_id",
+                                        "dtype",
+                                        "torch_dtype",
+                                        "transformers_version",
+                                        "use_cache",
+                                        "model_type",
+                                        "max_window_layers",
+                                        "pretraining_tp",
+                                        "task_specific_params",
+                                        "gradient_checkpointing",
+                                        "n_ctx",
+                                        "max_sequence_length",
+                                        "reorder_and_upcast_attn",
+                                        "output_past",
+                                        "finetuning_task",
+                                        "id2label",
+                                        "label2id",
+                                        "return_dict",
+                                        "is_decoder",
+                                        "unk_token_id",
+                                        "sep_token_id",
+                                        "decoder_start_token_id",
+                                        "_attn_implementation",
+                                        "lns_cpp",
+                                        "_num_labels",
+                                        "n_special",
+                                        "predict_special_tokens",
+                                        "is_llama_config",
+                                        "transformers.js_config",
+                                        "num_labels"};
+
+// Typed access to the fields, with errors that name the file and the field.
+struct Fields {
+    json object;
+    std::string where;
+    std::set<std::string> used;
+
+    const json* find(const char* key) {
+        used.insert(key);
+        auto it = object.find(key);
+        return it == object.end() || it->is_null() ? nullptr : &*it;
+    }
+    int integer(const char* key, int otherwise = -1) {
+        const json* value = find(key);
+        if (!value) {
+            if (otherwise >= 0) return otherwise;
+            fail(where, ": the field '", key, "' is missing");
+        }
+        if (!value->is_number_integer() || value->get<double>() < 1 || value->get<double>() > 1e8)
+            fail(where, ": the field '", key, "' is ", quoted(*value),
+                 ", expected a whole number from 1 to 1e8");
+        return value->get<int>();
+    }
+    double number(const char* key, double otherwise) {
+        const json* value = find(key);
+        if (!value) return otherwise;
+        if (!value->is_number() || !(value->get<double>() > 0) ||
+            !std::isfinite(value->get<double>()))
+            fail(where, ": the field '", key, "' is ", quoted(*value),
+                 ", expected a number above 0");
+        return value->get<double>();
+    }
+    bool boolean(const char* key, bool otherwise) {
+        const json* value = find(key);
+        if (!value) return otherwise;
+        if (!value->is_boolean())
+            fail(where, ": the field '", key, "' is ", quoted(*value), ", expected true or false");
+        return value->get<bool>();
+    }
+    std::string text(const char* key, const std::string& otherwise) {
+        const json* value = find(key);
+        if (!value) return otherwise;
+        if (!value->is_string())
+            fail(where, ": the field '", key, "' is ", quoted(*value), ", expected a string");
+        return value->get<std::string>();
+    }
+    // The field may be absent or have this value; another would change the computation.
+    void only(const char* key, const json& supported) {
+        const json* value = find(key);
+        if (value && *value != supported)
+            fail(where, ": the field '", key, "' is ", quoted(*value), ", and only ",
+                 quoted(supported), " is supported");
+    }
+};
+
+void read_gpt2(Fields& f, Config& c) {
+    c.width = f.integer("n_embd");
+    c.layers = f.integer("n_layer");
+    c.heads = f.integer("n_head");
+    c.positions = f.integer("n_positions");
+    c.mlp_width = f.integer("n_inner", 4 * c.width);
+    c.norm_eps = f.number("layer_norm_epsilon", 1e-5);
+    std::string activation = f.text("activation_function", "gelu_new");
+    if (activation != "gelu_new" && activation != "gelu_pytorch_tanh")
+        fail(f.where, ": the field 'activation_function' is \"", activation,
+             "\", and only \"gelu_new\" is supported");
+    f.only("scale_attn_weights", true);
+    f.only("scale_attn_by_inverse_layer_idx", false);
+    f.only("add_cross_attention", false);
+    for (const char* key : {"attn_pdrop", "embd_pdrop", "resid_pdrop"}) {
+        const json* value = f.find(key);
+        if (value && *value != 0)
+            c.notes.push_back(cat(f.where, " has ", key, " ", quoted(*value),
+                                  "; this program trains without dropout"));
+    }
+    for (const auto& [key, value] : f.object.items())
+        if (key.rfind("summary_", 0) == 0) f.used.insert(key); // of another head
+}
+
+void read_llama_family(Fields& f, Config& c) {
+    c.width = f.integer("hidden_size");
+    c.layers = f.integer("num_hidden_layers");
+    c.heads = f.integer("num_attention_heads");
+    // Where it is absent transformers takes as many as heads, but 32 for Qwen2.
+    c.kv_heads = f.integer("num_key_value_heads", c.model_type == "qwen2" ? -1 : c.heads);
+    c.mlp_width = f.integer("intermediate_size");
+    c.positions = f.integer("max_position_embeddings", c.model_type == "qwen2" ? 32768 : 2048);
+    if (const json* head_dim = f.find("head_dim"); head_dim) c.head_size = f.integer("head_dim");
+    // What transformers assumes when a field is absent.
+    if (c.norm == NormType::rms)
+        c.norm_eps = f.number("rms_norm_eps", c.model_type == "olmo2" ? 1e-5 : 1e-6);
+    else
+        f.find("rms_norm_eps");
+    c.rope_theta = f.number("rope_theta", 10000);
+    for (const char* field : {"rope_scaling", "rope_parameters"}) { // the latter of transformers 5
+        const json* rope = f.find(field);
+        if (!rope) continue;
+        if (!rope->is_object())
+            fail(f.where, ": the field '", field, "' is ", quoted(*rope), ", expected an object");
+        Fields inner{*rope, cat(f.where, ", ", field), {}};
+        for (const auto& [key, value] : rope->items()) {
+            const bool unscaled = ((key == "rope_type" || key == "type") && value == "default") ||
+                                  (key == "partial_rotary_factor" && value == 1.0);
+            if (key != "rope_theta" && !unscaled)
+                fail(f.where, ": the field '", field, "' has ", key, " = ", quoted(value),
+                     ", and scaled rotary positions are not supported");
+        }
+        c.rope_theta = inner.number("rope_theta", c.rope_theta);
+    }
+    f.only("partial_rotary_factor", 1.0);
+    f.only("rope_interleaved", false);
+    f.only("hidden_act", "silu");
+    if (c.model_type == "qwen2") // whatever the field says, q, k and v have biases
+        f.find("attention_bias");
+    else
+        c.qkv_bias = c.attn_out_bias = f.boolean("attention_bias", false);
+    if (c.model_type == "llama")
+        c.mlp_bias = f.boolean("mlp_bias", false);
+    else
+        f.only("mlp_bias", false);
+    f.only("use_sliding_window", false);
+    f.only("clip_qkv", nullptr);
+    if (const json* window = f.find("sliding_window"); window && c.model_type != "qwen2")
+        fail(f.where, ": the field 'sliding_window' is ", quoted(*window),
+             ", and sliding windows are not supported");
+    if (const json* types = f.find("layer_types"))
+        for (const json& type : *types)
+            if (type != "full_attention")
+                fail(f.where, ": the field 'layer_types' has ", quoted(type),
+                     ", and only \"full_attention\" is supported");
+    if (const json* dropout = f.find("attention_dropout"); dropout && *dropout != 0)
+        c.notes.push_back(cat(f.where, " has attention_dropout ", quoted(*dropout),
+                              "; this program trains without dropout"));
+}
+
+} // namespace
+
+Config config_from_json(const std::string& text, const std::string& where) {
+    Fields f{parse_json(text, where), where, {}};
+    if (!f.object.is_object()) fail(where, ": not a JSON object, expected a model's config.json");
+    const json* type = f.find("model_type");
+    if (!type) fail(where, ": the field 'model_type' is missing");
+    if (!type->is_string())
+        fail(where, ": the field 'model_type' is ", quoted(*type), ", expected a string");
+    std::string model_type = type->get<std::string>();
+    const json* ours = f.find("lns_cpp");
+    if (ours && model_type.rfind("lns-", 0) == 0) model_type = model_type.substr(4);
+    if (std::find(model_types.begin(), model_types.end(), model_type) == model_types.end())
+        fail(where, ": the field 'model_type' is \"", model_type, "\", and only ",
+             join(model_types), " are supported");
+
+    Config c = architecture(model_type);
+    c.vocab_size = f.integer("vocab_size");
+    if (model_type == "gpt2")
+        read_gpt2(f, c);
+    else
+        read_llama_family(f, c);
+    bool tied = model_type == "gpt2"; // what transformers assumes when the field is absent
+    c.tied = f.boolean("tie_word_embeddings", tied);
+
+    c.init_std = f.number("initializer_range", c.init_std);
+
+    if (ours) {
+        Fields o{*ours, where + ", lns_cpp", {}};
+        if (!ours->is_object()) fail(o.where, ": not an object but ", quoted(*ours));
+        try {
+            c.scheme = parse_scheme(o.text("scheme", c.scheme.name()));
+            parse_sites(o.text("lns_sites", "attn,mlp"), c.scheme);
+        } catch (const Error& error) {
+            fail(o.where, ": ", error.what());
+        }
+        const json* power = o.find("lns_power");
+        if (power &&
+            !(power->is_number() && power->get<double>() >= 0 && power->get<double>() <= 10))
+            fail(o.where, ": the field 'lns_power' is ", quoted(*power),
+                 ", expected a number from 0 to 10");
+        if (power) c.scheme.lns_power = *power;
+        c.preset = o.text("preset", "");
+        if (model_type == "gpt2") { // GPT-2's own config.json has no such fields
+            c.kv_heads = o.integer("kv_heads", c.heads);
+            if (o.find("head_size")) c.head_size = o.integer("head_size");
+        }
+        c.init_std = o.number("init_std", c.init_std);
+        c.embed_std = o.number("embed_std", c.init_std);
+        for (const auto& [key, value] : ours->items())
+            if (!o.used.count(key))
+                fail(o.where, ": the field '", key, "' (", quoted(value),
+                     ") is not known to this program: a newer one wrote it");
+    }
+    for (const auto& [key, value] : f.object.items())
+        if (!f.used.count(key) && !harmless.count(key) && !value.is_null() && value != false)
+            fail(where, ": the field '", key, "' (", quoted(value),
+                 ") is not known to this program: if it does not change what the model computes, "
+                 "remove it");
+    try {
+        complete_config(c);
+    } catch (const Error& error) {
+        fail(where, ": ", error.what());
+    }
+    return c;
+}
+
+std::string config_to_json(const Config& c) {
+    const bool stock = beyond_stock(c).empty();
+    const std::vector<std::pair<std::string, std::string>> classes = {
+        {"gpt2", "GPT2LMHeadModel"},
+        {"llama", "LlamaForCausalLM"},
+        {"qwen2", "Qwen2ForCausalLM"},
+        {"olmo", "OlmoForCausalLM"},
+        {"olmo2", "Olmo2ForCausalLM"}};
+    json j;
+    for (const auto& [type, name] : classes)
+        if (type == c.model_type) j["architectures"] = {(stock ? "" : "Lns") + name};
+    j["model_type"] = (stock ? "" : "lns-") + c.model_type;
+    j["vocab_size"] = c.vocab_size;
+    j["tie_word_embeddings"] = c.tied;
+    j["initializer_range"] = c.init_std;
+    j["torch_dtype"] = "float32";
+    if (c.model_type == "gpt2") {
+        j["n_embd"] = c.width;
+        j["n_layer"] = c.layers;
+        j["n_head"] = c.heads;
+        j["n_positions"] = c.positions;
+        j["n_inner"] = c.mlp_width;
+        j["layer_norm_epsilon"] = c.norm_eps;
+        j["activation_function"] = "gelu_new";
+        for (const char* key : {"attn_pdrop", "embd_pdrop", "resid_pdrop"}) j[key] = 0.0;
+    } else {
+        j["hidden_size"] = c.width;
+        j["num_hidden_layers"] = c.layers;
+        j["num_attention_heads"] = c.heads;
+        j["num_key_value_heads"] = c.kv_heads;
+        j["intermediate_size"] = c.mlp_width;
+        j["max_position_embeddings"] = c.positions;
+        j["hidden_act"] = "silu";
+        j["rope_theta"] = c.rope_theta;
+        if (c.norm == NormType::rms) j["rms_norm_eps"] = c.norm_eps;
+        if (c.head_size * c.heads != c.width) j["head_dim"] = c.head_size;
+        if (c.model_type == "qwen2")
+            j["use_sliding_window"] = false;
+        else
+            j["attention_bias"] = c.qkv_bias;
+        if (c.model_type == "llama") j["mlp_bias"] = c.mlp_bias;
+    }
+    j["lns_cpp"] = {
+        {"scheme", c.scheme.name()},     {"lns_power", c.scheme.lns_power},
+        {"lns_sites", c.scheme.sites()}, {"preset", c.preset},
+        {"init_std", c.init_std},        {"embed_std", c.embed_std > 0 ? c.embed_std : c.init_std}};
+    if (c.model_type == "gpt2" && c.kv_heads != c.heads) j["lns_cpp"]["kv_heads"] = c.kv_heads;
+    if (c.model_type == "gpt2" && c.q_width() != c.width) j["lns_cpp"]["head_size"] = c.head_size;
+    return j.dump(2) + "\n";
+}
+
+std::string beyond_stock(const Config& c) {
+    // By what its junctions do, not by its name: mix:0 is pre. What only training starts from is
+    // no difference.
+    const Scheme stock = stock_scheme(c.model_type);
+    for (int k = 0; k <= 2 * c.layers; k++) {
+        Junction ours = junction(c.scheme, c.layers, k), theirs = junction(stock, c.layers, k);
+        ours.in_weight_init = theirs.in_weight_init;
+        if (ours != theirs)
+            return cat("the norm scheme ", c.scheme.name(), " (the stock ", c.model_type, " has ",
+                       stock.name(), ")");
+    }
+    if (c.model_type == "gpt2" && c.kv_heads != c.heads)
+        return "fewer heads of keys and values than of queries";
+    if (c.model_type == "gpt2" && c.q_width() != c.width)
+        return "heads that are not together as wide as the residual stream";
+    if (c.width % c.heads) return "a width that is no multiple of the heads";
+    return "";
+}
+
+std::string config_difference(const Config& found, const Config& wanted) {
+    auto differs = [](const char* what, const auto& a, const auto& b) {
+        return a == b ? std::string() : cat("its ", what, " is ", a, ", expected ", b);
+    };
+    auto scheme = [](const Config& c) {
+        Scheme s = c.scheme;
+        if (s.row->out_norm == Layers::first_k && s.mix_layers < 0) s.mix_layers = c.layers / 4;
+        s.scaled_init = false; // only where training started
+        return s.name();
+    };
+    for (const std::string& difference :
+         {differs("architecture", found.model_type, wanted.model_type),
+          differs("number of layers", found.layers, wanted.layers),
+          differs("width", found.width, wanted.width),
+          differs("number of heads", found.heads, wanted.heads),
+          differs("number of kv heads", found.kv_heads, wanted.kv_heads),
+          differs("head size", found.head_size, wanted.head_size),
+          differs("MLP width", found.mlp_width, wanted.mlp_width),
+          differs("vocabulary", found.vocab_size, wanted.vocab_size),
+          differs("norm scheme", scheme(found), scheme(wanted)),
+          differs("LNS power", found.scheme.lns_power, wanted.scheme.lns_power),
+          differs("LNS sites", found.scheme.sites(), wanted.scheme.sites()),
+          differs("rope_theta", found.rope_theta, wanted.rope_theta),
+          differs("norm epsilon", found.norm_eps, wanted.norm_eps),
+          differs("biases of q, k and v (0 or 1)", found.qkv_bias, wanted.qkv_bias),
+          differs("bias of the attention's output (0 or 1)", found.attn_out_bias,
+                  wanted.attn_out_bias),
+          differs("biases of the MLP (0 or 1)", found.mlp_bias, wanted.mlp_bias),
+          differs("tied head (0 or 1)", found.tied, wanted.tied)})
+        if (!difference.empty()) return difference;
+    return "";
+}
+
+} // namespace lns

@@ -1,0 +1,45 @@
+#include "gpt/model/model.h"
+
+#include <cmath>
+
+#include "gpt/base/ranks.h"
+
+namespace lns {
+
+void Model::begin_step(const StepInput& step) {
+    const int64_t n = int64_t(step.B) * step.T;
+    zero_gradients();
+    double loss = 0;
+    for (int m = 0; m < step.micro_batches; m++) {
+        if (m > 0 && step.stop && step.stop()) {
+            step_result = {0, 0, true};
+            return;
+        }
+        loss += loss_and_gradients(step.inputs + m * n, step.targets + m * n, step.B, step.T,
+                                   step.loss_scale);
+    }
+    if (ranks && ranks->size > 1) {
+        Timed t(profile, "", "sum over ranks", 0, 0);
+        loss = ranks->sum(loss);
+        ranks->sum(host_gradients(), registry.size);
+    }
+    step_result = {loss * step.loss_scale, gradient_norm()};
+    if (!std::isfinite(step_result.loss) || !std::isfinite(step_result.grad_norm)) return;
+    AdamW optimizer = step.optimizer;
+    const bool clip = step.grad_clip > 0 && step_result.grad_norm > step.grad_clip;
+    optimizer.grad_scale = clip ? step.grad_clip / step_result.grad_norm : 1;
+    update(optimizer);
+}
+
+std::vector<double> Model::residual_variance() {
+    std::vector<double> variance;
+    for (int l = 0; l <= config.layers; l++) {
+        rewind(l);
+        Moments all;
+        for (const Moments& row : row_moments(Stream::residual)) all.add(row);
+        variance.push_back(all.variance());
+    }
+    return variance;
+}
+
+} // namespace lns

@@ -1,0 +1,200 @@
+// The one interface between a model, on whatever device, and everything that uses it: the training
+// loop, checkpoints, sampling and diagnostics. train_gpt.cpp implements it on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "gpt/base/error.h"
+#include "gpt/model/config.h"
+#include "gpt/model/params.h"
+#include "gpt/model/profile.h"
+
+namespace lns {
+
+// Adam with decoupled weight decay (arXiv 1711.05101), on matrices only.
+struct AdamW {
+    double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
+    int64_t step = 1;      // counts from 1, for the bias correction
+    double grad_scale = 1; // multiplies every gradient first: clipping
+};
+
+enum class Buffer { parameters, gradients, moment1, moment2 };
+
+enum class DType { float32, bf16 };
+
+enum class Device { cpu, cuda };
+
+// What a backward pass computes again instead of keeping it: nothing; the norms' outputs and the
+// MLP's activations; or each layer whole, from its input. The gradients are the same to the bit.
+enum class Recompute { none, activations, layers };
+
+// How a model is held.
+struct ModelOptions {
+    Device device = Device::cpu;
+    bool training = true;         // gradients and moments too
+    DType dtype = DType::float32; // of weights, activations and the activations' gradients
+    bool master_weights = true;   // with bf16: the optimizer's own copy of the weights in float32
+    DType moments = DType::float32;
+    DType gradients = DType::float32; // of parameters; bf16 on a GPU only
+    bool stochastic_rounding = false; // of what the optimizer writes in bf16; else to nearest
+    Recompute recompute = Recompute::none;
+};
+
+struct Ranks;
+
+// Of n numbers: their mean and the sum of squared deviations from it, part by part (Chan, Golub and
+// LeVeque, 1979).
+struct Moments {
+    double n = 0, mean = 0, square = 0;
+
+    void add(const Moments& part) {
+        if (part.n == 0) return;
+        const double all = n + part.n, d = part.mean - mean;
+        square += part.square + d * d * n * part.n / all;
+        mean += d * part.n / all;
+        n = all;
+    }
+    double variance() const { return square / n; }
+    double sum_of_squares() const { return square + n * mean * mean; }
+};
+
+// A training step: the tokens of all its micro-batches on this rank, and what to do with their
+// gradient.
+struct StepInput {
+    const int *inputs, *targets; // (micro_batches, B, T)
+    int micro_batches, B, T;
+    double loss_scale = 1; // 1 / (targets ≥ 0, over all micro-batches and ranks)
+    double grad_clip = 0;  // the gradient's norm is scaled down to this; 0: never
+    AdamW optimizer = {};  // its grad_scale is not looked at
+    // Asked between micro-batches; true ends the step there, and nothing is updated. On several
+    // ranks it must say the same to all.
+    std::function<bool()> stop = {};
+};
+struct StepResult {
+    double loss = 0;      // the mean over all ranks' targets
+    double grad_norm = 0; // of the mean's gradient, before clipping
+    bool stopped = false; // by StepInput::stop; then the others are not known
+};
+
+struct Model {
+    Config config;
+    Registry registry;
+    Profile* profile = nullptr;   // where to book the time of each part of a pass, or null
+    const Ranks* ranks = nullptr; // that train it together, in steps; null: this process alone
+    StepResult step_result = {};
+
+    explicit Model(const Config& c) : config(c), registry(make_registry(c)) {}
+    virtual ~Model() = default;
+
+    // "cpu", "cuda"; "float32", …
+    virtual std::string device() const = 0;
+    virtual std::string dtype() const = 0;
+
+    // Every parameter at its initial value, gradients and moments at 0.
+    virtual void initialize(uint64_t seed) = 0;
+
+    // The sum over targets ≥ 0 of −log p(target), natural logarithm; a target of −1 is ignored.
+    // inputs, targets: (B, T). Throws if B·T exceeds what the model was made for, T the positions,
+    // or a token the vocabulary.
+    virtual double loss(const int* inputs, const int* targets, int B, int T) = 0;
+
+    // The same, and adds loss_scale × the gradient of that sum to the gradients. For the gradient
+    // of the mean, loss_scale is 1 / (targets ≥ 0 of the whole step, over all its micro-batches).
+    virtual double loss_and_gradients(const int* inputs, const int* targets, int B, int T,
+                                      double loss_scale) = 0;
+
+    // logits (B, T, V), or (B, V) of the last position if last_only.
+    virtual void logits(const int* inputs, int B, int T, bool last_only, float* out) = 0;
+
+    virtual void zero_gradients() = 0;
+    virtual double gradient_norm() = 0; // ‖all gradients‖₂
+    virtual void update(const AdamW& optimizer) = 0;
+
+    // A whole training step: zero_gradients, loss_and_gradients of every micro-batch, their sum
+    // over ranks, gradient_norm, update. begin_step may return while the device still works, and
+    // what `step` points to may be overwritten then; end_step waits for it. If the loss or the norm
+    // is not finite, nothing is updated. By default begin_step does it all with the calls above.
+    virtual void begin_step(const StepInput& step);
+    virtual StepResult end_step() { return step_result; }
+
+    // One parameter's values, gradient or moments as float32, in memory's layout (not the file's).
+    virtual void read(Buffer buffer, const Param& param, float* out) = 0;
+    virtual void write(Buffer buffer, const Param& param, const float* values) = 0;
+
+    // The flat gradient buffer (registry.size), on the host, if ranks can reduce it in place;
+    // else null.
+    virtual float* host_gradients() { return nullptr; }
+
+    // Layer by layer, for probes: the residual stream r (B·T, C) is at hand between layers (l from
+    // 0), which may run in any order and number. For models made to train, that keep what a
+    // backward pass needs; others throw.
+    // r ← what layer 0 sees of tokens (B, T)
+    virtual void embed(const int*, int, int) { no_layers(); }
+    // r ← what layer l makes of r
+    virtual void run_layer(int) { no_layers(); }
+    // The loss of r behind the last norm and the head, of targets (B, T), as loss().
+    virtual double finish(const int*) { no_layers(); }
+    // And back, through what ran last: dr, the gradient of r, of loss_scale × that loss; then in
+    // place that before layer l. Adds to the parameters' gradients.
+    virtual void finish_backward(const int*, double) { no_layers(); }
+    virtual void run_layer_backward(int) { no_layers(); }
+    enum class Stream {
+        residual,  // r
+        attention, // b of the attention in the layer that ran last
+        mlp,       // b of its MLP
+        gradient,  // dr
+    };
+    // (B·T, C); r and dr alone can be written.
+    virtual void read(Stream, float*) { no_layers(); }
+    virtual void write(Stream, const float*) { no_layers(); }
+    // Of r and dr, some rows (n, C); writing sets all others to 0.
+    virtual void read_rows(Stream, const std::vector<int64_t>&, float*) { no_layers(); }
+    virtual void write_rows(Stream, const std::vector<int64_t>&, const float*) { no_layers(); }
+    // r ← what layer l saw when it ran last; l = L: what came out of layer L − 1. A layer that runs
+    // overwrites what it sees and what the next one sees, and nothing before.
+    virtual void rewind(int) { no_layers(); }
+    // What a stream tells, computed where it lies in double, so that no stream is copied: the
+    // moments of each row; and ‖a/‖a‖ − b/‖b‖‖² of each row, a and b being what rewind(l) and
+    // rewind(m) would make r.
+    virtual std::vector<Moments> row_moments(Stream) { no_layers(); }
+    virtual std::vector<double> row_chords(int, int) { no_layers(); }
+    // Σ g² over the gradient of each parameter, in the registry's order.
+    virtual std::vector<double> gradient_squares() { no_layers(); }
+    [[noreturn]] static void no_layers() {
+        fail("a model that runs layer by layer must be made to train, without --recompute");
+    }
+
+    // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after
+    // each layer, L + 1 numbers.
+    std::vector<double> residual_variance();
+
+    // The first tensor, in the order of computation, that has a value that is not finite: of the
+    // parameters, then of the last pass's activations, then of the gradients from the head down.
+    // "" if there is none.
+    virtual std::string first_nonfinite() = 0;
+
+    // Bytes that this model holds: parameters, gradients, optimizer, activations.
+    virtual int64_t bytes() const = 0;
+};
+
+// What a model will hold, without making it, for micro-batches of (B, T).
+struct MemoryPlan {
+    int64_t parameters = 0, gradients = 0, optimizer = 0, activations = 0;
+    int64_t scratch = 0; // of matrix products
+    int64_t total() const { return parameters + gradients + optimizer + activations + scratch; }
+};
+
+// The model on options.device, made for micro-batches of at most B·T tokens.
+std::unique_ptr<Model> make_model(const Config& config, int B, int T, const ModelOptions& options,
+                                  const Ranks& ranks);
+MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& options);
+
+std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T,
+                                      const ModelOptions& options);
+MemoryPlan plan_cpu_memory(const Config& config, int B, int T, const ModelOptions& options);
+
+} // namespace lns

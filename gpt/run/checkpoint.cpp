@@ -1,0 +1,526 @@
+#include "gpt/run/checkpoint.h"
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <optional>
+#include <set>
+
+#include "gpt/base/checksum.h"
+#include "gpt/base/error.h"
+#include "gpt/base/files.h"
+#include "gpt/base/json.h"
+#include "gpt/run/rundir.h"
+
+namespace lns {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+// (rows, columns) to (columns, rows).
+void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
+    const int64_t tile = 16; // rows of in, whose cache lines are read whole
+#pragma omp parallel for if (rows * columns > 65536)
+    for (int64_t r0 = 0; r0 < rows; r0 += tile)
+        for (int64_t c = 0; c < columns; c++)
+            for (int64_t r = r0; r < std::min(rows, r0 + tile); r++)
+                out[c * rows + r] = in[r * columns + c];
+}
+
+// Whether none of the numbers has an exponent of all ones.
+bool all_finite(const std::vector<float>& values) {
+    const uint32_t* bits = reinterpret_cast<const uint32_t*>(values.data());
+    uint32_t bad = 0;
+#pragma omp parallel for simd reduction(| : bad) if (parallel : values.size() > 65536)
+    for (size_t i = 0; i < values.size(); i++) bad |= (bits[i] & 0x7f800000) == 0x7f800000;
+    return !bad;
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+    std::string text;
+    for (int64_t d : shape) text += (text.empty() ? "" : " x ") + std::to_string(d);
+    return "(" + text + ")";
+}
+
+// Number or null: JSON has no NaN.
+json number(double x) { return std::isfinite(x) ? json(x) : json(); }
+
+json to_json(const TrainerState& s) {
+    return {{"step", s.step},
+            {"tokens", s.tokens},
+            {"seconds", s.seconds},
+            {"epoch", s.loader.epoch},
+            {"index", s.loader.index},
+            {"windows", s.windows},
+            {"val_loss", number(s.val_loss)},
+            {"best_val_loss", number(s.best_val_loss)},
+            {"flags", s.flags},
+            {"tokenizer",
+             {{"kind", s.tokenizer.kind},
+              {"vocab_size", s.tokenizer.vocab_size},
+              {"eot", s.tokenizer.eot},
+              {"fingerprint", s.tokenizer.fingerprint}}}};
+}
+
+// "'a', 'b' and 7 more"
+std::string some_of(const std::vector<std::string>& names) {
+    const size_t shown = names.size() > 4 ? 3 : names.size();
+    std::string text;
+    for (size_t i = 0; i < shown; i++)
+        text += cat(i == 0 ? "" : i + 1 == names.size() ? " and " : ", ", "'", names[i], "'");
+    return names.size() > shown ? cat(text, " and ", names.size() - shown, " more") : text;
+}
+
+// The tensors that an index names, and the file of each.
+std::map<std::string, std::string> read_index(const std::string& index) {
+    const json j = parse_json(read_file(index), index);
+    auto map = j.is_object() ? j.find("weight_map") : j.end();
+    if (map == j.end() || !map->is_object() || map->empty())
+        fail(index, ": not an index of weights, expected an object with a 'weight_map'");
+    std::map<std::string, std::string> files;
+    for (const auto& [tensor, name] : map->items()) {
+        if (!name.is_string() || name.get<std::string>().find('/') != std::string::npos)
+            fail(index, ": its weight_map has ", quoted(name), ", expected the name of a file");
+        files[tensor] = name.get<std::string>();
+    }
+    return files;
+}
+
+// What Hugging Face files may have beside the parameters: attention masks, rotary frequencies, and
+// a tied head a second time.
+bool is_no_parameter(const std::string& name, bool tied) {
+    return name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") ||
+           name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
+}
+
+const char* checksums_name = "checksums.json";
+
+// Of a file as checksums.json has it; "" if others wrote it without.
+std::string file_checksum(const std::string& path) {
+    if (!path.ends_with(".safetensors")) return checksum_text(checksum(read_file(path)));
+    const std::optional<uint64_t> sum = Safetensors(path).checksum();
+    return sum ? checksum_text(*sum) : "";
+}
+
+void write_checksums(const std::string& dir) {
+    json sums;
+    for (const auto& entry : fs::directory_iterator(dir))
+        sums[entry.path().filename().string()] = file_checksum(entry.path().string());
+    write_file_atomic(dir + "/" + checksums_name, json{{"xxh3", sums}}.dump(2) + "\n");
+}
+
+// Throws if a file in a checkpoint is not the one that was written there. A safetensors file may be
+// missing: whoever needs it will say so.
+void check_files(const std::string& dir) {
+    const std::string where = dir + "/" + checksums_name;
+    if (!fs::exists(where)) return; // others wrote the directory
+    const json all = parse_json(read_file(where), where);
+    auto sums = all.is_object() ? all.find("xxh3") : all.end();
+    if (sums == all.end() || !sums->is_object() || all.size() != 1)
+        fail(where, " is damaged: expected an object 'xxh3' of files and their checksums");
+    for (const auto& [name, sum] : sums->items()) {
+        const std::string path = dir + "/" + name;
+        if (name.find('/') != std::string::npos || !sum.is_string())
+            fail(where, " is damaged: it has ", quoted(name), ": ", quoted(sum));
+        const bool tensors = name.ends_with(".safetensors");
+        if (!fs::exists(path)) {
+            if (tensors) continue;
+            fail(path, " is missing, and ", where, " has its checksum");
+        }
+        if (file_checksum(path) != sum)
+            fail(path, tensors ? " is not the file that was written here" : " is damaged",
+                 ": it does not have the checksum that ", where, " has of it (",
+                 sum.get<std::string>(), "). If you changed it on purpose, remove ",
+                 checksums_name);
+    }
+}
+
+// What reads a checkpoint: an error about one that is damaged ends with the newest that is whole.
+struct Advised : Error {
+    using Error::Error;
+};
+
+std::string other_checkpoint(const std::string& path) {
+    fs::path damaged = path;
+    if (!damaged.has_filename()) damaged = damaged.parent_path(); // "run/step-000020/"
+    const std::string run = damaged.parent_path().empty() ? "." : damaged.parent_path().string();
+    auto all = checkpoints_in(run);
+    auto here = std::find_if(all.begin(), all.end(), [&](const auto& checkpoint) {
+        return fs::path(checkpoint.second).filename() == damaged.filename();
+    });
+    if (here == all.end() || checkpoint_damage(path).empty()) return "";
+    for (auto other = all.rbegin(); other != all.rend(); ++other) {
+        if (other->first >= here->first || !checkpoint_damage(other->second).empty()) continue;
+        const char* move[] = {"mv", here->second.c_str(), ""};
+        const std::string aside = (fs::path(run) / cat("damaged-", damaged.filename().string()));
+        move[2] = aside.c_str();
+        return cat(". ", other->second, " is whole: name that one, or to go on training from it, `",
+                   shell_quoted(3, move), "` and start again with -y");
+    }
+    return cat(". No earlier checkpoint in ", run, " is whole");
+}
+
+template <class Read> auto reading(const std::string& path, Read read) {
+    try {
+        return read();
+    } catch (const Advised&) {
+        throw;
+    } catch (const Error& error) {
+        std::string sentence = error.what();
+        const std::string advice = other_checkpoint(path);
+        if (!advice.empty() && sentence.back() == '.') sentence.pop_back();
+        throw Advised(sentence + advice);
+    }
+}
+
+void load_tensors(Model& model, Buffer buffer, const std::string& prefix,
+                  const WeightFiles& weights) {
+    std::vector<float> values;
+    for (const Param& p : model.registry.params) {
+        weights.read(p, prefix, values);
+        model.write(buffer, p, values.data());
+    }
+}
+
+} // namespace
+
+WeightFiles::WeightFiles(const std::string& path) : name(path) {
+    auto in_dir = [&](const char* file) { return path + "/" + file; };
+    const std::string whole = in_dir("model.safetensors");
+    const std::string index = in_dir("model.safetensors.index.json");
+    if (!fs::is_directory(path)) {
+        files.push_back(std::make_unique<Safetensors>(path));
+    } else if (fs::exists(whole)) {
+        files.push_back(std::make_unique<Safetensors>(name = whole));
+    } else if (fs::exists(index)) {
+        name = index;
+        std::map<std::string, const Safetensors*> shards;
+        for (const auto& [tensor, shard] : read_index(index)) {
+            const Safetensors*& file = shards[shard];
+            if (!file) {
+                if (!fs::exists(path + "/" + shard))
+                    fail(index, " names the file ", shard, ", and it is not there: fetch it too");
+                files.push_back(std::make_unique<Safetensors>(path + "/" + shard));
+                file = files.back().get();
+            }
+            if (!file->find(tensor))
+                fail(index, " says that the tensor '", tensor, "' is in ", shard,
+                     ", and it is not: the files do not belong together");
+        }
+    } else {
+        const bool pickled = fs::exists(in_dir("pytorch_model.bin")) ||
+                             fs::exists(in_dir("pytorch_model.bin.index.json"));
+        fail(path, " has no model.safetensors",
+             pickled ? ", only PyTorch's pytorch_model.bin, which is not read here: save the model "
+                       "again with transformers, which writes safetensors"
+                     : ", nor an index of several: there are no weights");
+    }
+}
+
+std::pair<const Safetensors*, const TensorView*>
+WeightFiles::find(const std::string& tensor) const {
+    for (const auto& file : files) {
+        const TensorView* view = file->find(tensor);
+        for (const std::string root : {"transformer.", "model."})
+            if (!view && tensor.starts_with(root)) view = file->find(tensor.substr(root.size()));
+        if (view) return {file.get(), view};
+    }
+    return {nullptr, nullptr};
+}
+
+void WeightFiles::check(const Config& config, const Registry& registry, bool others) const {
+    std::vector<std::string> missing, unknown;
+    std::set<std::string> known;
+    for (const Param& p : registry.params) {
+        auto [file, view] = find(p.name);
+        if (!view)
+            missing.push_back(p.name);
+        else if (view->shape != p.file_shape())
+            fail(file->path(), ": the tensor '", view->name, "' is ", shape_text(view->shape),
+                 ", expected ", shape_text(p.file_shape()));
+        else
+            known.insert(view->name);
+    }
+    if (!missing.empty()) {
+        const bool one = missing.size() == 1;
+        fail(name, ": the tensor", one ? " " : "s ", some_of(missing), one ? " is" : " are",
+             " missing: ",
+             one && missing[0] == "lm_head.weight"
+                 ? "if the head is the embedding, its config.json has to say "
+                   "\"tie_word_embeddings\": true"
+                 : "this is not a whole checkpoint of this model");
+    }
+    if (config.tied) check_tied_head(registry);
+    if (others) return;
+    for (const auto& file : files)
+        for (const TensorView& view : file->tensors())
+            if (!known.count(view.name) && !is_no_parameter(view.name, config.tied))
+                unknown.push_back(view.name);
+    if (unknown.empty()) return;
+    const bool one = unknown.size() == 1;
+    fail(name, ": the tensor", one ? " " : "s ", some_of(unknown),
+         one ? " is no parameter" : " are no parameters",
+         " of this model: its config.json and its weights do not belong together");
+}
+
+void WeightFiles::check_tied_head(const Registry& registry) const {
+    auto [head_file, head] = find("lm_head.weight");
+    const Param& embedding = registry.params[0];
+    auto [file, view] = find(embedding.name);
+    if (!head) return;
+    bool same = head->shape == view->shape;
+    if (same) {
+        std::vector<float> a(size_t(embedding.size())), b(a.size());
+        head_file->read_f32(*head, a.data());
+        file->read_f32(*view, b.data());
+        same = std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+    }
+    if (!same)
+        fail(head_file->path(), ": 'lm_head.weight' differs from '", view->name,
+             "', and config.json says that the model has one matrix for both "
+             "(tie_word_embeddings): set that to false to use the head, or remove the head");
+}
+
+void WeightFiles::read(const Param& p, const std::string& prefix, std::vector<float>& out) const {
+    auto [file, view] = find(prefix + p.name);
+    if (!view)
+        fail(name, ": the tensor '", prefix, p.name,
+             "' is missing: this is not a whole checkpoint of this model");
+    if (view->shape != p.file_shape())
+        fail(file->path(), ": the tensor '", view->name, "' is ", shape_text(view->shape),
+             ", expected ", shape_text(p.file_shape()));
+    out.resize(p.size());
+    file->read_f32(*view, out.data());
+    if (!all_finite(out))
+        fail(file->path(), ": the tensor '", view->name,
+             "' has numbers that are not finite (NaN or infinity): the model is broken");
+    if (!p.transposed) return;
+    const std::vector<float> values = out;
+    transpose(values.data(), p.shape[1], p.shape[0], out.data());
+}
+
+void to_file_layout(const Param& p, std::vector<float>& values) {
+    if (!p.transposed) return;
+    const std::vector<float> rows = values;
+    transpose(rows.data(), p.shape[0], p.shape[1], values.data());
+}
+
+TensorOut param_tensor(Model& model, Buffer buffer, const Param& param, const std::string& name) {
+    return {name, "F32", param.file_shape(), [&model, buffer, &param](const TensorSink& sink) {
+                std::vector<float> values(param.size());
+                model.read(buffer, param, values.data());
+                to_file_layout(param, values);
+                sink(values.data(), values.size() * sizeof(float));
+            }};
+}
+
+void save_checkpoint(const std::string& dir, Model& model, const TrainerState& state,
+                     const Tokenizer* tokenizer) {
+    AtomicDirectory directory(dir);
+    const std::string& at = directory.temporary();
+    std::vector<TensorOut> weights, moments;
+    for (const Param& p : model.registry.params)
+        weights.push_back(param_tensor(model, Buffer::parameters, p, p.name));
+    for (auto [buffer, prefix] : {std::pair{Buffer::moment1, "m."}, {Buffer::moment2, "v."}})
+        for (const Param& p : model.registry.params)
+            moments.push_back(param_tensor(model, buffer, p, prefix + p.name));
+    write_safetensors(at + "/model.safetensors", weights, {{"format", "pt"}});
+    write_safetensors(at + "/optimizer.safetensors", moments);
+    write_file_atomic(at + "/config.json", config_to_json(model.config));
+    write_file_atomic(at + "/trainer_state.json", to_json(state).dump(2) + "\n");
+    if (tokenizer) tokenizer->save(at);
+    write_checksums(at);
+    directory.commit();
+}
+
+int64_t checkpoint_bytes(const Registry& registry) {
+    // Headers name every tensor with its shape and offsets: below 512 bytes each.
+    return 3 * (4 * registry.count() + 512 * int64_t(registry.params.size())) + 65536;
+}
+
+std::string find_checkpoint(const std::string& path) {
+    if (!fs::exists(path))
+        fail("there is no '", path, "': expected a run's directory, a checkpoint, or a Hugging ",
+             "Face directory");
+    if (!fs::is_directory(path) || fs::exists(path + "/config.json")) return path;
+    return latest_checkpoint(path);
+}
+
+std::string newest_checkpoint(const std::string& run) {
+    if (fs::exists(run + "/config.json"))
+        fail(run, " is a checkpoint: -o names the run's directory, which holds it");
+    std::error_code error;
+    for (const auto& entry : fs::directory_iterator(run, error))
+        if (entry.path().filename().string().rfind("step-", 0) == 0 && entry.is_directory() &&
+            !fs::exists(entry.path() / "config.json"))
+            fail(entry.path().string(),
+                 " has no config.json, so it is not a whole checkpoint: put "
+                 "it back, or remove the directory to go on from what else is there");
+    try {
+        return latest_checkpoint(run);
+    } catch (const Error&) {
+        return "";
+    }
+}
+
+namespace {
+
+Config read_config(std::string at) {
+    if (fs::is_directory(at)) check_files(at), at += "/config.json";
+    if (at.ends_with(".json")) return config_from_json(read_file(at), at);
+    Safetensors file(at);
+    auto config = file.metadata().find("config");
+    if (config == file.metadata().end())
+        fail(at, " does not say what model it is of ('config' in its metadata): name the directory "
+                 "that holds it and its config.json");
+    return config_from_json(config->second, at);
+}
+
+// The fields of a trainer's state, each of its type and in its range.
+struct StateFields {
+    const json& object;
+    const std::string& where;
+
+    const json& at(const char* key) const {
+        auto found = object.find(key);
+        if (found == object.end()) fail(where, ": the field '", key, "' is missing");
+        return *found;
+    }
+    template <class Integer> Integer whole(const char* key, int64_t least = 0) const {
+        const json& value = at(key);
+        const bool fits =
+            value.is_number_unsigned()
+                ? value.get<uint64_t>() <= uint64_t(std::numeric_limits<Integer>::max())
+                : value.is_number_integer() && value.get<int64_t>() >= least;
+        if (!fits)
+            fail(where, ": the field '", key, "' is ", quoted(value),
+                 ", expected a whole number from ", least, " to ",
+                 std::numeric_limits<Integer>::max());
+        return value.get<Integer>();
+    }
+    double number(const char* key, bool may_be_null) const {
+        const json& value = at(key);
+        if (may_be_null && value.is_null()) return NAN;
+        if (!value.is_number() || !std::isfinite(value.get<double>()) || value.get<double>() < 0)
+            fail(where, ": the field '", key, "' is ", quoted(value),
+                 ", expected a number of at least 0", may_be_null ? ", or null" : "");
+        return value.get<double>();
+    }
+    std::string text(const char* key) const {
+        if (!at(key).is_string())
+            fail(where, ": the field '", key, "' is ", quoted(at(key)), ", expected a string");
+        return at(key).get<std::string>();
+    }
+};
+
+TrainerState state_from_json(const std::string& text, const std::string& where) {
+    const json j = parse_json(text, where);
+    if (!j.is_object()) fail(where, ": not a JSON object, expected a trainer's state");
+    const StateFields f{j, where};
+    TrainerState s;
+    s.step = f.whole<int64_t>("step");
+    s.tokens = f.whole<int64_t>("tokens");
+    s.seconds = f.number("seconds", false);
+    s.loader = {f.whole<uint64_t>("epoch"), f.whole<uint64_t>("index")};
+    s.windows = f.whole<uint64_t>("windows");
+    s.val_loss = f.number("val_loss", true);
+    s.best_val_loss = f.number("best_val_loss", true);
+    if (!f.at("flags").is_object())
+        fail(where, ": the field 'flags' is ", quoted(j["flags"]), ", expected an object");
+    const StateFields flags{j["flags"], where + ", flags"};
+    for (const auto& [name, value] : flags.object.items()) s.flags[name] = flags.text(name.c_str());
+    if (!f.at("tokenizer").is_object())
+        fail(where, ": the field 'tokenizer' is ", quoted(j["tokenizer"]), ", expected an object");
+    const StateFields t{j["tokenizer"], where + ", tokenizer"};
+    s.tokenizer = {t.text("kind"), t.whole<int>("vocab_size"), t.whole<int>("eot", -1),
+                   t.whole<uint64_t>("fingerprint")};
+    return s;
+}
+
+TrainerState read_state(const std::string& at) {
+    const std::string where = at + "/trainer_state.json";
+    const TrainerState s = state_from_json(read_file(where), where);
+    fs::path dir = at;
+    if (!dir.has_filename()) dir = dir.parent_path();
+    const int64_t named = checkpoint_step(dir.filename().string());
+    if (named >= 0 && named != s.step)
+        fail(where, ": its step is ", s.step, ", and its directory is that of step ", named);
+    return s;
+}
+
+// Reads all of a safetensors file's parameters, under a prefix, and what else is checked with them.
+void read_all(const WeightFiles& files, const Registry& registry, const std::string& prefix) {
+    std::vector<float> values;
+    for (const Param& p : registry.params) files.read(p, prefix, values);
+}
+
+} // namespace
+
+std::string checkpoint_damage(const std::string& path) {
+    try {
+        const Config config = read_config(path);
+        const Registry registry = make_registry(config);
+        const WeightFiles weights(path);
+        weights.check(config, registry, !fs::is_directory(path));
+        read_all(weights, registry, "");
+        if (!fs::exists(path + "/trainer_state.json")) return "";
+        read_state(path);
+        if (!fs::exists(path + "/optimizer.safetensors"))
+            return path + " has no optimizer.safetensors: training cannot go on from it exactly";
+        const WeightFiles moments(path + "/optimizer.safetensors");
+        for (const char* prefix : {"m.", "v."}) read_all(moments, registry, prefix);
+        return "";
+    } catch (const Error& error) {
+        return error.what();
+    }
+}
+
+bool WeightFiles::have_checksums() const {
+    return std::all_of(files.begin(), files.end(), [](auto& file) { return file->checksum(); });
+}
+
+bool has_checksums(const std::string& path) { return WeightFiles(path).have_checksums(); }
+
+Config checkpoint_config(const std::string& path) {
+    const std::string at = find_checkpoint(path);
+    return reading(at, [&] { return read_config(at); });
+}
+
+void load_weights(Model& model, const std::string& path) {
+    const std::string at = find_checkpoint(path);
+    if (std::string difference = config_difference(checkpoint_config(at), model.config);
+        !difference.empty())
+        fail(at, " is of another model than asked for: ", difference);
+    reading(at, [&] {
+        WeightFiles weights(at);
+        weights.check(model.config, model.registry, !fs::is_directory(at));
+        load_tensors(model, Buffer::parameters, "", weights);
+    });
+}
+
+TrainerState read_trainer_state(const std::string& path) {
+    const std::string at = find_checkpoint(path);
+    return reading(at, [&] {
+        check_files(at);
+        return read_state(at);
+    });
+}
+
+TrainerState load_checkpoint(Model& model, const std::string& path) {
+    const std::string at = find_checkpoint(path);
+    load_weights(model, at);
+    if (!fs::exists(at + "/optimizer.safetensors"))
+        fail(at, " has no optimizer.safetensors, so training cannot go on from it exactly: start "
+                 "from its weights with --init-from");
+    reading(at, [&] {
+        WeightFiles moments(at + "/optimizer.safetensors");
+        load_tensors(model, Buffer::moment1, "m.", moments);
+        load_tensors(model, Buffer::moment2, "v.", moments);
+    });
+    return read_trainer_state(at);
+}
+
+} // namespace lns

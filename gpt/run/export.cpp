@@ -1,0 +1,308 @@
+#include "gpt/run/export.h"
+
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+
+#include "gpt/base/error.h"
+#include "gpt/base/files.h"
+#include "gpt/base/json.h"
+#include "gpt/base/terminal.h"
+#include "gpt/cpu/bf16.h"
+#include "gpt/run/checkpoint.h"
+#include "gpt/run/setup.h"
+
+namespace lns {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+// The fold of every parameter that lies in registry's buffer from `begin` on, `size` elements.
+template <class Change>
+void fold_range(ExportPlan& plan, const Registry& registry, int64_t begin, int64_t size,
+                Change change) {
+    if (begin < 0) return; // there is no such parameter
+    for (const Param& p : registry.params)
+        if (p.offset >= begin && p.offset < begin + size) change(plan.folds[p.name]);
+}
+
+} // namespace
+
+ExportPlan plan_export(const Config& config, const Registry& registry) {
+    ExportPlan plan{config, "", {}};
+    plan.config.scheme = stock_scheme(config.model_type);
+    const Config& c = config;
+    const int L = c.layers;
+    for (int k = 0; k <= 2 * L; k++) {
+        const Junction j = junction(c.scheme, L, k);
+        const JunctionParams& p = registry.junctions[k];
+        if (j.gamma != Gamma::none) { // of sublayer k
+            const LayerParams& layer = registry.layers[(k - 1) / 2];
+            const bool attn = k % 2 == 1;
+            const int64_t columns = attn ? c.q_width() : c.mlp_width;
+            auto by_gamma = [&](Fold& fold) {
+                for (const Param& param : registry.params)
+                    if (param.offset == p.gamma) fold.gamma = &param;
+            };
+            fold_range(plan, registry, attn ? layer.attn_out : layer.mlp_out, c.width * columns,
+                       by_gamma);
+            fold_range(plan, registry, attn ? layer.attn_out_bias : layer.mlp_out_bias, c.width,
+                       by_gamma);
+        }
+        if (j.in_scale != 1) { // of sublayer k + 1
+            const LayerParams& layer = registry.layers[k / 2];
+            const bool attn = k % 2 == 0;
+            auto by_scale = [&](Fold& fold) { fold.scale = j.in_scale; };
+            if (p.in.weight >= 0) {
+                fold_range(plan, registry, p.in.weight, c.width, by_scale);
+                fold_range(plan, registry, p.in.bias, c.width, by_scale);
+            } else {
+                fold_range(plan, registry, attn ? layer.qkv : layer.mlp_in,
+                           int64_t(attn ? c.qkv_width() : c.mlp_in_width()) * c.width, by_scale);
+            }
+        }
+    }
+
+    // What is left of the scheme, once γ and the scales are gone, has to be what stock models do.
+    bool folds = true;
+    for (int k = 0; k <= 2 * L; k++) {
+        Junction ours = junction(c.scheme, L, k);
+        const Junction theirs = junction(plan.config.scheme, L, k);
+        folds &= ours.gamma == Gamma::none || !ours.branch_norm; // γ stands behind that norm
+        ours.gamma = theirs.gamma;
+        ours.in_scale = theirs.in_scale;
+        ours.in_weight_init = theirs.in_weight_init;
+        folds &= ours == theirs;
+    }
+    plan.beyond = folds ? beyond_stock(plan.config) : beyond_stock(config);
+    if (!plan.beyond.empty()) plan = {config, plan.beyond, {}};
+    return plan;
+}
+
+uint16_t round_to_half(float x) {
+    const uint32_t u = std::bit_cast<uint32_t>(x), size = u & 0x7FFFFFFF;
+    const uint16_t sign = uint16_t(u >> 16 & 0x8000);
+    if (size > 0x7F800000) return sign | 0x7E00;  // NaN
+    if (size >= 0x477FF000) return sign | 0x7C00; // 65520, half way to the next that there would be
+    if (size < 0x38800000)                        // below 2^-14: a multiple of 2^-24
+        return sign | uint16_t(std::nearbyint(std::ldexp(std::bit_cast<float>(size), 24)));
+    const uint32_t rounded = size + 0xFFF + (size >> 13 & 1);
+    return sign | uint16_t((rounded >> 13) - (112 << 10)); // the biases: 127 − 15
+}
+
+namespace {
+
+struct Number {
+    const char *name, *file, *torch; // of --dtype, in a safetensors header, in a config.json
+};
+Number number_named(const std::string& name) {
+    for (const Number& n : {Number{"float32", "F32", "float32"},
+                            {"float16", "F16", "float16"},
+                            {"bfloat16", "BF16", "bfloat16"},
+                            {"bf16", "BF16", "bfloat16"}})
+        if (name == n.name) return n;
+    fail("--dtype ", name, " is none of float32, float16 and bfloat16");
+}
+
+// One parameter's values as the file is to have them.
+void exported(const WeightFiles& weights, const Param& p, const Fold* fold,
+              std::vector<float>& out) {
+    weights.read(p, "", out);
+    if (fold) {
+        std::vector<float> gamma;
+        if (fold->gamma) weights.read(*fold->gamma, "", gamma);
+        const int64_t rows = p.shape[0], columns = p.size() / rows;
+        for (int64_t r = 0; r < rows; r++) {
+            const double factor =
+                fold->scale * (gamma.empty() ? 1 : gamma[gamma.size() == 1 ? 0 : size_t(r)]);
+            for (int64_t i = r * columns; i < (r + 1) * columns; i++)
+                out[i] = float(factor * out[i]);
+        }
+    }
+    to_file_layout(p, out);
+}
+
+TensorOut tensor_of(const WeightFiles& weights, const Param& p, const Fold* fold,
+                    const Number& number) {
+    return {p.name, number.file, p.file_shape(), [=, &weights, &p](const TensorSink& sink) {
+                std::vector<float> values;
+                exported(weights, p, fold, values);
+                if (number.file == std::string("F32"))
+                    return sink(values.data(), values.size() * sizeof(float));
+                std::vector<uint16_t> rounded(values.size());
+                const bool half = number.file == std::string("F16");
+                for (size_t i = 0; i < values.size(); i++) {
+                    rounded[i] = half ? round_to_half(values[i]) : round_to_bf16(values[i]);
+                    if (half && std::isfinite(values[i]) && (rounded[i] & 0x7FFF) == 0x7C00)
+                        fail("the tensor '", p.name, "' has the value ", values[i],
+                             ", and float16 ends at 65504: export it as bfloat16 or float32");
+                }
+                sink(rounded.data(), rounded.size() * sizeof(uint16_t));
+            }};
+}
+
+// config.json as stock tools read it: the type of the numbers, and the tokens that begin and end a
+// text, which they would else take to be those of the architecture's first release.
+std::string exported_config(const ExportPlan& plan, const std::string& from, const Number& number) {
+    json config = json::parse(config_to_json(plan.config));
+    config["torch_dtype"] = number.torch;
+    if (plan.beyond.empty()) config.erase("lns_cpp");
+    json source;
+    if (fs::exists(from + "/config.json"))
+        source = parse_json(read_file(from + "/config.json"), from + "/config.json");
+    for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
+        config[key] = source.is_object() && source.contains(key) ? source[key] : json();
+    if (fs::exists(from + "/trainer_state.json"))
+        if (int eot = read_trainer_state(from).tokenizer.eot; eot >= 0)
+            config["bos_token_id"] = config["eos_token_id"] = eot;
+    return config.dump(2) + "\n";
+}
+
+// Tensors in files of at most `most` bytes each, unless one alone is larger.
+std::vector<std::vector<TensorOut>> shards_of(const std::vector<TensorOut>& tensors, int64_t most,
+                                              int64_t& bytes) {
+    std::vector<std::vector<TensorOut>> shards(1);
+    int64_t here = 0;
+    bytes = 0;
+    for (const TensorOut& tensor : tensors) {
+        int64_t size = int64_t(dtype_bytes(tensor.dtype));
+        for (int64_t n : tensor.shape) size *= n;
+        if (here + size > most && !shards.back().empty()) {
+            shards.emplace_back();
+            here = 0;
+        }
+        shards.back().push_back(tensor);
+        here += size;
+        bytes += size;
+    }
+    return shards;
+}
+
+std::string shard_name(size_t i, size_t n) {
+    char name[64];
+    std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", i + 1, n);
+    return name;
+}
+
+void write_weights(const std::string& dir, const std::vector<std::vector<TensorOut>>& shards,
+                   int64_t bytes, const std::map<std::string, std::string>& metadata) {
+    if (shards.size() == 1)
+        return write_safetensors(dir + "/model.safetensors", shards[0], metadata);
+    json index = {{"metadata", {{"total_size", bytes}}}, {"weight_map", json::object()}};
+    for (size_t i = 0; i < shards.size(); i++) {
+        const std::string name = shard_name(i, shards.size());
+        write_safetensors(dir + "/" + name, shards[i], metadata);
+        for (const TensorOut& tensor : shards[i]) index["weight_map"][tensor.name] = name;
+    }
+    write_file_atomic(dir + "/model.safetensors.index.json", index.dump(2) + "\n");
+}
+
+// The names of what was copied.
+std::string copy_tokenizer(const std::string& from, const std::string& to) {
+    std::string copied;
+    for (const char* name :
+         {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}) {
+        const std::string path = from + "/" + name;
+        if (!fs::is_regular_file(path)) continue;
+        write_file_atomic(to + "/" + name, read_file(path));
+        copied += (copied.empty() ? "" : ", ") + std::string(name);
+    }
+    return copied;
+}
+
+// A field of dir's tokenizer_config.json, null if there is none.
+json tokenizer_field(const std::string& dir, const char* field) {
+    const std::string path = dir + "/tokenizer_config.json";
+    if (!fs::exists(path)) return {};
+    const json config = parse_json(read_file(path), path);
+    return config.is_object() ? config.value(field, json()) : json();
+}
+
+// "1,234,567 bytes" would not be read: 1.2 MB.
+std::string size_text(int64_t bytes) {
+    const char* units[] = {"bytes", "kB", "MB", "GB", "TB"};
+    double size = double(bytes);
+    int unit = 0;
+    while (size >= 1000 && unit < 4) size /= 1000, unit++;
+    char text[32];
+    std::snprintf(text, sizeof text, unit ? "%.1f %s" : "%.0f %s", size, units[unit]);
+    return text;
+}
+
+} // namespace
+
+int export_model(const Options& o) {
+    const std::string from = find_checkpoint(o.checkpoint);
+    const Config config = checkpoint_config(from);
+    const Registry registry = make_registry(config);
+    const WeightFiles weights(from);
+    weights.check(config, registry, !fs::is_directory(from));
+    const ExportPlan plan = plan_export(config, registry);
+    const Registry written = make_registry(plan.config);
+    const Number number = number_named(o.export_dtype);
+
+    std::string dir = o.export_dir;
+    while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
+    if (fs::exists(dir) && !(fs::is_directory(dir) && fs::is_empty(dir)))
+        fail(dir, " exists already", fs::is_directory(dir) ? " and is not empty" : "",
+             ": name a directory that does not, for the exported model to fill");
+    const fs::path parent = fs::absolute(dir).parent_path();
+    std::error_code error;
+    fs::create_directories(parent, error);
+    if (error) fail("cannot make the directory ", parent.string(), ": ", error.message());
+
+    if (fs::exists(from + "/trainer_state.json") && has_tokenizer(from))
+        expect_tokenizer(*load_tokenizer(from), from, read_trainer_state(from).tokenizer);
+
+    std::vector<TensorOut> tensors;
+    for (const Param& p : written.params) {
+        auto fold = plan.folds.find(p.name);
+        tensors.push_back(
+            tensor_of(weights, p, fold == plan.folds.end() ? nullptr : &fold->second, number));
+    }
+    int64_t bytes;
+    const auto shards = shards_of(tensors, o.shard_size, bytes);
+    check_writable(parent.string(), uint64_t(bytes) + 512 * tensors.size() + 65536);
+
+    AtomicDirectory directory(dir);
+    const std::string& at = directory.temporary();
+    write_weights(
+        at, shards, bytes,
+        {{"format", "pt"}, {"exported_from", "lns.cpp, norm scheme " + config.scheme.name()}});
+    write_file_atomic(at + "/config.json", exported_config(plan, from, number));
+    const std::string copied = fs::is_directory(from) ? copy_tokenizer(from, at) : "";
+    // Older checkpoints have no tokenizer.json beside it.
+    if (tokenizer_field(at, "kind") == "bytes") load_tokenizer("bytes")->save(at);
+    // One that no class of transformers is known to compute: without byte pieces, such as T5's.
+    const bool own_pieces = fs::exists(at + "/tokenizer.model") &&
+                            !fs::exists(at + "/tokenizer.json") &&
+                            tokenizer_field(at, "tokenizer_class").is_null();
+    directory.commit();
+
+    std::printf("wrote %s: %s, %s, %zu tensors, %s in %zu file%s\n", printable(dir).c_str(),
+                json::parse(config_to_json(plan.config))["model_type"].get<std::string>().c_str(),
+                number.torch, tensors.size(), size_text(bytes).c_str(), shards.size(),
+                shards.size() == 1 ? "" : "s");
+    if (!plan.beyond.empty())
+        std::printf("stock tools cannot run it: it has %s; train_gpt can\n", plan.beyond.c_str());
+    else if (!plan.folds.empty())
+        std::printf("the norm scheme %s is folded into %zu of them: stock tools compute the same\n",
+                    config.scheme.name().c_str(), plan.folds.size());
+    else
+        std::printf("a stock %s: nothing had to be folded\n", plan.config.model_type.c_str());
+    if (copied.empty())
+        std::printf("no tokenizer lies with the weights: put one there\n");
+    else
+        std::printf("the tokenizer's files beside it: %s\n", copied.c_str());
+    if (own_pieces)
+        std::printf(
+            "of tokenizer.model, which has no byte pieces, stock tools may make other tokens: "
+            "compare them before use\n");
+    return 0;
+}
+
+} // namespace lns

@@ -1,0 +1,366 @@
+#include "gpt/run/program.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <iostream>
+#include <new>
+#include <nlohmann/json.hpp>
+#include <unistd.h>
+
+#include "gpt/base/build.h"
+#include "gpt/base/error.h"
+#include "gpt/base/files.h"
+#include "gpt/base/random.h"
+#include "gpt/base/ranks.h"
+#include "gpt/base/signals.h"
+#include "gpt/base/terminal.h"
+#include "gpt/run/bench.h"
+#include "gpt/run/checkpoint.h"
+#include "gpt/run/device.h"
+#include "gpt/run/export.h"
+#include "gpt/run/facts.h"
+#include "gpt/run/options.h"
+#include "gpt/run/probe.h"
+#include "gpt/run/rundir.h"
+#include "gpt/run/sample.h"
+#include "gpt/run/setup.h"
+#include "gpt/run/train.h"
+#include "gpt/run/verify.h"
+
+namespace lns {
+
+namespace {
+
+// A checkpoint to sample from or to measure, and the flags of the run that made it, if one did.
+struct Trained {
+    std::string path;
+    Config config;
+    TrainerState state;
+
+    explicit Trained(const std::string& name)
+        : path(find_checkpoint(name)), config(checkpoint_config(path)) {
+        if (std::filesystem::exists(path + "/trainer_state.json")) state = read_trainer_state(path);
+    }
+    std::string flag(const std::string& name) const {
+        auto found = state.flags.find(name);
+        return found == state.flags.end() ? "" : found->second;
+    }
+    // The flag's number, or `otherwise` if no run says.
+    int64_t count(const std::string& name, int64_t otherwise) const {
+        std::string text = flag(name);
+        return text.empty() ? otherwise : parse_count(text);
+    }
+    // The directory of its run; "" if it is of no run.
+    std::string run() const {
+        std::filesystem::path parent = path;
+        if (!parent.has_filename()) parent = parent.parent_path(); // of "runs/x/step-000600/"
+        parent = parent.parent_path();
+        if (parent.empty()) parent = ".";
+        return std::filesystem::exists(parent / "run.json") ? parent.string() : "";
+    }
+    // What the run was validated on, as a pattern that names files from here.
+    std::string validation() const {
+        const std::string val = flag("--val");
+        return val.empty() ? validation_pattern(saved_pattern(flag("--train"), run()), "")
+                           : saved_pattern(val, run());
+    }
+    // "float32" for weights that are not of a run.
+    std::string dtype() const { return flag("--dtype") == "bf16" ? "bf16" : "float32"; }
+    // The longest sequence that it was trained on.
+    int length() const {
+        return int(std::min<int64_t>(count("--seq-len", 1024), config.positions));
+    }
+};
+
+// Writes text as it grows.
+struct Stream {
+    size_t written = 0;
+    bool terminal = isatty(STDOUT_FILENO);
+
+    void show(const std::string& text, size_t end) {
+        if (end <= written) return;
+        std::string part = text.substr(written, end - written);
+        std::cout << (terminal ? printable(part) : part) << std::flush;
+        check_output();
+        written = end;
+    }
+};
+
+int sample(const Options& o, const Ranks& ranks) {
+    use_threads(o);
+    Trained trained(o.checkpoint);
+    std::unique_ptr<Tokenizer> tokenizer;
+    if (!o.tokenizer.empty()) {
+        tokenizer = find_tokenizer(o.tokenizer, "", trained.state.tokenizer);
+    } else {
+        try {
+            tokenizer = load_tokenizer(trained.path);
+        } catch (const Error& error) {
+            fail("no tokenizer lies with the weights (", error.what(),
+                 "): name one with --tokenizer");
+        }
+        expect_tokenizer(*tokenizer, trained.path, trained.state.tokenizer);
+    }
+    std::vector<int> tokens = tokenizer->encode_prompt(o.prompt);
+    if (tokens.empty()) {
+        if (tokenizer->eot() < 0)
+            fail("this tokenizer has no end of text to start behind: give a --prompt");
+        tokens = {tokenizer->eot()};
+    }
+    for (int token : tokens)
+        if (token >= trained.config.vocab_size)
+            fail("token ", token, " of the prompt is not in the model's vocabulary of ",
+                 trained.config.vocab_size, ": the tokenizer is not the model's");
+
+    const int context = trained.length();
+    std::unique_ptr<Model> model =
+        make_model(trained.config, 1, context, model_options(o, false, trained.dtype()), ranks);
+    load_weights(*model, trained.path);
+    Stream stream;
+    std::string text = o.prompt;
+    stream.show(text, text.size());
+    std::vector<int> made;
+    generate(*model, tokens, int(o.sample_tokens), context,
+             {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed), tokenizer->vocab_size()},
+             [&](int token) {
+                 if (token == tokenizer->eot() && !o.ignore_eot) return false;
+                 made.push_back(token);
+                 text = o.prompt + continuation(*tokenizer, tokens, made);
+                 stream.show(text, whole_characters(text));
+                 return true;
+             });
+    std::cout << std::endl;
+    return 0;
+}
+
+// The tokens to measure on: -j, or what the run was validated on.
+std::shared_ptr<TokenSource> validation_tokens(const Options& o, const Trained& trained) {
+    const bool run_on_stories = !trained.state.flags.empty() && trained.flag("--train").empty();
+    if (o.val.empty() && trained.state.flags.empty())
+        fail(trained.path, " does not say what it was validated on: name token shards with -j");
+    const std::string pattern = !o.val.empty() || run_on_stories ? o.val : trained.validation();
+    auto source = open_validation(pattern, trained.count("--seed", 0));
+    expect_tokenizer_of_weights(trained.path, source->id());
+    source->check_tokens(trained.config.vocab_size);
+    return source;
+}
+
+int eval(const Options& o, const Ranks& ranks) {
+    use_threads(o);
+    Trained trained(o.checkpoint);
+    auto source = validation_tokens(o, trained);
+    const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
+    check_length(o.batch, T, trained.config);
+    const int64_t wanted =
+        o.val_tokens > 0 ? o.val_tokens : trained.count("--val-tokens", 10000000);
+
+    Loader loader(source, T, 0, false);
+    const ModelOptions options = model_options(o, false, trained.dtype());
+    check_devices(options, ranks);
+    check_memory(trained.config, int(o.batch), T, options);
+    std::unique_ptr<Model> model = make_model(trained.config, int(o.batch), T, options, ranks);
+    load_weights(*model, trained.path);
+    if (ranks.size > 1) {
+        Facts facts = data_facts("validation", *source, loader);
+        facts.push_back(fingerprint_fact("weights", fingerprint(*model, Buffer::parameters)));
+        ranks.compare(facts);
+    }
+    Evaluation e = evaluate(*model, loader, ranks, int(o.batch), T, wanted);
+    source->finish_checks();
+    if (ranks.first())
+        std::printf("loss %.6f  perplexity %.4f  tokens %lld\n", e.loss, std::exp(e.loss),
+                    (long long)e.tokens);
+    return 0;
+}
+
+int probe(const Options& o, const Ranks& ranks) {
+    use_threads(o);
+    Trained trained(o.checkpoint);
+    const Config& config = trained.config;
+    const std::string run = trained.run(), out = !o.out.empty() ? o.out : run + "/probe.json";
+    if (o.out.empty() && run.empty())
+        fail(trained.path, " is of no run: say where to write what is measured with -o FILE");
+    auto source = validation_tokens(o, trained);
+    const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
+    check_length(o.batch, T, config);
+
+    ProbeSettings settings;
+    settings.probes = parse_probes(o.probes);
+    settings.jacobian_samples = o.jacobian_samples;
+    settings.jacobian_layer =
+        o.jacobian_layer > 0 ? int(o.jacobian_layer) : (3 * config.layers + 3) / 4;
+    if (settings.jacobian_layer > config.layers)
+        fail("--jacobian-layer ", o.jacobian_layer, ": the model has ", config.layers, " layers");
+    settings.seed = uint64_t(o.seed);
+
+    // The first windows to measure on, those behind them to fit on.
+    Loader loader(source, T, 0, false);
+    const uint64_t there = loader.windows_per_epoch();
+    const uint64_t wanted = probe_windows(o.probe_tokens, T);
+    const uint64_t to_fit =
+        settings.probes.usefulness
+            ? std::max(wanted, (10 * uint64_t(config.width) + T - 1) / uint64_t(T))
+            : 0;
+    uint64_t measured = wanted, fitted = to_fit;
+    if (wanted + to_fit > there) {
+        measured = to_fit == 0 ? there : std::max<uint64_t>(1, there * wanted / (wanted + to_fit));
+        fitted = there - measured;
+        if (to_fit > 0 && fitted == 0 && !settings.probes.all)
+            fail("the validation data has one sequence of ", T,
+                 " tokens, and usefulness needs "
+                 "another to fit on: name more with -j, lower -t, or leave it out of --probes");
+        std::string split;
+        if (to_fit > 0) split = cat(", and ", fitted, " to fit usefulness on, of ", to_fit);
+        std::printf("note: the validation data has only %llu sequences of %d tokens: %llu to "
+                    "measure on, of %llu asked for%s\n",
+                    (unsigned long long)there, T, (unsigned long long)measured,
+                    (unsigned long long)wanted, split.c_str());
+    }
+    const int B =
+        int(std::min(uint64_t(o.batch), std::max(measured, fitted))); // no more are needed
+
+    // It is never updated: no master weights, and the least of moments.
+    ModelOptions options = model_options(o, true, trained.dtype());
+    options.moments = DType::bf16;
+    if (options.dtype == DType::bf16) options.master_weights = false;
+    check_memory(config, B, T, options);
+    std::unique_ptr<Model> model = make_model(config, B, T, options, ranks);
+    load_weights(*model, trained.path);
+    Progress progress;
+    settings.tell = [&](const std::string& line) {
+        progress.update("probing: " + line);
+        if (!progress.failure().empty()) fail(progress.failure());
+    };
+    const Probes probes = measure(*model, read_batches(loader, T, B, 0, measured),
+                                  read_batches(loader, T, B, measured, fitted), settings);
+    progress.finish();
+    source->finish_checks();
+    for (const std::string& note : probes.notes) std::printf("note: %s\n", note.c_str());
+
+    nlohmann::ordered_json json = {
+        {"version", 1},
+        {"checkpoint", trained.path},
+        {"step", nullptr},
+        {"model", config.preset.empty() ? config.model_type : config.preset},
+        {"scheme", config.scheme.name()},
+        {"layers", probes.layers},
+        {"width", probes.width},
+        {"tokens", probes.tokens},
+        {"loss", probes.loss}};
+    if (!trained.state.flags.empty()) json["step"] = trained.state.step;
+    json.update(to_json(probes));
+    std::string text; // a line a key
+    for (const auto& [key, value] : json.items())
+        text +=
+            cat(text.empty() ? "{" : ",", "\n  ", nlohmann::json(key).dump(), ": ", value.dump());
+    write_file_atomic(out, text + "\n}\n");
+    std::printf("%s, %s: loss %.4f on %lld tokens\n\n%s\nwrote %s\n",
+                printable(trained.path).c_str(), config.scheme.name().c_str(), probes.loss,
+                (long long)probes.tokens, describe(probes).c_str(), printable(out).c_str());
+    return 0;
+}
+
+// What ranks must have alike before they do anything together.
+void compare_starts(const Options& o, const Ranks& ranks) {
+    if (ranks.size == 1) return;
+    const BuildInfo& build = build_info();
+    std::string parts;
+    for (const auto& [name, value] : build.features)
+        parts += cat(parts.empty() ? "" : ", ", name, " ", value);
+    Facts facts = {{"train_gpt", build.version},
+                   {"a build by", build.compiler},
+                   {"a build with", build.flags},
+                   {"a build of", parts}};
+    // A version does not name what was changed since, nor -march=native its processor.
+    if (std::filesystem::exists("/proc/self/exe"))
+        facts.push_back(fingerprint_fact("a program", fnv1a(read_file("/proc/self/exe"))));
+    const auto command = o.settings.find("the command"); // --help has none
+    facts.push_back({"the command", command == o.settings.end() ? "" : command->second});
+    ranks.compare(facts); // before flags, of which another program has others
+    ranks.compare({o.settings.begin(), o.settings.end()});
+}
+
+// -y takes the run's own flags where none are given. A run that is to be written is locked before
+// anything in it is read.
+Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
+    Options o = parse_options(argc, argv);
+    compare_starts(o, ranks);
+    if (o.command != Options::Command::train || !o.resume) return o;
+    if (!o.dry_run && o.dump_state.empty()) {
+        if (ranks.first() && std::filesystem::is_directory(o.out)) lock = RunDirectory::lock(o.out);
+        ranks.barrier();
+    }
+    std::string checkpoint = newest_checkpoint(o.out);
+    ranks.compare(
+        {{"the newest checkpoint", std::filesystem::path(checkpoint).filename().string()}});
+    SavedFlags saved =
+        checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
+    if (saved.empty()) return o;
+    o = parse_options(argc, argv, saved);
+    ranks.compare({o.settings.begin(), o.settings.end()});
+    find_saved_paths(o, saved);
+    return o;
+}
+
+int dispatch(int argc, char** argv, const Ranks& ranks) {
+    Fd lock;
+    Options o = options_of(argc, argv, ranks, lock);
+    switch (o.command) {
+    case Options::Command::train:
+        return train(std::move(o), ranks, std::move(lock));
+    case Options::Command::sample:
+        return ranks.first() ? sample(o, ranks) : 0;
+    case Options::Command::eval:
+        return eval(o, ranks);
+    case Options::Command::probe:
+        return ranks.first() ? probe(o, ranks) : 0;
+    case Options::Command::bench:
+        return bench(o, ranks);
+    case Options::Command::export_model:
+        return ranks.first() ? export_model(o) : 0;
+    case Options::Command::verify:
+        return ranks.first() ? verify(o.paths) : 0;
+    case Options::Command::stop:
+        return 0;
+    }
+    return 0;
+}
+
+int report(const Ranks* ranks, const std::string& sentence) {
+    std::cout << std::flush;
+    const bool alone = !ranks || ranks->size == 1;
+    // What every rank finds is told by the first alone: it ends the others while they wait.
+    if (!alone && !ranks->first()) {
+        remove_stop_handlers();
+        sleep(2);
+    }
+    std::cerr << "train_gpt: " << (alone || ranks->first() ? "" : cat("rank ", ranks->rank, ": "))
+              << one_line(sentence) << std::endl;
+    if (!alone) ranks->abort(1);
+    return 1;
+}
+
+} // namespace
+
+int run_program(int argc, char** argv) {
+    prepare_process();
+    std::unique_ptr<Ranks> ranks;
+    try {
+        ranks = std::make_unique<Ranks>();
+        // mpirun gives a pseudo-terminal even where its own output is a file: plain lines then.
+        if (ranks->size > 1) setenv("TERM", "dumb", 1);
+        const int status = dispatch(argc, argv, *ranks);
+        if (ranks->first()) check_output();
+        return status;
+    } catch (const std::bad_alloc&) {
+        return report(ranks.get(), "not enough memory: lower --batch, --seq-len or the model's "
+                                   "size; --dry-run says what is needed");
+    } catch (const std::exception& error) {
+        return report(ranks.get(), error.what());
+    }
+}
+
+} // namespace lns
