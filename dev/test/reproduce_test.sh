@@ -1,29 +1,10 @@
 #!/bin/bash
 # scripts/reproduce.sh from text to table at a miniature's size: what it says beforehand, that it
 # goes on where it was interrupted, and what it makes of runs that diverge.
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-export PYTHONDONTWRITEBYTECODE=1 CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
+export CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
 unset SCHEMES RATES SEEDS SECOND_SEED LAUNCH PROBE_FLAGS
-# shellcheck source=scripts/python.sh
-. "$(dirname "$0")/../../scripts/python.sh"
-passed=0 failed=0 skipped=0
-skip() { # WHAT: WHY
-    ((skipped++))
-    echo "SKIPPED: $1"
-}
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $(head -c 600 <<<"$*")"
-    fi
-}
-says() { grep -qF -- "$2" <<<"$1"; }
-silent_on() { ! says "$1" "$2"; }
 here() { compgen -G "$dir/$1" >/dev/null; }
 absent() { ! here "$1"; }
 count() { grep -cF -- "$2" <<<"$1"; }
@@ -193,5 +174,4 @@ if command -v shellcheck >/dev/null; then
 else
     skip "the scripts' style: there is no shellcheck (make deps)"
 fi
-echo "$passed passed, $failed failed, $skipped skipped"
-((failed == 0))
+summary
