@@ -23,6 +23,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -34,12 +35,15 @@
 #include <sys/mman.h>
 #endif
 
+#include "gpt/base/clock.h"
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
 #include "gpt/cpu/bf16.h"
 #include "gpt/cpu/gemm.h"
 #include "gpt/model/model.h"
 #include "gpt/model/slots.h"
+#include "gpt/run/program.h"
+#include "gpt/run/training.h"
 
 namespace lns {
 
@@ -1750,10 +1754,120 @@ MemoryPlan plan_cpu_memory(const Config& config, int B, int T, const ModelOption
                                         : plan_memory<float>(config, B, T, options);
 }
 
+// ---------------------------------------------------------------------------------------------
+// Training. gpt/run/training.h has the run and the functions that set it up, print and save.
+
+// Moves the weights down the gradient of the mean loss over all micro-batches and ranks. Returns
+// nothing, and changes nothing, if a stop was requested between two micro-batches.
+std::optional<Step> train_step(Run& run) {
+    const Options& o = run.o;
+    const int64_t number = run.state.step + 1;
+    const double start = now();
+
+    draw_tokens(run);
+    StepInput input = {run.inputs.data(), run.targets.data(), run.micro_batches, run.B, run.T};
+    input.loss_scale = 1 / count_targets(run);
+    input.grad_clip = o.grad_clip;
+    const double lr = learning_rate(run.schedule, number);
+    input.optimizer = {lr, o.beta1, o.beta2, o.eps, o.weight_decay, number};
+
+    begin_step(run, input);
+    draw_next_tokens(run);
+    const StepResult result = end_step(run);
+    if (result.stopped) return std::nullopt;
+
+    run.state.step = number;
+    run.state.tokens += run.tokens_per_step;
+    const double seconds = now() - start;
+    book_time(run, seconds);
+    return Step{result.loss, lr, result.grad_norm, seconds};
+}
+
+Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int T, int64_t tokens,
+                    const std::function<bool()>& stop) {
+    const uint64_t wanted = std::max<uint64_t>(1, uint64_t(tokens + T - 1) / T);
+    const uint64_t windows = std::min(wanted, loader.windows_per_epoch());
+    std::vector<int> inputs(size_t(B) * T), targets(inputs.size());
+    double loss_and_targets[2] = {0, 0}; // sums
+    CaughtError error;
+    for (uint64_t first = 0; first < windows; first += uint64_t(ranks.size) * B) {
+        if (stop && first > 0 && ranks.any(stop())) return {NAN, 0, true};
+        const uint64_t window = first + uint64_t(ranks.rank) * B; // of this rank
+        if (window >= windows) continue;
+        const int b = int(std::min<uint64_t>(B, windows - window));
+        error.run([&] {
+            loader.restore({0, window});
+            loader.next(b, inputs.data(), targets.data());
+            Ranks::Steady steady(ranks, "a batch of validation");
+            loss_and_targets[0] += model.loss(inputs.data(), targets.data(), b, T);
+        });
+        for (size_t i = 0; i < size_t(b) * T; i++) loss_and_targets[1] += targets[i] >= 0;
+    }
+    error.share(ranks);
+    ranks.sum(loss_and_targets, 2);
+    const auto [loss, n] = loss_and_targets;
+    if (n == 0) fail("no token of the validation data has a target");
+    return {loss / n, int64_t(n)};
+}
+
+// Returns NaN if a stop was requested before the end.
+double validate(Run& run) {
+    const Evaluation e = evaluate(*run.model, *run.val_loader, run.ranks, run.B, run.T,
+                                  run.o.val_tokens, [&] { return should_stop(run); });
+    if (e.stopped) return NAN;
+    check_finite(run, run.state.step, "the validation loss", e.loss);
+    run.state.val_loss = e.loss;
+    if (!(run.state.best_val_loss <= e.loss)) run.state.best_val_loss = e.loss;
+    run.variance = run.model->residual_variance(); // of the last validation batch
+    return e.loss;
+}
+
+// Steps until the last, or until a stop is requested: then returns false.
+bool train(Run& run) {
+    const Options& o = run.o;
+    const bool first = run.ranks.first(); // alone prints and saves
+    bool stop = false;
+    while (!stop && run.state.step < o.steps) {
+        const std::optional<Step> step = train_step(run);
+        if (!step) {
+            if (first) save_step(run, true);
+            return false;
+        }
+        const bool last = run.state.step == o.steps;
+        stop = any_should_stop(run) && !last;
+        auto due = [&](int64_t every) {
+            return last || (!stop && every > 0 && run.state.step % every == 0);
+        };
+
+        double val_loss = NAN;
+        if (due(o.val_every)) {
+            val_loss = validate(run);
+            stop = stop || (std::isnan(val_loss) && !last);
+        }
+        if (!first) continue;
+        std::optional<Probes> probes;
+        if (o.probe_every > 0 && due(o.probe_every)) probes = probe_layers(run);
+        log_step(run, *step, val_loss, probes);
+        print_step(run, *step, val_loss, last || stop);
+        if (o.sample_tokens > 0 && due(o.sample_every)) print_sample(run);
+        if (stop || due(o.save_every)) save_step(run, last || stop);
+    }
+    return !stop;
+}
+
 } // namespace lns
 
 #ifndef TESTING
-#include "gpt/run/program.h"
-
-int main(int argc, char** argv) { return lns::run_program(argc, argv); }
+int main(int argc, char** argv) {
+    using namespace lns;
+    return run_program([&](const Ranks& ranks) {
+        CommandLine line = read_command_line(argc, argv, ranks);
+        if (line.options.command != Options::Command::train)
+            return run_command(line.options, ranks);
+        Run run(std::move(line.options), ranks, std::move(line.lock));
+        if (!set_up(run)) return 0;
+        const bool finished = save_on_error(run, train);
+        return finish(run, finished);
+    });
+}
 #endif

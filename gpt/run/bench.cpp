@@ -3,11 +3,11 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <iostream>
 
 #include "gpt/base/build.h"
+#include "gpt/base/clock.h"
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
 #include "gpt/base/terminal.h"
@@ -21,11 +21,6 @@
 namespace lns {
 
 namespace {
-
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
 
 void measure_peaks(Bench& b) {
     const bool cuda = b.options.device == Device::cuda;

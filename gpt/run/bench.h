@@ -41,7 +41,7 @@ struct Bench {
     double mfu() const;          // the same of the data sheet's peak, if that is known
 };
 
-// options.timed_steps training steps as gpt/run/train.cpp takes them (gradients zeroed, forward,
+// options.timed_steps training steps as train_gpt.cpp takes them (gradients zeroed, forward,
 // backward, their norm, AdamW), after one that is not counted.
 Bench measure_training(const Options& options, const Ranks& ranks);
 
