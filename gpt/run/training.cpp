@@ -430,7 +430,7 @@ void begin_step(Run& run, StepInput& step) {
 void draw_next_tokens(Run& run) {
     if (run.o.overfit_batch || run.given_up || run.state.step + 1 >= run.o.steps) return;
     const bool cpu = run.model_options.device == Device::cpu; // a GPU computes meanwhile
-    Timed timer(cpu ? run.model->profile : nullptr, "", "data", 0, 0);
+    const Timed timer(cpu ? run.model->profile : nullptr, {"", "data"});
     draw_ahead(run);
 }
 
