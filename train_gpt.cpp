@@ -47,7 +47,6 @@ namespace lns {
 
 // out (rows, C) = wte[token] + wpe[position], wte (V, C), wpe (T, C) or null. The first row is at
 // position `first`, which is 0 unless B is 1.
-
 template <class S>
 void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, int first,
                        int64_t rows, int T, int C) {
@@ -269,8 +268,7 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
                     }
                 }
             }
-            if (j.gate &&
-                !j.gate_on_skip) { // no out-norm; dz stays, since stop() passes no gradient
+            if (j.gate && !j.gate_on_skip) { // no out-norm; stop() passes no gradient to dz
                 double dot = 0;
 #pragma omp simd reduction(+ : dot)
                 for (int i = 0; i < C; i++) dot += double(dz[i]) * double(z[i]);
