@@ -282,6 +282,28 @@ void compare_starts(const Options& o, const Ranks& ranks) {
     ranks.compare({o.settings.begin(), o.settings.end()});
 }
 
+// With -y, flags that are not given are the run's own. A run that will be written is locked before
+// it is read.
+Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
+    Options o = parse_options(argc, argv);
+    compare_starts(o, ranks);
+    if (o.command != Options::Command::train || !o.resume) return o;
+    if (!o.dry_run && o.dump_state.empty()) {
+        if (ranks.first() && std::filesystem::is_directory(o.out)) lock = RunDirectory::lock(o.out);
+        ranks.barrier();
+    }
+    std::string checkpoint = newest_checkpoint(o.out);
+    ranks.compare(
+        {{"the newest checkpoint", std::filesystem::path(checkpoint).filename().string()}});
+    SavedFlags saved =
+        checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
+    if (saved.empty()) return o;
+    o = parse_options(argc, argv, saved);
+    ranks.compare({o.settings.begin(), o.settings.end()});
+    find_saved_paths(o, saved);
+    return o;
+}
+
 int report(const Ranks* ranks, const std::string& sentence) {
     std::cout << std::flush;
     const bool alone = !ranks || ranks->size == 1;
@@ -299,24 +321,8 @@ int report(const Ranks* ranks, const std::string& sentence) {
 } // namespace
 
 CommandLine read_command_line(int argc, char** argv, const Ranks& ranks) {
-    CommandLine line{parse_options(argc, argv), {}};
-    Options& o = line.options;
-    compare_starts(o, ranks);
-    if (o.command != Options::Command::train || !o.resume) return line;
-    if (!o.dry_run && o.dump_state.empty()) {
-        if (ranks.first() && std::filesystem::is_directory(o.out))
-            line.lock = RunDirectory::lock(o.out);
-        ranks.barrier();
-    }
-    std::string checkpoint = newest_checkpoint(o.out);
-    ranks.compare(
-        {{"the newest checkpoint", std::filesystem::path(checkpoint).filename().string()}});
-    SavedFlags saved =
-        checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
-    if (saved.empty()) return line;
-    o = parse_options(argc, argv, saved);
-    ranks.compare({o.settings.begin(), o.settings.end()});
-    find_saved_paths(o, saved);
+    CommandLine line;
+    line.options = options_of(argc, argv, ranks, line.lock);
     return line;
 }
 
