@@ -30,7 +30,7 @@ void measure_peaks(Bench& b) {
                            cuda ? measured_gpu_flops(DType::bf16) : measured_bf16_flops(b.threads));
 }
 
-// One step; its loss a token.
+// One step. Returns the loss per token.
 double step(Model& model, const Options& o, const std::vector<int>& tokens, int B, int T,
             int64_t number) {
     const int64_t n = int64_t(B) * T;
@@ -46,7 +46,7 @@ double step(Model& model, const Options& o, const std::vector<int>& tokens, int 
     const double loss = result.loss, norm = result.grad_norm;
     if (!std::isfinite(loss) || !std::isfinite(norm))
         fail("step ", number, ": the loss is ", loss, " and the gradient's norm ", norm,
-             ", and arithmetic on numbers that are not finite may take another time");
+             ": timings of non-finite values are not representative");
     return loss;
 }
 
