@@ -278,12 +278,12 @@ void compare_starts(const Options& o, const Ranks& ranks) {
         facts.push_back(fingerprint_fact("a program", fnv1a(read_file("/proc/self/exe"))));
     const auto command = o.settings.find("the command"); // --help has none
     facts.push_back({"the command", command == o.settings.end() ? "" : command->second});
-    ranks.compare(facts); // first, since another program has other flags
+    ranks.compare(facts); // before flags, of which another program has others
     ranks.compare({o.settings.begin(), o.settings.end()});
 }
 
-// With -y, flags that are not given are the run's own. A run that will be written is locked before
-// it is read.
+// -y takes the run's own flags where none are given. A run that is to be written is locked before
+// anything in it is read.
 Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
     Options o = parse_options(argc, argv);
     compare_starts(o, ranks);
