@@ -34,7 +34,8 @@
 
 // defines: CUDA, launch, blocks_at_once, shared_bytes, SharedMemory, copy_async, …
 #include "gpt/cuda/cuda.h"
-// defines: bf16, warp, load8, store8, warp_sum, block_sums, blocks_for, threads_for, OnlineSoftmax
+// defines: bf16, warp, load8, store8, warp_sum, block_sums, sum_rows, sum_parts, sigmoid,
+// blocks_for, threads_for, OnlineSoftmax
 #include "gpt/cuda/kernel.cuh"
 // defines: Array, Pinned, OwnStream
 #include "gpt/cuda/memory.h"
@@ -46,7 +47,7 @@
 #include "gpt/cuda/attention_hopper.cuh"
 // defines: TokenRows, BatchLayout, fill_batch
 #include "gpt/cuda/batch.h"
-// defines: pad_config, Placement
+// defines: pad_config
 #include "gpt/cuda/padding.h"
 // defines: Costs
 #include "gpt/cuda/costs.h"
@@ -54,54 +55,12 @@
 #include "gpt/cuda/timing.h"
 // defines: Communicator
 #include "gpt/cuda/nccl.h"
-// defines: row_moments, row_chords, find_nonfinite
-#include "gpt/cuda/diagnostics.cuh"
 // defines: built_with_cuda, why_no_gpu, use_gpu, gpu
 #include "gpt/cuda/gpu_query.cuh"
 // defines: measured_gpu_flops, measured_gpu_bandwidth
 #include "gpt/cuda/gpu_peaks.cuh"
 
 namespace lns::cuda {
-
-// ---------------------------------------------------------------------------------------------
-// Scalars and arrays
-
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-
-// Sums the rows row(i), begin ≤ i < end, of 256 channels, by a block of 8 warps: each warp takes
-// every eighth row, each lane 8 channels. `inside`: whether this lane's channels exist. Writes each
-// warp's sums to sums (8, 256), in shared memory.
-template <class Row>
-__device__ inline void sum_rows(float* sums, int64_t begin, int64_t end, bool inside,
-                                const Row& row) {
-    const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
-    float sum[8] = {};
-    if (inside)
-#pragma unroll 4
-        for (int64_t i = begin + w; i < end; i += 8) {
-            float x[8];
-            load8(x, row(i) + lane * 8);
-#pragma unroll
-            for (int j = 0; j < 8; j++) sum[j] += x[j];
-        }
-    store8(sums + w * 256 + lane * 8, sum);
-    __syncthreads();
-}
-
-// Sums a lane's channel over `parts` partial sums, `row` elements apart, by a block of 8 warps:
-// each warp takes every eighth part. Returns the total in warp 0. sums: (8, 32), shared.
-__device__ inline float sum_parts(float* sums, const float* partial, int parts, int64_t row,
-                                  bool inside) {
-    const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
-    float sum = 0;
-    if (inside)
-#pragma unroll 4
-        for (int part = w; part < parts; part += 8) sum += partial[part * row];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (int other = 1; other < 8 && w == 0; other++) sum += sums[other * warp + lane];
-    return sum;
-}
 
 // ---------------------------------------------------------------------------------------------
 // Embedding: out[row] = wte[token] + wpe[t], out (rows, C). Its gradient is gathered token by
@@ -362,7 +321,7 @@ struct JunctionPlan {
 };
 
 // A junction and its tensors, all (rows, C).
-template <class S> struct JunctionArgs {
+template <class S> struct JunctionArguments {
     JunctionPlan plan;
     JunctionPointers<const S> params;
     const float* r_prev;
@@ -403,7 +362,7 @@ __device__ void apply_gamma(const JunctionPlan& j, const JunctionPointers<const 
 }
 
 template <class S, int N>
-__global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionArgs<S> a) {
+__global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionArguments<S> a) {
     const JunctionPlan& j = a.plan;
     const JunctionPointers<const S>& p = a.params;
     SharedMemory shared;
@@ -466,7 +425,7 @@ template <class F> void with_vectors(const RowShape& shape, const F& f) {
 }
 
 // Writes r, u and stats from r_prev and b.
-template <class S> void junction_forward(const JunctionArgs<S>& a, cudaStream_t stream) {
+template <class S> void junction_forward(const JunctionArguments<S>& a, cudaStream_t stream) {
     const RowShape& shape = a.plan.shape;
     const int block_rows = shape.warps == 1 ? 4 : 1;
     with_vectors(shape, [&](auto N) {
@@ -509,7 +468,7 @@ struct JunctionScratch {
 
 // Each block loops over rows and accumulates the parameters' gradients of all of them.
 template <class S, class G, int N, bool keeps_branch>
-__global__ static __launch_bounds__(256) void junction_backward_kernel(JunctionArgs<S> a,
+__global__ static __launch_bounds__(256) void junction_backward_kernel(JunctionArguments<S> a,
                                                                        JunctionGradients<S, G> d,
                                                                        JunctionSums<G> which,
                                                                        JunctionScratch scratch) {
@@ -679,7 +638,7 @@ inline int64_t junction_scratch(int C, int multiprocessors) {
 
 // Writes db and, in place of dr, the gradient of r_prev; adds the gradients of the parameters.
 template <class S, class G>
-void junction_backward(const JunctionArgs<S>& a, const JunctionGradients<S, G>& d,
+void junction_backward(const JunctionArguments<S>& a, const JunctionGradients<S, G>& d,
                        int multiprocessors, cudaStream_t stream) {
     const RowShape& shape = a.plan.shape;
     const int C = shape.C;
@@ -710,7 +669,7 @@ void junction_backward(const JunctionArgs<S>& a, const JunctionGradients<S, G>& 
                shared_bytes<float>(8 * warp), stream, which, scratch, blocks, C);
 }
 
-template <class S, int N> __global__ static void recompute_input_kernel(JunctionArgs<S> a) {
+template <class S, int N> __global__ static void recompute_input_kernel(JunctionArguments<S> a) {
     const JunctionPlan& j = a.plan;
     const RowPart<N> part{j.shape.C, j.shape.warps, nullptr};
     const int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / (warp * part.warps);
@@ -724,7 +683,7 @@ template <class S, int N> __global__ static void recompute_input_kernel(Junction
 }
 
 // Writes u from r and stats.
-template <class S> void recompute_input(const JunctionArgs<S>& a, cudaStream_t stream) {
+template <class S> void recompute_input(const JunctionArguments<S>& a, cudaStream_t stream) {
     const RowShape& shape = a.plan.shape;
     const int block_rows = shape.warps == 1 ? 4 : 1;
     with_vectors(shape, [&](auto N) {
@@ -734,7 +693,7 @@ template <class S> void recompute_input(const JunctionArgs<S>& a, cudaStream_t s
 }
 
 // ---------------------------------------------------------------------------------------------
-// Matrices: out (rows, OC) = in (rows, C) · wᵀ + bias, w (OC, C), bias (OC) or null. cuBLASLt's
+// Matmul: out (rows, OC) = in (rows, C) · wᵀ + bias, w (OC, C), bias (OC) or null. cuBLASLt's
 // matrices are column-major, so it computes the transpose: outᵀ (OC, rows) = w · inᵀ.
 
 // Writes the bias to every row of out (rows, OC).
@@ -749,8 +708,8 @@ __global__ static void broadcast_kernel(Out* out, int64_t out_row, const S* bias
 
 // out_row: elements from one row of out to the next.
 template <class S, class Out>
-Matmul linear_matmul(Out* out, int64_t out_row, const S* in, const S* w, int64_t rows, int C,
-                     int OC) {
+Matmul forward_matmul(Out* out, int64_t out_row, const S* in, const S* w, int64_t rows, int C,
+                      int OC) {
     return {.in = data_type<S>,
             .out = data_type<Out>,
             .a_transposed = true,
@@ -768,9 +727,9 @@ Matmul linear_matmul(Out* out, int64_t out_row, const S* in, const S* w, int64_t
 
 // Out is S, or float where the result must not be rounded.
 template <class S, class Out>
-void linear_forward(CublasLt& cublas, Out* out, int64_t out_row, const S* in, const S* w,
+void matmul_forward(CublasLt& cublas, Out* out, int64_t out_row, const S* in, const S* w,
                     const S* bias, int64_t rows, int C, int OC) {
-    Matmul p = linear_matmul(out, out_row, in, w, rows, C, OC);
+    Matmul p = forward_matmul(out, out_row, in, w, rows, C, OC);
     if (bias) {
         if constexpr (std::is_same_v<S, Out>) {
             p.epilogue = CUBLASLT_EPILOGUE_BIAS, p.bias = bias;
@@ -784,7 +743,7 @@ void linear_forward(CublasLt& cublas, Out* out, int64_t out_row, const S* in, co
     cublas.matmul(p);
 }
 
-// Among the MLP's activations, below.
+// Among the activation functions, below.
 template <class S> void gelu_forward(S* out, const S* h, int64_t n, cudaStream_t stream);
 template <class S>
 void gelu_backward(S* dh, const S* da, const S* h, int64_t n, cudaStream_t stream);
@@ -792,20 +751,20 @@ void gelu_backward(S* dh, const S* da, const S* h, int64_t n, cudaStream_t strea
 // hidden (rows, OC) = in · wᵀ + bias, activated (rows, OC) = gelu(hidden), where the epilogue takes
 // GELU of the sum before it is rounded.
 template <class S>
-void linear_gelu_forward(CublasLt& cublas, S* activated, S* hidden, const S* in, const S* w,
+void matmul_gelu_forward(CublasLt& cublas, S* activated, S* hidden, const S* in, const S* w,
                          const S* bias, int64_t rows, int C, int OC) {
-    Matmul p = linear_matmul(activated, OC, in, w, rows, C, OC);
+    Matmul p = forward_matmul(activated, OC, in, w, rows, C, OC);
     p.epilogue = bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
     p.bias = bias, p.gelu_input = hidden;
     if (cublas.try_matmul(p)) return;
-    linear_forward(cublas, hidden, OC, in, w, bias, rows, C, OC);
+    matmul_forward(cublas, hidden, OC, in, w, bias, rows, C, OC);
     gelu_forward(activated, hidden, rows * OC, cublas.stream);
 }
 
 // dout_row: elements from one row of dout to the next.
 template <class S>
-Matmul linear_backward_matmul(S* din, const S* dout, int64_t dout_row, const S* w, int64_t rows,
-                              int C, int OC) {
+Matmul backward_matmul(S* din, const S* dout, int64_t dout_row, const S* w, int64_t rows, int C,
+                       int OC) {
     return {.in = data_type<S>,
             .out = data_type<S>,
             .a_transposed = false,
@@ -823,26 +782,26 @@ Matmul linear_backward_matmul(S* din, const S* dout, int64_t dout_row, const S* 
 
 // din (rows, C) from dout (rows, OC).
 template <class S>
-void linear_backward_input(CublasLt& cublas, S* din, const S* dout, int64_t dout_row, const S* w,
+void matmul_backward_input(CublasLt& cublas, S* din, const S* dout, int64_t dout_row, const S* w,
                            int64_t rows, int C, int OC) {
-    cublas.matmul(linear_backward_matmul(din, dout, dout_row, w, rows, C, OC));
+    cublas.matmul(backward_matmul(din, dout, dout_row, w, rows, C, OC));
 }
 
 // The same where the input was gelu(hidden): dhidden (rows, C) from dout (rows, OC).
 template <class S>
-void linear_gelu_backward_input(CublasLt& cublas, S* dhidden, const S* dout, const S* hidden,
+void matmul_gelu_backward_input(CublasLt& cublas, S* dhidden, const S* dout, const S* hidden,
                                 const S* w, int64_t rows, int C, int OC) {
-    Matmul p = linear_backward_matmul(dhidden, dout, OC, w, rows, C, OC);
+    Matmul p = backward_matmul(dhidden, dout, OC, w, rows, C, OC);
     p.epilogue = CUBLASLT_EPILOGUE_DGELU;
     p.gelu_input = const_cast<S*>(hidden); // only read
     if (cublas.try_matmul(p)) return;
-    linear_backward_input(cublas, dhidden, dout, OC, w, rows, C, OC);
+    matmul_backward_input(cublas, dhidden, dout, OC, w, rows, C, OC);
     gelu_backward(dhidden, dhidden, hidden, rows * C, cublas.stream);
 }
 
 // A bias's gradient is summed over the rows of each of bias_parts parts, then over the parts.
 inline int bias_parts(int64_t rows) { return int(std::min<int64_t>(64, (rows + 31) / 32)); }
-inline int64_t linear_scratch(int64_t rows, int OC) { // floats
+inline int64_t matmul_scratch(int64_t rows, int OC) { // floats
     return bias_parts(rows) * int64_t(OC);
 }
 
@@ -882,9 +841,9 @@ void add_partial_sums(G* gradient, const float* partial, int parts, int64_t row,
 }
 
 // Adds to dw (OC, C), and to dbias (OC) if not null, from dout (rows, OC) and in (rows, C).
-// scratch: linear_scratch(rows, OC) floats, if there is dbias.
+// scratch: matmul_scratch(rows, OC) floats, if there is dbias.
 template <class S, class G>
-void linear_backward_weight(CublasLt& cublas, G* dw, G* dbias, const S* dout, int64_t dout_row,
+void matmul_backward_weight(CublasLt& cublas, G* dw, G* dbias, const S* dout, int64_t dout_row,
                             const S* in, int64_t rows, int C, int OC, float* scratch) {
     cublas.matmul({.in = data_type<S>,
                    .out = data_type<G>,
@@ -999,8 +958,8 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
 
 // From the output of q's and k's matrix to attention's input, from row `first` on: OLMo 2's RMSNorm
 // over the whole of q and of k, if `raw` (rows, (NH + KVH)·HS), which keeps its input, and stats
-// (rows, 2) are not null; then rotary positions, if there is a table (T, channels/2). `in` is in
-// place in qkv where it is S. Padding channels stay 0.
+// (rows, 2) are not null; then rotary positions, if there is a table (T, channels/2). `in` begins
+// at row `first`; where it is S it is part of qkv. Padding channels stay 0.
 template <class S, class X>
 void qk_forward(S* qkv, const X* in, S* raw, NormStats* stats, const S* q_weight, const S* k_weight,
                 double eps, const CosSin* table, const AttentionShape& a, cudaStream_t stream) {
@@ -1010,13 +969,6 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats* stats, const S* q_weight
     launch(whole ? qk_forward_kernel<8, S, X> : qk_forward_kernel<1, S, X>,
            unsigned(a.rows() - a.first), threads_for(units, 512), shared_bytes<float>(2 * warp),
            stream, qkv, in, raw, stats, q_weight, k_weight, float(eps), table, a);
-}
-template <class S>
-void qk_forward_in_place(S* qkv, S* raw, NormStats* stats, const S* q_weight, const S* k_weight,
-                         double eps, const CosSin* table, const AttentionShape& a,
-                         cudaStream_t stream) {
-    qk_forward<S, S>(qkv, qkv + int64_t(a.first) * a.row(), raw, stats, q_weight, k_weight, eps,
-                     table, a, stream);
 }
 
 // In place on dqkv's q and k. Each block loops over rows and accumulates the weights' gradients of
@@ -1137,7 +1089,7 @@ void attention_backward(S* dqkv, const S* dout, const S* out, const S* qkv, cons
 }
 
 // ---------------------------------------------------------------------------------------------
-// The MLP's activations: h (rows, H) → a (rows, H)
+// The MLP's activation functions: a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
 
 // GELU in its tanh form (arXiv 1606.08415): x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
 // With s = sigmoid(2 · the argument), that is x · s.
@@ -1409,7 +1361,7 @@ inline AdamWStep make_adamw_step(const AdamW& o, double grad_clip) {
 }
 
 // The optimizer's buffers, (n) each.
-template <class S, class M, class G> struct AdamWArgs {
+template <class S, class M, class G> struct AdamWBuffers {
     S* parameters;
     float* master; // may be null
     const G* gradients;
@@ -1432,7 +1384,7 @@ __device__ inline float round_to_bf16_stochastically(float x, uint32_t random) {
 // m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
 // w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
 template <bool stochastic, class S, class M, class G>
-__global__ static void adamw_kernel(AdamWArgs<S, M, G> a) {
+__global__ static void adamw_kernel(AdamWBuffers<S, M, G> a) {
     const int64_t vector = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, at = vector * 8;
     if (at >= a.n) return;
     float g[8], m[8], v[8], w[8];
@@ -1473,7 +1425,7 @@ __global__ static void adamw_kernel(AdamWArgs<S, M, G> a) {
 // With `stochastic`, moments in bf16, and parameters in bf16 without a master, are rounded at
 // random.
 template <class S, class M, class G>
-void adamw(const AdamWArgs<S, M, G>& a, bool stochastic, cudaStream_t stream) {
+void adamw_update(const AdamWBuffers<S, M, G>& a, bool stochastic, cudaStream_t stream) {
     launch(stochastic ? adamw_kernel<true, S, M, G> : adamw_kernel<false, S, M, G>,
            blocks_for(a.n, 256 * 8), 256, 0, stream, a);
 }
@@ -1492,7 +1444,7 @@ template <class S> struct Activations {
     Slots<Array<S>> branch;            // (rows, C) of each junction but the first: b
     Slots<Array<JunctionStats>> stats; // (rows) of each junction
     Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
-    Array<float> wide;                 // the same of one layer, before q, k and v are rounded
+    Array<float> unrounded_qkv;        // the same of one layer, before q, k and v are rounded
     Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), the input of OLMo 2's norm
     Slots<Array<NormStats>> qk_stats;  // (rows, 2)
     Slots<Array<S>> attended;          // (rows, NH·HS)
@@ -1540,7 +1492,7 @@ template <class S> struct Activations {
         // Without training every layer's k and v are the KV cache.
         qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
         const int64_t qk = c.qk_norm ? rows : 0;
-        make(wide, rounds_after_norm(c) ? rows * c.qkv_width() : 0);
+        make(unrounded_qkv, rounds_after_norm(c) ? rows * c.qkv_width() : 0);
         qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
         qk_stats.layout(L, qk * 2, make, keep);
         attended.layout(L, rows * c.q_width(), make, keep);
@@ -1573,7 +1525,7 @@ template <class S> struct Activations {
              std::max({junction_scratch(C, multiprocessors),
                        int64_t(sizeof(float)) * qk_norm_scratch(a),
                        int64_t(sizeof(float)) *
-                           linear_scratch(rows, std::max({C, c.qkv_width(), c.mlp_in_width()}))}));
+                           matmul_scratch(rows, std::max({C, c.qkv_width(), c.mlp_in_width()}))}));
     }
 };
 
@@ -1594,7 +1546,7 @@ template <class S, class G> struct CudaModel : Model {
     Array<bf16> rounded_moment1, rounded_moment2; // instead, with moments in bf16
     Array<uint32_t> decays;                       // a bit for each 8 parameters
     Activations<S> acts;
-    Array<CosSin> rope_table; // (T, channels/2)
+    Array<CosSin> rotary_table; // (T, channels/2)
 
     // What a step computes and reads on the GPU without the host.
     Array<double> sums; // loss, gradient norm, then the norm's scratch
@@ -1612,7 +1564,8 @@ template <class S, class G> struct CudaModel : Model {
     int B = 0, T = 0;            // of the last pass
     int first = 0;               // the first row that the last pass computed
     bool kv_cache_valid = false; // whether the next pass may reuse the last one's k and v
-    int64_t allocated = 0;       // bytes
+    int between = 0;             // layer by layer, r is residual(between)
+    int64_t bytes_held = 0;
 
     // A micro-step of (B, T). The first one chooses the matmuls' algorithms, the second is
     // captured.
@@ -1638,7 +1591,7 @@ template <class S, class G> struct CudaModel : Model {
         this->ranks = &ranks;
         auto make = [&](auto& array, int64_t n) {
             array = std::remove_reference_t<decltype(array)>(n);
-            allocated += n * int64_t(sizeof(array[0]));
+            bytes_held += n * int64_t(sizeof(array[0]));
         };
         const int64_t n = padded_registry.size;
         make(parameters, n);
@@ -1658,8 +1611,8 @@ template <class S, class G> struct CudaModel : Model {
         make(sums, 2 + norm_blocks);
         host_sums = Pinned<double>(2);
         make(batch, BatchLayout{acts.rows}.ints());
-        if (c.rope) upload_rope_table(make);
-        allocated += cublas.bytes();
+        if (c.rope) upload_rotary_table(make);
+        bytes_held += cublas.bytes();
         communicator.join(ranks);
         CUDA(cudaDeviceSynchronize()); // our streams do not wait for the zeroing of the arrays
     }
@@ -1677,7 +1630,7 @@ template <class S, class G> struct CudaModel : Model {
                 bits[i / 32] |= 1u << i % 32;
         decays.upload(bits.data());
     }
-    template <class Make> void upload_rope_table(const Make& make) {
+    template <class Make> void upload_rotary_table(const Make& make) {
         const int half = config.head_size / 2;
         const int64_t reach = std::min<int64_t>(config.positions, acts.rows);
         std::vector<CosSin> table(size_t(reach * half));
@@ -1687,17 +1640,28 @@ template <class S, class G> struct CudaModel : Model {
                     double(t) * std::pow(config.rope_theta, -2.0 * i / config.head_size);
                 table[t * half + i] = {float(std::cos(angle)), float(std::sin(angle))};
             }
-        make(rope_table, reach * half);
-        rope_table.upload(table.data());
+        make(rotary_table, reach * half);
+        rotary_table.upload(table.data());
     }
 
-    std::string device() const override { return "cuda"; }
-    std::string dtype() const override { return exact ? "float32" : "bf16"; }
-    int64_t bytes() const override { return allocated; }
+    void initialize(uint64_t seed) override {
+        std::vector<float> values;
+        for (const Param& p : registry.params) {
+            values.resize(size_t(p.size()));
+            lns::initialize(p, seed, values.data());
+            write(Buffer::parameters, p, values.data());
+        }
+        auto clear = [&](auto& array) {
+            if (array.size)
+                CUDA(cudaMemsetAsync(array, 0, size_t(array.size) * sizeof(array[0]), stream));
+        };
+        clear(gradients), clear(moment1), clear(moment2);
+        clear(rounded_moment1), clear(rounded_moment2);
+        stream.wait();
+    }
 
     // Tensors of the last pass, from row `first` on. k counts junctions from 0, l layers from 0.
     int64_t rows() const { return int64_t(B) * T - first; }
-    Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
     float* residual(int k) { return acts.residual[k] + int64_t(first) * padded_config.width; }
     S* input(int k) { // u: the input of the sublayer after junction k
         if constexpr (exact)
@@ -1727,7 +1691,7 @@ template <class S, class G> struct CudaModel : Model {
         const Config& c = padded_config;
         return {B, T, c.heads, c.kv_heads, c.head_size, config.head_size, first};
     }
-    const CosSin* cos_sin() const { return rope_table; }
+    const CosSin* cos_sin() const { return rotary_table; }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
     G* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
     float* scratch() const { return acts.scratch.template as<float>(); }
@@ -1740,66 +1704,16 @@ template <class S, class G> struct CudaModel : Model {
         return reinterpret_cast<const float*>(batch + layout().loss_scale());
     }
 
-    JunctionArgs<S> junction_args(const Junction& j, int k, const float* r_prev, S* u) {
-        return {JunctionPlan(j, padded_config, rows()),
-                JunctionPointers<const S>(parameters, padded_registry.junctions[k]),
-                r_prev,
-                j.branch ? branch(k) : nullptr,
-                residual(k),
-                u,
-                stats(k)};
-    }
-    JunctionArgs<S> junction_args(int k) {
-        return junction_args(junction_of(k), k, before(k),
-                             acts.input.slot[k] < 0 ? nullptr : input(k));
-    }
-    JunctionGradients<S, G> junction_gradients(int k, bool last) {
-        return {JunctionPointers<G>(gradients, padded_registry.junctions[k]),
-                acts.dinput,
-                last,
-                acts.dresidual,
-                acts.dbranch,
-                acts.scratch};
-    }
-
     Costs<S, G> costs() const {
         return {padded_config, double(rows()), double(T), double(config.q_width())};
     }
     // Books the time until the end of the scope.
-    Timed timed(const char* group, const char* name, const Cost& cost) {
-        return Timed(profile ? &times : nullptr, stream, group, name, cost);
-    }
+    Timed timed(const Cost& cost) { return Timed(profile ? &times : nullptr, stream, cost); }
 
-    void matrix_forward(const char* name, S* out, const S* in, int64_t w, int64_t bias, int C,
-                        int OC) {
-        Timed timer = timed("forward", name, costs().linear_forward(C, OC));
-        linear_forward<S>(cublas, out, OC, in, weight(w), weight(bias), rows(), C, OC);
-    }
-    void matrix_backward(const char* name, S* din, const S* dout, const S* in, int64_t w,
-                         int64_t bias, int C, int OC) {
-        {
-            Timed timer = timed("input gradient", name, costs().linear_backward_input(C, OC));
-            linear_backward_input<S>(cublas, din, dout, OC, weight(w), rows(), C, OC);
-        }
-        weight_gradient(name, dout, in, w, bias, C, OC);
-    }
-    void weight_gradient(const char* name, const S* dout, const S* in, int64_t w, int64_t bias,
-                         int C, int OC) {
-        Timed timer = timed("weight gradient", name, costs().linear_backward_weight(C, OC));
-        linear_backward_weight<S>(cublas, gradient(w), gradient(bias), dout, OC, in, rows(), C, OC,
-                                  scratch());
-    }
-
-    // Of the micro-batch in `batch`. Positions before `from` are still valid from the last pass.
+    // Of the micro-batch in `batch`. Positions before `from` are in the KV cache.
     void forward(int from = 0) {
         first = from;
-        {
-            Timed timer = timed("forward", "embedding", costs().embedding_forward());
-            embedding_forward<S>(embedded(), inputs() + first,
-                                 weight(padded_registry.token_embedding),
-                                 weight(padded_registry.position_embedding), first, rows(), T,
-                                 padded_config.width, stream);
-        }
+        embed();
         join_forward(0);
         for (int l = 0; l < config.layers; l++) {
             attention_sublayer_forward(l);
@@ -1807,6 +1721,12 @@ template <class S, class G> struct CudaModel : Model {
             mlp_sublayer_forward(l);
             join_forward(2 * l + 2);
         }
+    }
+    void embed() {
+        const Timed timer = timed(costs().embedding_forward());
+        embedding_forward<S>(embedded(), inputs() + first, weight(padded_registry.token_embedding),
+                             weight(padded_registry.position_embedding), first, rows(), T,
+                             padded_config.width, stream);
     }
 
     // From the gradient of the final norm's output, in dinput.
@@ -1819,187 +1739,226 @@ template <class S, class G> struct CudaModel : Model {
             attention_sublayer_backward(l);
         }
         join_backward(0);
-        Timed timer = timed("backward", "embedding", costs().embedding_backward());
+        const Timed timer = timed(costs().embedding_backward());
         embedding_backward<G>(gradient(padded_registry.token_embedding),
                               gradient(padded_registry.position_embedding),
                               layout().token_rows(batch), acts.dresidual, B, T, padded_config.width,
                               padded_config.vocab_size, stream);
     }
 
-    void join_forward(int k) {
-        Timed timer = timed("forward", "junctions",
-                            costs().junction_forward(junction_of(k), acts.input.slot[k] >= 0));
-        junction_forward(junction_args(k), stream);
+    Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
+    JunctionArguments<S> junction_arguments(const Junction& j, int k, const float* r_prev, S* u) {
+        return {JunctionPlan(j, padded_config, rows()),
+                JunctionPointers<const S>(parameters, padded_registry.junctions[k]),
+                r_prev,
+                j.branch ? branch(k) : nullptr,
+                residual(k),
+                u,
+                stats(k)};
     }
-
+    JunctionArguments<S> junction_arguments(int k) {
+        return junction_arguments(junction_of(k), k, before(k),
+                                  acts.input.slot[k] < 0 ? nullptr : input(k));
+    }
+    JunctionGradients<S, G> junction_gradients(int k, bool last) {
+        return {JunctionPointers<G>(gradients, padded_registry.junctions[k]),
+                acts.dinput,
+                last,
+                acts.dresidual,
+                acts.dbranch,
+                acts.scratch};
+    }
+    void join_forward(int k) {
+        const Timed timer =
+            timed(costs().junction_forward(junction_of(k), acts.input.slot[k] >= 0));
+        junction_forward(junction_arguments(k), stream);
+    }
     void join_backward(int k) {
         const bool last = k == 2 * config.layers;
-        Timed timer =
-            timed("backward", "junctions", costs().junction_backward(junction_of(k), last));
-        junction_backward(junction_args(k), junction_gradients(k, last), multiprocessors, stream);
+        const Timed timer = timed(costs().junction_backward(junction_of(k), last));
+        junction_backward(junction_arguments(k), junction_gradients(k, last), multiprocessors,
+                          stream);
     }
 
-    // Recomputes u of junction k, if it was not kept.
-    void recompute_input(int k) {
-        if (acts.input.slot[k] < 0 || acts.input.keeps(k)) return;
-        Timed timer = timed("recompute", "junctions", costs().recompute_input());
-        cuda::recompute_input(junction_args(k), stream);
+    // The matrices of layer l, (OC, C) and (OC), as offsets.
+    struct Matrix {
+        const char* name;
+        int64_t weight, bias;
+        int C, OC;
+    };
+    Matrix qkv_matrix(int l) const {
+        const LayerParams& p = padded_registry.layers[l];
+        return {"qkv", p.qkv, p.qkv_bias, padded_config.width, padded_config.qkv_width()};
     }
-
-    // Recomputes what of layer l was not kept, from its input.
-    void recompute_layer(int l) {
-        recompute_input(2 * l);
-        attention_sublayer_forward(l);
-        join_forward(2 * l + 1);
-        mlp_sublayer_forward(l);
+    Matrix attention_out_matrix(int l) const {
+        const LayerParams& p = padded_registry.layers[l];
+        return {"attention out", p.attn_out, p.attn_out_bias, padded_config.q_width(),
+                padded_config.width};
+    }
+    Matrix mlp_in_matrix(int l) const {
+        const LayerParams& p = padded_registry.layers[l];
+        return {"MLP in", p.mlp_in, p.mlp_in_bias, padded_config.width,
+                padded_config.mlp_in_width()};
+    }
+    Matrix mlp_out_matrix(int l) const {
+        const LayerParams& p = padded_registry.layers[l];
+        return {"MLP out", p.mlp_out, p.mlp_out_bias, padded_config.mlp_width, padded_config.width};
+    }
+    // Out is S, or float where the result must not be rounded.
+    template <class Out> void multiply_forward(Out* out, const S* in, const Matrix& m) {
+        const Timed timer = timed(costs().matmul_forward(m.name, rows(), m.C, m.OC, sizeof(Out)));
+        matmul_forward<S>(cublas, out, m.OC, in, weight(m.weight), weight(m.bias), rows(), m.C,
+                          m.OC);
+    }
+    void multiply_backward(S* din, const S* dout, const S* in, const Matrix& m) {
+        multiply_backward_input(din, dout, m);
+        multiply_backward_weight(dout, in, m);
+    }
+    void multiply_backward_input(S* din, const S* dout, const Matrix& m) {
+        const Timed timer = timed(costs().matmul_backward_input(m.name, rows(), m.C, m.OC));
+        matmul_backward_input<S>(cublas, din, dout, m.OC, weight(m.weight), rows(), m.C, m.OC);
+    }
+    void multiply_backward_weight(const S* dout, const S* in, const Matrix& m) {
+        const Timed timer = timed(costs().matmul_backward_weight(m.name, rows(), m.C, m.OC));
+        matmul_backward_weight<S>(cublas, gradient(m.weight), gradient(m.bias), dout, m.OC, in,
+                                  rows(), m.C, m.OC, scratch());
     }
 
     // branch(2l + 1) = attention of input(2l)
     void attention_sublayer_forward(int l) {
         const LayerParams& p = padded_registry.layers[l];
-        const int C = padded_config.width, Q = padded_config.q_width();
-        const int W = padded_config.qkv_width();
-        if (acts.wide.size) {
-            {
-                Timed timer = timed("forward", "qkv", costs().linear_forward(C, W));
-                linear_forward<S, float>(cublas, acts.wide, W, input(2 * l), weight(p.qkv), nullptr,
-                                         rows(), C, W);
-            }
-            Timed timer = timed("forward", "q and k", costs().qk_forward_from_float());
-            qk_forward<S, float>(qkv(l), acts.wide, qk_raw(l), qk_stats(l), weight(p.q_norm),
+        S* computed = qkv(l) + int64_t(first) * padded_config.qkv_width();
+        if (acts.unrounded_qkv.size) {
+            float* unrounded = acts.unrounded_qkv;
+            multiply_forward(unrounded, input(2 * l), qkv_matrix(l));
+            const Timed timer = timed(costs().qk_forward_unrounded());
+            qk_forward<S, float>(qkv(l), unrounded, qk_raw(l), qk_stats(l), weight(p.q_norm),
                                  weight(p.k_norm), config.norm_eps, cos_sin(), attention(), stream);
         } else {
-            matrix_forward("qkv", qkv(l) + int64_t(first) * W, input(2 * l), p.qkv, p.qkv_bias, C,
-                           W);
+            multiply_forward(computed, input(2 * l), qkv_matrix(l));
             if (config.rope || config.qk_norm) {
-                Timed timer = timed("forward", "q and k", costs().qk_forward());
-                qk_forward_in_place<S>(qkv(l), qk_raw(l), qk_stats(l), weight(p.q_norm),
-                                       weight(p.k_norm), config.norm_eps, cos_sin(), attention(),
-                                       stream);
+                const Timed timer = timed(costs().qk_forward());
+                qk_forward<S, S>(qkv(l), computed, qk_raw(l), qk_stats(l), weight(p.q_norm),
+                                 weight(p.k_norm), config.norm_eps, cos_sin(), attention(), stream);
             }
         }
         {
-            Timed timer = timed("forward", "attention", costs().attention_forward());
+            const Timed timer = timed(costs().attention_forward());
             attention_forward<S>(attended(l), lse(l), qkv(l), attention(), stream);
         }
-        matrix_forward("attention out", branch(2 * l + 1), attended(l) + int64_t(first) * Q,
-                       p.attn_out, p.attn_out_bias, Q, C);
+        multiply_forward(branch(2 * l + 1), attended(l) + int64_t(first) * padded_config.q_width(),
+                         attention_out_matrix(l));
     }
 
     // From dbranch to dinput.
     void attention_sublayer_backward(int l) {
-        const LayerParams& p = padded_registry.layers[l];
-        const int C = padded_config.width, Q = padded_config.q_width();
         S *dattended = acts.dnarrow, *dqkv = acts.dwide;
         recompute_input(2 * l);
-        matrix_backward("attention out", dattended, acts.dbranch, attended(l), p.attn_out,
-                        p.attn_out_bias, Q, C);
+        multiply_backward(dattended, acts.dbranch, attended(l), attention_out_matrix(l));
         {
-            Timed timer = timed("backward", "attention", costs().attention_backward());
+            const Timed timer = timed(costs().attention_backward());
             attention_backward<S>(dqkv, dattended, attended(l), qkv(l), lse(l), cos_sin(),
                                   acts.delta, attention(), stream);
         }
         if (config.qk_norm) {
-            Timed timer = timed("backward", "q and k norm", costs().qk_norm_backward());
+            const LayerParams& p = padded_registry.layers[l];
+            const Timed timer = timed(costs().qk_norm_backward());
             qk_norm_backward<S>(dqkv, qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
                                 gradient(p.q_norm), gradient(p.k_norm), scratch(), attention(),
                                 stream);
         }
-        matrix_backward("qkv", acts.dinput, dqkv, input(2 * l), p.qkv, p.qkv_bias, C,
-                        padded_config.qkv_width());
-    }
-
-    // Whether GELU is part of the product before it. Not where it is recomputed: then its input is
-    // `hidden`, already rounded, and both passes must see the same values.
-    bool gelu_in_epilogue() const {
-        return !config.gated_mlp && options.recompute != Recompute::activations;
+        multiply_backward(acts.dinput, dqkv, input(2 * l), qkv_matrix(l));
     }
 
     // branch(2l + 2) = MLP of input(2l + 1)
     void mlp_sublayer_forward(int l) {
-        const LayerParams& p = padded_registry.layers[l];
-        const int C = padded_config.width, H = padded_config.mlp_width;
-        if (gelu_in_epilogue()) {
-            Timed timer = timed("forward", "MLP in", costs().linear_gelu());
-            linear_gelu_forward<S>(cublas, activated(l), hidden(l), input(2 * l + 1),
-                                   weight(p.mlp_in), weight(p.mlp_in_bias), rows(), C, H);
+        // GELU is part of the product before it, unless it is recomputed: then its input is
+        // `hidden`, already rounded, and both passes must see the same values.
+        if (!config.gated_mlp && options.recompute != Recompute::activations) {
+            const Matrix m = mlp_in_matrix(l);
+            const Timed timer = timed(costs().matmul_gelu("forward", m.name));
+            matmul_gelu_forward<S>(cublas, activated(l), hidden(l), input(2 * l + 1),
+                                   weight(m.weight), weight(m.bias), rows(), m.C, m.OC);
         } else {
-            matrix_forward("MLP in", hidden(l), input(2 * l + 1), p.mlp_in, p.mlp_in_bias, C,
-                           padded_config.mlp_in_width());
+            multiply_forward(hidden(l), input(2 * l + 1), mlp_in_matrix(l));
             activate(l, "forward");
         }
-        matrix_forward("MLP out", branch(2 * l + 2), activated(l), p.mlp_out, p.mlp_out_bias, H, C);
+        multiply_forward(branch(2 * l + 2), activated(l), mlp_out_matrix(l));
     }
-
     void activate(int l, const char* group) {
         const int H = padded_config.mlp_width;
-        Timed timer =
-            timed(group, config.gated_mlp ? "swiglu" : "gelu", costs().activation_forward());
+        const Timed timer = timed(costs().activation_forward(group));
         if (config.gated_mlp)
             swiglu_forward<S>(activated(l), hidden(l), rows(), H, stream);
         else
             gelu_forward<S>(activated(l), hidden(l), rows() * H, stream);
     }
 
+    // From dbranch to dinput.
     void mlp_sublayer_backward(int l) {
-        const LayerParams& p = padded_registry.layers[l];
-        const int C = padded_config.width, H = padded_config.mlp_width;
+        const Matrix out = mlp_out_matrix(l);
         S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
-        if (!acts.activated.keeps(l) && options.recompute == Recompute::activations)
-            activate(l, "recompute");
-        weight_gradient("MLP out", acts.dbranch, activated(l), p.mlp_out, p.mlp_out_bias, H, C);
-        if (!config.gated_mlp) {
-            Timed timer = timed("input gradient", "MLP out", costs().linear_gelu());
-            linear_gelu_backward_input<S>(cublas, dhidden, acts.dbranch, hidden(l),
-                                          weight(p.mlp_out), rows(), H, C);
+        if (options.recompute == Recompute::activations) activate(l, "recompute");
+        multiply_backward_weight(acts.dbranch, activated(l), out);
+        if (config.gated_mlp) {
+            multiply_backward_input(dactivated, acts.dbranch, out);
+            const Timed timer = timed(costs().activation_backward());
+            swiglu_backward<S>(dhidden, dactivated, hidden(l), rows(), out.C, stream);
         } else {
-            {
-                Timed timer =
-                    timed("input gradient", "MLP out", costs().linear_backward_input(H, C));
-                linear_backward_input<S>(cublas, dactivated, acts.dbranch, C, weight(p.mlp_out),
-                                         rows(), H, C);
-            }
-            Timed timer = timed("backward", "swiglu", costs().activation_backward());
-            swiglu_backward<S>(dhidden, dactivated, hidden(l), rows(), H, stream);
+            const Timed timer = timed(costs().matmul_gelu("input gradient", out.name));
+            matmul_gelu_backward_input<S>(cublas, dhidden, acts.dbranch, hidden(l),
+                                          weight(out.weight), rows(), out.C, out.OC);
         }
         recompute_input(2 * l + 1);
-        matrix_backward("MLP in", acts.dinput, dhidden, input(2 * l + 1), p.mlp_in, p.mlp_in_bias,
-                        C, padded_config.mlp_in_width());
+        multiply_backward(acts.dinput, dhidden, input(2 * l + 1), mlp_in_matrix(l));
+    }
+
+    // The parts of layer l that were not kept, from its input.
+    void recompute_layer(int l) {
+        recompute_input(2 * l);
+        attention_sublayer_forward(l);
+        join_forward(2 * l + 1);
+        mlp_sublayer_forward(l);
+    }
+    // u of junction k, from r and its statistics, if it was not kept.
+    void recompute_input(int k) {
+        if (acts.input.slot[k] < 0 || acts.input.keeps(k)) return;
+        const Timed timer = timed(costs().input_recompute());
+        cuda::recompute_input(junction_arguments(k), stream);
     }
 
     // Logits of n rows from `row` on. X is S, or float where they must not be rounded.
     template <class X> X* head_logits(int64_t row, int64_t n) {
         const int V = padded_config.vocab_size, C = padded_config.width;
         X* logits = acts.logits.template as<X>();
-        Timed timer = timed("forward", "head", costs().head_forward(double(n), sizeof(X)));
-        linear_forward<S, X>(cublas, logits, V, input(2 * config.layers) + row * C,
+        const Timed timer = timed(costs().matmul_forward("head", n, C, V, sizeof(X)));
+        matmul_forward<S, X>(cublas, logits, V, input(2 * config.layers) + row * C,
                              weight(padded_registry.head), nullptr, n, C, V);
         return logits;
     }
     // Their losses; with `gradients` the logits' gradients replace them.
     template <class X> void head_forward(bool gradients, int64_t row, int64_t n) {
         X* logits = head_logits<X>(row, n);
-        Timed timer = timed("forward", "loss", costs().loss(double(n), gradients, sizeof(X)));
+        const Timed timer = timed(costs().loss(n, gradients, sizeof(X)));
         cross_entropy<X>(acts.losses + row, logits, gradients, targets() + row, loss_scale(), n,
                          config.vocab_size, padded_config.vocab_size, stream);
     }
 
-    // The head and its loss, some rows at a time, so that (rows, V) logits never exist; writes the
-    // gradient of the final norm's output to dinput.
-    void head() {
+    // The head and its loss, some rows at a time, so that logits (rows, V) never exist. Forward and
+    // backward, to the gradient of the final norm's output in dinput.
+    void head_forward_backward() {
         const int V = padded_config.vocab_size, C = padded_config.width;
         const S* dlogits = acts.logits.template as<S>();
         for (int64_t row = 0; row < rows(); row += acts.head_rows) {
             const int64_t n = std::min(acts.head_rows, rows() - row);
             head_forward<S>(true, row, n);
             {
-                Timed timer =
-                    timed("input gradient", "head", costs().head_backward_input(double(n)));
-                linear_backward_input<S>(cublas, acts.dinput + row * C, dlogits, V,
+                const Timed timer = timed(costs().matmul_backward_input("head", n, C, V));
+                matmul_backward_input<S>(cublas, acts.dinput + row * C, dlogits, V,
                                          weight(padded_registry.head), n, C, V);
             }
-            Timed timer = timed("weight gradient", "head", costs().head_backward_weight(double(n)));
-            linear_backward_weight<S, G>(cublas, gradient(padded_registry.head), nullptr, dlogits,
+            const Timed timer = timed(costs().matmul_backward_weight("head", n, C, V));
+            matmul_backward_weight<S, G>(cublas, gradient(padded_registry.head), nullptr, dlogits,
                                          V, input(2 * config.layers) + row * C, n, C, V, scratch());
         }
     }
@@ -2013,13 +1972,29 @@ template <class S, class G> struct CudaModel : Model {
         return fetch_sum(0);
     }
 
+    double loss(const int* inputs, const int* targets, int b, int t) override {
+        begin_pass(inputs, targets, b, t, 0);
+        kv_cache_valid = false;
+        forward();
+        return head_loss();
+    }
+
+    double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
+                              double loss_scale) override {
+        check_training();
+        begin_pass(inputs, targets, b, t, loss_scale);
+        CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
+        micro_step();
+        return fetch_sum(0);
+    }
+
     // Forward and backward of the micro-batch in `batch`; adds to the gradients and to the loss.
     void micro_step() {
         kv_cache_valid = false;
         first = 0;
         auto compute = [&] {
             forward();
-            head();
+            head_forward_backward();
             backward();
             add_losses(sums, acts.losses, rows(), stream);
         };
@@ -2076,8 +2051,7 @@ template <class S, class G> struct CudaModel : Model {
             if (step.stop) CUDA(cudaEventRecord(arrived[m], stream));
         }
         if (ranks->size > 1) {
-            Timed timer =
-                timed("update", "sum over ranks", costs().gradients(padded_registry.size));
+            const Timed timer = timed(costs().gradient_sum(padded_registry.size));
             communicator.sum<G>(gradients, padded_registry.size, stream);
             communicator.sum<double>(sums, 1, stream);
         }
@@ -2091,64 +2065,6 @@ template <class S, class G> struct CudaModel : Model {
     StepResult end_step() override {
         wait();
         return {host_sums[0] * step_scale, host_sums[1], stopped};
-    }
-
-    void enqueue_gradient_norm() {
-        Timed timer = timed("update", "gradient norm", costs().gradients(padded_registry.size));
-        cuda::gradient_norm<G>(sums + 1, gradients, padded_registry.size, sums + 2, stream);
-    }
-    // norm, loss: on the GPU, or null.
-    void enqueue_update(const AdamW& o, double grad_clip, const double* norm, const double* loss) {
-        kv_cache_valid = false;
-        host_adamw_step[0] = make_adamw_step(o, grad_clip);
-        CUDA(cudaMemcpyAsync(adamw_step, host_adamw_step, sizeof(AdamWStep), cudaMemcpyHostToDevice,
-                             stream));
-        auto with_moments = [&](auto* moment1, auto* moment2) {
-            using M = std::remove_reference_t<decltype(*moment1)>;
-            Timed timer = timed("update", "AdamW",
-                                costs().adamw(padded_registry.size, sizeof(M), master.size > 0));
-            adamw(AdamWArgs<S, M, G>{parameters, master, gradients, moment1, moment2, decays,
-                                     adamw_step, norm, loss, padded_registry.size},
-                  options.stochastic_rounding, stream);
-        };
-        if (options.moments == DType::bf16)
-            with_moments(rounded_moment1 + 0, rounded_moment2 + 0);
-        else
-            with_moments(moment1 + 0, moment2 + 0);
-    }
-
-    // The rest of the interface Model. All of it waits for the GPU, but for zero_gradients.
-
-    void initialize(uint64_t seed) override {
-        std::vector<float> values;
-        for (const Param& p : registry.params) {
-            values.resize(size_t(p.size()));
-            lns::initialize(p, seed, values.data());
-            write(Buffer::parameters, p, values.data());
-        }
-        auto clear = [&](auto& array) {
-            if (array.size)
-                CUDA(cudaMemsetAsync(array, 0, size_t(array.size) * sizeof(array[0]), stream));
-        };
-        clear(gradients), clear(moment1), clear(moment2);
-        clear(rounded_moment1), clear(rounded_moment2);
-        stream.wait();
-    }
-
-    double loss(const int* inputs, const int* targets, int b, int t) override {
-        begin_pass(inputs, targets, b, t, 0);
-        kv_cache_valid = false;
-        forward();
-        return head_loss();
-    }
-
-    double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
-                              double loss_scale) override {
-        check_training();
-        begin_pass(inputs, targets, b, t, loss_scale);
-        CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
-        micro_step();
-        return fetch_sum(0);
     }
 
     // If the tokens continue those of the last call, as in generating text, only the new positions
@@ -2176,77 +2092,44 @@ template <class S, class G> struct CudaModel : Model {
     }
 
     void zero_gradients() override {
-        Timed timer = timed("update", "zero gradients", costs().gradients(padded_registry.size));
+        const Timed timer = timed(costs().zero_gradients(padded_registry.size));
         CUDA(cudaMemsetAsync(gradients, 0, size_t(padded_registry.size) * sizeof(G), stream));
     }
+
     double gradient_norm() override {
         enqueue_gradient_norm();
         return fetch_sum(1);
     }
+    void enqueue_gradient_norm() {
+        const Timed timer = timed(costs().gradient_norm(padded_registry.size));
+        cuda::gradient_norm<G>(sums + 1, gradients, padded_registry.size, sums + 2, stream);
+    }
+
     void update(const AdamW& o) override {
         enqueue_update(o, 0, nullptr, nullptr);
         wait();
     }
-
-    void read(Buffer buffer, const Param& p, float* out) override {
-        const Param& q = padded_param(p);
-        const Placement place(p, q, config, padded_config);
-        with_buffer(buffer, [&](auto& array) {
-            const auto values = fetch(array + q.offset, q.size());
-            place.each([&](int64_t i, int64_t j) { out[i] = float(values[j]); });
-        });
-    }
-    void write(Buffer buffer, const Param& p, const float* values) override {
+    // norm, loss: on the GPU, or null.
+    void enqueue_update(const AdamW& o, double grad_clip, const double* norm, const double* loss) {
         kv_cache_valid = false;
-        const Param& q = padded_param(p);
-        const Placement place(p, q, config, padded_config);
-        auto upload = [&](auto& array) {
-            using X = std::remove_reference_t<decltype(array[0])>;
-            std::vector<X> padded(size_t(q.size()), X(0.0f));
-            place.each([&](int64_t i, int64_t j) { padded[j] = X(values[i]); });
-            CUDA(cudaMemcpyAsync(array + q.offset, padded.data(), padded.size() * sizeof(X),
-                                 cudaMemcpyHostToDevice, stream));
-            stream.wait();
+        host_adamw_step[0] = make_adamw_step(o, grad_clip);
+        CUDA(cudaMemcpyAsync(adamw_step, host_adamw_step, sizeof(AdamWStep), cudaMemcpyHostToDevice,
+                             stream));
+        auto with_moments = [&](auto* moment1, auto* moment2) {
+            using M = std::remove_reference_t<decltype(*moment1)>;
+            const Timed timer =
+                timed(costs().adamw(padded_registry.size, sizeof(M), master.size > 0));
+            adamw_update(AdamWBuffers<S, M, G>{parameters, master, gradients, moment1, moment2,
+                                               decays, adamw_step, norm, loss,
+                                               padded_registry.size},
+                         options.stochastic_rounding, stream);
         };
-        with_buffer(buffer, upload);
-        if (buffer == Buffer::parameters && master.size) upload(parameters);
-    }
-    // f(the array of a buffer)
-    template <class F> void with_buffer(Buffer buffer, const F& f) {
-        const bool rounded = options.moments == DType::bf16;
-        if (buffer == Buffer::parameters)
-            master.size ? f(master) : f(parameters);
-        else if (buffer == Buffer::gradients)
-            f(gradients);
-        else if (buffer == Buffer::moment1)
-            rounded ? f(rounded_moment1) : f(moment1);
+        if (options.moments == DType::bf16)
+            with_moments(rounded_moment1 + 0, rounded_moment2 + 0);
         else
-            rounded ? f(rounded_moment2) : f(moment2);
-    }
-    const Param& padded_param(const Param& p) const {
-        return padded_registry.params[size_t(&p - registry.params.data())];
+            with_moments(moment1 + 0, moment2 + 0);
     }
 
-    void check_training() const {
-        if (!options.training) fail("this model was made without gradients");
-    }
-    void check_tokens(const int* inputs, int b, int t) const {
-        if (b < 1 || t < 1 || int64_t(b) * t > acts.rows)
-            fail("a batch of ", b, " x ", t, " tokens was given to a model made for ", acts.rows);
-        if (t > config.positions)
-            fail("a sequence of ", t, " tokens was given to a model of ", config.positions,
-                 " positions");
-        for (int64_t i = 0; i < int64_t(b) * t; i++)
-            if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
-                fail("token ", inputs[i], " is not in the model's vocabulary of ",
-                     config.vocab_size);
-    }
-    void check_targets(const int* targets, int64_t n) const {
-        for (int64_t i = 0; i < n; i++)
-            if (targets[i] < -1 || targets[i] >= config.vocab_size)
-                fail("target ", targets[i], " is neither -1 nor in the model's vocabulary of ",
-                     config.vocab_size);
-    }
     // Checks a micro-batch and copies it to `batch`; targets may be null.
     void begin_pass(const int* inputs, const int* targets, int b, int t, double loss_scale) {
         check_tokens(inputs, b, t);
@@ -2271,6 +2154,27 @@ template <class S, class G> struct CudaModel : Model {
         }
     }
 
+    void check_training() const {
+        if (!options.training) fail("this model was made without gradients");
+    }
+    void check_tokens(const int* inputs, int b, int t) const {
+        if (b < 1 || t < 1 || int64_t(b) * t > acts.rows)
+            fail("a batch of ", b, " x ", t, " tokens was given to a model made for ", acts.rows);
+        if (t > config.positions)
+            fail("a sequence of ", t, " tokens was given to a model of ", config.positions,
+                 " positions");
+        for (int64_t i = 0; i < int64_t(b) * t; i++)
+            if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
+                fail("token ", inputs[i], " is not in the model's vocabulary of ",
+                     config.vocab_size);
+    }
+    void check_targets(const int* targets, int64_t n) const {
+        for (int64_t i = 0; i < n; i++)
+            if (targets[i] < -1 || targets[i] >= config.vocab_size)
+                fail("target ", targets[i], " is neither -1 nor in the model's vocabulary of ",
+                     config.vocab_size);
+    }
+
     void wait() {
         stream.wait();
         times.book(profile);
@@ -2281,256 +2185,46 @@ template <class S, class G> struct CudaModel : Model {
         wait();
         return host_sums[i];
     }
-    // n elements from the GPU.
-    template <class X> std::vector<std::remove_const_t<X>> fetch(X* from, int64_t n) {
-        std::vector<std::remove_const_t<X>> values(n);
-        CUDA(cudaMemcpyAsync(values.data(), from, size_t(n) * sizeof(X), cudaMemcpyDeviceToHost,
-                             stream));
-        stream.wait();
-        return values;
-    }
 
-    // Layer by layer. A junction between two layers is split in two: the norms that leave a layer,
-    // and the norm that enters the next. r is residual(2l) before layer l.
-    static Junction leaving(Junction j) {
-        j.in_norm = false;
-        return j;
-    }
-    static Junction entering(const Junction& j) {
-        Junction in;
-        in.branch = false;
-        in.in_norm = j.in_norm, in.in_scale = j.in_scale;
-        return in;
-    }
-    int at = 0; // r is residual(at)
-
-    void leave_forward(int k, const float* r_prev) {
-        junction_forward(junction_args(leaving(junction_of(k)), k, r_prev, nullptr), stream);
-    }
-    void leave_backward(int k, const float* r_prev) {
-        junction_backward(junction_args(leaving(junction_of(k)), k, r_prev, nullptr),
-                          junction_gradients(k, false), multiprocessors, stream);
-    }
-    // Moves r to the place of junction k, and computes u.
-    void enter_forward(int k) {
-        if (at != k)
-            CUDA(cudaMemcpyAsync(residual(k), residual(at), stream_bytes(),
-                                 cudaMemcpyDeviceToDevice, stream));
-        at = k;
-        junction_forward(junction_args(entering(junction_of(k)), k, residual(k),
-                                       acts.input.slot[k] < 0 ? nullptr : input(k)),
-                         stream);
-    }
-    void enter_backward(int k, bool last = false) {
-        junction_backward(junction_args(entering(junction_of(k)), k, residual(k), nullptr),
-                          junction_gradients(k, last), multiprocessors, stream);
-    }
+    // gpt/cuda/inspect.cuh
+    std::string device() const override { return "cuda"; }
+    std::string dtype() const override { return exact ? "float32" : "bf16"; }
+    int64_t bytes() const override { return bytes_held; }
+    template <class X> std::vector<std::remove_const_t<X>> fetch(X* from, int64_t n);
+    template <class F> void with_buffer(Buffer buffer, const F& f);
+    const Param& padded_param(const Param& p) const;
+    void read(Buffer buffer, const Param& p, float* out) override;
+    void write(Buffer buffer, const Param& p, const float* values) override;
+    std::string first_nonfinite() override;
+    void enter(int k);
+    void enter_backward(int k, bool last);
+    void leave(int k, const float* r_prev);
+    void leave_backward(int k, const float* r_prev);
+    void embed(const int* inputs, int b, int t) override;
+    void run_layer(int l) override;
+    void set_targets(const int* targets, double loss_scale);
+    double finish(const int* targets) override;
+    void finish_backward(const int* targets, double loss_scale) override;
+    void run_layer_backward(int l) override;
     size_t stream_bytes() const { return size_t(rows()) * padded_config.width * sizeof(float); }
-
-    void embed(const int* inputs, int b, int t) override {
-        if (!options.training || options.recompute != Recompute::none) no_layers();
-        begin_pass(inputs, nullptr, b, t, 0);
-        kv_cache_valid = false, at = 0;
-        embedding_forward<S>(embedded(), this->inputs(), weight(padded_registry.token_embedding),
-                             weight(padded_registry.position_embedding), first, rows(), T,
-                             padded_config.width, stream);
-        leave_forward(0, embedded());
-        stream.wait();
-    }
-    void run_layer(int l) override {
-        enter_forward(2 * l);
-        attention_sublayer_forward(l);
-        join_forward(2 * l + 1);
-        mlp_sublayer_forward(l);
-        at = 2 * l + 2;
-        leave_forward(at, residual(2 * l + 1));
-        wait();
-    }
-    void set_targets(const int* targets, double loss_scale) {
-        const BatchLayout to = layout();
-        check_targets(targets, to.rows);
-        const float scale = float(loss_scale);
-        CUDA(cudaMemcpyAsync(batch + to.targets(), targets, size_t(to.rows) * sizeof(int),
-                             cudaMemcpyHostToDevice, stream));
-        CUDA(cudaMemcpyAsync(batch + to.loss_scale(), &scale, sizeof scale, cudaMemcpyHostToDevice,
-                             stream));
-        stream.wait();
-    }
-    double finish(const int* targets) override {
-        set_targets(targets, 0);
-        enter_forward(2 * config.layers);
-        return head_loss();
-    }
-    void finish_backward(const int* targets, double loss_scale) override {
-        set_targets(targets, loss_scale);
-        enter_forward(2 * config.layers);
-        head();
-        enter_backward(2 * config.layers, true);
-        wait();
-    }
-    void run_layer_backward(int l) override {
-        CUDA(cudaMemsetAsync(acts.dinput, 0, size_t(rows()) * padded_config.width * sizeof(S),
-                             stream));
-        leave_backward(2 * l + 2, residual(2 * l + 1));
-        mlp_sublayer_backward(l);
-        join_backward(2 * l + 1);
-        attention_sublayer_backward(l);
-        enter_backward(2 * l);
-        wait();
-    }
-    // f(x, before, skip): a stream is x − skip · before, or x where before is null.
-    template <class F> void with_stream(Stream which, const F& f) {
-        const float* none = nullptr;
-        switch (which) {
-        case Stream::residual:
-            return f(residual(at), none, 0.0f);
-        case Stream::attention:
-            if (branch(at - 1) != branch(at)) return f(branch(at - 1), none, 0.0f);
-            // Where the branches share a slot the junction is r ← skip · r + b.
-            return f(residual(at - 1), static_cast<const float*>(residual(at - 2)),
-                     float(junction_of(at - 1).skip));
-        case Stream::mlp:
-            return f(branch(at), none, 0.0f);
-        case Stream::gradient:
-            return f(acts.dresidual + 0, none, 0.0f);
-        }
-    }
-    void read(Stream which, float* out) override {
-        const int64_t n = rows() * padded_config.width;
-        with_stream(which, [&](const auto* x, const float* before, float skip) {
-            const auto values = fetch(x, n);
-            const auto old = before ? fetch(before, n) : std::vector<float>();
-#pragma omp parallel for
-            for (int64_t i = 0; i < n; i++)
-                out[i] = before ? float(values[i]) - skip * old[i] : float(values[i]);
-        });
-    }
-    float* writable(Stream which) {
-        if (which != Stream::residual && which != Stream::gradient)
-            fail("of the streams between layers r and its gradient alone can be written");
-        return which == Stream::residual ? residual(at) : acts.dresidual + 0;
-    }
-    void write(Stream which, const float* values) override {
-        CUDA(cudaMemcpyAsync(writable(which), values, stream_bytes(), cudaMemcpyHostToDevice,
-                             stream));
-        stream.wait();
-    }
-    void read_rows(Stream which, const std::vector<int64_t>& from, float* out) override {
-        const int64_t C = padded_config.width;
-        for (int64_t row : from) {
-            CUDA(cudaMemcpyAsync(out, writable(which) + row * C, size_t(C) * sizeof(float),
-                                 cudaMemcpyDeviceToHost, stream));
-            out += C;
-        }
-        stream.wait();
-    }
-    void write_rows(Stream which, const std::vector<int64_t>& to, const float* values) override {
-        const int64_t C = padded_config.width;
-        CUDA(cudaMemsetAsync(writable(which), 0, stream_bytes(), stream));
-        for (int64_t row : to) {
-            CUDA(cudaMemcpyAsync(writable(which) + row * C, values, size_t(C) * sizeof(float),
-                                 cudaMemcpyHostToDevice, stream));
-            values += C;
-        }
-        stream.wait();
-    }
-    void rewind(int l) override { at = 2 * l; }
-
-    std::vector<Moments> row_moments(Stream which) override {
-        with_stream(which, [&](const auto* x, const float* before, float skip) {
-            cuda::row_moments(acts.moments, x, before, skip, rows(), padded_config.width, stream);
-        });
-        return fetch(acts.moments + 0, rows());
-    }
-    std::vector<double> row_chords(int l, int m) override {
-        double* chords = acts.moments.template as<double>();
-        cuda::row_chords(chords, residual(2 * l), residual(2 * m), rows(), padded_config.width,
-                         stream);
-        return fetch(chords, rows());
-    }
-    std::vector<double> gradient_squares() override {
-        const Array<double> norms(int64_t(padded_registry.params.size()));
-        for (size_t i = 0; i < padded_registry.params.size(); i++) {
-            const Param& p = padded_registry.params[i]; // a scalar is followed by zeros
-            cuda::gradient_norm<G>(norms + i, gradient(p.offset), (p.size() + 7) / 8 * 8, sums + 2,
-                                   stream);
-        }
-        std::vector<double> squares = fetch(norms + 0, norms.size);
-        for (double& x : squares) x *= x;
-        return squares;
-    }
-
-    std::string first_nonfinite() override {
-        const Array<int> found(1);
-        auto bad = [&](const auto* x, int64_t n) {
-            find_nonfinite(found + 0, x, n, stream);
-            return fetch(found + 0, 1)[0] != 0;
-        };
-        for (const Param& p : padded_registry.params)
-            if (bad(weight(p.offset), p.size())) return "the parameter " + p.name;
-        if (rows() > 0) {
-            const int64_t n = rows(), C = padded_config.width;
-            if (bad(embedded(), n * C)) return "the embedding's output";
-            for (int k = 0; k <= 2 * config.layers; k++) {
-                const int l = (k - 1) / 2;
-                std::string layer = "layer " + std::to_string(l + 1) + "'s ";
-                if (k > 0 && k % 2 == 1) {
-                    if (acts.qkv.keeps(l) && bad(qkv(l), n * padded_config.qkv_width()))
-                        return layer + "q, k and v";
-                    if (acts.attended.keeps(l) && bad(attended(l), n * padded_config.q_width()))
-                        return layer + "attention";
-                }
-                if (k > 0 && k % 2 == 0) {
-                    if (acts.hidden.keeps(l) && bad(hidden(l), n * padded_config.mlp_in_width()))
-                        return layer + "MLP input";
-                    if (acts.activated.keeps(l) && bad(activated(l), n * padded_config.mlp_width))
-                        return layer + "MLP activation";
-                }
-                if (acts.residual.keeps(k) && bad(residual(k), n * C))
-                    return k == 0 ? "the residual stream after the embedding"
-                                  : "the residual stream after " + layer +
-                                        (k % 2 == 1 ? "attention" : "MLP");
-                if (acts.input.keeps(k) && bad(input(k), n * C))
-                    return k == 2 * config.layers
-                               ? "the final norm's output"
-                               : "the norm before layer " + std::to_string(k / 2 + 1) + "'s " +
-                                     (k % 2 == 0 ? "attention" : "MLP");
-            }
-            if (bad(acts.losses + 0, n)) return "the loss";
-        }
-        if (options.training)
-            for (auto p = padded_registry.params.rbegin(); p != padded_registry.params.rend(); ++p)
-                if (bad(gradient(p->offset), p->size())) return "the gradient of " + p->name;
-        return "";
-    }
+    template <class F> void with_stream(Stream which, const F& f);
+    float* writable(Stream which);
+    void read(Stream which, float* out) override;
+    void write(Stream which, const float* values) override;
+    void read_rows(Stream which, const std::vector<int64_t>& from, float* out) override;
+    void write_rows(Stream which, const std::vector<int64_t>& to, const float* values) override;
+    void rewind(int l) override { between = 2 * l; }
+    std::vector<Moments> row_moments(Stream which) override;
+    std::vector<double> row_chords(int l, int m) override;
+    std::vector<double> gradient_squares() override;
 };
 
-template <class S, class G>
-MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o) {
-    MemoryPlan plan;
-    const Config padded_config = pad_config(config);
-    const int64_t n = make_registry(padded_config).size;
-    plan.parameters = n * int64_t(sizeof(S));
-    if (o.training) {
-        plan.gradients = n * int64_t(sizeof(G));
-        plan.optimizer = 2 * n * int64_t(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
-        if (sizeof(S) < sizeof(float) && o.master_weights)
-            plan.optimizer += n * int64_t(sizeof(float));
-        plan.optimizer += n / 64;
-    }
-    // Without a GPU, those of an H100.
-    const int multiprocessors = why_no_gpu().empty() ? gpu().multiprocessors : 132;
-    Activations<S> acts;
-    acts.layout(padded_config, B, T, o, multiprocessors, [&](auto& array, int64_t elements) {
-        plan.activations += elements * int64_t(sizeof(array[0]));
-    });
-    if (config.rope)
-        plan.activations += std::min<int64_t>(config.positions, acts.rows) *
-                            (config.head_size / 2) * int64_t(sizeof(CosSin));
-    plan.activations += BatchLayout{acts.rows}.ints() * int64_t(sizeof(int));
-    plan.scratch = CublasLt::workspace_bytes();
-    return plan;
-}
+} // namespace lns::cuda
+
+// defines: other members of CudaModel, plan_memory
+#include "gpt/cuda/inspect.cuh"
+
+namespace lns::cuda {
 
 // Calls f with the scalars S and G of these options.
 template <class F> auto with_scalars(const ModelOptions& o, const F& f) {

@@ -170,16 +170,16 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
         const Doubles wanted = product(in, w, rows, OC, C, biased ? bias : Doubles());
         const S* bias_or_none = biased ? bias_.in() : nullptr;
         OnDevice<S> out(widen(Doubles(rows * OC), rows, OC, out_row, 5));
-        linear_forward(cublas, out + 0, out_row, in_.in(), w_.in(), bias_or_none, rows, C, OC);
+        matmul_forward(cublas, out + 0, out_row, in_.in(), w_.in(), bias_or_none, rows, C, OC);
         expect_near(out, widen(wanted, rows, OC, out_row, 5), near);
         OnDevice<float> unrounded(rows * OC);
-        linear_forward(cublas, unrounded + 0, OC, in_.in(), w_.in(), bias_or_none, rows, C, OC);
+        matmul_forward(cublas, unrounded + 0, OC, in_.in(), w_.in(), bias_or_none, rows, C, OC);
         expect_near(unrounded, wanted, 3e-6);
 
         Doubles activated(wanted);
         for (double& x : activated) x = gelu(x);
         OnDevice<S> a(rows * OC), hidden(rows * OC);
-        linear_gelu_forward(cublas, a + 0, hidden + 0, in_.in(), w_.in(), bias_or_none, rows, C,
+        matmul_gelu_forward(cublas, a + 0, hidden + 0, in_.in(), w_.in(), bias_or_none, rows, C,
                             OC);
         expect_near(a, activated, 2 * near);
         expect_near(hidden, wanted, near);
@@ -187,11 +187,11 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
     {
         const Doubles wanted = product(dout, transpose(w, OC, C), rows, C, OC);
         OnDevice<S> din(rows * C);
-        linear_backward_input(cublas, din + 0, dout_wide.in(), out_row, w_.in(), rows, C, OC);
+        matmul_backward_input(cublas, din + 0, dout_wide.in(), out_row, w_.in(), rows, C, OC);
         expect_near(din, wanted, near);
         Doubles dhidden(wanted);
         for (size_t i = 0; i < in.size(); i++) dhidden[i] *= dgelu(in[i]);
-        linear_gelu_backward_input(cublas, din + 0, dout_.in(), in_.in(), w_.in(), rows, C, OC);
+        matmul_gelu_backward_input(cublas, din + 0, dout_.in(), in_.in(), w_.in(), rows, C, OC);
         expect_near(din, dhidden, 2 * near);
     }
     Doubles wanted = product(transpose(dout, rows, OC), transpose(in, rows, C), OC, C, rows);
@@ -200,14 +200,14 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
     for (int64_t i = 0; i < rows; i++)
         for (int j = 0; j < OC; j++) wanted_bias[j] += dout[i * OC + j];
     OnDevice<G> dw_(dw), dbias_(dbias);
-    OnDevice<float> scratch(linear_scratch(rows, OC));
-    linear_backward_weight(cublas, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows, C,
+    OnDevice<float> scratch(matmul_scratch(rows, OC));
+    matmul_backward_weight(cublas, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows, C,
                            OC, scratch + 0);
     expect_near(dw_, wanted, tolerance<G>());
     in_every_order(
         [&] {
             dbias_.write(dbias);
-            linear_backward_weight(cublas, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
+            matmul_backward_weight(cublas, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
                                    rows, C, OC, scratch + 0);
         },
         dbias_);
@@ -252,7 +252,7 @@ TEST(CudaLayers, MatrixOfOddWidth) {
     const Doubles in = numbers<bf16>(rows * C, "in"), w = numbers<bf16>(V * C, "w");
     const OnDevice<bf16> in_(in), w_(w);
     OnDevice<float> out(widen(Doubles(rows * V), rows, V, row, 5));
-    linear_forward(cublas, out + 0, row, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
+    matmul_forward(cublas, out + 0, row, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
                    C, V);
     expect_near(out, widen(product(in, w, rows, V, C), rows, V, row, 5), 3e-6);
 }
@@ -269,7 +269,7 @@ TEST(CudaLayers, AlgorithmsAreRemembered) {
         Stream stream;
         CublasLt cublas(stream);
         OnDevice<float> out(rows * OC);
-        linear_forward(cublas, out + 0, OC, in.in(), w.in(), static_cast<const float*>(nullptr),
+        matmul_forward(cublas, out + 0, OC, in.in(), w.in(), static_cast<const float*>(nullptr),
                        rows, C, OC);
         return out.read();
     };
@@ -333,7 +333,7 @@ TEST(CudaLayers, ProductsAreCaptured) {
     Stream stream;
     CublasLt cublas(stream);
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    linear_forward(cublas, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
+    matmul_forward(cublas, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
                    C, OC);
     cudaGraph_t graph;
     cudaGraphExec_t executable;
@@ -419,8 +419,9 @@ template <class S> void check_qk_forward(const QkCase& c) {
     in_every_order(
         [&] {
             out.write(qkv);
-            qk_forward_in_place<S>(out + 0, c.norm ? raw + 0 : nullptr, stats + 0, q_weight_.in(),
-                                   k_weight_.in(), eps, c.table ? table_.in() : nullptr, a, stream);
+            qk_forward<S, S>(out, out + int64_t(a.first) * a.row(), c.norm ? raw + 0 : nullptr,
+                             stats + 0, q_weight_.in(), k_weight_.in(), eps,
+                             c.table ? table_.in() : nullptr, a, stream);
         },
         out);
     expect_near(out, wanted, tolerance<S>());
@@ -688,9 +689,9 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     const OnDevice<double> norm_(Doubles{norm}), loss(Doubles{3}), bad(Doubles{NAN});
     Stream stream;
     auto step = [&](const double* norm, const double* loss) {
-        adamw(AdamWArgs<S, M, G>{w_, c.with_master ? master + 0 : nullptr, g_, m_, v_, decays_, o_,
-                                 norm, loss, n},
-              c.stochastic, stream);
+        adamw_update(AdamWBuffers<S, M, G>{w_, c.with_master ? master + 0 : nullptr, g_, m_, v_,
+                                           decays_, o_, norm, loss, n},
+                     c.stochastic, stream);
     };
     step(norm_.in(), bad.in());
     step(bad.in(), loss.in());

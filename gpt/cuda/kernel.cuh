@@ -83,6 +83,43 @@ template <int N, class X> __device__ inline void block_sums(X (&x)[N], X* exchan
     for (int n = 0; n < N; n++) x[n] = warp_sum(lane < warps ? exchange[n * warp + lane] : X(0));
 }
 
+// Sums the rows row(i), begin ≤ i < end, of 256 channels, by a block of 8 warps: each warp takes
+// every eighth row, each lane 8 channels. `inside`: whether this lane's channels exist. Writes each
+// warp's sums to sums (8, 256), in shared memory.
+template <class Row>
+__device__ inline void sum_rows(float* sums, int64_t begin, int64_t end, bool inside,
+                                const Row& row) {
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
+    float sum[8] = {};
+    if (inside)
+#pragma unroll 4
+        for (int64_t i = begin + w; i < end; i += 8) {
+            float x[8];
+            load8(x, row(i) + lane * 8);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum[j] += x[j];
+        }
+    store8(sums + w * 256 + lane * 8, sum);
+    __syncthreads();
+}
+
+// Sums a lane's channel over `parts` partial sums, `row` elements apart, by a block of 8 warps:
+// each warp takes every eighth part. Returns the total in warp 0. sums: (8, 32), shared.
+__device__ inline float sum_parts(float* sums, const float* partial, int parts, int64_t row,
+                                  bool inside) {
+    const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
+    float sum = 0;
+    if (inside)
+#pragma unroll 4
+        for (int part = w; part < parts; part += 8) sum += partial[part * row];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int other = 1; other < 8 && w == 0; other++) sum += sums[other * warp + lane];
+    return sum;
+}
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
 // A softmax whose scores arrive in parts (arXiv 1805.02867): `sum` is Σ 2^(c · (score − largest))
 // over the scores so far, or over this lane's share of them. Any `largest` near the maximum gives
 // the same softmax.

@@ -12,7 +12,6 @@ namespace lns::cuda {
 
 struct EventTimes {
     struct Span {
-        const char *group, *name;
         Cost cost;
         cudaEvent_t begin, end;
     };
@@ -41,7 +40,7 @@ struct EventTimes {
             float milliseconds = 0;
             CUDA(cudaEventElapsedTime(&milliseconds, span.begin, span.end));
             if (profile) {
-                Profile::Part& part = profile->part(span.group, span.name);
+                Profile::Part& part = profile->part(span.cost.group, span.cost.name);
                 part.calls++;
                 part.seconds += milliseconds / 1e3;
                 part.flops += span.cost.flops, part.bytes += span.cost.bytes;
@@ -57,11 +56,9 @@ struct Timed {
     EventTimes* times;
     cudaStream_t stream;
 
-    Timed(EventTimes* times, cudaStream_t stream, const char* group, const char* name,
-          const Cost& cost)
-        : times(times), stream(stream) {
+    Timed(EventTimes* times, cudaStream_t stream, const Cost& cost) : times(times), stream(stream) {
         if (!times) return;
-        times->spans.push_back({group, name, cost, times->event(), times->event()});
+        times->spans.push_back({cost, times->event(), times->event()});
         CUDA(cudaEventRecord(times->spans.back().begin, stream));
     }
     ~Timed() noexcept(false) {
