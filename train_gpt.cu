@@ -139,7 +139,7 @@ void embedding_backward(G* dwte, G* dwpe, const TokenRows& by_token, const float
 }
 
 // ---------------------------------------------------------------------------------------------
-// Norms of one row x of C numbers: y = x̂ ⊙ w + bias with x̂ = (x − mean) · rstd. LayerNorm has the
+// Norms of one row x (C): y = x̂ ⊙ w + bias with x̂ = (x − mean) · rstd. LayerNorm has the
 // mean and 1 / sqrt(variance + eps), RMSNorm (arXiv 1910.07467) 0 and 1 / sqrt(mean square + eps).
 // A null weight is 1, a null bias 0. A row stays in registers: of one warp up to 1,024 channels, of
 // a block of 2, 4 or 8 warps beyond. Each lane has N vectors of 8 elements.

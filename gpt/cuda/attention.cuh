@@ -414,7 +414,7 @@ __global__ static void __launch_bounds__(attention_threads)
     const int b = work.head / a.NH, h = work.head % a.NH, kv = h / (a.NH / a.KVH);
     const S* rows = qkv + int64_t(b * a.T) * a.row();
     const S* keys = rows + (a.NH + kv) * a.HS;
-    const int t0 = a.first + (tiles - 1 - work.tile) * ROWS, seen = min(t0 + ROWS, a.T);
+    const int t0 = a.first + (tiles - 1 - work.tile) * ROWS, key_end = min(t0 + ROWS, a.T);
     const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
     auto load = [&](int key, int buffer) {
         const S* row = keys + int64_t(key) * a.row();
@@ -432,10 +432,10 @@ __global__ static void __launch_bounds__(attention_threads)
     const float c = a.scale() * log2_e;
     Accumulator<M, D> o = {};
     TileSoftmax<M> softmax;
-    for (int key = 0, buffer = 0; key < seen; key += STEP, buffer ^= STEP) {
+    for (int key = 0, buffer = 0; key < key_end; key += STEP, buffer ^= STEP) {
         copy_async_wait<0>();
         __syncthreads(); // the tile has arrived, and nobody reads the previous one any more
-        if (key + STEP < seen) load(key + STEP, buffer ^ STEP);
+        if (key + STEP < key_end) load(key + STEP, buffer ^ STEP);
         if (t >= a.T || key >= t + 16 * M) continue; // all masked
         const auto k = k_tiles.from_row(buffer);
         const auto v = v_tiles.from_row(buffer);
@@ -503,7 +503,7 @@ __global__ static void __launch_bounds__(attention_threads)
     const int b = work.head / a.NH, h = work.head % a.NH, kv = h / (a.NH / a.KVH);
     const S* rows = qkv + int64_t(b * a.T) * a.row();
     const S* keys = rows + (a.NH + kv) * a.HS;
-    const int t0 = (tiles - 1 - work.tile) * ROWS, seen = min(t0 + ROWS, a.T);
+    const int t0 = (tiles - 1 - work.tile) * ROWS, key_end = min(t0 + ROWS, a.T);
     const int warp_row = threadIdx.x / warp * 16 * M, t = t0 + warp_row; // the warp's first row
     const int64_t at = int64_t(work.head) * a.T;                         // in lse and delta
     const int64_t o_at = int64_t(b) * a.T * a.q_width() + h * a.HS;      // in out and dout
@@ -534,10 +534,10 @@ __global__ static void __launch_bounds__(attention_threads)
         row_lse[i / 2][i % 2] = t + row < a.T ? log2_e * lse[at + t + row] : INFINITY;
         dot[i / 2][i % 2] = dots[warp_row + row], sum[i / 2][i % 2] = 0;
     }
-    for (int key = 0, buffer = 0; key < seen; key += STEP, buffer ^= STEP) {
+    for (int key = 0, buffer = 0; key < key_end; key += STEP, buffer ^= STEP) {
         copy_async_wait<0>();
         __syncthreads();
-        if (key + STEP < seen) load(key + STEP, buffer ^ STEP);
+        if (key + STEP < key_end) load(key + STEP, buffer ^ STEP);
         if (t >= a.T || key >= t + 16 * M) continue;
         const auto k = k_tiles.from_row(buffer);
         const auto v = v_tiles.from_row(buffer);

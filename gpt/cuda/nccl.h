@@ -22,7 +22,7 @@ struct Communicator {
     static void check(ncclResult_t result, const char* what) {
         if (result != ncclSuccess)
             fail(what, " failed: ", ncclGetErrorString(result),
-                 "; NCCL_DEBUG=INFO in the environment tells more");
+                 "; NCCL_DEBUG=INFO in the environment explains");
     }
     void join(const Ranks& all) {
         ranks = &all;
