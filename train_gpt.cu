@@ -468,10 +468,10 @@ struct JunctionScratch {
 
 // Each block loops over rows and accumulates the parameters' gradients of all of them.
 template <class S, class G, int N, bool keeps_branch>
-__global__ static __launch_bounds__(256) void junction_backward_kernel(JunctionArguments<S> a,
-                                                                       JunctionGradients<S, G> d,
-                                                                       JunctionSums<G> which,
-                                                                       JunctionScratch scratch) {
+__global__ static __launch_bounds__(256) void junction_backward_kernel(
+    const __grid_constant__ JunctionArguments<S> a,
+    const __grid_constant__ JunctionGradients<S, G> d,
+    const __grid_constant__ JunctionSums<G> which, JunctionScratch scratch) {
     const JunctionPlan& j = a.plan;
     const JunctionPointers<const S>& p = a.params;
     const int C = j.shape.C, row_threads = warp * j.shape.warps;
