@@ -27,10 +27,12 @@
 #include "gpt/base/error.h"
 // defines: mix_bits
 #include "gpt/base/random.h"
+// defines: PassTensors, head_part
+#include "gpt/model/activations.h"
+// defines: JunctionPointers, junction_vectors, fill_rotary_table
+#include "gpt/model/layers.h"
 // defines: Config, Registry, Param, Junction, Model, ModelOptions, StepInput, AdamW, Profile, …
 #include "gpt/model/model.h"
-// defines: Slots
-#include "gpt/model/slots.h"
 
 // defines: CUDA, launch, blocks_at_once, shared_bytes, SharedMemory, copy_async, …
 #include "gpt/cuda/cuda.h"
@@ -285,21 +287,6 @@ __device__ void norm_row_backward(NormType type, const NormStats& stats, const f
 // norm schemes differ (gpt/model/scheme.h has its equations). One kernel forward and one backward
 // serve every scheme; absent features are skipped by uniform branches.
 
-// A junction's parameters, or the gradients of them; null where it has none.
-template <class P> struct JunctionPointers {
-    P *branch_weight = nullptr, *branch_bias = nullptr, *out_weight = nullptr, *out_bias = nullptr,
-      *in_weight = nullptr, *in_bias = nullptr, *gamma = nullptr, *gate = nullptr;
-
-    JunctionPointers() = default;
-    JunctionPointers(P* base, const JunctionParams& p) {
-        auto at = [&](int64_t offset) { return offset < 0 ? nullptr : base + offset; };
-        branch_weight = at(p.branch.weight), branch_bias = at(p.branch.bias);
-        out_weight = at(p.out.weight), out_bias = at(p.out.bias);
-        in_weight = at(p.in.weight), in_bias = at(p.in.bias);
-        gamma = at(p.gamma), gate = at(p.gate);
-    }
-};
-
 struct JunctionStats {
     NormStats branch, out, in;
 };
@@ -434,9 +421,7 @@ template <class S> void junction_forward(const JunctionArguments<S>& a, cudaStre
     });
 }
 
-const int junction_vectors = 7; // parameters (C) of a junction: weights and biases of 3 norms, γ
-
-// The gradients of those that a junction has, in the order of their partial sums.
+// The gradients of the vectors that a junction has, in the order of their partial sums.
 template <class G> struct JunctionSums {
     G* gradient[junction_vectors]; // null from `count` on
     int count = 0;
@@ -1433,99 +1418,38 @@ void adamw_update(const AdamWBuffers<S, M, G>& a, bool stochastic, cudaStream_t 
 // ---------------------------------------------------------------------------------------------
 // The model
 
-// The tensors of a pass, laid out once, with padded widths. Those that the backward pass does not
-// need, or recomputes, share a slot.
-template <class S> struct Activations {
-    int64_t rows = 0; // B·T at most
+template <class S> using CudaTensors = PassTensors<Array, S, float, NormStats, JunctionStats>;
 
-    Array<float> embedded;             // (rows, C), if junction 0 has a norm
-    Slots<Array<float>> residual;      // (rows, C) of each junction: r
-    Slots<Array<S>> input;             // (rows, C) of each junction: u, unless r serves
-    Slots<Array<S>> branch;            // (rows, C) of each junction but the first: b
-    Slots<Array<JunctionStats>> stats; // (rows) of each junction
-    Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
-    Array<float> unrounded_qkv;        // the same of one layer, before q, k and v are rounded
-    Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), the input of OLMo 2's norm
-    Slots<Array<NormStats>> qk_stats;  // (rows, 2)
-    Slots<Array<S>> attended;          // (rows, NH·HS)
-    Slots<Array<float>> lse;           // (rows, NH)
-    Slots<Array<S>> hidden, activated; // (rows, H or 2·H), (rows, H)
-
+template <class S> struct Activations : CudaTensors<S> {
     int64_t head_rows = 0, logit_rows = 0; // rows of logits at once, with gradients and without
-    Array<char> logits;  // (head_rows, V) of S, then their gradients, or (logit_rows, V) floats
-    Array<float> losses; // (rows)
+    Array<char> logits;     // (head_rows, V) of S, then their gradients, or (logit_rows, V) floats
+    Array<float> delta;     // (rows, NH): dO · O
+    Array<char> scratch;    // partial sums
+    Array<Moments> moments; // (rows), for layer diagnostics
 
-    Array<float> dresidual;   // (rows, C)
-    Array<S> dinput, dbranch; // (rows, C)
-    Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
-    Array<float> delta;       // (rows, NH): dO · O
-    Array<char> scratch;      // partial sums
-    Array<Moments> moments;   // (rows), for layer diagnostics
-
-    // QK-norm amplifies rounding errors, so q and k are rounded once, after norm and RoPE. Without
-    // it they are also rounded before RoPE, which saves a pass in float.
-    static bool rounds_after_norm(const Config& c) {
-        return c.qk_norm && !c.qkv_bias && !std::is_same_v<S, float>;
-    }
-
-    // Calls make(array, elements) for every array.
+    // Calls make(array, elements) for every array. Widths are padded.
     template <class Make>
     void layout(const Config& c, int B, int T, const ModelOptions& o, int multiprocessors,
                 const Make& make) {
-        const int C = c.width, L = c.layers, K = 2 * L + 1, V = c.vocab_size;
-        const bool train = o.training, layers = o.recompute == Recompute::layers;
-        rows = int64_t(B) * T;
-        auto junction_of = [&](int k) { return junction(c.scheme, L, k); };
-        auto keep = [&](int) { return train && !layers; };
-        auto keep_light = [&](int) { return train && o.recompute == Recompute::none; };
-        make(embedded, junction_of(0).out_norm ? rows * C : 0);
-        // The input of each layer is always kept: the rest can be recomputed from it.
-        residual.layout(K, rows * C, make, [&](int k) { return k % 2 == 0 || keep(k); });
-        input.layout(K, rows * C, make, keep_light,
-                     [&](int k) { return junction_of(k).in_norm || !std::is_same_v<S, float>; });
-        // A recomputed layer needs both its branches at once.
-        branch.layout(
-            layers ? 3 : K, rows * C, make,
-            [&](int k) { return train && (layers || junction_of(k).keeps_branch()); },
-            [&](int k) { return k > 0; });
-        stats.layout(K, rows, make, [&](int) { return true; });
-        // Without training every layer's k and v are the KV cache.
-        qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
-        const int64_t qk = c.qk_norm ? rows : 0;
-        make(unrounded_qkv, rounds_after_norm(c) ? rows * c.qkv_width() : 0);
-        qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
-        qk_stats.layout(L, qk * 2, make, keep);
-        attended.layout(L, rows * c.q_width(), make, keep);
-        lse.layout(L, rows * c.heads, make, keep);
-        hidden.layout(L, rows * c.mlp_in_width(), make, keep);
-        activated.layout(L, rows * c.mlp_width, make, keep_light);
-
-        // Half a gigabyte of logits at once, so that the head's matrix is seldom read and its
-        // gradient seldom added to; in equal parts, of a multiple of 128 rows.
-        auto part = [&](int64_t elements) {
-            const int64_t most = std::max<int64_t>(256, elements / V / 128 * 128);
-            const int64_t n = (rows + most - 1) / most;
-            return std::min(rows, ((rows + n - 1) / n + 127) / 128 * 128);
-        };
-        head_rows = train ? part(int64_t(1) << 28) : 0;
-        logit_rows = train ? std::max<int64_t>(1, head_rows * int64_t(sizeof(S)) / 4)
-                           : part(int64_t(1) << 26);
+        // QK-norm amplifies rounding errors, so q and k are rounded once, after norm and RoPE.
+        // Without it they are also rounded before RoPE, which saves a pass in float.
+        CudaTensors<S>::layout(c, B, T, o, c.qk_norm && !c.qkv_bias && !std::is_same_v<S, float>,
+                               make);
+        const int64_t rows = this->rows;
+        const int V = c.vocab_size;
+        // Half a gigabyte of logits in training.
+        head_rows = o.training ? head_part(rows, V, int64_t(1) << 28, 128) : 0;
+        logit_rows = o.training ? std::max<int64_t>(1, head_rows * int64_t(sizeof(S)) / 4)
+                                : head_part(rows, V, int64_t(1) << 26, 128);
         make(logits, std::max(head_rows * int64_t(sizeof(S)), logit_rows * 4) * V);
-        make(losses, rows);
         make(moments, rows);
-        if (!train) return;
-        make(dresidual, rows * C);
-        make(dinput, rows * C);
-        make(dbranch, rows * C);
-        make(dwide, rows * std::max(c.qkv_width(), c.mlp_in_width()));
-        make(dnarrow, rows * std::max(c.q_width(), c.mlp_width));
+        if (!o.training) return;
         make(delta, rows * c.heads);
         const AttentionShape a{B, T, c.heads, c.kv_heads, c.head_size, c.head_size};
-        make(scratch,
-             std::max({junction_scratch(C, multiprocessors),
-                       int64_t(sizeof(float)) * qk_norm_scratch(a),
-                       int64_t(sizeof(float)) *
-                           matmul_scratch(rows, std::max({C, c.qkv_width(), c.mlp_in_width()}))}));
+        const int widest = std::max({c.width, c.qkv_width(), c.mlp_in_width()});
+        make(scratch, std::max({junction_scratch(c.width, multiprocessors),
+                                int64_t(sizeof(float)) * qk_norm_scratch(a),
+                                int64_t(sizeof(float)) * matmul_scratch(rows, widest)}));
     }
 };
 
@@ -1631,16 +1555,10 @@ template <class S, class G> struct CudaModel : Model {
         decays.upload(bits.data());
     }
     template <class Make> void upload_rotary_table(const Make& make) {
-        const int half = config.head_size / 2;
-        const int64_t reach = std::min<int64_t>(config.positions, acts.rows);
-        std::vector<CosSin> table(size_t(reach * half));
-        for (int64_t t = 0; t < reach; t++)
-            for (int i = 0; i < half; i++) {
-                const double angle =
-                    double(t) * std::pow(config.rope_theta, -2.0 * i / config.head_size);
-                table[t * half + i] = {float(std::cos(angle)), float(std::sin(angle))};
-            }
-        make(rotary_table, reach * half);
+        const int64_t positions = std::min<int64_t>(config.positions, acts.rows);
+        std::vector<CosSin> table(size_t(positions * (config.head_size / 2)));
+        fill_rotary_table(table.data(), config, positions);
+        make(rotary_table, int64_t(table.size()));
         rotary_table.upload(table.data());
     }
 
@@ -2022,7 +1940,7 @@ template <class S, class G> struct CudaModel : Model {
         const int64_t n = int64_t(step.B) * step.T, ints = BatchLayout{n}.ints();
         // 1. Copy the tokens of all micro-batches, on a stream of their own.
         for (int m = 0; m < step.micro_batches; m++) {
-            check_tokens(step.inputs + m * n, step.B, step.T);
+            check_tokens(step.inputs + m * n, step.B, step.T, acts.rows);
             check_targets(step.targets + m * n, n);
             int* ahead = host_batches + m * ints;
             fill_batch(ahead, {n}, step.inputs + m * n, step.targets + m * n,
@@ -2132,7 +2050,7 @@ template <class S, class G> struct CudaModel : Model {
 
     // Checks a micro-batch and copies it to `batch`; targets may be null.
     void begin_pass(const int* inputs, const int* targets, int b, int t, double loss_scale) {
-        check_tokens(inputs, b, t);
+        check_tokens(inputs, b, t, acts.rows);
         if (targets) check_targets(targets, int64_t(b) * t);
         B = b, T = t, first = 0;
         reserve_batches(1);
@@ -2156,23 +2074,6 @@ template <class S, class G> struct CudaModel : Model {
 
     void check_training() const {
         if (!options.training) fail("this model was made without gradients");
-    }
-    void check_tokens(const int* inputs, int b, int t) const {
-        if (b < 1 || t < 1 || int64_t(b) * t > acts.rows)
-            fail("a batch of ", b, " x ", t, " tokens was given to a model made for ", acts.rows);
-        if (t > config.positions)
-            fail("a sequence of ", t, " tokens was given to a model of ", config.positions,
-                 " positions");
-        for (int64_t i = 0; i < int64_t(b) * t; i++)
-            if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
-                fail("token ", inputs[i], " is not in the model's vocabulary of ",
-                     config.vocab_size);
-    }
-    void check_targets(const int* targets, int64_t n) const {
-        for (int64_t i = 0; i < n; i++)
-            if (targets[i] < -1 || targets[i] >= config.vocab_size)
-                fail("target ", targets[i], " is neither -1 nor in the model's vocabulary of ",
-                     config.vocab_size);
     }
 
     void wait() {

@@ -5,15 +5,10 @@
 #include <cstdint>
 
 #include "gpt/model/config.h"
+#include "gpt/model/profile.h"
 #include "gpt/model/scheme.h"
 
 namespace lns::cuda {
-
-// A part of a pass and what one call of it costs.
-struct Cost {
-    const char *group, *name;
-    double flops = 0, bytes = 0;
-};
 
 // S: the scalar of weights and activations; G: that of the parameters' gradients.
 template <class S, class G> struct Costs {

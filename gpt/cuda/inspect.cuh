@@ -12,6 +12,10 @@
 #include "gpt/cuda/diagnostics.cuh"
 // defines: pad_config, Placement
 #include "gpt/cuda/padding.h"
+// defines: leaving, entering
+#include "gpt/model/layers.h"
+// defines: find_nonfinite
+#include "gpt/model/nonfinite.h"
 
 namespace lns::cuda {
 
@@ -73,63 +77,15 @@ std::vector<std::remove_const_t<X>> CudaModel<S, G>::fetch(X* from, int64_t n) {
 
 template <class S, class G> std::string CudaModel<S, G>::first_nonfinite() {
     const Array<int> found(1);
-    auto bad = [&](const auto* x, int64_t n) {
-        find_nonfinite(found + 0, x, n, stream);
-        return fetch(found + 0, 1)[0] != 0;
-    };
-    for (const Param& p : padded_registry.params)
-        if (bad(weight(p.offset), p.size())) return "the parameter " + p.name;
-    if (rows() > 0) {
-        const int64_t n = rows(), C = padded_config.width;
-        if (bad(embedded(), n * C)) return "the embedding's output";
-        for (int k = 0; k <= 2 * config.layers; k++) {
-            const int l = (k - 1) / 2;
-            std::string layer = "layer " + std::to_string(l + 1) + "'s ";
-            if (k > 0 && k % 2 == 1) {
-                if (acts.qkv.keeps(l) && bad(qkv(l), n * padded_config.qkv_width()))
-                    return layer + "q, k and v";
-                if (acts.attended.keeps(l) && bad(attended(l), n * padded_config.q_width()))
-                    return layer + "attention";
-            }
-            if (k > 0 && k % 2 == 0) {
-                if (acts.hidden.keeps(l) && bad(hidden(l), n * padded_config.mlp_in_width()))
-                    return layer + "MLP input";
-                if (acts.activated.keeps(l) && bad(activated(l), n * padded_config.mlp_width))
-                    return layer + "MLP activation";
-            }
-            if (acts.residual.keeps(k) && bad(residual(k), n * C))
-                return k == 0 ? "the residual stream after the embedding"
-                              : "the residual stream after " + layer +
-                                    (k % 2 == 1 ? "attention" : "MLP");
-            if (acts.input.keeps(k) && bad(input(k), n * C))
-                return k == 2 * config.layers
-                           ? "the final norm's output"
-                           : "the norm before layer " + std::to_string(k / 2 + 1) + "'s " +
-                                 (k % 2 == 0 ? "attention" : "MLP");
-        }
-        if (bad(acts.losses + 0, n)) return "the loss";
-    }
-    if (options.training)
-        for (auto p = padded_registry.params.rbegin(); p != padded_registry.params.rend(); ++p)
-            if (bad(gradient(p->offset), p->size())) return "the gradient of " + p->name;
-    return "";
+    return lns::find_nonfinite(*this, padded_config, padded_registry, options.training,
+                               [&](const auto* x, int64_t n) {
+                                   cuda::find_nonfinite(found.begin(), x, n, stream);
+                                   return fetch(found.begin(), 1)[0] != 0;
+                               });
 }
 
 // ---------------------------------------------------------------------------------------------
 // Layer by layer
-
-// A junction is split in two between layers that run one by one: the norms that leave a layer, and
-// the norm that enters the next.
-inline Junction leaving(Junction j) {
-    j.in_norm = false;
-    return j;
-}
-inline Junction entering(const Junction& j) {
-    Junction in;
-    in.branch = false;
-    in.in_norm = j.in_norm, in.in_scale = j.in_scale;
-    return in;
-}
 
 // Moves r to the place of junction k, and computes u.
 template <class S, class G> void CudaModel<S, G>::enter(int k) {

@@ -20,6 +20,7 @@ template <class X> struct Array {
         CUDA(cudaStreamSynchronize(nullptr));
     }
     operator X*() const { return data.get(); }
+    X* begin() const { return data.get(); }
     template <class Y> Y* as() const { return reinterpret_cast<Y*>(data.get()); }
     // Copies `size` elements from the host, and waits for them.
     void upload(const X* values) const {

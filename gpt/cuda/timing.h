@@ -3,8 +3,6 @@
 
 #include <vector>
 
-// defines: Cost
-#include "gpt/cuda/costs.h"
 #include "gpt/cuda/cuda.h"
 #include "gpt/model/profile.h"
 
