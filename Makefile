@@ -109,7 +109,7 @@ cuda_lib := $(firstword $(dir $(wildcard $(foreach d,lib64 lib,$(cuda_home)/$d/l
 libs += $(if $(cuda_lib),-L$(cuda_lib) -Wl$(comma)-rpath$(comma)$(cuda_lib:%/=%)) \
     $(if $(nccl),-lnccl) -lcublasLt -lcudart_static -ldl -lrt
 architectures := $(foreach a,$(CUDA_ARCH),-gencode=arch=$(a:sm_%=compute_%)$(comma)code=$a)
-nvcc_flags := -std=c++20 -O3 -t0 $(architectures) $(addprefix -ccbin ,$(filter %g++ g++-%,$(firstword $(CXX)))) \
+nvcc_flags := -std=c++20 -O3 -t0 --expt-relaxed-constexpr $(architectures) $(addprefix -ccbin ,$(filter %g++ g++-%,$(firstword $(CXX)))) \
     $(addprefix -Xcompiler ,-Wall -Wextra $(openmp)) $(if $(call yes,$(WERROR)),-Werror all-warnings -Xcompiler -Werror) \
     $(if $(nccl),-DLNS_NCCL) -DLNS_CUDA -I. $(NVCCFLAGS)
 cuda_object := $(BUILD)/cuda-$(shell echo $(nvcc) $(cuda) $(nvcc_flags) | cksum | cut -d' ' -f1)/train_gpt.cu.o

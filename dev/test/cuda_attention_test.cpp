@@ -1,4 +1,4 @@
-// Attention's kernels against its definition in double, forward and backward: all sizes of heads,
+// Attention by mma against its definition in double, forward and backward: all sizes of heads,
 // ragged lengths, shared keys and values, rotated and not, in every order of threads.
 #include <gtest/gtest.h>
 
@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "train_gpt.cu"
+#include "dev/sim/sim.h"
+#include "gpt/cuda/attention.cuh"
 
 using lns::Error;
 using namespace lns::cuda;
@@ -175,10 +176,10 @@ Result<S> computed(const Problem& p, const std::vector<S>& qkv, const std::vecto
     const DeviceArray<S> out(a.rows() * a.q_width()), dqkv(a.rows() * a.row());
     const DeviceArray<float> lse(a.rows() * a.NH), delta(a.rows() * a.NH);
     const DeviceArray<CosSin> table(p.table());
-    attention_forward<S>(out.data, lse.data, in.data, a, nullptr);
+    mma_attention_forward<S>(out.data, lse.data, in.data, a, nullptr);
     if (a.first == 0)
-        attention_backward<S>(dqkv.data, gradient.data, out.data, in.data, lse.data,
-                              p.rotated ? table.data : nullptr, delta.data, a, nullptr);
+        mma_attention_backward<S>(dqkv.data, gradient.data, out.data, in.data, lse.data,
+                                  p.rotated ? table.data : nullptr, delta.data, a, nullptr);
     CUDA(cudaDeviceSynchronize());
     return {out.values(), dqkv.values(), lse.values()};
 }
@@ -288,7 +289,7 @@ TEST(CudaAttention, SaysThatAHeadIsTooWide) {
     const AttentionShape a = {1, 8, 1, 1, 136, 136};
     float* none = nullptr;
     try {
-        attention_forward<float>(none, none, none, a, nullptr);
+        mma_attention_forward<float>(none, none, none, a, nullptr);
         FAIL();
     } catch (const Error& error) {
         EXPECT_NE(std::string(error.what()).find("at most 128"), std::string::npos);

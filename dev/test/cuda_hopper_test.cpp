@@ -9,12 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "train_gpt.cu"
-
-#include "gpt/cuda/hopper.h"
-namespace lns::cuda {
+#include "dev/sim/sim.h"
 #include "gpt/cuda/attention_hopper.cuh"
-}
 
 namespace lns::cuda {
 namespace {
@@ -245,16 +241,16 @@ __global__ void faulty_kernel(float* out, const __grid_constant__ TensorMap a_ma
     SharedMemory shared;
     bf16* a = shared.take<bf16>(2 * 64 * 64);
     bf16* b = a + 64 * 64;
-    uint64_t* there = shared.take<uint64_t>(1);
+    uint64_t* full = shared.take<uint64_t>(1);
     if (threadIdx.x == 0) {
-        barrier_init(there, 1);
+        barrier_init(full, 1);
         barrier_init_done();
-        barrier_expect(there, (fault == Fault::bytes ? 3 : 2) * 64 * 64 * int(sizeof(bf16)));
-        copy_box(a, a_map, 0, 0, 0, 0, there);
-        copy_box(b, b_map, 0, 0, 0, 0, there);
+        barrier_expect(full, (fault == Fault::bytes ? 3 : 2) * 64 * 64 * int(sizeof(bf16)));
+        copy_box(a, a_map, 0, 0, 0, 0, full);
+        copy_box(b, b_map, 0, 0, 0, 0, full);
     }
     __syncthreads();
-    if (fault != Fault::not_awaited) barrier_wait(there, 0);
+    if (fault != Fault::not_awaited) barrier_wait(full, 0);
     uint64_t a_matrix = matrix(a), b_matrix = matrix(b);
     if (fault == Fault::stride) b_matrix ^= uint64_t(3 * 512 >> 4) << 32; // 512 for 1,024
     float s[32];

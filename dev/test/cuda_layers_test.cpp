@@ -1,10 +1,11 @@
-// Products, q and k, activations, loss and optimizer of train_gpt.cu, run by the simulator, against
+// Matrices, q and k, activations, loss and AdamW of train_gpt.cu, run by the simulator, against
 // straightforward sums in double; in every order of threads, with the same bits.
 #include "train_gpt.cu"
 
 #include "dev/sim/sim.h"
 #include "gpt/base/files.h"
 #include "gpt/base/random.h"
+#include "gpt/cpu/bf16.h"
 
 #include <gtest/gtest.h>
 
@@ -155,7 +156,7 @@ Doubles widen(const Doubles& a, int64_t rows, int64_t columns, int64_t row, doub
 template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
     SCOPED_TRACE(testing::Message() << rows << " rows, " << C << " to " << OC);
     Stream stream;
-    Products products(stream);
+    CublasLt cublas(stream);
     const int64_t out_row = OC + 16;
     const double near = tolerance<S>();
     const Doubles in = numbers<S>(rows * C, "in"), w = numbers<S>(OC * C, "w", 1 / std::sqrt(C)),
@@ -169,32 +170,28 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
         const Doubles wanted = product(in, w, rows, OC, C, biased ? bias : Doubles());
         const S* bias_or_none = biased ? bias_.in() : nullptr;
         OnDevice<S> out(widen(Doubles(rows * OC), rows, OC, out_row, 5));
-        linear_forward(products, out + 0, out_row, in_.in(), w_.in(), bias_or_none, rows, C, OC,
-                       stream);
+        matmul_forward(cublas, out + 0, out_row, in_.in(), w_.in(), bias_or_none, rows, C, OC);
         expect_near(out, widen(wanted, rows, OC, out_row, 5), near);
         OnDevice<float> unrounded(rows * OC);
-        linear_forward(products, unrounded + 0, OC, in_.in(), w_.in(), bias_or_none, rows, C, OC,
-                       stream);
+        matmul_forward(cublas, unrounded + 0, OC, in_.in(), w_.in(), bias_or_none, rows, C, OC);
         expect_near(unrounded, wanted, 3e-6);
 
         Doubles activated(wanted);
         for (double& x : activated) x = gelu(x);
         OnDevice<S> a(rows * OC), hidden(rows * OC);
-        linear_gelu_forward(products, a + 0, hidden + 0, in_.in(), w_.in(), bias_or_none, rows, C,
-                            OC, stream);
+        matmul_gelu_forward(cublas, a + 0, hidden + 0, in_.in(), w_.in(), bias_or_none, rows, C,
+                            OC);
         expect_near(a, activated, 2 * near);
         expect_near(hidden, wanted, near);
     }
     {
         const Doubles wanted = product(dout, transpose(w, OC, C), rows, C, OC);
         OnDevice<S> din(rows * C);
-        linear_backward_input(products, din + 0, dout_wide.in(), out_row, w_.in(), rows, C, OC,
-                              stream);
+        matmul_backward_input(cublas, din + 0, dout_wide.in(), out_row, w_.in(), rows, C, OC);
         expect_near(din, wanted, near);
         Doubles dhidden(wanted);
         for (size_t i = 0; i < in.size(); i++) dhidden[i] *= dgelu(in[i]);
-        linear_gelu_backward_input(products, din + 0, dout_.in(), in_.in(), w_.in(), rows, C, OC,
-                                   stream);
+        matmul_gelu_backward_input(cublas, din + 0, dout_.in(), in_.in(), w_.in(), rows, C, OC);
         expect_near(din, dhidden, 2 * near);
     }
     Doubles wanted = product(transpose(dout, rows, OC), transpose(in, rows, C), OC, C, rows);
@@ -203,15 +200,15 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
     for (int64_t i = 0; i < rows; i++)
         for (int j = 0; j < OC; j++) wanted_bias[j] += dout[i * OC + j];
     OnDevice<G> dw_(dw), dbias_(dbias);
-    OnDevice<float> scratch(linear_scratch(rows, OC));
-    linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows,
-                           C, OC, scratch + 0, stream);
+    OnDevice<float> scratch(matmul_scratch(rows, OC));
+    matmul_backward_weight(cublas, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows, C,
+                           OC, scratch + 0);
     expect_near(dw_, wanted, tolerance<G>());
     in_every_order(
         [&] {
             dbias_.write(dbias);
-            linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
-                                   rows, C, OC, scratch + 0, stream);
+            matmul_backward_weight(cublas, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
+                                   rows, C, OC, scratch + 0);
         },
         dbias_);
     expect_near(dbias_, wanted_bias, tolerance<G>());
@@ -251,16 +248,16 @@ TEST(CudaLayers, MatrixOfOddWidth) {
     const Variable none("LNS_CACHE", "none");
     const int64_t rows = 7, C = 16, V = 97, row = 104;
     Stream stream;
-    Products products(stream);
+    CublasLt cublas(stream);
     const Doubles in = numbers<bf16>(rows * C, "in"), w = numbers<bf16>(V * C, "w");
     const OnDevice<bf16> in_(in), w_(w);
     OnDevice<float> out(widen(Doubles(rows * V), rows, V, row, 5));
-    linear_forward(products, out + 0, row, in_.in(), w_.in(), static_cast<const bf16*>(nullptr),
-                   rows, C, V, stream);
+    matmul_forward(cublas, out + 0, row, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
+                   C, V);
     expect_near(out, widen(product(in, w, rows, V, C), rows, V, row, 5), 3e-6);
 }
 
-// The same product by two Products gives the same bits, since the second reads what the first has
+// The same product by two CublasLt gives the same bits, since the second reads what the first has
 // measured; where the file has other things in it, they are replaced.
 TEST(CudaLayers, AlgorithmsAreRemembered) {
     namespace fs = std::filesystem;
@@ -270,10 +267,10 @@ TEST(CudaLayers, AlgorithmsAreRemembered) {
     const OnDevice<float> in(numbers<float>(rows * C, "in")), w(numbers<float>(OC * C, "w"));
     auto multiply = [&] {
         Stream stream;
-        Products products(stream);
+        CublasLt cublas(stream);
         OnDevice<float> out(rows * OC);
-        linear_forward(products, out + 0, OC, in.in(), w.in(), static_cast<const float*>(nullptr),
-                       rows, C, OC, stream);
+        matmul_forward(cublas, out + 0, OC, in.in(), w.in(), static_cast<const float*>(nullptr),
+                       rows, C, OC);
         return out.read();
     };
     auto lines = [](const std::string& text) { return std::count(text.begin(), text.end(), '\n'); };
@@ -334,10 +331,10 @@ TEST(CudaLayers, ProductsAreCaptured) {
     const OnDevice<bf16> in_(in), w_(w);
     OnDevice<bf16> out(rows * OC);
     Stream stream;
-    Products products(stream);
+    CublasLt cublas(stream);
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    linear_forward(products, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr),
-                   rows, C, OC, stream);
+    matmul_forward(cublas, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
+                   C, OC);
     cudaGraph_t graph;
     cudaGraphExec_t executable;
     CUDA(cudaStreamEndCapture(stream, &graph));
@@ -422,8 +419,9 @@ template <class S> void check_qk_forward(const QkCase& c) {
     in_every_order(
         [&] {
             out.write(qkv);
-            qk_forward(out + 0, c.norm ? raw + 0 : nullptr, stats + 0, q_weight_.in(),
-                       k_weight_.in(), eps, c.table ? table_.in() : nullptr, a, stream);
+            qk_forward<S, S>(out, out + int64_t(a.first) * a.row(), c.norm ? raw + 0 : nullptr,
+                             stats + 0, q_weight_.in(), k_weight_.in(), eps,
+                             c.table ? table_.in() : nullptr, a, stream);
         },
         out);
     expect_near(out, wanted, tolerance<S>());
@@ -678,7 +676,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     std::vector<uint32_t> decays(n / 8 / 32 + 1);
     for (int64_t i = 0; i < n / 8; i += 3) decays[i / 32] |= 1u << i % 32;
     const double norm = 50;
-    AdamWNumbers o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
+    AdamWStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
     const double scale = c.grad_clip < 0                         ? 0.25
                          : c.grad_clip > 0 && norm > c.grad_clip ? c.grad_clip / norm
                                                                  : 1;
@@ -687,12 +685,13 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     OnDevice<M> m_(m), v_(v);
     const OnDevice<G> g_(g);
     const OnDevice<uint32_t> decays_(decays);
-    const OnDevice<AdamWNumbers> o_(std::vector<AdamWNumbers>{o});
+    const OnDevice<AdamWStep> o_(std::vector<AdamWStep>{o});
     const OnDevice<double> norm_(Doubles{norm}), loss(Doubles{3}), bad(Doubles{NAN});
     Stream stream;
     auto step = [&](const double* norm, const double* loss) {
-        adamw(w_ + 0, c.with_master ? master + 0 : nullptr, g_.in(), m_ + 0, v_ + 0, decays_.in(),
-              o_.in(), norm, loss, c.stochastic, n, stream);
+        adamw_update(AdamWBuffers<S, M, G>{w_, c.with_master ? master + 0 : nullptr, g_, m_, v_,
+                                           decays_, o_, norm, loss, n},
+                     c.stochastic, stream);
     };
     step(norm_.in(), bad.in());
     step(bad.in(), loss.in());

@@ -26,10 +26,6 @@
 #endif
 #endif
 
-void lns::cuda::fail_call(const char* call, const char*, int, cudaError_t error) {
-    fail(call, ": ", cudaGetErrorName(error));
-}
-
 namespace lns::cuda {
 namespace {
 

@@ -31,7 +31,7 @@ inline uint64_t fnv1a(std::string_view bytes, uint64_t hash = 0xcbf29ce484222325
 
 // 32 bits that depend on every bit of x, in a few instructions that vectorize (an integer hash with
 // the constants of Wellons' hash-prospector).
-inline uint32_t mix_bits(uint32_t x) {
+constexpr uint32_t mix_bits(uint32_t x) {
     x = (x ^ x >> 16) * 0x21f0aaadu;
     x = (x ^ x >> 15) * 0xd35a2d97u;
     return x ^ x >> 15;
