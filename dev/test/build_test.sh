@@ -9,7 +9,7 @@ here=$PWD
 # A small program in a tree of its own.
 mkdir -p "$dir/tree/dev" "$dir/tree/gpt/base"
 cp Makefile "$dir/tree/"
-cp dev/probe.in dev/run_tests.sh "$dir/tree/dev/"
+cp dev/configure_check.in dev/run_tests.sh "$dir/tree/dev/"
 cp gpt/base/build.h gpt/base/build.cpp "$dir/tree/gpt/base/"
 cat >"$dir/tree/train_gpt.cpp" <<'END'
 #include "gpt/base/build.h"
@@ -38,7 +38,7 @@ check "switching back takes effect" says "$(./train_gpt)" "with OpenMP"
 touch -d '+1 minute' gpt/base/build.h
 out=$(make MARCH= 2>&1)
 check "a changed header compiles its users" says "$out" "CXX   train_gpt.cpp"
-sed -i '/CLI11/d' dev/probe.in
+sed -i '/CLI11/d' dev/configure_check.in
 out=$(make MARCH=x86-64 BUILD=other 2>&1)
 check "a missing library is a sentence" says "$out" "missing: run make deps"
 out=$(make CXX=no-such-compiler 2>&1)
@@ -71,16 +71,16 @@ deps() { PATH=$dir/bin UNAVAILABLE=$1 bash "$here/dev/deps.sh" 2>&1; }
 
 out=$(deps)
 check "a bare machine gets everything" test $? -eq 0
-check "what is installed is told" says "$out" "for fast matrix products"
+check "what is installed is told" says "$out" "for fast matmuls"
 check "with one command" test "$(grep -c install "$dir/apt.log")" -eq 1
 check "and no update" test "$(grep -c update "$dir/apt.log")" -eq 0
 : >"$dir/apt.log"
-check "the second time nothing is done" says "$(deps)" "everything is here already"
+check "the second time nothing is done" says "$(deps)" "all packages are installed"
 check "the second time apt is not asked" test ! -s "$dir/apt.log"
 rm "$dir/state/libdnnl-dev" "$dir/state/libcli11-dev"
 out=$(deps libdnnl-dev)
 check "without an optional package the rest is installed" test $? -eq 0
-check "the feature lost is named" says "$out" "there will be no fast matrix products"
+check "the feature lost is named" says "$out" "there will be no fast matmuls"
 check "only what is missing is asked for" silent_on "$(cat "$dir/apt.log")" "g++"
 rm "$dir/state/libcli11-dev"
 out=$(deps libcli11-dev)

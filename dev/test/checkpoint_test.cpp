@@ -127,7 +127,7 @@ TEST(Checkpoint, MissingExtraAndMisshapenTensors) {
     saved.rewrite([&](auto& tensors) {
         tensors.push_back(tensor_out({"model.layers.7.oh.weight", "F32", {1}, &one, 4}));
     });
-    EXPECT_TRUE(says(saved.load_error(), {"model.layers.7.oh.weight", "no parameter"}));
+    EXPECT_TRUE(says(saved.load_error(), {"model.layers.7.oh.weight", "not a parameter"}));
 
     saved.rewrite([&](auto& tensors) { tensors.erase(tensors.begin() + 2, tensors.begin() + 9); });
     EXPECT_TRUE(says(saved.load_error(), {"model.layers.0.self_attn.q_proj.weight'",
@@ -138,7 +138,7 @@ TEST(Checkpoint, MissingExtraAndMisshapenTensors) {
         for (const char* name : {"a", "b"})
             tensors.push_back(tensor_out({name, "F32", {1}, &one, 4}));
     });
-    EXPECT_TRUE(says(saved.load_error(), {"'a' and 'b' are no parameters"}));
+    EXPECT_TRUE(says(saved.load_error(), {"'a' and 'b' are not parameters"}));
 
     // What Hugging Face files have beside the parameters is no error.
     saved.rewrite([&](auto& tensors) {
@@ -252,7 +252,7 @@ TEST(Checkpoint, WhereOneIsDamagedTheNewestWholeOneIsNamed) {
     for (const char* older : {"step-000003", "step-000005"})
         fs::resize_file(saved.dir / older + "/config.json", 5);
     EXPECT_TRUE(says(saved.load_error(), {damaged, "No earlier checkpoint", "is whole"}));
-    // Another model than asked for is no damage.
+    // Another model is no damage.
     save_checkpoint(saved.path, saved.model, some_state(), nullptr);
     EXPECT_EQ(saved.load_error(small("qwen2")).find("whole"), std::string::npos);
 }

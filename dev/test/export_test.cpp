@@ -133,7 +133,7 @@ TEST(Export, LnsIsFoldedIntoTheNorms) {
 
 TEST(Export, LnsOfANormWithoutWeightsIsFoldedIntoTheMatricesBehindIt) {
     Exported e("olmo", "lns+scaled-init");
-    EXPECT_TRUE(says(e.run(), {"folded into 5 of them"}));
+    EXPECT_TRUE(says(e.run(), {"folded into 5 tensors"}));
     e.expect(e.read(), [](const std::string& name, int64_t) {
         const bool behind = in(name, "q_proj") || in(name, "k_proj") || in(name, "v_proj") ||
                             in(name, "gate_proj") || in(name, "up_proj");

@@ -12,7 +12,7 @@ small=(--threads 1 --layers 2 --width 16 --heads 2 -b 2 -t 16 --val-tokens 64 -v
 
 out=$(gpu "${small[@]}" --dry-run)
 check "a GPU is used where there is one" says "$out" "GPU        simulated GPU"
-check "in bf16" says "$out" "numbers    bf16,"
+check "in bf16" says "$out" "precision  bf16,"
 check "its memory is planned" says "$out" "of the GPU's: parameters"
 out=$(gpu "${small[@]}" --dry-run --dtype bf16 --master-weights no --moments bf16)
 check "pure bf16 has gradients in bf16" says "$out" "bf16 gradients"
@@ -25,7 +25,7 @@ check "a CPU where there is none" says "$out" "not on a GPU: there is no NVIDIA 
 out=$(LNS_SIM_ARCH=0 gpu --device cuda)
 check "one that is asked for and is not there" says "$out" "train_gpt: --device cuda: there is no"
 out=$(LNS_SIM_MEMORY=600M gpu bench -m llama-9m -b 64 -t 256)
-check "too little memory is a sentence" says "$out" "600 MiB there are"
+check "too little memory is a sentence" says "$out" " of 600 MiB free"
 check "that says what would fit" grep -qE "try --batch [0-9]+, or --batch [0-9]+ with --recompute" <<<"$out"
 
 for way in mixed pure float32; do

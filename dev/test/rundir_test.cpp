@@ -149,7 +149,7 @@ TEST(RunDirectory, OneThatDisappearsIsToldAndMadeAgain) {
     run.append("{\"step\":1}");
     EXPECT_EQ(run.mend(), "");
     fs::rename(dir / "runs", dir / "moved");
-    EXPECT_TRUE(says(run.mend(), {dir / "runs/a was removed, renamed", "made again"}));
+    EXPECT_TRUE(says(run.mend(), {dir / "runs/a was removed, renamed", "recreated"}));
     EXPECT_EQ(run.mend(), "");
     run.append("{\"step\":2}");
     EXPECT_EQ(read_bytes(dir / "runs/a/log.jsonl"), "{\"step\":2}\n");
@@ -157,13 +157,13 @@ TEST(RunDirectory, OneThatDisappearsIsToldAndMadeAgain) {
     EXPECT_TRUE(says(error_of([&] { RunDirectory::lock(dir / "runs/a"); }), {"another run"}));
 
     fs::remove(dir / "runs/a/log.jsonl");
-    EXPECT_TRUE(says(run.mend(), {"log.jsonl was removed", "made again"}));
+    EXPECT_TRUE(says(run.mend(), {"log.jsonl was removed", "recreated"}));
     fs::remove_all(dir / "runs");
     write_bytes(dir / "runs", "a file in its way");
-    EXPECT_TRUE(says(run.mend(), {"cannot be made again"}));
-    EXPECT_TRUE(says(error_of([&] { run.checkpoint_path(2); }), {"cannot be made again"}));
+    EXPECT_TRUE(says(run.mend(), {"cannot be recreated"}));
+    EXPECT_TRUE(says(error_of([&] { run.checkpoint_path(2); }), {"cannot be recreated"}));
     fs::remove(dir / "runs");
-    EXPECT_TRUE(says(run.mend(), {"made again, without"}));
+    EXPECT_TRUE(says(run.mend(), {"recreated without"}));
     make_checkpoint(run, 2);
     EXPECT_EQ(steps(run), Steps{2});
 }

@@ -161,8 +161,8 @@ TEST(Safetensors, DamageIsASentenceThatNamesTheFile) {
     EXPECT_TRUE(says(error_of_header("[]"), {"does not begin with '{'"}));
     EXPECT_TRUE(says(error_of_header("{\"x\""), {"not valid JSON"}));
     EXPECT_TRUE(says(error_of_header("{\"\xff\":{}}"), {"not valid JSON"}));
-    EXPECT_TRUE(says(error_of_header("{\"x\":3}"), {"'x'", "no object"}));
-    EXPECT_TRUE(says(error_of_header(R"({"__metadata__":{"k":3}})"), {"'k'", "no string"}));
+    EXPECT_TRUE(says(error_of_header("{\"x\":3}"), {"'x'", "not an object"}));
+    EXPECT_TRUE(says(error_of_header(R"({"__metadata__":{"k":3}})"), {"'k'", "not a string"}));
     EXPECT_EQ(error_of_header("{}"), "");
     EXPECT_TRUE(says(error_of_header("{}", 4), {"4 bytes of data", "account for 0"}));
 
