@@ -48,9 +48,9 @@ using Doubles = std::vector<double>;
 struct Problem {
     AttentionShape a;
     bool rotated;
-    double spread = 1; // of q and k: how peaked the softmax is
+    double spread = 1; // of q and k: determines how peaked the softmax is
 
-    // Padding channels are 0, as the model's are.
+    // Padding channels are 0, as in the model.
     template <class S>
     std::vector<S> values(int64_t rows, int heads, uint32_t seed, int spread_heads = 0) const {
         std::mt19937 random(seed);
@@ -77,7 +77,7 @@ struct Expected {
     Doubles out, lse, dqkv;
 };
 
-// The definition, a query at a time.
+// The definition, one query at a time.
 template <class S>
 Expected expected(const Problem& p, const std::vector<S>& qkv, const std::vector<S>& dout) {
     const AttentionShape& a = p.a;
@@ -149,7 +149,7 @@ double norm(const Doubles& x, const Columns& columns) {
     return std::sqrt(sum);
 }
 
-// ‖x − expected‖ over ‖expected‖ or `at_least`.
+// ‖x − expected‖ / max(‖expected‖, at_least).
 template <class X>
 double error(const std::vector<X>& x, const Doubles& expected, const Columns& columns,
              double at_least = 0) {
@@ -219,7 +219,7 @@ const int head_sizes[][2] = {{8, 8}, {16, 16}, {48, 48}, {56, 52}, {64, 64}, {80
 const int heads[][2] = {{1, 1}, {4, 2}, {4, 1}};
 const int lengths[] = {1, 7, 64, 65, 130, 200};
 
-// Every length with every size of head, and the numbers of heads in turns.
+// Every length with every head size, cycling through the numbers of heads.
 template <class S> void check_all() {
     Worst worst;
     int n = 0;
@@ -238,9 +238,9 @@ template <class S> void check_all() {
 TEST(CudaAttention, IsItsDefinitionInBf16) { check_all<bf16>(); }
 TEST(CudaAttention, IsItsDefinitionInFloat) { check_all<float>(); }
 
-// Scores far apart, so that a row's reference moves often and most probabilities are 0, and of one
-// size, so that the gradient is a small difference.
-TEST(CudaAttention, IsExactWhereTheSoftmaxIsPeakedAndWhereItIsFlat) {
+// Scores far apart, so that the running maximum changes often and most probabilities are 0, and of
+// equal size, so that the gradient is a small difference.
+TEST(CudaAttention, IsExactForPeakedAndForFlatSoftmax) {
     for (double spread : {0.05, 4.0}) {
         Worst worst;
         check<bf16>({{1, 256, 2, 1, 64, 64}, false, spread}, worst);
@@ -285,7 +285,7 @@ TEST(CudaAttention, BeginsWhereItIsTold) {
     }
 }
 
-TEST(CudaAttention, SaysThatAHeadIsTooWide) {
+TEST(CudaAttention, RefusesAHeadThatIsTooWide) {
     const AttentionShape a = {1, 8, 1, 1, 136, 136};
     float* none = nullptr;
     try {

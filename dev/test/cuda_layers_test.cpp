@@ -18,7 +18,7 @@
 namespace lns::cuda {
 namespace {
 
-// What the device has is what the host gave, rounded to X.
+// The device's copy equals the host's, rounded to X.
 template <class X> struct OnDevice {
     X* data = nullptr;
     int64_t size = 0;
@@ -52,7 +52,7 @@ template <class X> struct OnDevice {
 
 using Doubles = std::vector<double>;
 
-// Normal numbers that X holds exactly.
+// Normally distributed numbers, rounded to X.
 template <class X> Doubles numbers(int64_t n, const char* name, double std = 1) {
     Doubles x(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; i++)
@@ -76,7 +76,7 @@ template <class X> void expect_near(const OnDevice<X>& got, const Doubles& wante
     EXPECT_LT(distance(got.read(), wanted), allowed);
 }
 
-// Runs body, which fills these anew, in every order of threads: the bits must be the same.
+// Runs body, which refills these, in every order of threads; the bits must be the same.
 template <class... X>
 void in_every_order(const std::function<void()>& body, const OnDevice<X>&... filled) {
     std::string first;
@@ -94,7 +94,7 @@ void in_every_order(const std::function<void()>& body, const OnDevice<X>&... fil
     });
 }
 
-// An environment variable for the time of a test.
+// Sets an environment variable during a test.
 struct Variable {
     std::string name;
     Variable(const char* name, const std::string& value) : name(name) {
@@ -103,7 +103,7 @@ struct Variable {
     ~Variable() { unsetenv(name.c_str()); }
 };
 
-// A name for a directory that is not there, and will be removed.
+// The name of a directory that does not exist yet and will be removed.
 struct Directory {
     std::string path =
         (std::filesystem::temp_directory_path() / cat("lns-cuda-test-", getpid())).string();
@@ -145,7 +145,7 @@ Doubles transpose(const Doubles& a, int64_t rows, int64_t columns) {
     return t;
 }
 
-// (rows, columns) with `row` elements from one row to the next; what lies between is `filling`.
+// (rows, columns) with a row stride of `row`; elements between rows are `filling`.
 Doubles widen(const Doubles& a, int64_t rows, int64_t columns, int64_t row, double filling) {
     Doubles wide(static_cast<size_t>(rows * row), filling);
     for (int64_t i = 0; i < rows; i++)
@@ -233,7 +233,7 @@ TEST(CudaLayers, MatricesWithoutEpilogues) {
     check_all_matrices();
 }
 
-// What is measured on the way damages nothing, not even what a product is added to.
+// Tuning damages nothing, not even the output that a product is added to.
 TEST(CudaLayers, MeasuredMatrices) {
     const Directory cache;
     const Variable where("LNS_CACHE", cache.path);
@@ -243,7 +243,7 @@ TEST(CudaLayers, MeasuredMatrices) {
     check_matrices<bf16, float>(9, 24, 16);
 }
 
-// The head: V columns, `row` elements from one row to the next.
+// The head: V columns with a row stride of `row`.
 TEST(CudaLayers, MatrixOfOddWidth) {
     const Variable none("LNS_CACHE", "none");
     const int64_t rows = 7, C = 16, V = 97, row = 104;
@@ -292,7 +292,7 @@ TEST(CudaLayers, AlgorithmsAreRemembered) {
         EXPECT_EQ(lines(read_file(file)), 1);
         EXPECT_EQ(multiply(), again);
     }
-    // Where nothing can be remembered, cuBLASLt's guess has the same bits each time.
+    // Without a cache, cuBLASLt's heuristic gives the same bits each time.
     fs::remove_all(directory.path);
     write_file_atomic(directory.path, "a file where the directory should be");
     const Doubles guessed = multiply();
@@ -302,8 +302,8 @@ TEST(CudaLayers, AlgorithmsAreRemembered) {
     EXPECT_EQ(multiply(), guessed);
 }
 
-// Of two processes that measure the same, the second takes what the first has written.
-TEST(CudaLayers, CacheSettlesOnTheFirst) {
+// If two processes measure the same product, the second uses the first one's result.
+TEST(CudaLayers, CacheKeepsTheFirst) {
     const Directory directory;
     const Variable where("LNS_CACHE", directory.path);
     Cache one("test.txt"), other("test.txt");
@@ -323,7 +323,7 @@ TEST(CudaLayers, CacheSettlesOnTheFirst) {
     EXPECT_FALSE(std::filesystem::exists(directory.path));
 }
 
-// Under capture, where nothing can be measured, a product that is met for the first time works too.
+// During capture, when nothing can be measured, a new product works too.
 TEST(CudaLayers, ProductsAreCaptured) {
     const Variable none("LNS_CACHE", "none");
     const int64_t rows = 7, C = 16, OC = 24;
@@ -469,7 +469,7 @@ template <class S, class G> void check_qk_norm_backward(const QkCase& c) {
                 dy[i] = rstd * (weight[i] * dy[i] - x[i] * rstd * dot / real);
         }
     OnDevice<S> out(dqkv);
-    // Of raw's padding nothing is read.
+    // raw's padding is not read.
     Doubles raw_of_any_padding = raw;
     for (size_t i = 0; i < raw.size(); i++)
         if (int(i) % a.HS >= a.channels) raw_of_any_padding[i] = NAN;
@@ -541,7 +541,7 @@ TEST(CudaLayers, Activations) {
             check_activations<bf16>(rows, H), check_activations<float>(rows, H);
 }
 
-// Activations far out are 0 or x, and never NaN.
+// Activations of large values are 0 or x, never NaN.
 TEST(CudaLayers, LargeActivations) {
     const Doubles h = {-1e30, -1e4, -100, -20, 20, 100, 1e4, 1e30};
     const OnDevice<float> h_(h), ones(Doubles(8, 1.0));
@@ -617,12 +617,12 @@ TEST(CudaLayers, Loss) {
         check_loss<bf16>(rows, 97, 128), check_loss<float>(rows, 8, 8);
     }
     check_loss<bf16>(3, 5003, 5008), check_loss<float>(3, 1, 8);
-    // One that does not fit shared memory, and one that leaves no room for a second block.
+    // A row that exceeds shared memory, and one that leaves no room for a second block.
     check_loss<float>(4, 59999, 60000), check_loss<float>(4, 39999, 40000);
     check_loss<bf16>(4, 119999, 120000);
 }
 
-TEST(CudaLayers, LossOfLogitsThatAreNotFinite) {
+TEST(CudaLayers, LossOfNonFiniteLogits) {
     Stream stream;
     const OnDevice<int> target(std::vector<int>{3});
     const OnDevice<float> scale(Doubles{1});
@@ -634,7 +634,7 @@ TEST(CudaLayers, LossOfLogitsThatAreNotFinite) {
         cross_entropy<float>(loss + 0, x + 0, true, target.in(), scale.in(), 1, 97, 104, stream);
         EXPECT_FALSE(std::isfinite(loss.read()[0]));
     }
-    // Where some probabilities are 0 there is a loss, large as it may be.
+    // The loss is finite, if large, when probabilities are 0.
     Doubles logits(104, -200.0);
     logits[7] = 300;
     OnDevice<float> x(logits);
@@ -726,7 +726,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
         }
         drift += (got_w[i] - x) / std::max(std::abs(x), 1e-3);
         if (!c.stochastic) continue;
-        // What the CPU draws from the same bits, but where the sums before differ by rounding.
+        // The same random rounding as on the CPU, except where the sums differ by rounding.
         const uint32_t random = lns::mix_bits(uint32_t(i) * 0x9E3779B9u + o.step);
         const uint16_t cpu = round_stochastically(float(m1), random);
         different += got_m[i] != double(std::bit_cast<float>(uint32_t(cpu) << 16));

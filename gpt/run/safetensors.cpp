@@ -247,7 +247,7 @@ Safetensors::Safetensors(const std::string& path) : path_(path) {
 void Safetensors::parse() {
     const char* file = reinterpret_cast<const char*>(file_.data());
     const size_t size = file_.size();
-    if (std::string_view(file, size).starts_with(lfs_pointer))
+    if (is_lfs_pointer({file, size}))
         fail(path_, " is a Git LFS pointer, not the file itself: fetch it with git lfs pull");
     uint64_t length;
     std::memcpy(&length, file, sizeof length);
