@@ -2,18 +2,18 @@
 """Draws runs side by side: the variance of the residual stream after each layer, and the
 validation loss as training went on.
 
-    scripts/picture.py RUN_PRE RUN_LNS -o scripts/lns.svg [--png FILE.png]
+    scripts/picture.py RUN_PRE RUN_LNS -o docs/lns.svg [--png FILE.png]
 
 RUN is a directory that ./train_gpt -o wrote to its end. The same runs give the same bytes, with
 the same version of Matplotlib.
 """
 
 import argparse
-import os
 import sys
 
-from plotting import COLOURS, GRID, MONO, LogLocator, count, pyplot, spread, use_style
+from figures import COLOURS, GRID, MONO, LogLocator, count, pyplot, spread, use_style
 from runs import Run, RunError
+from table import HARMLESS, differing_flags
 
 FONT_SIZE = 12  # points; at its own width the picture fits a README's column
 WIDTH, HEIGHT = 8.6, 3.7  # inches
@@ -25,7 +25,7 @@ def labels_of(runs):
     schemes = [run.scheme for run in runs]
     if len(set(schemes)) == len(schemes):
         return schemes
-    return [os.path.basename(os.path.abspath(run.path)) for run in runs]
+    return [run.name for run in runs]
 
 
 def check(run):
@@ -43,17 +43,9 @@ def check(run):
 
 def warn_of_differences(runs):
     """A comparison means something where only the scheme differs."""
-    harmless = {"--norm", "--threads", "--device", "--keep", "--save-every", "--batch"}
-    harmless |= {"--sample-every", "--sample-tokens", "--prompt", "--temperature"}
-    harmless |= {"--top-k", "--top-p"}
-    for run in runs[1:]:
-        names = (set(run.flags) | set(runs[0].flags)) - harmless
-        differ = sorted(n for n in names if run.flags.get(n) != runs[0].flags.get(n))
-        if differ:
-            print(
-                f"picture.py: note: {runs[0].path} and {run.path} differ in {', '.join(differ)}",
-                file=sys.stderr,
-            )
+    names = set(differing_flags(runs)) - (HARMLESS - {"--seed"})
+    if names:
+        print(f"picture.py: note: the runs differ in {', '.join(sorted(names))}", file=sys.stderr)
 
 
 def label_ends(axes, ends, labels):

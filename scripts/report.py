@@ -21,10 +21,10 @@ import statistics
 import sys
 
 import figures
-from groups import by_tokenizer, check, drawn_of, group_runs, mean_and_spread, perplexity, reference
-from groups import tokenizer_name, tokens_to_reach
-from plotting import COLOURS, GRID, TEXT, count, matplotlib, pyplot
+from figures import COLOURS, GRID, TEXT, count, matplotlib, pyplot
 from runs import RISE, STUCK, Run, RunError, judge_together
+from table import by_tokenizer, check, drawn_of, group_runs, mean_and_spread, perplexity, reference
+from table import tokenizer_name, tokens_to_reach
 
 # Of the SVG's colours, what the page sets by itself: in the dark they are lighter.
 VARIABLES = {TEXT: "ink", GRID: "grid", **{c: f"c{i}" for i, c in enumerate(COLOURS)}}
