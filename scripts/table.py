@@ -19,16 +19,16 @@ import sys
 
 from runs import DATA, Run, RunError, judge_together, number
 
-# Flags that leave a run's result as it is, or change it no more than a seed does.
+# Flags that do not change the result of a run, or change it no more than a seed does.
 HARMLESS = {"--seed", "--threads", "--device", "--keep", "--save-every", "--val-every", "--batch"}
 HARMLESS |= {"--sample-every", "--sample-tokens", "--prompt", "--temperature", "--top-k", "--top-p"}
 HARMLESS |= {"--recompute", "--probe-every", "--probe-tokens", "--probes", "--profile"}
-MANY = 8  # groups, from where on pictures show of each scheme only the best learning rate
+MANY = 8  # with more groups, pictures show only the best learning rate of each scheme
 
 
 class Group:
-    """runs: that differ only by seed; label; tokenizer: a key that is equal where perplexities may
-    be compared; tag: the label in a picture; index: of its colour and line."""
+    """Runs that differ only by seed. label: in tables; tag: in pictures; index: of colour and line;
+    tokenizer: groups with equal keys have comparable perplexities."""
 
     def __init__(self, runs):
         self.runs = runs
@@ -55,7 +55,7 @@ class Group:
 
     @property
     def losses(self):
-        """The last validation losses, nats a token, of the finished runs."""
+        """The last validation losses of the finished runs, in nats per token."""
         return [run.validations[-1][1] for run in self.finished if run.validations]
 
     @property
@@ -77,13 +77,13 @@ class Group:
 
     @property
     def counted(self):
-        """The runs that have a log and did not diverge; all if all did."""
+        """The runs that have a log and did not diverge; all, if all diverged."""
         judged = zip(self.runs, self.outcomes)
         return [run for run, (word, _) in judged if word in ("finished", "short")] or self.logged
 
     @property
     def curve(self):
-        """[(tokens, the validation losses of the runs that count)], where each of them has one."""
+        """[(tokens, validation losses of the counted runs)], at tokens where all have one."""
         curves = [dict(run.validations) for run in self.counted if run.validations]
         if not curves:
             return []
@@ -92,8 +92,8 @@ class Group:
 
     @property
     def bits_per_byte(self):
-        """Of each finished run; None where the log does not tell. A token of the byte tokenizer is
-        a byte (the end of a document counts as one)."""
+        """Of each finished run; None if a log lacks it. With the byte tokenizer a token is a byte
+        (end-of-text counts as one)."""
         found = []
         for run in self.finished:
             if run.validations and run.tokenizer.get("kind") == "bytes":
@@ -108,7 +108,7 @@ class Group:
 
     @property
     def probe(self):
-        """Of the first run that has one."""
+        """The probe of the first run that has one."""
         return next((run.probe for run in self.runs if run.probe), None)
 
     @property
@@ -117,7 +117,7 @@ class Group:
 
     @property
     def but_lr(self):
-        """Equal for groups that differ in nothing but the learning rate."""
+        """A key that is equal for groups that differ only in the learning rate."""
         return (self.scheme, *sorted((k, v) for k, v in self.flags.items() if k != "--lr"))
 
     @property
@@ -138,8 +138,8 @@ def mean_and_spread(values, digits=2):
 
 
 def tokens_to_reach(curve, loss):
-    """The tokens at which a curve first is at the loss or below, on a straight line between its
-    points; None if it never is."""
+    """The tokens at which a curve first reaches the loss, interpolated linearly; None if it never
+    does."""
     before = None
     for tokens, values in curve:
         value = statistics.fmean(values)
@@ -190,8 +190,8 @@ def group_runs(runs):
 
 
 def label_groups(groups):
-    """The scheme, and what tells groups of the same scheme apart: the learning rate, and other flags
-    where they are not as in most groups."""
+    """Labels groups by scheme and, if several share a scheme, by the learning rate and by flags that
+    most groups do not have."""
     usual = usual_flags(groups)
     for scheme in {group.scheme for group in groups}:
         same = [group for group in groups if group.scheme == scheme]
@@ -217,13 +217,13 @@ def label_groups(groups):
 
 
 def rounded(value):
-    """What a flag says, a long number in short: 0.632455532034 as 0.632."""
+    """The value of a flag, with long numbers shortened: 0.632455532034 becomes 0.632."""
     text = str(value or "–")
     return f"{number(text):.3g}" if len(text) > 8 and math.isfinite(number(text)) else text
 
 
 def usual_flags(groups):
-    """{flag: its value in more than half of the groups}."""
+    """{flag: the value that more than half of the groups have}."""
     flagged = [group.flags for group in groups if group.flags]
     usual = {}
     for name in {name for flags in flagged for name in flags}:
@@ -240,7 +240,7 @@ def differing_flags(groups):
 
 
 def set_tokenizers(groups):
-    """A run that ended before its first checkpoint has the tokenizer of a run on the same data."""
+    """A run without a checkpoint gets the tokenizer of a run on the same data."""
     by_data = {}
     for group in groups:
         for run in group.logged:
@@ -272,8 +272,7 @@ def tokenizer_name(key):
 
 
 def by_tokenizer(groups):
-    """[(key, groups)] of the groups that have a log: only within one may perplexities be
-    compared."""
+    """[(key, groups)] of the groups that have a log; perplexities are comparable within one only."""
     classes = {}
     for group in groups:
         if group.logged:
@@ -282,8 +281,8 @@ def by_tokenizer(groups):
 
 
 def reference(groups):
-    """The Pre-LN result: the best finished group under `pre`, of those that differ from most
-    groups in nothing but the learning rate if there is one; or None."""
+    """The Pre-LN result: the best finished group under `pre`, preferably with the flags that most
+    groups have, except the learning rate; or None."""
     usual = usual_flags(groups)
     pre = [group for group in groups if group.scheme == "pre" and group.losses]
 
@@ -295,8 +294,8 @@ def reference(groups):
 
 
 def drawn_of(groups):
-    """The groups that a picture shows: all, or, if they are many, of those that differ only in
-    learning rate the best. Their tags tell them apart."""
+    """The groups that a picture shows: all, or if they are many, the best learning rate of each.
+    Sets their tags."""
     best = {}
     for group in groups:
         key = group.label
@@ -366,7 +365,7 @@ def check(runs):
 
 
 def row(run):
-    """The table's cells, and what it is sorted by."""
+    """(sort key, cells) of a run."""
     losses = [loss for _, loss in run.validations]
     word, sentence = run.outcome()
     cells = [run.scheme, "-", "-", "-", "-", sentence]
