@@ -101,7 +101,7 @@ done
 rates='' seeds=1 variants='' second_seed='' vocabulary=32000 val_every=1000 val_tokens=10000000
 case $preset in
 '')
-    flags=() seeds=''
+    flags=() seeds='' val_every=100 val_tokens=131072 # the program's defaults
     usual='pre lns post mix sandwich deepnorm'
     ;;
 laptop)
