@@ -17,12 +17,12 @@ CUDA_ARCH ?= sm_80 sm_90a compute_90#  GPUs to compile for; compute_N: for newer
 WERROR   ?= 1#          0: a warning of a compiler newer than ours does not stop the build
 BUILD    ?= build
 V        ?= 0#          1: print whole commands
-JOBS     ?= $(if $(filter-out 1,$(shell nproc 2>/dev/null || echo 1)),2,1)#  tests at a time
+JOBS     ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 1) + 1)))#  tests at a time: many of them wait
 
 .DEFAULT_GOAL := train_gpt
 comma := ,
 .DELETE_ON_ERROR:
-.PHONY: deps test test-oracles bench fuzz fuzz-binary test-binaries format check-format clean help FORCE
+.PHONY: all deps test test-oracles bench fuzz fuzz-binary compile_commands tidy format check-format clean help FORCE
 MAKEFLAGS += --no-builtin-rules
 ifeq ($(MAKELEVEL)$(findstring -j,$(MAKEFLAGS)),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
@@ -83,7 +83,7 @@ ifneq ($(shell $(CXX) $(cpu) -dM -E -x c++ /dev/null 2>/dev/null | grep -w __AVX
 optimize += -mprefer-vector-width=512
 endif
 endif
-test_optimize := $(filter-out -O3,$(optimize)) -O1
+quick := $(optimize:-O3=-O1)
 flags := -std=c++20 $(cpu) $(warnings) $(openmp) -I. $(CPPFLAGS) $(CXXFLAGS)
 libs := $(LDFLAGS) $(if $(filter Linux,$(shell uname)),-Wl$(comma)--as-needed) -lpthread
 ifneq ($(call found,ONEDNN),)
@@ -151,8 +151,10 @@ $O/libgpt.a: $(library)
 $O/%.o: %.cpp | $O/.found
 	@mkdir -p $(@D)
 	$(call say,CXX,$<)$(CXX) $(optimize) $(flags) -MMD -MP -c $< -o $@
-$O/test_gpt.o: optimize += -DTESTING
-$(tests): optimize := $(test_optimize)
+# What waits for files and people is compiled quickly, and test_gpt in between.
+computes := $(addprefix gpt/,base/checksum.cpp run/probe.cpp run/checkpoint.cpp run/safetensors.cpp run/export.cpp)
+$(tests) $(call objects,$(filter-out $(computes),$(wildcard gpt/run/*.cpp gpt/base/*.cpp data/*.cpp))): optimize := $(quick)
+$O/test_gpt.o: optimize := $(optimize:-O3=-O2) -DTESTING
 ifneq ($(cuda_source),)
 $(cuda_object): train_gpt.cu | $O/.found
 	@mkdir -p $(@D)
@@ -195,7 +197,7 @@ $(tests): | $(if $(call word_of,GTEST),,no-GTEST)
 
 # The simulated GPU (dev/sim/README.md): train_gpt.cu compiled by the host's compiler. Its objects
 # have a folder of their own, named after what they are compiled with.
-sim_optimize := $(if $(call yes,$(SANITIZE)),$(optimize),-O2 -fsanitize=alignment -fno-sanitize-recover=alignment) -g
+sim_optimize := $(if $(call yes,$(SANITIZE)),$(optimize),-O2 -fsanitize=alignment -fno-sanitize-recover=alignment)
 sim_flags := $(filter-out -DLNS_CUDA,$(flags)) -Idev/sim -DLNS_CUDA -DLNS_SIM -fno-strict-aliasing -Wno-unknown-pragmas \
     $(if $(call found,MPI),-DLNS_NCCL) $(if $(call word_of,BOOSTCONTEXT),-DLNS_BOOST_CONTEXT)
 sim_libs := $(filter-out -lnccl -lcublasLt -lcudart_static,$(libs)) $(if $(call word_of,BOOSTCONTEXT),-lboost_context)
@@ -212,7 +214,7 @@ sim_test_programs := $(if $(and $(call yes,$(SIM)),$(filter Linux,$(shell uname)
 $(sim_programs): %: $S/% FORCE
 	@[ $< -ef $@ ] || ln -f $< $@ 2>/dev/null || cp -f $< $@
 $S/train_gpt_sim: $O/train_gpt.o $S/train_gpt.cu.o
-$S/test_gpt_sim: $S/test_gpt.o $S/train_gpt.cu.o
+$S/test_gpt_sim: $O/test_gpt.o $S/train_gpt.cu.o
 $(sim_tests:dev/test/%.cpp=$S/%): $S/%: $S/dev/test/%.o
 $(sim_tests:dev/test/%.cpp=$S/%): sim_libs += -lgtest_main -lgtest
 $(addprefix $S/,$(sim_programs)) $(sim_tests:dev/test/%.cpp=$S/%): $(sim_library) $O/libgpt.a
@@ -223,13 +225,23 @@ $S/%.o: %.cpp | $O/.found
 $S/%.cu.o: %.cu | $O/.found
 	@mkdir -p $(@D)
 	$(call say,SIM,$<)$(CXX) $(sim_optimize) $(sim_flags) -MMD -MP -x c++ -c $< -o $@
-$S/test_gpt.o: sim_optimize += -DTESTING
 $S/dev/sim/products.o: sim_optimize := -O3 -g
 $(sim_tests:%.cpp=$S/%.o): | $(if $(call word_of,GTEST),,no-GTEST)
 
 test: $(if $(call yes,$(SANITIZE)),,$(existing) $(if $(sim_test_programs),train_gpt_sim)) $O/unit_tests $(sim_test_programs)
 	@JOBS="$(JOBS)" dev/run_tests.sh $(if $(call yes,$(SANITIZE)),,test_gpt) $(filter %/test_gpt_sim,$(sim_test_programs)) $O/unit_tests \
 	    $(filter-out %/test_gpt_sim,$(sim_test_programs)) $(if $(call yes,$(SANITIZE)),,$(wildcard dev/test/*.sh))
+
+all: $(existing) $(if $(sim_test_programs),$(sim_programs))
+
+# For editors and clang-tidy: how each file is compiled.
+compiled := $(wildcard train_gpt.cpp test_gpt.cpp gpt/*/*.cpp data/*.cpp dev/test/*_test.cpp dev/sim/*.cpp)
+compile_commands: $O/build_info.h
+	@$(file >compile_commands.json,[)$(foreach f,$(compiled),$(file >>compile_commands.json,{"directory": "$(CURDIR)"$(comma) \
+	    "file": "$f"$(comma) "command": "$(CXX) $(optimize) $(if $(filter dev/sim/% $(sim_tests),$f),$(sim_flags),$(flags)) -I$O \
+	    -c $f"}$(if $(filter $f,$(lastword $(compiled))),,$(comma))))$(file >>compile_commands.json,])
+tidy: compile_commands
+	@printf '%s\n' $(filter-out dev/%,$(compiled)) | xargs -P $(JOBS) -n 1 clang-tidy -p . --quiet --warnings-as-errors='*'
 
 # Against PyTorch, transformers and TensorBoard, in an environment of their own.
 test-oracles: train_gpt
@@ -269,7 +281,7 @@ help:
 	@echo 'make [train_gpt]     the trainer'
 	@echo 'make deps            install what is missing (apt; elsewhere, say what to install; Python'"'"'s'
 	@echo '                     packages into build/venv)'
-	@echo 'make test            build and run every test, JOBS=2 at a time; make test_gpt builds the'
+	@echo 'make test            build and run every test, JOBS at a time; make test_gpt builds the'
 	@echo '                     gradient checks alone'
 	@echo 'make test-oracles    against PyTorch, transformers and TensorBoard, installed under build/oracles'
 	@echo 'make fuzz            every parser under libFuzzer (clang): SECONDS=60 of each, TARGETS="json flags"'
@@ -280,6 +292,8 @@ help:
 	@echo 'make data/tokenize   text to token shards'
 	@echo 'make data/vocabulary learns a SentencePiece model from text'
 	@echo 'make data/stories    the generator of the embedded corpus'
+	@echo 'make all             every program, the simulated GPU too; make compile_commands: for editors'
+	@echo 'make tidy            clang-tidy, with .clang-tidy'"'"'s checks'
 	@echo 'make format          clang-format in place; make check-format only looks'
 	@echo 'make clean           remove what was built, not what was installed under build/'
 	@echo

@@ -18,16 +18,13 @@
 
 #include <nlohmann/json.hpp>
 
+#include "dev/sim/simulated_gpu.h"
 #include "gpt/base/ranks.h"
 #include "gpt/base/terminal.h"
 #include "gpt/cpu/gemm_kernel.h"
 #include "gpt/cuda/gpu.h"
 #include "gpt/run/probe.h"
 #include "gpt/run/safetensors.h"
-#ifdef LNS_SIM
-#include "dev/sim/runtime.h"
-#include "dev/sim/sim.h"
-#endif
 
 namespace lns {
 
@@ -70,9 +67,12 @@ struct Row {
 
 using Doubles = std::vector<double>;
 
+// Normal; number i depends on the name alone. They are drawn once: most rows ask for the same.
 Doubles random_values(size_t n, const std::string& name, double mean = 0, double std = 1) {
-    Doubles x(n);
-    for (size_t i = 0; i < n; i++) x[i] = mean + std * random_normal(1, fnv1a(name), i);
+    static thread_local std::map<std::string, Doubles> all;
+    Doubles &drawn = all[name], x(n);
+    for (size_t i = drawn.size(); i < n; i++) drawn.push_back(random_normal(1, fnv1a(name), i));
+    for (size_t i = 0; i < n; i++) x[i] = mean + std * drawn[i];
     return x;
 }
 
@@ -1169,9 +1169,9 @@ std::map<std::string, Doubles> tensors_of(Model& model, Buffer buffer) {
 }
 
 // Weights that bf16 has exactly: matrices of the size of a model's start; norms, biases and gates
-// as they start, or at values that are not special.
+// as they start, or at values that are not special. Moments are 0 where the model is new.
 void fill_like(Model& model, bool as_started = false) {
-    model.initialize(1); // moments too
+    if (as_started) model.initialize(1); // moments too
     for (const Param& p : model.registry.params) {
         std::vector<float> values(p.size());
         model.read(Buffer::parameters, p, values.data());
@@ -1338,7 +1338,8 @@ Row check_layers(const std::string& prefix, const std::string& name, const std::
 // ---------------------------------------------------------------------------------------------
 // The GPU, against the CPU: train_gpt.cu through the interface that both implement
 
-#ifdef LNS_CUDA
+// Of a program without the simulator.
+[[gnu::weak]] const SimulatedGpu* simulated_gpu() { return nullptr; }
 
 const Ranks& alone() {
     static const Ranks ranks;
@@ -1372,9 +1373,10 @@ Trained train_once(Model& model, int B, int T, bool as_started = false) {
     // With so large an eps the step is nearly linear in the gradient, and with so large a rate it
     // is not below the weights' rounding: its error is the gradient's.
     model.update({.lr = 100, .eps = 1, .weight_decay = 1e-3, .step = 1, .grad_scale = 0.5});
-    for (const auto& [name, after] : tensors_of(model, Buffer::parameters))
-        for (size_t i = 0; i < after.size(); i++)
-            out.change[name][i] = after[i] - out.change[name][i];
+    for (const auto& [name, after] : tensors_of(model, Buffer::parameters)) {
+        Doubles& change = out.change[name];
+        for (size_t i = 0; i < after.size(); i++) change[i] = after[i] - change[i];
+    }
     return out;
 }
 
@@ -1451,6 +1453,7 @@ Row check_gpu_bits(const std::string& name, const std::string& scheme, DType dty
     ModelOptions options{.dtype = dtype};
     std::unique_ptr<Model> model = gpu_model(c, B, T, options);
     const Trained first = train_once(*model, B, T);
+    model->initialize(1);
     row.add("again", !same_bits(train_once(*model, B, T), first), 0);
     int64_t bytes = model->bytes();
     for (Recompute again : {Recompute::activations, Recompute::layers}) {
@@ -1466,13 +1469,14 @@ Row check_gpu_bits(const std::string& name, const std::string& scheme, DType dty
             row.add(again == Recompute::layers ? "layers" : "activations", !same_bits(found, first),
                     0);
     }
-#ifdef LNS_SIM
-    options.recompute = Recompute::none;
-    int different = 0;
-    sim::in_every_order(
-        [&] { different += !same_bits(train_once(*gpu_model(c, B, T, options), B, T), first); });
-    row.add("thread orders", different, 0);
-#endif
+    if (const SimulatedGpu* gpu = simulated_gpu()) {
+        options.recompute = Recompute::none;
+        int different = 0;
+        gpu->in_every_order([&] {
+            different += !same_bits(train_once(*gpu_model(c, B, T, options), B, T), first);
+        });
+        row.add("thread orders", different, 0);
+    }
     return row;
 }
 
@@ -1484,9 +1488,13 @@ Row check_gpu_step(DType gradients) {
             {},
             {},
             ""};
-#ifdef LNS_SIM
-    const sim::LateStreams late; // what is not waited for, from the memory's first zeros on
-#endif
+    struct LateStreams { // of a simulated GPU: what is not waited for has not happened
+        LateStreams() { set(true); }
+        ~LateStreams() { set(false); }
+        void set(bool late) {
+            if (const SimulatedGpu* gpu = simulated_gpu()) gpu->set_late_streams(late);
+        }
+    } const late;
     const Config c = bf16_config("qwen2", "sandwich+gpas");
     const int B = 2, T = 9, M = 3;
     std::vector<int> inputs, targets;
@@ -1642,17 +1650,17 @@ Row check_gpu_probes(const std::string& name, const std::string& scheme, DType d
                                         std::max(std::fabs(expected[i]), 0.1));
         row.add(probe, worst, tolerance);
     }
-#ifdef LNS_SIM
-    ProbeSettings s;
-    s.probes = parse_probes("variance,gradients,angular");
-    s.reach = 1;
-    const uint64_t before = sim::bytes_to_host();
-    measure(*gpu, batches, {}, s);
-    const double streams = 4 * c.layers + 2, rows = (2 * B - 1) * T, angles = c.layers;
-    const double few = rows * (streams * sizeof(Moments) + angles * sizeof(double)) +
-                       sizeof(double) * double(gpu->registry.params.size() + 2);
-    row.add("to the host", double(sim::bytes_to_host() - before) / few, 1);
-#endif
+    if (const SimulatedGpu* simulated = simulated_gpu()) {
+        ProbeSettings s;
+        s.probes = parse_probes("variance,gradients,angular");
+        s.reach = 1;
+        const uint64_t before = simulated->bytes_to_host();
+        measure(*gpu, batches, {}, s);
+        const double streams = 4 * c.layers + 2, rows = (2 * B - 1) * T, angles = c.layers;
+        const double few = rows * (streams * sizeof(Moments) + angles * sizeof(double)) +
+                           sizeof(double) * double(gpu->registry.params.size() + 2);
+        row.add("to the host", double(simulated->bytes_to_host() - before) / few, 1);
+    }
     return row;
 }
 
@@ -1776,8 +1784,6 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
     return rows;
 }
 
-#endif // LNS_CUDA
-
 // ---------------------------------------------------------------------------------------------
 
 std::vector<Row> all_rows(const std::string& filter) {
@@ -1787,12 +1793,8 @@ std::vector<Row> all_rows(const std::string& filter) {
         if (wanted(row.name)) rows.push_back(std::move(row));
     };
     if (filter.rfind("PyTorch", 0) == 0) return check_fixtures(filter);
-#ifdef LNS_CUDA
     rows = check_gpus(wanted);
-#endif
-#ifdef LNS_SIM
-    return rows; // test_gpt has the others
-#endif
+    if (simulated_gpu()) return rows; // test_gpt has the others
     if (filter.rfind("cuda", 0) == 0) return rows;
 
     keep(check_random()), keep(check_exp()), keep(check_gemm()), keep(check_embedding());

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "dev/sim/fiber.h"
+#include "dev/sim/sim.h"
+#include "dev/sim/simulated_gpu.h"
 
 using lns::cat;
 using lns::fail;
@@ -951,3 +953,14 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
     delete graph;
     return cudaSuccess;
 }
+
+namespace lns {
+
+const SimulatedGpu* simulated_gpu() {
+    static const SimulatedGpu gpu = {
+        [](const std::function<void()>& body) { sim::in_every_order(body); }, sim::set_late_streams,
+        sim::bytes_to_host};
+    return &gpu;
+}
+
+} // namespace lns

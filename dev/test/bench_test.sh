@@ -1,27 +1,9 @@
 #!/bin/bash
 # dev/bench/bench.py: what it runs, compares and writes, with a train_gpt and a PyTorch that only
 # say numbers.
-# shellcheck source=scripts/python.sh
-. "$(dirname "$0")/../../scripts/python.sh"
-command -v python3 >/dev/null || {
-    echo "SKIPPED: dev/bench/bench.py is not tested: there is no python3 (make deps)"
-    echo "0 passed, 0 failed, 1 skipped"
-    exit 0
-}
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $*"
-    fi
-}
-says() { grep -qF -- "$2" <<<"$1"; }
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
+command -v python3 >/dev/null || skip_all "dev/bench/bench.py is not tested: there is no python3 (make deps)"
 
 # 1000 tokens/s on two threads, 500 on one, and no bf16 for tiny.
 cat >"$dir/train_gpt" <<'END'
@@ -74,5 +56,4 @@ check "and says what there is" says "$out" "llama-130m:16x256"
 out=$(bench --torch "$dir/none")
 check "a PyTorch that is not there is an error" says "$out" "no PyTorch that works"
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+summary

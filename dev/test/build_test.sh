@@ -1,29 +1,16 @@
 #!/bin/bash
 # The Makefile keeps variants apart, dev/deps.sh asks for what is missing and nothing else, and
 # dev/run_tests.sh counts right.
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
 unset MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES OPENMP ONEDNN MPI CUDA SANITIZE MARCH BUILD V CXX
 here=$PWD
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $*"
-    fi
-}
-says() { grep -qF -- "$2" <<<"$1"; }
-silent_on() { ! says "$1" "$2"; }
 
 # A small program in a tree of its own.
-mkdir -p "$dir/tree/dev" "$dir/tree/gpt"
+mkdir -p "$dir/tree/dev" "$dir/tree/gpt/base"
 cp Makefile "$dir/tree/"
 cp dev/probe.in dev/run_tests.sh "$dir/tree/dev/"
-cp gpt/base/build.h gpt/base/build.cpp "$dir/tree/gpt/"
+cp gpt/base/build.h gpt/base/build.cpp "$dir/tree/gpt/base/"
 cat >"$dir/tree/train_gpt.cpp" <<'END'
 #include "gpt/base/build.h"
 #include <cstdio>
@@ -152,5 +139,4 @@ done
 out=$("$here/dev/run_tests.sh" silent)
 check "success is a success" test $? -eq 0
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+summary

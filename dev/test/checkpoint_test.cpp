@@ -315,6 +315,9 @@ TEST(Checkpoint, WeightsFromSeveralFiles) {
     EXPECT_TRUE(says(saved.load_error(), {"index.json", params[0].name, "do not belong together"}));
     fs::remove(saved.path + "/model-1.safetensors");
     EXPECT_TRUE(says(saved.load_error(), {"index.json", "model-1.safetensors", "not there"}));
+    index["weight_map"][params[0].name] = std::string(300, 'a');
+    write_bytes(saved.path + "/model.safetensors.index.json", index.dump());
+    EXPECT_TRUE(says(saved.load_error(), {"cannot look at", "name too long"}));
     for (const char* text : {"{", "[]", "{\"weight_map\": {}}", "{\"weight_map\": {\"a\": 1}}",
                              "{\"weight_map\": {\"a\": \"../model.safetensors\"}}"}) {
         write_bytes(saved.path + "/model.safetensors.index.json", text);

@@ -1,17 +1,8 @@
 #!/bin/bash
 # The documentation: the files, links and flags that it names exist, gpt/README.md describes each file,
 # and versions agree.
-passed=0 failed=0
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name"
-    fi
-}
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
 flags=$(
     for command in '' probe export; do ./train_gpt $command --help; done
     cat data/*.cpp data/get.sh scripts/*.{sh,py} dev/reference/*.py
@@ -38,5 +29,4 @@ for file in gpt/*/*; do
     name=${file##*/}
     check "gpt/README.md: $file" grep -qE "^\| \`(${name%.*}|$name)\` \|" gpt/README.md
 done
-echo "$passed passed, $failed failed"
-((failed == 0))
+summary

@@ -68,6 +68,17 @@ TEST(Files, ErrorsNameTheFileAndTheReason) {
                      {dir / "absent/a", "No such file or directory"}));
 }
 
+TEST(Files, WhatTheSystemDoesNotSayIsASentence) {
+    TemporaryDirectory dir;
+    const std::string name = dir.path + "/" + std::string(300, 'a');
+    EXPECT_TRUE(says(error_of([&] { path_exists(name); }), {"cannot look at", "name too long"}));
+    EXPECT_TRUE(says(error_of([&] { is_directory_at(name); }), {"cannot look at"}));
+    EXPECT_TRUE(says(error_of([&] { is_regular_file_at(name); }), {"cannot look at"}));
+    EXPECT_TRUE(says(error_of([&] { directory_entries(dir.path + "/none"); }),
+                     {"cannot read the directory", "none"}));
+    EXPECT_FALSE(path_exists(dir.path + "/none/file"));
+}
+
 TEST(Files, PiecesOfAllSizesArriveInOrder) {
     TemporaryDirectory dir;
     std::string expected;

@@ -1,31 +1,9 @@
 #!/bin/bash
 # The program on a GPU, as a user runs it, here on the simulated one (dev/sim): choosing the device,
 # training, going on, sampling, memory that does not suffice, ranks.
-# shellcheck source=scripts/python.sh
-. "$(dirname "$0")/../../scripts/python.sh"
-[[ -x train_gpt_sim ]] || {
-    echo "SKIPPED: the program on a GPU is not tested: train_gpt_sim is not built"
-    echo "0 passed, 0 failed, 1 skipped"
-    exit 0
-}
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0 skipped=0
-skip() { # WHAT: WHY
-    ((skipped++))
-    echo "SKIPPED: $1"
-}
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $*"
-    fi
-}
-says() { grep -qF -- "$2" <<<"$1"; }
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
+[[ -x train_gpt_sim ]] || skip_all "the program on a GPU is not tested: train_gpt_sim is not built"
 export LNS_CACHE=$dir/cache # the products' algorithms, once chosen: they make the bits
 gpu() { ./train_gpt_sim "$@" 2>&1; }
 last() { python3 -c "import json, sys; print(json.loads(open('$1/log.jsonl').readlines()[-1])['$2'])"; }
@@ -117,5 +95,4 @@ else
     skip "ranks with a GPU each: there is no mpirun, or this build has no MPI"
 fi
 
-echo "$passed passed, $failed failed, $skipped skipped"
-((failed == 0))
+summary

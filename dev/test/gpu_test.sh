@@ -1,27 +1,9 @@
 #!/bin/bash
 # dev/gpu/*.sh and dev/bench/bench_gpu.py on a machine that only plays a GPU: what they run, when
 # they give up, what they tell.
-# shellcheck source=scripts/python.sh
-. "$(dirname "$0")/../../scripts/python.sh"
-command -v python3 >/dev/null || {
-    echo "SKIPPED: dev/bench/bench_gpu.py is not tested: there is no python3 (make deps)"
-    echo "0 passed, 0 failed, 1 skipped"
-    exit 0
-}
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $*"
-    fi
-}
-says() { grep -qF -- "$2" <<<"$1"; }
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
+command -v python3 >/dev/null || skip_all "dev/bench/bench_gpu.py is not tested: there is no python3 (make deps)"
 
 mkdir -p "$dir/tree/dev" "$dir/bin"
 cp -r dev/gpu dev/bench "$dir/tree/dev/"
@@ -97,5 +79,4 @@ check "what does not fit is told" says "$out" "there is no room"
 check "the paper's batch is timed" says "$(cat ours.log)" "-m gpt2-124m -t 256 -b 512"
 check "the whole is written" test "$(python3 -c "import json; print(len(json.load(open('$dir/b.json'))['cases']))")" = 8
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+summary

@@ -1,31 +1,13 @@
 #!/bin/bash
 # Ranks under mpirun: started differently, stopped, killed, going on in another number.
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
 program=$PWD/train_gpt
-passed=0 failed=0
-skip() {
-    echo "SKIPPED: ranks: $1"
-    echo "0 passed, 0 failed"
-    exit 0
-}
-command -v mpirun >/dev/null || skip "there is no mpirun"
-[[ -x $program ]] || skip "./train_gpt is not built"
-"$program" --version | grep -q 'MPI: no' && skip "this build has no MPI"
+command -v mpirun >/dev/null || skip_all "ranks: there is no mpirun"
+[[ -x $program ]] || skip_all "ranks: ./train_gpt is not built"
+"$program" --version | grep -q 'MPI: no' && skip_all "ranks: this build has no MPI"
 
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
 cd "$dir" || exit 1
-check() { # NAME COMMAND...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $*"
-        cat out
-    fi
-}
-says() { grep -qF -- "$1" out; }
 is() { [[ $1 == "$2" ]]; }
 same_files() { cmp -s "$1" "$2"; }
 
@@ -55,14 +37,14 @@ for others in "--lr 0.1" "--seed 5" "--val-tokens 32" "-o elsewhere"; do
     export others
     ranks 2 "${flags[@]}" -x 2 -o differs
     check "$others: status" is $? 1
-    check "$others: named" says "train_gpt: the ranks differ: rank 1 has --"
+    check "$others: named" out_says "train_gpt: the ranks differ: rank 1 has --"
     check "$others: nothing written" [ ! -e differs ]
 done
 cp "$program" changed
 chmod +w changed
 echo changed >>changed
 others="run changed" ranks 2 "${flags[@]}" -x 2 -o differs
-check "another build" says "rank 1 has a program with the fingerprint"
+check "another build" out_says "rank 1 has a program with the fingerprint"
 export others="--threads 2"
 ranks 2 "${flags[@]}" -x 2 -o threads
 check "threads may differ" is $? 0
@@ -70,15 +52,15 @@ mkdir other
 echo "lr = 0.01" >ini
 echo "lr = 0.02" >other/ini
 others="cd" ranks 2 "${flags[@]}" --config ini -x 2 -o differs
-check "another --config file" says "rank 1 has --lr 0.02 and rank 0 has 0.01"
+check "another --config file" out_says "rank 1 has --lr 0.02 and rank 0 has 0.01"
 others="cd" ranks 2 -o threads -y -x 4
-check "a rank without the checkpoint" says "rank 1 has the newest checkpoint none and rank 0 has step-000002"
+check "a rank without the checkpoint" out_says "rank 1 has the newest checkpoint none and rank 0 has step-000002"
 cp -r threads other/threads
 printf '\1' | dd of=other/threads/step-000002/model.safetensors bs=1 seek=4000 conv=notrunc 2>/dev/null
 others="cd" ranks 2 -o threads -y -x 4
 check "other weights: status" is $? 1
 others="-b 3" ranks 2 eval threads
-check "eval: named" says "rank 1 has --batch 3 and rank 0 has 16"
+check "eval: named" out_says "rank 1 has --batch 3 and rank 0 has 16"
 unset others
 
 # Going on in another number of ranks keeps the step's tokens; in the same number, every bit.
@@ -92,10 +74,10 @@ check "three ranks go on to the bit" \
     same_files parts/step-000004/model.safetensors three/step-000004/model.safetensors
 ranks 2 -o fewer -y
 check "two ranks go on" is $? 0
-check "and say so" says "a step keeps its 192 tokens, so --batch is 3 on 2 ranks, not 4"
+check "and say so" out_says "a step keeps its 192 tokens, so --batch is 3 on 2 ranks, not 4"
 check "to as many tokens" is "$(tail -1 fewer/log.jsonl | grep -o '"tokens":[0-9]*')" '"tokens":768'
 ranks 5 -o fewer -y -x 5
-check "five ranks do not" says "start 4 (mpirun -np 4) or 6"
+check "five ranks do not" out_says "start 4 (mpirun -np 4) or 6"
 ranks 4 -o fewer -y -x 5
 check "and the advice works" is $? 0
 
@@ -111,9 +93,9 @@ for case in "STOP 0" "STOP 1" "KILL 0" "KILL 1" "SEGV 1"; do
     wait $!
     check "$name: not 0" [ $? != 0 ]
     check "$name: in time" [ $((SECONDS - start)) -le 12 ]
-    check "$name: told" says "train_gpt: rank "
-    check "$name: what is saved" says "The newest checkpoint is $name/step-"
-    check "$name: how to go on" says "go on with: mpirun -np 2 $program -o $name -y"
+    check "$name: told" out_says "train_gpt: rank "
+    check "$name: what is saved" out_says "The newest checkpoint is $name/step-"
+    check "$name: how to go on" out_says "go on with: mpirun -np 2 $program -o $name -y"
 done
 ranks 2 -o KILL-0 -y -x 0
 check "that works" is $? 0
@@ -127,8 +109,6 @@ kill -CONT "$(<pid-0)" "$(<pid-1)"
 sleep 1
 kill -TERM "$(<pid-0)" "$(<pid-1)"
 wait $!
-check "ranks that slept together" says "stopped by a signal after step"
+check "ranks that slept together" out_says "stopped by a signal after step"
 
-echo
-echo "$passed passed, $failed failed"
-((failed == 0))
+summary

@@ -1,28 +1,8 @@
 #!/bin/bash
 # scripts/report.py, table.py and to_tensorboard.py on runs whose numbers are known.
-# shellcheck source=scripts/python.sh
-. "$(dirname "$0")/../../scripts/python.sh"
-command -v python3 >/dev/null || {
-    echo "SKIPPED: the scripts about runs are not tested: there is no python3 (make deps)"
-    echo "0 passed, 0 failed, 1 skipped"
-    exit 0
-}
-export PYTHONDONTWRITEBYTECODE=1
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $(head -c 600 <<<"$*")"
-    fi
-}
-says() { grep -qF -- "$2" <<<"$1"; }
-silent_on() { ! says "$1" "$2"; }
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
+command -v python3 >/dev/null || skip_all "the scripts about runs are not tested: there is no python3 (make deps)"
 fails_with() { # SENTENCE COMMAND...: exit status 1, the sentence, no traceback
     local sentence=$1 out status=0
     shift
@@ -288,5 +268,4 @@ check "report: and of other rows" fails_with '"angular_distance.last_token" has 
 check "report: an output that cannot be written" fails_with "cannot write $dir/no/r.html" \
     python3 scripts/report.py "$dir/pre-1" -o "$dir/no/r.html"
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+summary

@@ -1,30 +1,11 @@
 #!/bin/bash
 # scripts/compare.sh from text to table, in miniature: the plan, resuming after an interruption, and
 # runs that diverge.
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-export PYTHONDONTWRITEBYTECODE=1 CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
+export CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
 unset RATES SEEDS SECOND_SEED LAUNCH PROBE_FLAGS
 SCHEMES=''
-# shellcheck source=scripts/python.sh
-. "$(dirname "$0")/../../scripts/python.sh"
-passed=0 failed=0 skipped=0
-skip() { # WHAT: WHY
-    ((skipped++))
-    echo "SKIPPED: $1"
-}
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $(head -c 600 <<<"$*")"
-    fi
-}
-says() { grep -qF -- "$2" <<<"$1"; }
-silent_on() { ! says "$1" "$2"; }
 here() { compgen -G "$dir/$1" >/dev/null; }
 absent() { ! here "$1"; }
 count() { grep -cF -- "$2" <<<"$1"; }
@@ -201,5 +182,4 @@ if command -v shellcheck >/dev/null; then
 else
     skip "the scripts' style: there is no shellcheck (make deps)"
 fi
-echo "$passed passed, $failed failed, $skipped skipped"
-((failed == 0))
+summary

@@ -2,31 +2,12 @@
 # What ends a run, or spoils its output: signals in every phase, closed pipes, limits, shards that
 # shrink, directories that disappear, links and FIFOs in the place of files. Each run is then
 # continued and compared with one that was never stopped.
-[[ -x ./train_gpt ]] || {
-    echo "SKIPPED: signals and lost outputs are not tested: ./train_gpt is not built"
-    echo "0 passed, 0 failed, 1 skipped"
-    exit 0
-}
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
+[[ -x ./train_gpt ]] || skip_all "signals and lost outputs are not tested: ./train_gpt is not built"
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-program=$PWD/train_gpt dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
+program=$PWD/train_gpt
 cd "$dir" || exit 1
-passed=0 failed=0 skipped=0
-skip() { # WHAT: WHY
-    ((skipped++))
-    echo "SKIPPED: $1"
-}
-check() { # NAME COMMAND...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $(tail -c 600 out 2>/dev/null)"
-    fi
-}
-says() { grep -qF -- "$1" out; }
 small="--threads 1 --layers 2 --width 16 --heads 2 -b 2 -t 16 --val-tokens 64 -v 0 -s 0 -g 0 --dtype float32"
 endless="$small -x 100000000 --save-every 0"
 # shellcheck disable=SC2086 # words
@@ -52,7 +33,7 @@ ends_with() { # STATUS: within 30 s
 saved_last_step() {
     local step
     step=$(sed -n '$s/.*"step":\([0-9]*\),.*/\1/p' run/log.jsonl)
-    [[ -d $(printf 'run/step-%06d' "$step") ]] && says "saved as run/step-"
+    [[ -d $(printf 'run/step-%06d' "$step") ]] && out_says "saved as run/step-"
 }
 
 for signal in HUP INT TERM USR1 USR2 XCPU; do
@@ -62,7 +43,7 @@ for signal in HUP INT TERM USR1 USR2 XCPU; do
     kill -$signal $pid 2>/dev/null # the same wish
     check "$signal: 130" ends_with 130
     check "$signal: the last step is saved" saved_last_step
-    check "$signal: says how to go on" says "go on with:"
+    check "$signal: out_says how to go on" out_says "go on with:"
 done
 
 # A step of 2,000 micro-batches is given up, and done again to the same bits.
@@ -108,13 +89,13 @@ rm -rf run
     echo $? >status
 ) | sed '/^step 1\//q' >/dev/null
 check "a closed pipe: an error" test "$(cat status)" = 1
-check "a closed pipe: says so" says "cannot write to the standard output: Broken pipe. Step"
+check "a closed pipe: out_says so" out_says "cannot write to the standard output: Broken pipe. Step"
 check "a closed pipe: saved" test -n "$(ls -d run/step-* 2>/dev/null)"
 fails() { # SENTENCE COMMAND...: status 1
     local sentence=$1 status=0
     shift
     "$@" 2>out || status=$?
-    [[ $status == 1 ]] && says "$sentence"
+    [[ $status == 1 ]] && out_says "$sentence"
 }
 ev="-t 16 -b 2 --val-tokens 64 --threads 1"
 cp -r whole one
@@ -149,8 +130,8 @@ if [[ -x $OLDPWD/data/tokenize ]]; then
     begin $endless -i 'data_train_*.bin'
     truncate -s 2000 data_train_000000.bin
     check "a shard that shrinks: an error" ends_with 1
-    check "a shard that shrinks: named" says "train_gpt: data_train_000000.bin became shorter"
-    check "a shard that shrinks: saved" says "is saved as run/step-"
+    check "a shard that shrinks: named" out_says "train_gpt: data_train_000000.bin became shorter"
+    check "a shard that shrinks: saved" out_says "is saved as run/step-"
 else
     skip "a shard that shrinks: data/tokenize is not built"
 fi
@@ -160,10 +141,10 @@ fi
 begin $endless
 mv run moved
 for _ in $(seq 200); do
-    says "WARNING: run was removed" && break
+    out_says "WARNING: run was removed" && break
     sleep 0.05
 done
-check "a directory that is renamed is told at once" says "WARNING: run was removed, renamed or unmounted"
+check "a directory that is renamed is told at once" out_says "WARNING: run was removed, renamed or unmounted"
 kill -TERM $pid
 check "and saved into all the same" ends_with 130
 check "under its name" test -n "$(ls -d run/step-* 2>/dev/null)"
@@ -202,5 +183,4 @@ check "the lock comes first" fails "another run" "$program" -y -o run >/dev/null
 kill -TERM $pid
 ends_with 130
 
-echo "$passed passed, $failed failed, $skipped skipped"
-((failed == 0))
+summary

@@ -1,25 +1,10 @@
 #!/bin/bash
 # ./train_gpt_sim: two ranks with a simulated GPU each train as one does; so does one whose streams
 # do their work as late as they may, in another order of threads.
+# shellcheck source=dev/test/lib/checks.sh
+. "$(dirname "$0")/lib/checks.sh"
 program=$PWD/train_gpt_sim
-if [[ ! -x $program ]]; then
-    echo "SKIPPED: ranks on a simulated GPU are not tested: train_gpt_sim is not built"
-    echo "0 passed, 0 failed, 1 skipped"
-    exit 0
-fi
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0 skipped=0
-check() { # NAME CONDITION...
-    local name=$1
-    shift
-    if "$@"; then
-        ((passed++))
-    else
-        ((failed++))
-        echo "FAILED: $name: $*"
-    fi
-}
+[[ -x $program ]] || skip_all "ranks on a simulated GPU are not tested: train_gpt_sim is not built"
 same() { [[ -n $1 && $1 == "$2" ]]; }
 
 export LNS_CACHE=none OMP_NUM_THREADS=1 LNS_SIM_THREADS=1
@@ -61,6 +46,4 @@ else
     echo "SKIPPED: two ranks: there is no mpirun, or this build has no MPI"
 fi
 
-echo
-echo "$passed passed, $failed failed, $skipped skipped"
-((failed == 0))
+summary

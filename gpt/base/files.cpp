@@ -73,6 +73,27 @@ Fd::~Fd() {
     if (fd >= 0) close(fd);
 }
 
+fs::file_status status_of(const fs::path& path) {
+    std::error_code error;
+    const fs::file_status status = fs::status(path, error);
+    if (status.type() == fs::file_type::none)
+        fail("cannot look at ", path.string(), ": ", error.message());
+    return status;
+}
+bool path_exists(const fs::path& path) { return fs::exists(status_of(path)); }
+bool is_directory_at(const fs::path& path) { return fs::is_directory(status_of(path)); }
+bool is_regular_file_at(const fs::path& path) { return fs::is_regular_file(status_of(path)); }
+
+std::vector<fs::directory_entry> directory_entries(const fs::path& directory) {
+    std::error_code error;
+    std::vector<fs::directory_entry> entries;
+    for (fs::directory_iterator entry(directory, error), end; !error && entry != end;
+         entry.increment(error))
+        entries.push_back(*entry);
+    if (error) fail("cannot read the directory ", directory.string(), ": ", error.message());
+    return entries;
+}
+
 std::string read_file(const std::string& path) {
     Fd file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
     if (!file) fail("cannot open ", path, ": ", reason(errno));
@@ -213,7 +234,7 @@ void AtomicDirectory::commit() {
         if (entry.is_directory()) sync_path(entry.path().string(), O_DIRECTORY);
     }
     sync_path(temporary_, O_DIRECTORY);
-    if (fs::exists(path_)) {
+    if (path_exists(path_)) {
         const char *from = temporary_.c_str(), *to = path_.c_str();
         if (renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) != 0) {
             // A file system that cannot exchange: for a moment neither stands under the name.
@@ -254,7 +275,7 @@ void remove_stale_temporaries(const std::string& dir, bool all) {
         bool lives = pid != getpid() && (kill(pid, 0) == 0 || errno == EPERM);
         if (lives && !all) continue;
         fs::path target = entry.path().parent_path() / name.substr(1, mark - 1);
-        if (rest == ".old" && !fs::exists(target)) { // killed between the two renames
+        if (rest == ".old" && !path_exists(target)) { // killed between the two renames
             fs::rename(entry.path(), target, error);
         } else {
             fs::remove_all(entry.path(), error);

@@ -5,9 +5,11 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace lns {
 
@@ -24,6 +26,14 @@ struct Fd {
     ~Fd();
     explicit operator bool() const { return fd >= 0; }
 };
+
+// What stands under a path, links followed. Unlike std::filesystem's they throw an Error where the
+// system does not say: a name too long, a directory that may not be entered.
+bool path_exists(const std::filesystem::path& path);
+bool is_directory_at(const std::filesystem::path& path);
+bool is_regular_file_at(const std::filesystem::path& path);
+std::vector<std::filesystem::directory_entry>
+directory_entries(const std::filesystem::path& directory);
 
 // How the files begin that Git LFS leaves in the place of those that it did not fetch.
 constexpr std::string_view lfs_pointer = "version https://git-lfs";

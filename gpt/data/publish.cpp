@@ -57,7 +57,7 @@ void sync_directory(const std::string& path) {
 // The files of a folder under their own names in another; false if the file system has no links.
 bool link_files(const std::string& from, const std::string& to) {
     make_directory(to);
-    for (const auto& entry : fs::directory_iterator(from)) {
+    for (const auto& entry : directory_entries(from)) {
         const std::string target = to + "/" + entry.path().filename().string();
         if (link(entry.path().c_str(), target.c_str()) != 0) return false;
     }
@@ -161,7 +161,7 @@ bool PublishedSet::is_through_switch(const std::string& file) const {
 
 std::vector<std::string> PublishedSet::members(const std::string& dir) const {
     std::vector<std::string> found;
-    for (const auto& entry : fs::directory_iterator(dir))
+    for (const auto& entry : directory_entries(dir))
         if (std::string file = entry.path().filename().string(); is_member(file))
             found.push_back(file);
     std::sort(found.begin(), found.end());
@@ -208,8 +208,8 @@ int PublishedSet::publish() {
     make_directory(old_dir());
     for (const std::string& file : before) {
         const std::string from = at(file), to = old_dir() + "/" + file;
-        links = links && (fs::is_directory(from) ? link_files(from, to)
-                                                 : link(from.c_str(), to.c_str()) == 0);
+        links = links && (is_directory_at(from) ? link_files(from, to)
+                                                : link(from.c_str(), to.c_str()) == 0);
     }
     const std::string old_target = "." + name_ + ".set-old", new_target = "." + name_ + ".set-new";
     links = links && symlink(old_target.c_str(), switch_path().c_str()) == 0;

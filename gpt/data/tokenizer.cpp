@@ -366,12 +366,12 @@ struct Merges {
 // The pair of files that GPT-2 came in.
 BytePairs read_vocab_and_merges(const std::string& dir,
                                 std::vector<std::array<std::string, 2>>& files) {
-    const bool original = fs::exists(dir + "/encoder.json");
+    const bool original = path_exists(dir + "/encoder.json");
     BytePairs pairs;
     pairs.path = dir + (original ? "/encoder.json" : "/vocab.json");
     const std::string path = dir + (original ? "/vocab.bpe" : "/merges.txt");
     for (const std::string& needed : {pairs.path, path})
-        if (!fs::exists(needed))
+        if (!path_exists(needed))
             fail(needed, " is missing. GPT-2's tokenizer is encoder.json and vocab.bpe, or "
                          "vocab.json and merges.txt");
     files = {{"vocab.json", read_tokenizer_file(pairs.path)},
@@ -410,8 +410,8 @@ struct Gpt2 : Tokenizer {
     explicit Gpt2(const std::string& path) {
         static std::atomic<uint64_t> count{0};
         serial = ++count;
-        const bool is_dir = fs::is_directory(path);
-        if (!is_dir && !fs::exists(path))
+        const bool is_dir = is_directory_at(path);
+        if (!is_dir && !path_exists(path))
             fail("there is no directory ", path,
                  ", expected one with encoder.json and vocab.bpe, or "
                  "vocab.json and merges.txt (of GPT-2)");
@@ -421,7 +421,7 @@ struct Gpt2 : Tokenizer {
         if (has_config) config = TokenizerConfig(dir.empty() ? "." : dir);
         const std::string tokenizer_json = is_dir ? path + "/tokenizer.json" : path;
         BytePairs pairs;
-        if (fs::exists(tokenizer_json)) {
+        if (path_exists(tokenizer_json)) {
             config.expect_class({"GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast",
                                  "TokenizersBackend"});
             files = {{"tokenizer.json", read_tokenizer_file(tokenizer_json)}};
@@ -438,7 +438,7 @@ struct Gpt2 : Tokenizer {
         ids.clear();
         if (config.text.empty()) config.text = own_config();
         files.push_back({"tokenizer_config.json", config.text});
-        if (const std::string beside = dir + "/added_tokens.json"; is_dir && fs::exists(beside))
+        if (const std::string beside = dir + "/added_tokens.json"; is_dir && path_exists(beside))
             files.push_back({"added_tokens.json", read_tokenizer_file(beside)});
     }
 
@@ -974,13 +974,13 @@ std::unique_ptr<Tokenizer> load_json(const std::string& path) {
 
 bool has_kind_bytes(const std::string& dir) {
     const std::string path = dir + "/tokenizer_config.json";
-    if (!fs::exists(path)) return false;
+    if (!path_exists(path)) return false;
     const json config = parse_json(read_tokenizer_file(path), path);
     return config.is_object() && config.value("kind", json()) == "bytes";
 }
 
 std::unique_ptr<Tokenizer> load_directory(const std::string& dir) {
-    auto has = [&](const char* name) { return fs::exists(fs::path(dir) / name); };
+    auto has = [&](const char* name) { return path_exists(fs::path(dir) / name); };
     if (has("tokenizer.model")) return load_sentencepiece(dir + "/tokenizer.model");
     if (has_kind_bytes(dir)) return std::make_unique<Bytes>();
     if (has("vocab.json") || has("encoder.json")) return load_gpt2(dir);
@@ -1003,7 +1003,7 @@ std::unique_ptr<Tokenizer> load_directory(const std::string& dir) {
 bool has_tokenizer(const std::string& dir) {
     for (const char* name : {"tokenizer.model", "tokenizer.json", "vocab.json", "encoder.json",
                              "vocab.txt", "spiece.model", "tekken.json"})
-        if (fs::exists(dir + "/" + name)) return true;
+        if (path_exists(dir + "/" + name)) return true;
     return has_kind_bytes(dir);
 }
 
@@ -1016,12 +1016,12 @@ std::vector<int> Tokenizer::encode_prompt(std::string_view text) const {
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& spec) {
     if (spec == "bytes") return std::make_unique<Bytes>();
     if (spec.rfind("gpt2:", 0) == 0) return load_gpt2(spec.substr(5));
-    if (fs::is_directory(spec)) return load_directory(spec);
+    if (is_directory_at(spec)) return load_directory(spec);
     auto ends = [&](std::string_view end) {
         return spec.size() > end.size() && spec.substr(spec.size() - end.size()) == end;
     };
-    if (fs::exists(spec) && ends(".json")) return load_json(spec);
-    if (fs::exists(spec) || ends(".model")) return load_sentencepiece(spec);
+    if (path_exists(spec) && ends(".json")) return load_json(spec);
+    if (path_exists(spec) || ends(".model")) return load_sentencepiece(spec);
     fail("there is no tokenizer '", spec,
          "'. Expected bytes, gpt2:DIR (with encoder.json and vocab.bpe, or vocab.json and "
          "merges.txt), a SentencePiece FILE.model, a tokenizer.json, or a directory with one");

@@ -61,8 +61,7 @@ AddedToken added_token(const json& entry, const json& id, const std::string& pat
 } // namespace
 
 std::string read_tokenizer_file(const std::string& path) {
-    if (fs::is_directory(path))
-        fail("cannot read the tokenizer file ", path, ": it is a directory");
+    if (is_directory_at(path)) fail("cannot read the tokenizer file ", path, ": it is a directory");
     std::string text = read_file(path);
     if (is_lfs_pointer(text))
         fail(path, " is a Git LFS pointer, not the file. Fetch the file itself: git lfs pull");
@@ -72,7 +71,7 @@ std::string read_tokenizer_file(const std::string& path) {
 // tokenizer_config.json
 
 TokenizerConfig::TokenizerConfig(const std::string& dir) : path(dir + "/tokenizer_config.json") {
-    if (fs::exists(path)) {
+    if (path_exists(path)) {
         text = read_tokenizer_file(path);
         values = parse_json(text, path);
         if (!values.is_object())
@@ -87,7 +86,7 @@ TokenizerConfig::TokenizerConfig(const std::string& dir) : path(dir + "/tokenize
         return;
     }
     const std::string beside = dir + "/added_tokens.json";
-    if (!fs::exists(beside)) return;
+    if (!path_exists(beside)) return;
     const json tokens = parse_json(read_tokenizer_file(beside), beside);
     for (const auto& [content, id] : tokens.items())
         added.push_back({token_id(id, beside, content), content, false});

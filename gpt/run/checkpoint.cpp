@@ -107,7 +107,7 @@ std::string file_checksum(const std::string& path) {
 
 void write_checksums(const std::string& dir) {
     json sums;
-    for (const auto& entry : fs::directory_iterator(dir))
+    for (const auto& entry : directory_entries(dir))
         sums[entry.path().filename().string()] = file_checksum(entry.path().string());
     write_file_atomic(dir + "/" + checksums_name, json{{"xxh3", sums}}.dump(2) + "\n");
 }
@@ -116,7 +116,7 @@ void write_checksums(const std::string& dir) {
 // missing: whoever needs it will say so.
 void check_files(const std::string& dir) {
     const std::string where = dir + "/" + checksums_name;
-    if (!fs::exists(where)) return; // others wrote the directory
+    if (!path_exists(where)) return; // others wrote the directory
     const json all = parse_json(read_file(where), where);
     auto sums = all.is_object() ? all.find("xxh3") : all.end();
     if (sums == all.end() || !sums->is_object() || all.size() != 1)
@@ -126,7 +126,7 @@ void check_files(const std::string& dir) {
         if (name.find('/') != std::string::npos || !sum.is_string())
             fail(where, " is damaged: it has ", quoted(name), ": ", quoted(sum));
         const bool tensors = name.ends_with(".safetensors");
-        if (!fs::exists(path)) {
+        if (!path_exists(path)) {
             if (tensors) continue;
             fail(path, " is missing, and ", where, " has its checksum");
         }
@@ -191,17 +191,17 @@ WeightFiles::WeightFiles(const std::string& path) : name(path) {
     auto in_dir = [&](const char* file) { return path + "/" + file; };
     const std::string whole = in_dir("model.safetensors");
     const std::string index = in_dir("model.safetensors.index.json");
-    if (!fs::is_directory(path)) {
+    if (!is_directory_at(path)) {
         files.push_back(std::make_unique<Safetensors>(path));
-    } else if (fs::exists(whole)) {
+    } else if (path_exists(whole)) {
         files.push_back(std::make_unique<Safetensors>(name = whole));
-    } else if (fs::exists(index)) {
+    } else if (path_exists(index)) {
         name = index;
         std::map<std::string, const Safetensors*> shards;
         for (const auto& [tensor, shard] : read_index(index)) {
             const Safetensors*& file = shards[shard];
             if (!file) {
-                if (!fs::exists(path + "/" + shard))
+                if (!path_exists(path + "/" + shard))
                     fail(index, " names the file ", shard, ", and it is not there: fetch it too");
                 files.push_back(std::make_unique<Safetensors>(path + "/" + shard));
                 file = files.back().get();
@@ -211,8 +211,8 @@ WeightFiles::WeightFiles(const std::string& path) : name(path) {
                      ", and it is not: the files do not belong together");
         }
     } else {
-        const bool pickled = fs::exists(in_dir("pytorch_model.bin")) ||
-                             fs::exists(in_dir("pytorch_model.bin.index.json"));
+        const bool pickled = path_exists(in_dir("pytorch_model.bin")) ||
+                             path_exists(in_dir("pytorch_model.bin.index.json"));
         fail(path, " has no model.safetensors",
              pickled ? ", only PyTorch's pytorch_model.bin, which is not read here: save the model "
                        "again with transformers, which writes safetensors"
@@ -342,20 +342,20 @@ int64_t checkpoint_bytes(const Registry& registry) {
 }
 
 std::string find_checkpoint(const std::string& path) {
-    if (!fs::exists(path))
+    if (!path_exists(path))
         fail("there is no '", path, "': expected a run's directory, a checkpoint, or a Hugging ",
              "Face directory");
-    if (!fs::is_directory(path) || fs::exists(path + "/config.json")) return path;
+    if (!is_directory_at(path) || path_exists(path + "/config.json")) return path;
     return latest_checkpoint(path);
 }
 
 std::string newest_checkpoint(const std::string& run) {
-    if (fs::exists(run + "/config.json"))
+    if (path_exists(run + "/config.json"))
         fail(run, " is a checkpoint: -o names the run's directory, which holds it");
     std::error_code error;
     for (const auto& entry : fs::directory_iterator(run, error))
         if (entry.path().filename().string().rfind("step-", 0) == 0 && entry.is_directory() &&
-            !fs::exists(entry.path() / "config.json"))
+            !path_exists(entry.path() / "config.json"))
             fail(entry.path().string(),
                  " has no config.json, so it is not a whole checkpoint: put "
                  "it back, or remove the directory to go on from what else is there");
@@ -369,7 +369,7 @@ std::string newest_checkpoint(const std::string& run) {
 namespace {
 
 Config read_config(std::string at) {
-    if (fs::is_directory(at)) check_files(at), at += "/config.json";
+    if (is_directory_at(at)) check_files(at), at += "/config.json";
     if (at.ends_with(".json")) return config_from_json(read_file(at), at);
     Safetensors file(at);
     auto config = file.metadata().find("config");
@@ -464,11 +464,11 @@ std::string checkpoint_damage(const std::string& path) {
         const Config config = read_config(path);
         const Registry registry = make_registry(config);
         const WeightFiles weights(path);
-        weights.check(config, registry, !fs::is_directory(path));
+        weights.check(config, registry, !is_directory_at(path));
         read_all(weights, registry, "");
-        if (!fs::exists(path + "/trainer_state.json")) return "";
+        if (!path_exists(path + "/trainer_state.json")) return "";
         read_state(path);
-        if (!fs::exists(path + "/optimizer.safetensors"))
+        if (!path_exists(path + "/optimizer.safetensors"))
             return path + " has no optimizer.safetensors: training cannot go on from it exactly";
         const WeightFiles moments(path + "/optimizer.safetensors");
         for (const char* prefix : {"m.", "v."}) read_all(moments, registry, prefix);
@@ -496,7 +496,7 @@ void load_weights(Model& model, const std::string& path) {
         fail(at, " is of another model than asked for: ", difference);
     reading(at, [&] {
         WeightFiles weights(at);
-        weights.check(model.config, model.registry, !fs::is_directory(at));
+        weights.check(model.config, model.registry, !is_directory_at(at));
         load_tensors(model, Buffer::parameters, "", weights);
     });
 }
@@ -512,7 +512,7 @@ TrainerState read_trainer_state(const std::string& path) {
 TrainerState load_checkpoint(Model& model, const std::string& path) {
     const std::string at = find_checkpoint(path);
     load_weights(model, at);
-    if (!fs::exists(at + "/optimizer.safetensors"))
+    if (!path_exists(at + "/optimizer.safetensors"))
         fail(at, " has no optimizer.safetensors, so training cannot go on from it exactly: start "
                  "from its weights with --init-from");
     reading(at, [&] {

@@ -151,11 +151,11 @@ std::string exported_config(const ExportPlan& plan, const std::string& from, con
     config["torch_dtype"] = number.torch;
     if (plan.beyond.empty()) config.erase("lns_cpp");
     json source;
-    if (fs::exists(from + "/config.json"))
+    if (path_exists(from + "/config.json"))
         source = parse_json(read_file(from + "/config.json"), from + "/config.json");
     for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
         config[key] = source.is_object() && source.contains(key) ? source[key] : json();
-    if (fs::exists(from + "/trainer_state.json"))
+    if (path_exists(from + "/trainer_state.json"))
         if (int eot = read_trainer_state(from).tokenizer.eot; eot >= 0)
             config["bos_token_id"] = config["eos_token_id"] = eot;
     return config.dump(2) + "\n";
@@ -207,7 +207,7 @@ std::string copy_tokenizer(const std::string& from, const std::string& to) {
          {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}) {
         const std::string path = from + "/" + name;
-        if (!fs::is_regular_file(path)) continue;
+        if (!is_regular_file_at(path)) continue;
         write_file_atomic(to + "/" + name, read_file(path));
         copied += (copied.empty() ? "" : ", ") + std::string(name);
     }
@@ -217,7 +217,7 @@ std::string copy_tokenizer(const std::string& from, const std::string& to) {
 // A field of dir's tokenizer_config.json, null if there is none.
 json tokenizer_field(const std::string& dir, const char* field) {
     const std::string path = dir + "/tokenizer_config.json";
-    if (!fs::exists(path)) return {};
+    if (!path_exists(path)) return {};
     const json config = parse_json(read_file(path), path);
     return config.is_object() ? config.value(field, json()) : json();
 }
@@ -240,22 +240,22 @@ int export_model(const Options& o) {
     const Config config = checkpoint_config(from);
     const Registry registry = make_registry(config);
     const WeightFiles weights(from);
-    weights.check(config, registry, !fs::is_directory(from));
+    weights.check(config, registry, !is_directory_at(from));
     const ExportPlan plan = plan_export(config, registry);
     const Registry written = make_registry(plan.config);
     const Number number = number_named(o.export_dtype);
 
     std::string dir = o.export_dir;
     while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
-    if (fs::exists(dir) && !(fs::is_directory(dir) && fs::is_empty(dir)))
-        fail(dir, " exists already", fs::is_directory(dir) ? " and is not empty" : "",
+    if (path_exists(dir) && !(is_directory_at(dir) && directory_entries(dir).empty()))
+        fail(dir, " exists already", is_directory_at(dir) ? " and is not empty" : "",
              ": name a directory that does not, for the exported model to fill");
     const fs::path parent = fs::absolute(dir).parent_path();
     std::error_code error;
     fs::create_directories(parent, error);
     if (error) fail("cannot make the directory ", parent.string(), ": ", error.message());
 
-    if (fs::exists(from + "/trainer_state.json") && has_tokenizer(from))
+    if (path_exists(from + "/trainer_state.json") && has_tokenizer(from))
         expect_tokenizer(*load_tokenizer(from), from, read_trainer_state(from).tokenizer);
 
     std::vector<TensorOut> tensors;
@@ -274,12 +274,12 @@ int export_model(const Options& o) {
         at, shards, bytes,
         {{"format", "pt"}, {"exported_from", "lns.cpp, norm scheme " + config.scheme.name()}});
     write_file_atomic(at + "/config.json", exported_config(plan, from, number));
-    const std::string copied = fs::is_directory(from) ? copy_tokenizer(from, at) : "";
+    const std::string copied = is_directory_at(from) ? copy_tokenizer(from, at) : "";
     // Older checkpoints have no tokenizer.json beside it.
     if (tokenizer_field(at, "kind") == "bytes") load_tokenizer("bytes")->save(at);
     // One that no class of transformers is known to compute: without byte pieces, such as T5's.
-    const bool own_pieces = fs::exists(at + "/tokenizer.model") &&
-                            !fs::exists(at + "/tokenizer.json") &&
+    const bool own_pieces = path_exists(at + "/tokenizer.model") &&
+                            !path_exists(at + "/tokenizer.json") &&
                             tokenizer_field(at, "tokenizer_class").is_null();
     directory.commit();
 

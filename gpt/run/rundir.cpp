@@ -78,7 +78,7 @@ std::vector<std::pair<int64_t, std::string>> checkpoints_in(const std::string& p
     std::error_code error;
     for (const auto& entry : fs::directory_iterator(path, error)) {
         int64_t step = checkpoint_step(entry.path().filename().string());
-        if (step >= 0 && fs::exists(entry.path() / "config.json"))
+        if (step >= 0 && path_exists(entry.path() / "config.json"))
             found.emplace_back(step, entry.path().string());
     }
     std::sort(found.begin(), found.end());
@@ -91,13 +91,13 @@ RunDirectory::RunDirectory(const std::string& path) : path_(path) {
 
 RunDirectory RunDirectory::create(const std::string& path) {
     RunDirectory run(path);
-    if (fs::exists(run.path_) && !fs::is_directory(run.path_))
+    if (path_exists(run.path_) && !is_directory_at(run.path_))
         fail(path, " is a file, and a run needs a directory: choose another one with -o.");
     std::error_code error;
     fs::create_directories(run.path_, error);
     if (error) fail("cannot make the directory ", path, ": ", error.message());
     run.lock_ = lock(run.path_);
-    if (fs::exists(log_of(run.path_)) || !checkpoints_in(run.path_).empty())
+    if (path_exists(log_of(run.path_)) || !checkpoints_in(run.path_).empty())
         fail(path, " already holds a run: continue it with -y, or choose another directory with "
                    "-o.");
     remove_stale_temporaries(run.path_, true);
@@ -107,7 +107,7 @@ RunDirectory RunDirectory::create(const std::string& path) {
 
 RunDirectory RunDirectory::resume(const std::string& path, Fd held) {
     RunDirectory run(path);
-    if (!fs::is_directory(run.path_)) fail("there is no run to continue: ", path, " is missing.");
+    if (!is_directory_at(run.path_)) fail("there is no run to continue: ", path, " is missing.");
     run.lock_ = held ? std::move(held) : lock(run.path_);
     remove_stale_temporaries(run.path_, true);
     run.open_log();
@@ -125,7 +125,7 @@ void RunDirectory::record(int argc, const char* const* argv,
                           const std::map<std::string, std::string>& options) {
     std::string name = (fs::path(path_) / "run.json").string();
     ordered_json record = {{"starts", ordered_json::array()}};
-    if (fs::exists(name)) {
+    if (path_exists(name)) {
         ordered_json earlier = parse_ordered_json(read_file(name), name);
         if (!earlier.is_object() || !earlier.contains("starts") || !earlier["starts"].is_array())
             fail(name, " is not the record of a run: move it away and start again.");
@@ -207,7 +207,7 @@ int64_t RunDirectory::truncate_log_after(int64_t step) {
     if (count > 0) {
         // Those of earlier times stay.
         const std::string aside = damaged_log();
-        write_file_atomic(aside, (fs::exists(aside) ? read_file(aside) : "") + damaged);
+        write_file_atomic(aside, (path_exists(aside) ? read_file(aside) : "") + damaged);
     }
     write_file_atomic(name, kept);
     open_log(); // the old one is no longer in the directory
@@ -235,14 +235,14 @@ void RunDirectory::keep_last(int n) {
 
 std::string default_run_path(const std::string& prefix) {
     std::string path = prefix;
-    for (int i = 2; fs::exists(path); i++) path = cat(prefix, "-", i);
+    for (int i = 2; path_exists(path); i++) path = cat(prefix, "-", i);
     return path;
 }
 
 std::string latest_checkpoint(const std::string& path) {
-    if (fs::exists(fs::path(path) / "config.json")) return path;
-    if (!fs::is_directory(path))
-        fail(path, fs::exists(path) ? " is a file" : " does not exist",
+    if (path_exists(fs::path(path) / "config.json")) return path;
+    if (!is_directory_at(path))
+        fail(path, path_exists(path) ? " is a file" : " does not exist",
              "; expected a checkpoint or a run directory.");
     auto found = checkpoints_in(path);
     if (found.empty())
@@ -252,7 +252,7 @@ std::string latest_checkpoint(const std::string& path) {
 
 std::map<std::string, std::string> recorded_flags(const std::string& path) {
     const std::string name = (fs::path(path) / "run.json").string();
-    if (!fs::is_regular_file(name)) return {};
+    if (!is_regular_file_at(name)) return {};
     const nlohmann::json record = parse_json(read_file(name), name);
     auto options = record.is_object() ? record.find("options") : record.end();
     if (options == record.end()) return {};
@@ -266,7 +266,7 @@ std::map<std::string, std::string> recorded_flags(const std::string& path) {
 std::vector<std::string> start_directories(const std::string& path) {
     const std::string name = (fs::path(path) / "run.json").string();
     std::vector<std::string> found;
-    if (path.empty() || !fs::is_regular_file(name)) return found;
+    if (path.empty() || !is_regular_file_at(name)) return found;
     try {
         const nlohmann::json record = parse_json(read_file(name), name);
         for (const nlohmann::json& start : record.at("starts")) {

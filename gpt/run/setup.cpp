@@ -6,6 +6,7 @@
 
 #include "gpt/base/build.h"
 #include "gpt/base/error.h"
+#include "gpt/base/files.h"
 #include "gpt/base/suggest.h"
 #include "gpt/base/threads.h"
 #include "gpt/cpu/bf16.h"
@@ -32,7 +33,7 @@ Config base_config(const Options& o) {
     if (!o.model_given && !o.init_from.empty()) return checkpoint_config(o.init_from);
     const std::vector<std::string> presets = preset_names();
     const bool preset = std::find(presets.begin(), presets.end(), o.model) != presets.end();
-    const bool is_path = o.model.find('/') != std::string::npos || fs::exists(o.model);
+    const bool is_path = o.model.find('/') != std::string::npos || path_exists(o.model);
     return !preset && is_path ? checkpoint_config(o.model) : preset_config(o.model);
 }
 
@@ -137,9 +138,9 @@ void find_saved_paths(Options& o, const SavedFlags& saved) {
         if (!unchanged(flag, *value)) continue;
         const std::string kind = value->starts_with(gpt2) ? gpt2 : "";
         const std::string path = value->substr(kind.size());
-        if (path[0] == '/' || fs::exists(path)) continue;
+        if (path[0] == '/' || path_exists(path)) continue;
         for (const std::string& folder : start_directories(o.out))
-            if (fs::exists(folder + "/" + path)) {
+            if (path_exists(folder + "/" + path)) {
                 *value = kind + folder + "/" + path;
                 break;
             }
@@ -155,7 +156,7 @@ std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::st
     std::string from = spec;
     if (from.empty() && !pattern.empty()) {
         std::string beside = shard_prefix(pattern) + "_tokenizer";
-        if (fs::is_directory(beside)) from = beside;
+        if (is_directory_at(beside)) from = beside;
     }
     if (from.empty() && id.kind == "bytes") from = "bytes";
     if (from.empty()) return nullptr;
@@ -190,9 +191,9 @@ void expect_tokenizer(const Tokenizer& tokenizer, const std::string& dir, const 
 
 void expect_tokenizer_of_weights(const std::string& path, const TokenizerId& id) {
     const std::string at = find_checkpoint(path);
-    if (!id.vocab_size || !fs::is_directory(at)) return;
+    if (!id.vocab_size || !is_directory_at(at)) return;
     TokenizerId known;
-    if (fs::exists(at + "/trainer_state.json")) known = read_trainer_state(at).tokenizer;
+    if (path_exists(at + "/trainer_state.json")) known = read_trainer_state(at).tokenizer;
     if (!known.vocab_size && has_tokenizer(at)) {
         try {
             known = load_tokenizer(at)->id();

@@ -69,7 +69,7 @@ void verify_run(const std::string& path, Findings& found) {
     }
     const std::string log = path + "/log.jsonl";
     int64_t lines = 0, unreadable = 0;
-    if (fs::exists(log)) {
+    if (path_exists(log)) {
         const std::string text = read_file(log);
         for (size_t begin = 0, end; begin < text.size(); begin = end + 1, lines++) {
             end = std::min(text.find('\n', begin), text.size());
@@ -113,15 +113,15 @@ void verify_shard(const std::string& path, Findings& found) {
 }
 
 void verify_path(const std::string& path, Findings& found) {
-    if (fs::is_directory(path)) {
-        if (fs::exists(path + "/config.json")) {
+    if (is_directory_at(path)) {
+        if (path_exists(path + "/config.json")) {
             verify_checkpoint(path, found);
             return;
         }
-        if (fs::exists(path + "/run.json") || !checkpoints_in(path).empty())
+        if (path_exists(path + "/run.json") || !checkpoints_in(path).empty())
             return verify_run(path, found);
         std::vector<std::string> shards;
-        for (const auto& entry : fs::directory_iterator(path))
+        for (const auto& entry : directory_entries(path))
             if (entry.path().extension() == ".bin") shards.push_back(entry.path().string());
         if (shards.empty())
             fail(path, " holds no run, no checkpoint and no shard (*.bin): name what to check");
@@ -130,7 +130,7 @@ void verify_path(const std::string& path, Findings& found) {
         return;
     }
     for (const std::string& file : glob_paths(path)) {
-        if (fs::is_directory(file))
+        if (is_directory_at(file))
             verify_path(file, found);
         else if (file.ends_with(".safetensors"))
             verify_tensors(file, found);
