@@ -165,12 +165,13 @@ endif
 # touched when it changes.
 $O/gpt/base/build.o: flags += -I$O
 $O/gpt/base/build.o: $O/build_info.h
+version := $(shell sed -n 's/^## \([0-9][0-9.]*\).*/\1/p; T; q' CHANGELOG.md 2>/dev/null)
 features := {"OpenMP", "$(or $(call found,OPENMP),no)"}, {"oneDNN", "$(or $(call found,ONEDNN),no)"}, \
     {"MPI", "$(or $(subst -, ,$(subst _, ,$(call found,MPI))),no)"}, {"PCRE2", "$(or $(call found,PCRE2),no)"}, \
     {"SentencePiece", "$(if $(call found,SENTENCEPIECE),$(or $(call pkg,--modversion sentencepiece),yes),no)"}, \
     {"CUDA", "$(or $(if $(cuda_source),$(cuda)),no)"}, {"NCCL", "$(or $(nccl),no)"}
 $O/build_info.h: FORCE | $O/.found
-	@{ echo '#define LNS_VERSION "'$$(git describe --always --dirty=+dirty --abbrev=10 2>/dev/null || echo unknown)'"'; \
+	@{ echo '#define LNS_VERSION "'$(version)$$(git describe --always --exclude='*' --dirty=-dirty --abbrev=10 2>/dev/null | sed 's/^/+/')'"'; \
 	echo '#define LNS_COMPILER "'$$($(CXX) --version | head -1)'"'; \
 	echo '#define LNS_FLAGS "'$(optimize) $(filter-out -I$O,$(flags))'"'; \
 	echo '#define LNS_FEATURES $(features)'; } > $@.new

@@ -1,24 +1,25 @@
 #!/bin/bash
-# Fetches a data set from its public home and makes token shards of it. Downloads go on where they
-# stopped: run the same command again.
+# Downloads a public data set and converts it to token shards. The same command resumes interrupted
+# downloads.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 Usage: data/get.sh NAME [DIR] [--tokenizer SPEC] [--files N] [--pad-documents N]
 
-  tinyshakespeare   1 MB of plays, bytes by default
-  tinystories       2.2 GB of stories that GPT-4 wrote, GPT-2's tokenizer by default
-  fineweb-10B       10 billion tokens of the web as ready shards (GPT-2's tokenizer), 200 MB each;
-                    --files N of 103, by default 10
-  c4                the colossal clean crawled corpus (English), 320 MB packed a file, T5's
-                    tokenizer by default; --files N of 1024, by default 1
+  tinyshakespeare   1 MB of plays; default tokenizer: bytes
+  tinystories       2.2 GB of stories written by GPT-4; default tokenizer: gpt2
+  fineweb-10B       10 billion tokens of web text as finished shards of 200 MB (GPT-2's tokenizer);
+                    --files N of 103, default 10
+  c4                the Colossal Clean Crawled Corpus (English), 320 MB compressed per file; default
+                    tokenizer: t5; --files N of 1024, default 1
 
-DIR (by default data/NAME) gets NAME_train_*.bin and NAME_val_*.bin. SPEC: bytes, gpt2, t5 (both
-are fetched too), or what data/tokenize takes. --pad-documents (c4, tinystories) is data/tokenize's.
+Writes NAME_train_*.bin and NAME_val_*.bin to DIR (default: data/NAME). SPEC is bytes, gpt2, t5 (the
+last two are downloaded as well), or whatever data/tokenize accepts. --pad-documents N (c4,
+tinystories) is passed on to data/tokenize.
 
-Environment: LNS_MIRROR=URL fetches URL/HOST/PATH in place of https://HOST/PATH;
-LNS_TOKENIZE names the program (by default data/tokenize); LNS_RETRY_SECONDS (by default 5).
+Environment: LNS_MIRROR=URL downloads URL/HOST/PATH instead of https://HOST/PATH; LNS_TOKENIZE names
+the program (default: data/tokenize); LNS_RETRY_SECONDS (default: 5).
 END
 }
 
@@ -73,13 +74,13 @@ need_tokenize() {
     [[ -x $tokenize ]] || fail "there is no $tokenize. Build it first: make data/tokenize"
 }
 
-# space MB: says how much room is needed and refuses if there is less.
+# space MB: prints how much space is needed, and fails if there is less.
 space() {
     local free
     free=$(df -Pk "$dir" | awk 'NR == 2 { print int($4 / 1000) }')
     echo "$name: needs about $1 MB in $dir, where $free MB are free"
     ((free >= $1)) || [[ ${LNS_MIRROR:-} ]] ||
-        fail "there is too little room. Name another directory: data/get.sh $name DIR"
+        fail "there is too little space. Choose another directory: data/get.sh $name DIR"
 }
 
 check_sum() { # FILE SHA256
@@ -88,10 +89,10 @@ check_sum() { # FILE SHA256
     [[ $found == "$2" ]] && return
     rm -f "$1"
     fail "$1 has the SHA-256 $found, expected $2. It was removed; run the command again, and if it" \
-        "stays so, do not use what the server sends"
+        "the same happens again, do not trust what the server sends"
 }
 
-# download URL FILE [SHA256]: FILE is whole or not there; what has come so far is FILE.part.
+# download URL FILE [SHA256]: FILE is complete or absent; FILE.part is what has arrived so far.
 download() {
     local url=$1 file=$2 sum=${3:-} part=$2.part headers=$2.headers
     local try code status linked size
@@ -107,15 +108,15 @@ download() {
         code=$(curl --location --fail "${curl_progress[@]}" --continue-at - --output "$part" \
             --dump-header "$headers" --write-out '%{http_code}' --connect-timeout 20 \
             --speed-limit 1000 --speed-time 60 "$url") || status=$?
-        # Hugging Face names the SHA-256 of large files; the sum is of what this answer is part of.
+        # Hugging Face sends the SHA-256 of the whole file, also with a part of it.
         linked=$(sed -nE 's/^x-linked-etag: *"?([0-9a-f]{64})"?.*/\1/Ip' "$headers" 2>/dev/null | tail -1)
         size=$(sed -nE 's,^content-range: *bytes \*/([0-9]+).*,\1,Ip' "$headers" 2>/dev/null | tail -1)
         rm -f "$headers"
         ((status == 0)) && break
         ((try < 6)) || fail "$url did not arrive in $try tries (curl: $status, HTTP: $code)." \
-            "What came is kept in $part; run the command again to go on"
+            "What arrived is kept in $part; run the command again to resume"
         if [[ $code == 416 ]]; then
-            # Nothing is left to send: all has come, or what has come is of another file.
+            # Nothing is left to send: the file is complete, or the part belongs to another file.
             [[ $size && $size == "$(wc -c <"$part")" ]] && break
             rm -f "$part"
         elif ((status == 33)); then
@@ -131,7 +132,7 @@ download() {
     mv "$part" "$file"
 }
 
-# A tokenizer's name becomes what data/tokenize takes.
+# Downloads the tokenizer and turns its name into what data/tokenize accepts.
 fetch_tokenizer() {
     local home=https://openaipublic.blob.core.windows.net/gpt-2/encodings/main
     case $tokenizer in
@@ -150,7 +151,7 @@ fetch_tokenizer() {
     esac
 }
 
-# One text for training and another for validation: the second's shards get the first's prefix.
+# Validation has a text of its own: its shards get the prefix of the training shards.
 rename_validation() {
     local shard
     for shard in "$dir/${name}-valid_train_"*.bin; do
@@ -185,7 +186,7 @@ tinystories() {
     rename_validation
 }
 
-# Ready shards are checked for what llm.c's header says: magic, version, length.
+# Checks a finished shard against llm.c's header: magic, version, length.
 check_shard() {
     local magic version count size
     read -r magic version count < <(od -An -td4 -N12 "$1")
@@ -239,7 +240,7 @@ tokenize_json() { # PREFIX FILE.json.gz... [-q]
     gzip -dc "$@" | jq -r '.text + "\n<|endoftext|>"' |
         "$tokenize" --tokenizer "$tokenizer" --doc-separator '<|endoftext|>' --val-fraction 0 \
             ${pad[@]+"${pad[@]}"} "${quiet[@]}" -o "$prefix" || {
-        rm -f "$prefix"_train_*.bin # of what came before the damage
+        rm -f "$prefix"_train_*.bin # made before the damage
         fail "no shards were made of $*. If a file is damaged, remove it and run the command again"
     }
 }

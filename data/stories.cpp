@@ -1,5 +1,4 @@
-// Prints the embedded corpus, for whoever wants the text itself: documents between lines of
-// <|endoftext|>.
+// Prints the built-in corpus as text: documents separated by lines of <|endoftext|>.
 #include "gpt/data/stories.h"
 #include "gpt/base/error.h"
 #include "gpt/base/signals.h"
@@ -30,15 +29,15 @@ void print(double megabytes, uint64_t seed) {
 } // namespace
 
 int main(int argc, char** argv) {
-    std::signal(SIGXFSZ, SIG_IGN); // a limit on file sizes is an error of write(2)
-    CLI::App app{"Prints synthetic English stories, documents between lines of <|endoftext|>.",
+    std::signal(SIGXFSZ, SIG_IGN); // exceeding a file size limit is an error of write(2)
+    CLI::App app{"Prints synthetic English stories, separated by lines of <|endoftext|>.",
                  "data/stories"};
     double megabytes = 1;
     uint64_t seed = 1;
-    app.add_option("--megabytes", megabytes, "at least so much text, to the end of a story")
+    app.add_option("--megabytes", megabytes, "minimum amount of text; the last story is complete")
         ->capture_default_str()
         ->check(CLI::Range(0.0, 1e9));
-    app.add_option("--seed", seed, "other seeds tell other stories")->capture_default_str();
+    app.add_option("--seed", seed, "different seeds give different stories")->capture_default_str();
     try {
         app.parse(argc, argv);
         print(megabytes, seed);

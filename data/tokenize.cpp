@@ -1,13 +1,11 @@
-// tokenize: text files in, token shards out.
+// tokenize: converts text files to token shards.
 //
-// One thread reads and cuts the text into parts, all cores encode them, one thread writes them in
-// order. Where the text is cut depends on the text alone, so the tokens do too, not on the threads
-// or on how a pipe delivers. Parts end where Tokenizer::safe_cut says that the encoding is that of
-// the whole text.
+// One thread reads the text and cuts it into parts, all cores encode them, and one thread writes
+// them in order. Cuts depend on the text only, not on threads or on how a pipe delivers it, and
+// Tokenizer::safe_cut chooses them so that the tokens are those of the whole text.
 //
-// Shards are written into a hidden folder until all are whole; then they are published as a set
-// (gpt/data/publish.h). So an error, a full disk, Ctrl-C or a kill leaves the shards of an earlier
-// run as they were.
+// Shards are written into a hidden folder and, once complete, published as a set
+// (gpt/data/publish.h). An error, a full disk, Ctrl-C or a kill leaves earlier shards as they were.
 #include "gpt/base/error.h"
 #include "gpt/base/signals.h"
 #include "gpt/base/terminal.h"
@@ -49,10 +47,10 @@ struct Options {
     std::vector<std::string> files;
 };
 
-constexpr size_t part_bytes = 256 << 10; // what a worker gets at once
-constexpr size_t block_bytes = 64 << 10; // how finely a pipe without separators is split
+constexpr size_t part_bytes = 256 << 10; // the unit of work of a thread
+constexpr size_t block_bytes = 64 << 10; // the unit of validation text in a pipe without separators
 constexpr size_t known_bytes = 4 << 20;  // a pipe this short is treated as a file
-// A text with nowhere to cut is cut here anyway, at the cost of a token or two.
+// A text without a place to cut is cut after this many bytes, at the cost of a token or two.
 constexpr size_t longest_part = 1 << 20;
 
 volatile std::sig_atomic_t interrupted = 0;
@@ -69,14 +67,14 @@ struct ShardSet {
     TokenizerId id;
     uint64_t shard_tokens = 0, tokens = 0;
     int window = 0;        // of padded documents, or 0
-    std::vector<int> open; // the document that has not come to its end, as far as it is kept
+    std::vector<int> open; // the unfinished document, as far as it is kept
     bool cut = false;      // whether it was longer
-    bool waits = false;    // one token, until it is known whether it is the last
+    bool waits = false;    // for the next token, to see whether `waiting` is the last
     int waiting = 0;
     uint64_t documents = 0, documents_cut = 0, padding = 0; // of padded documents
     std::vector<std::unique_ptr<ShardWriter>> shards;       // all but the last are finished
 
-    // Tokens of documents, each with its end-of-text behind it.
+    // Tokens of documents, each followed by end-of-text.
     void add(const std::vector<int>& from) {
         if (window == 0) return write(from.data(), from.size());
         for (int token : from) {
@@ -89,15 +87,15 @@ struct ShardSet {
         }
     }
     void end_document() {
-        if (!open.empty()) { // one without a token would have nothing to predict
+        if (!open.empty()) { // an empty document has nothing to predict
             documents++, documents_cut += cut, padding += size_t(window) - open.size() - 1;
             open.resize(size_t(window), id.eot);
             write(open.data(), open.size());
         }
         open.clear(), cut = false;
     }
-    // A last token that would be alone in a shard, mostly end-of-text, stays with those before it:
-    // no sequence fits into a shard of one.
+    // A last token that would be alone in a shard (usually end-of-text) joins the previous one:
+    // no sequence fits into a shard of one token.
     void write(const int* from, size_t n) {
         if (n == 0) return;
         if (std::exchange(waits, false)) put(&waiting, 1); // it was not the last
@@ -138,14 +136,14 @@ struct Job {
     std::vector<int> tokens[2]; // train, val
 };
 
-// Jobs go through `work` on many threads and through `finish` in order on one. push waits while
-// many are under way. The first exception of a thread is thrown by push or close.
+// Jobs pass through `work` on many threads, and through `finish` in order on one. push blocks while
+// many jobs are in flight. push or close throws the first exception of a thread.
 struct Pipeline {
     using Function = std::function<void(Job&)>;
 
     Pipeline(int threads, Function work, Function finish)
         : most(size_t(threads) * 4 + 4), work(std::move(work)), finish(std::move(finish)) {
-        // The signals are for the reader, whose read(2) they interrupt.
+        // Signals go to the reader, whose read(2) they interrupt.
         sigset_t signals, before;
         sigemptyset(&signals);
         sigaddset(&signals, SIGINT);
@@ -178,7 +176,7 @@ struct Pipeline {
     }
 
   private:
-    // Until fewer than n jobs are under way.
+    // Waits until fewer than n jobs are in flight.
     void wait_for_writer(std::unique_lock<std::mutex>& lock, size_t n) {
         while (!failure && pushed - written >= n) {
             changed.wait_for(lock, std::chrono::milliseconds(100));
@@ -236,12 +234,12 @@ struct Pipeline {
     std::vector<std::thread> all;
 };
 
-// One line that says how far it is: in place on a terminal, else seldom.
+// The progress line: redrawn on a terminal, otherwise printed at long intervals.
 struct Progress {
     using Clock = std::chrono::steady_clock;
     Clock::time_point start = Clock::now(), shown = start;
     bool terminal = isatty(STDERR_FILENO), quiet = false, open = false;
-    uint64_t total = 0; // bytes, 0: not known
+    uint64_t total = 0; // bytes; 0: unknown
 
     double seconds() const { return std::chrono::duration<double>(Clock::now() - start).count(); }
     void show(uint64_t bytes) {
@@ -280,7 +278,7 @@ struct File {
     ~File() {
         if (owned && descriptor >= 0) close(descriptor);
     }
-    // Bytes that are still to be read; false: not known (a pipe).
+    // The number of unread bytes; false if it is unknown (a pipe).
     bool size(uint64_t& bytes) const {
         struct stat info;
         if (fstat(descriptor, &info) != 0 || !S_ISREG(info.st_mode)) return false;
@@ -288,7 +286,7 @@ struct File {
         bytes = info.st_size > at ? uint64_t(info.st_size - at) : 0;
         return true;
     }
-    // Appends n bytes, or fewer at the end of the file only.
+    // Appends n bytes; fewer only at the end of the file.
     bool fill(std::string& text, size_t n) {
         size_t before = text.size(), end = before + n;
         text.resize(end);
@@ -306,7 +304,7 @@ struct File {
     }
 };
 
-// The text, cut into documents and parts, each with its destination
+// Cuts the text into documents and parts, and decides where each goes
 
 struct Reader {
     const Options& options;
@@ -317,14 +315,14 @@ struct Reader {
     uint64_t bytes = 0, documents = 0, forced_cuts = 0; // bytes: of documents, without separators
     uint64_t zeros = 0, separators = 0;
 
-    // Where validation text comes from:
-    // - with separators, whole documents, wherever validation has less than its fraction;
-    // - else, of files, the last fraction of the text (tail is where it begins);
-    // - else, of a pipe, blocks of 64 KiB, wherever validation has less than its fraction.
+    // Validation text:
+    // - with separators, whole documents, whenever validation has less than its fraction;
+    // - otherwise, for files, the last fraction of the text, which begins at tail;
+    // - otherwise, for a pipe, blocks of 64 KiB, whenever validation has less than its fraction.
     enum { none, by_document, by_tail, by_block } split = none;
     uint64_t tail = 0, val_bytes = 0;
     bool in_validation = false;
-    bool started = false; // some of the current document has been passed on
+    bool started = false; // part of the current document has been passed on
 
     void choose() {
         bool lacks = double(val_bytes) < options.val_fraction * double(bytes);
@@ -352,8 +350,8 @@ struct Reader {
         if (started || !text.empty()) add(text, true);
     }
 
-    // The next line from `from` on that is the separator: its start and the start of the next line.
-    // What may still become one at the end of the text is found once there is more.
+    // The next separator line at or after `from`: its start and the start of the next line. An
+    // incomplete one at the end of the text is found once there is more text.
     bool find_separator(std::string_view text, size_t from, bool at_line_start, bool complete,
                         size_t& begin, size_t& end) const {
         const std::string& separator = options.separator;
@@ -370,7 +368,7 @@ struct Reader {
         return false;
     }
 
-    // How much of a text can be cut without cutting into what may become a separator.
+    // How much of a text can be passed on without splitting a possible separator.
     size_t before_separator(std::string_view text, bool at_line_start) const {
         if (options.separator.empty()) return text.size();
         size_t newline = text.rfind('\n');
@@ -380,7 +378,7 @@ struct Reader {
         return separator.rfind(text.substr(line), 0) == 0 ? line : text.size();
     }
 
-    // A cut near `at`, rather before a new line: between training and validation text.
+    // A cut near `at`, preferably at the start of a line: between training and validation text.
     size_t cut_near(std::string_view text, size_t at) const {
         size_t lowest = at > block_bytes ? at - block_bytes : 0;
         for (size_t p = std::min(at, text.size() - 1) + 1; p-- > lowest;) {
@@ -457,7 +455,7 @@ struct Reader {
             known = File(path).size(size) && known;
             total += size;
         }
-        std::unique_ptr<File> pipe; // a single short pipe is read ahead
+        std::unique_ptr<File> pipe; // a single short pipe is read in advance
         std::string ahead;
         bool more = true;
         if (options.files.size() == 1 && (!known || total == 0)) {
@@ -482,11 +480,11 @@ struct Reader {
     }
 };
 
-// The tokens of a part, behind `out`, and how many of its bytes have none.
+// Appends the tokens of a part to `out`, and adds the number of bytes that have none.
 void encode_part(const Tokenizer& tokenizer, const Part& part, std::string_view text,
                  std::vector<int>& out, std::atomic<uint64_t>& without_token) {
     const int eot = tokenizer.eot(), bos = tokenizer.bos;
-    // Where one token both begins and ends texts, the end of the last begins the next.
+    // If one token both begins and ends texts, the end of a document begins the next.
     if (part.first && bos >= 0 && bos != eot) out.push_back(bos);
     if (!text.empty()) {
         auto tokens = part.first ? tokenizer.encode(text) : tokenizer.encode_rest(text);
@@ -503,7 +501,8 @@ void note(const std::string& text) {
 void run(const Options& options) {
     if (options.separator.find('\n') != std::string::npos)
         fail("--doc-separator has a newline, expected the text of one line");
-    for (const std::string& path : options.files) File file(path); // all can be opened
+    for (const std::string& path : options.files)
+        File file(path); // fail early if one cannot be opened
     std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(options.tokenizer);
     fs::path folder = fs::path(options.out).parent_path();
     std::error_code error;
@@ -621,26 +620,27 @@ int main(int argc, char** argv) {
     app.option_defaults()->always_capture_default();
     app.add_option("files", options.files, "Text files; - or none: stdin")->type_name("FILE");
     app.add_option("-o,--out", options.out,
-                   "Writes PREFIX_train_000000.bin ..., PREFIX_val_000000.bin ... and "
-                   "PREFIX_tokenizer/; what is there under these names is replaced")
+                   "Write PREFIX_train_000000.bin ..., PREFIX_val_000000.bin ... and "
+                   "PREFIX_tokenizer/; existing ones are replaced")
         ->required()
         ->type_name("PREFIX")
         ->always_capture_default(false);
     app.add_option(
            "--tokenizer", options.tokenizer,
            "bytes; gpt2:DIR, with encoder.json and vocab.bpe or vocab.json and merges.txt; a "
-           "SentencePiece FILE.model; a tokenizer.json of GPT-2's kind; or a directory with one, "
-           "whose tokenizer_config.json is followed")
+           "SentencePiece FILE.model; a tokenizer.json of GPT-2's kind; or a directory with one of "
+           "these and its tokenizer_config.json")
         ->type_name("SPEC");
-    app.add_option("--doc-separator", options.separator,
-                   "The line that ends a document (as <|endoftext|>); it is no part of the text. "
-                   "Without it every file is one document. Every document is followed by the "
-                   "tokenizer's end-of-text")
+    app.add_option(
+           "--doc-separator", options.separator,
+           "A line that ends a document (such as <|endoftext|>) and is not part of the text; "
+           "without it, every file is one document. The tokenizer's end-of-text follows "
+           "each document")
         ->type_name("STR");
     app.add_option("--val-fraction", options.val_fraction,
-                   "Part of the text for validation: with separators whole documents, evenly "
-                   "spread; else the end of the text; of a pipe above 4 MiB, blocks of 64 KiB, "
-                   "evenly spread")
+                   "Fraction of the text for validation: with separators, evenly spread documents; "
+                   "otherwise the end of the text, or evenly spread blocks of 64 KiB of a pipe of "
+                   "more than 4 MiB")
         ->check([](const std::string& text) -> std::string {
             char* end;
             double x = std::strtod(text.c_str(), &end);
@@ -648,17 +648,18 @@ int main(int argc, char** argv) {
             return lns::cat("'", text, "' is not a number from 0 to 0.99");
         })
         ->type_name("X");
-    app.add_option("--pad-documents", options.pad_documents,
-                   "Makes a window of N tokens of every document: longer ones are cut to N - 1 and "
-                   "end-of-text, shorter ones padded with it, and train_gpt --seq-len N does not "
-                   "learn the padding; 0: documents follow each other")
+    app.add_option(
+           "--pad-documents", options.pad_documents,
+           "Make each document a window of N tokens: longer ones are cut to N - 1 tokens and "
+           "end-of-text, shorter ones padded; train_gpt --seq-len N ignores the padding; "
+           "0: concatenate documents")
         ->check(CLI::Range(0, 1 << 24))
         ->type_name("N");
-    app.add_option("--shard-tokens", shard_tokens, "Tokens a shard, as 5000000, 500k, 100M")
+    app.add_option("--shard-tokens", shard_tokens, "Tokens per shard, such as 5000000, 500k, 100M")
         ->type_name("N");
-    app.add_option("--threads", options.threads, "Threads that encode; the result is the same")
+    app.add_option("--threads", options.threads, "Encoding threads; they do not affect the result")
         ->check(CLI::Range(1, 1024));
-    app.add_flag("-q,--quiet", options.quiet, "No progress, no summary");
+    app.add_flag("-q,--quiet", options.quiet, "Print no progress and no summary");
     try {
         app.parse(argc, argv);
         options.tokenizer = lns::expand_home_in_tokenizer(options.tokenizer);

@@ -1,12 +1,12 @@
-// vocabulary: learns a SentencePiece model from text, for data/tokenize --tokenizer FILE.model.
+// vocabulary: trains a SentencePiece model on text, for data/tokenize --tokenizer FILE.model.
 //
-// The model is of LLaMA's kind: byte-pair encoding that folds nothing, with a piece for every byte,
-// so that it gives back every text; digits one by one. Lines are its sentences, so that no piece
-// reaches across a newline. The same text gives the same model.
+// The model is like LLaMA's: byte-pair encoding without normalization, a piece for every byte, so
+// that every text can be decoded, and single digits. Its sentences are lines, so no piece spans a
+// newline. The same text gives the same model.
 //
-// The trainer aborts at words of 65,536 characters and skips lines that are long or have one of its
-// own characters, so it gets long words and lines in parts, and a space in place of what it cannot
-// take. The program says how many.
+// The trainer aborts at words of 65,536 characters, and skips lines that are long or contain its
+// own special characters. So long words and lines are split, and characters that it does not accept
+// become spaces. The program says how many.
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/base/signals.h"
@@ -38,7 +38,7 @@ struct Options {
 constexpr size_t longest_line = 16 << 10; // bytes; longer ones are cut at the next space
 constexpr size_t longest_word = 1000;     // characters; a piece has 16 at most
 
-// A file, or stdin for "-", byte by byte.
+// Reads a file, or stdin for "-", byte by byte.
 struct Input {
     std::string name;
     Fd file;
@@ -65,7 +65,7 @@ struct Input {
         block.resize(used);
         at = 0;
     }
-    // -1: the end
+    // -1 at the end
     int peek() {
         if (at == block.size()) fill();
         return block.empty() ? -1 : static_cast<unsigned char>(block[at]);
@@ -77,8 +77,8 @@ struct Input {
     }
 };
 
-// What the trainer learns from, as it asks for it: the lines of all files but for those that only
-// separate documents, in parts where they are long.
+// The sentences for the trainer: the lines of all files, without document separators, long ones in
+// parts.
 struct Lines : sentencepiece::SentenceIterator {
     const Options& options;
     size_t next = 0; // file
@@ -108,7 +108,7 @@ struct Lines : sentencepiece::SentenceIterator {
     }
 
   private:
-    // Of the current line, or of the next one that is to be learned; false: there is none.
+    // Reads the next chunk, of this or the next line; false at the end.
     bool read_chunk() {
         while (true) {
             if (!in && next == options.files.size()) return false;
@@ -136,7 +136,7 @@ struct Lines : sentencepiece::SentenceIterator {
         }
     }
 
-    // A character's bytes at chunk[i]; 0: none that the trainer takes.
+    // The length of the character at chunk[i]; 0 if the trainer does not accept it.
     size_t character(size_t i) const {
         const unsigned char lead = static_cast<unsigned char>(chunk[i]);
         if (lead < 0x80) return lead != 0;
@@ -145,7 +145,7 @@ struct Lines : sentencepiece::SentenceIterator {
         return c.size() == length && is_utf8(c) && c != "\u2585" ? length : 0;
     }
 
-    // The chunk, or as much of it as comes before a word is too long.
+    // The chunk, up to where a word becomes too long.
     void take_sentence() {
         while (at < chunk.size()) {
             const size_t length = character(at);
@@ -175,7 +175,7 @@ void run(const Options& options) {
     if (options.out.size() <= suffix.size() ||
         options.out.substr(options.out.size() - suffix.size()) != suffix)
         fail("--out '", options.out, "' does not end in .model, as SentencePiece models do");
-    // 256 bytes, <unk>, <s> and </s> come first; the trainer wants every letter besides.
+    // 256 bytes, <unk>, <s> and </s> come first; the trainer also needs every letter.
     Lines lines(options);
     if (lines.ended) fail("there is no text in the input to learn from");
     std::string model;
@@ -227,18 +227,19 @@ void run(const Options&) {
 int main(int argc, char** argv) {
     lns::prepare_process();
     lns::Options options;
-    CLI::App app("Learns a SentencePiece vocabulary from text files.");
+    CLI::App app("Trains a SentencePiece model on text files.");
     app.option_defaults()->always_capture_default();
     app.add_option("files", options.files, "Text files; - or none: stdin")->type_name("FILE");
     app.add_option("-o,--out", options.out, "The model to write, FILE.model")
         ->required()
         ->type_name("FILE")
         ->always_capture_default(false);
-    app.add_option("--size", options.size, "Pieces, the 256 bytes and 3 special ones among them")
+    app.add_option("--size", options.size,
+                   "Number of pieces, including 256 bytes and 3 special ones")
         ->check(CLI::Range(300, 1 << 20))
         ->type_name("N");
     app.add_option("--doc-separator", options.separator,
-                   "The line that ends a document, as for data/tokenize: it is not learned")
+                   "A line that ends a document, as for data/tokenize; it is not part of the text")
         ->type_name("STR");
     try {
         app.parse(argc, argv);

@@ -1,22 +1,142 @@
-"""The report's pictures. A panel is as wide as a phone's screen shows without shrinking its
-letters, so a page sets as many side by side as it has room for."""
+"""Pictures of runs: what all share (Matplotlib, colours, axes), and the report's.
+
+Okabe and Ito's colours remain distinct for colour-blind readers; line styles and markers differ too.
+A panel of the report is as wide as a phone can show without shrinking the text, so a page places as
+many side by side as fit.
+"""
 
 import math
+import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass, field
 
-from groups import by_tokenizer, drawn_of, perplexity, tokenizer_name
-from plotting import GRID, MONO, TEXT, FuncFormatter, SymmetricalLogLocator, count
-from plotting import line_style, mcolors, numpy, plain, pyplot, scale_axis, spread, use_style
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def use_own_python():
+    """Restarts the program under the Python environment that `make deps` made, if there is one: its
+    versions are the tested ones."""
+    for build in dict.fromkeys((os.environ.get("BUILD") or "build", "build")):
+        venv = os.path.join(PROJECT, build, "venv")
+        python = os.path.join(venv, "bin", "python3")
+        if os.path.realpath(sys.prefix) == os.path.realpath(venv):
+            return
+        if os.access(python, os.X_OK) and os.path.isfile(sys.argv[0]):
+            sys.stdout.flush()
+            os.execv(python, [python, *sys.argv])
+
+
+use_own_python()
+try:
+    import matplotlib
+    import numpy
+    from matplotlib import colors as mcolors
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import SymmetricalLogLocator
+except ImportError as error:
+    sys.exit(
+        f"{os.path.basename(sys.argv[0])}: Matplotlib is needed to draw, and {sys.executable} has "
+        f"none that works ({error}): `make deps` installs it under build/"
+    )
+
+from table import by_tokenizer, drawn_of, perplexity, tokenizer_name
+
+COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
+LINES = ["-", "--", "-.", (0, (1, 1.2))]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+TEXT, GRID = "#222222", "#DDDDDD"
+MONO = "DejaVu Sans Mono"  # distinguishes "lns" from "Ins"; comes with Matplotlib
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with Matplotlib
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.left": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 FONT_SIZE, LABEL_SIZE = 11.5, 10  # points
 WIDTH, HEIGHT = 4.5, 3.3  # inches
 LETTER = 0.602 * LABEL_SIZE / 72  # inches that a letter of MONO is wide
 GAP = 1.2 * LABEL_SIZE / 72  # inches between two labels
 LONGEST = 22  # letters of a label
-POINTS = 300  # of a training curve; a panel has fewer pixels for it
+POINTS = 300  # of a training curve: more than the pixels of a panel
 PIXELS = 192  # of a drawn matrix's side
+
+
+def use_style(font_size, more=()):
+    matplotlib.use("Agg")
+    sizes = {"font.size": font_size, "axes.titlesize": font_size}
+    matplotlib.rcParams.update({**STYLE, **sizes, **dict(more)})
+    if "text.parse_math" in matplotlib.rcParams:
+        matplotlib.rcParams["text.parse_math"] = False  # a $ in a directory's name is a $
+
+
+def line_style(index):
+    """Of the index-th line. 28 are distinct, and the first 4 also without colour."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
+def count(n):
+    """2097152 -> "2.1M"."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:.2g}{name}" if n < 100 * unit else f"{n / unit:.0f}{name}"
+    return f"{n:.0f}"
+
+
+def spread(heights, gap, low):
+    """The heights, moved so that they are at least gap apart and none is below low."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = [heights[i] for i in order]
+    for _ in range(100):
+        placed[0] = max(placed[0], low)
+        for i in range(1, len(placed)):
+            lack = gap - (placed[i] - placed[i - 1])
+            if lack > 0:
+                placed[i - 1] -= lack / 2
+                placed[i] += lack / 2
+    result = [0.0] * len(heights)
+    for i, height in zip(order, placed):
+        result[i] = height
+    return result
+
+
+def plain(value, _=None):
+    """1000 -> "1000", 0.001 -> "0.001", 1e-06 -> "1e-6"."""
+    if value != 0 and not 1e-4 < abs(value) < 1e5:
+        mantissa, exponent = f"{value:.0e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:g}"
+
+
+def scale_axis(axis, low, high, ratio=30):
+    """Makes the axis logarithmic if low and high are positive and their ratio exceeds ratio."""
+    set_scale = axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale
+    axis.set_minor_formatter(NullFormatter())
+    if not (0 < low < high and high > ratio * low):
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(plain))
+        return False
+    set_scale("log")
+    decades = math.log10(high / low)
+    subs = (1, 2, 5) if decades < 1.6 else (1, 3) if decades < 2.6 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.axes.minorticks_off()
+    return True
 
 
 @dataclass
@@ -28,7 +148,7 @@ class Panel:
 
 @dataclass
 class Picture:
-    """One or more panels, and what to look for in them."""
+    """Panels, and what to look for in them."""
 
     title: str
     look: str
@@ -52,7 +172,7 @@ def short(label):
 
 
 def new_panel(title, labels=(), height=HEIGHT, right=0.15):
-    """Figure and axes, with room on the right for labels."""
+    """A figure and its axes, with room for labels on the right."""
     height = max(height, 1.1 + GAP * len(labels))
     figure = pyplot.figure(figsize=(WIDTH, height))
     if labels:
@@ -64,15 +184,15 @@ def new_panel(title, labels=(), height=HEIGHT, right=0.15):
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=5)
-    # Where it is whole, however wide the numbers beside it are.
+    # A fixed place, whatever the width of the tick labels.
     axes.yaxis.set_label_coords(0.2 / WIDTH, box[1] + box[3] / 2, transform=figure.transFigure)
     figure.text(0.1 / WIDTH, 1 - 0.08 / height, title, va="top", fontweight="bold")
     return figure, axes
 
 
 def label_ends(axes, ends):
-    """ends: [(x, y, text, colour)]. Each text stands to the right of the axes, and a thin line
-    leads to it from its point; where the point lies above the frame, an arrow says so."""
+    """ends: [(x, y, text, colour)]. Writes each text to the right of the axes, with a thin line from
+    its point, and an arrow if the point is above the frame."""
     figure = axes.figure
     figure.canvas.draw()  # fixes the axes, so that points can be placed
     size, box = figure.bbox, axes.bbox
@@ -92,7 +212,7 @@ def label_ends(axes, ends):
     for (x, y), height, text, (*_, colour) in zip(points, heights, texts, ends):
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 1, "shrinkB": 0}
         arrow["relpos"] = (0, 0.5)
-        if x < box.x1 - 0.1 * box.width:  # a long line, which must not look like the curve
+        if x < box.x1 - 0.1 * box.width:  # a long line must not look like a curve
             arrow.update(linestyle=(0, (1, 2)), alpha=0.8)
         axes.annotate(
             text,
@@ -126,7 +246,7 @@ def finite(values):
 
 
 def limits(axes, values, log=True, ratio=30):
-    """The y axis from the least to the greatest of the values, logarithmic if they span much."""
+    """Sets the y axis to the range of the values, logarithmic if that is wide."""
     values = finite(values)
     if not values:
         return
@@ -164,7 +284,7 @@ def layer_axis(axes, first, last, label="layer", room=0.0):
 
 
 def smoothed(points):
-    """[(tokens, loss)] -> tokens, the mean of the loss over 2% of the steps around, thinned."""
+    """[(tokens, loss)] -> tokens and losses, averaged over a window of 2% of the steps, thinned."""
     tokens = numpy.array([t for t, _ in points], float)
     losses = numpy.array([loss for _, loss in points], float)
     half = len(losses) // 100
@@ -179,7 +299,7 @@ def smoothed(points):
 
 
 def mark_end(axes, group, x, y):
-    """The end of a run that diverged."""
+    """Marks the end of a diverged run."""
     axes.plot([x], [y], marker="x", markersize=9, markeredgewidth=2.4, color=colour_of(group),
               zorder=5)  # fmt: skip
 
@@ -189,7 +309,7 @@ def diverged_runs(group):
 
 
 def training_panel(groups, title, name):
-    """A line a run; of a group of seeds the first is labelled, and the others are paler."""
+    """A line per run; the first seed of a group is labelled, the others are paler."""
     curves = []
     for group in groups:
         for run in sorted(group.logged, key=lambda run: run not in group.counted):
@@ -212,7 +332,7 @@ def training_panel(groups, title, name):
             starts.append(ys[len(ys) // 20])
         ends.setdefault(group.label, (xs[-1], ys[-1], short(group.tag), colour_of(group)))
     tokens_axis(axes, 0, max(xs[-1] for *_, xs, _ in curves))
-    # Every loss falls from about log(vocabulary) in the first steps; what differs comes after.
+    # All losses fall from about log(vocabulary) in the first steps; differences come later.
     every = [y for *_, ys in curves for y in ys]
     limits(axes, [y for y in good if y <= max(starts)] or every, log=False)
     axes.set_ylabel("nats a token")
@@ -221,8 +341,8 @@ def training_panel(groups, title, name):
 
 
 def validation_panel(groups, title, name, of=lambda loss: loss, unit="nats a token", from_=0.0):
-    """of(loss): the mean over seeds, and a band from the least to the greatest; from the share
-    from_ of the training on."""
+    """of(loss): the mean over seeds, and a band from minimum to maximum, starting at the fraction
+    from_ of training."""
     end = max((group.tokens for group in groups), default=0)
     begin = from_ * end
     curves = []
@@ -355,13 +475,13 @@ def loss_pictures(groups):
 
 
 def series(groups, *keys):
-    """[(group, a number a layer)] of the groups whose probe has it."""
+    """[(group, one number per layer)] of the groups whose probe has it."""
     return [(group, group.probe.series(*keys)) for group in groups if group.probe.series(*keys)]
 
 
 def line_panel(curves, title, name, first=1, axis="layer", unit="", errors=None):
-    """curves: [(group, a number a layer from the layer `first` on)]; errors: their standard
-    errors, likewise."""
+    """curves: [(group, one number per layer, from layer `first`)]; errors: their standard errors,
+    likewise."""
     curves = [(group, ys) for group, ys in curves if finite(ys)]
     if not curves:
         return None
@@ -385,7 +505,7 @@ def line_panel(curves, title, name, first=1, axis="layer", unit="", errors=None)
 
 
 def residual_variance(group):
-    """After each layer, of the probe or of the log's last validation; None if neither has it."""
+    """After each layer, from the probe or the last validation in the log; or None."""
     if group.probe and group.probe.series("variance", "residual"):
         return group.probe.series("variance", "residual")[1:]
     for run in group.runs:
@@ -407,8 +527,8 @@ class Fit:
 
 
 def variance_fits(group):
-    """(power, exponential) over the layers 1 … L: the probe's numbers, or our own least squares
-    where it has none. None if there is no variance to fit."""
+    """(power, exponential) over layers 1 … L: the probe's fit, or a least-squares fit if it has none.
+    None if there is no variance."""
     values = residual_variance(group)
     if not values or len(values) < 3 or not all(math.isfinite(v) and v > 0 for v in values):
         return None
@@ -455,7 +575,7 @@ def fit_panel(group, values, bounds):
 
 
 def history_panel(group, history, bounds, tokens_most):
-    """The variance by layer at up to 10 times of the training, from dark to bright."""
+    """The variance by layer at up to 10 points of training, from dark to bright."""
     at = numpy.unique(numpy.linspace(0, len(history) - 1, min(len(history), 10)).astype(int))
     title = f"{short(group.tag)}: variance through training"
     figure, axes = new_panel(title, right=0.85)
@@ -484,7 +604,7 @@ def colour_bar(axes, norm, map_, label):
 
 
 def heat_panel(name, title, rows, norm, label, x_label, y_label, first, map_name="viridis"):
-    """rows[n − 1][i]: a triangle, drawn with n upwards; i counts from `first`."""
+    """rows[n − 1][i] form a triangle, drawn with n upwards; i counts from `first`."""
     width = len(rows[0])
     cells = numpy.full((len(rows), width), numpy.nan)
     for i, row in enumerate(rows):
@@ -505,8 +625,7 @@ def heat_panel(name, title, rows, norm, label, x_label, y_label, first, map_name
 
 
 def threshold(values):
-    """From where on a scale that holds these numbers of both signs is logarithmic, or None if it
-    need not be."""
+    """Where a symmetric scale for these numbers becomes logarithmic; None if it can be linear."""
     sizes = sorted(abs(v) for v in finite(values) if v)
     if not sizes or sizes[-1] < 30 * sizes[len(sizes) // 2]:
         return None
@@ -536,7 +655,7 @@ def bar_panel(group, values, bounds, name, title, axis="layer"):
 
 
 def increases(groups, *keys):
-    """[(group, the losses under these keys above the whole model's)]."""
+    """[(group, the losses under these keys minus the loss of the whole model)]."""
     return [
         (group, [value - group.probe.number("loss") for value in values])
         for group, values in series(groups, *keys)
@@ -545,7 +664,7 @@ def increases(groups, *keys):
 
 
 def bar_panels(values, kind, title, axis="layer"):
-    """A panel for each of [(group, a number a layer)], on one scale."""
+    """A panel for each of [(group, one number per layer)], on a common scale."""
     values = [(group, bars) for group, bars in values if finite(bars)]
     bounds = finite([bar for _, bars in values for bar in bars])
     return [
@@ -679,7 +798,7 @@ def removal_pictures(groups):
 def matrix_panel(group, layer, rows, norm):
     cells = numpy.abs(numpy.array(rows, float))
     block = math.ceil(len(cells) / PIXELS)
-    if block > 1:  # the largest of each block
+    if block > 1:  # draw the maximum of each block
         size = math.ceil(len(cells) / block) * block
         padded = numpy.zeros((size, size))
         padded[: len(cells), : len(cells)] = cells
@@ -763,7 +882,7 @@ def probe_pictures(groups):
 
 
 def kept(pictures):
-    """Those that have a panel."""
+    """The pictures that have panels."""
     for picture in pictures:
         picture.panels = [panel for panel in picture.panels if panel]
     return [picture for picture in pictures if picture.panels]

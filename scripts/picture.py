@@ -1,31 +1,30 @@
 #!/usr/bin/env python3
-"""Draws runs side by side: the variance of the residual stream after each layer, and the
-validation loss as training went on.
+"""Draws runs side by side: the variance of the residual stream after each layer, and the validation
+loss during training.
 
-    scripts/picture.py RUN_PRE RUN_LNS -o scripts/lns.svg [--png FILE.png]
+    scripts/picture.py RUN_PRE RUN_LNS -o docs/lns.svg [--png FILE.png]
 
-RUN is a directory that ./train_gpt -o wrote to its end. The same runs give the same bytes, with
-the same version of Matplotlib.
+RUN is the directory of a finished run. The same runs and Matplotlib version give the same bytes.
 """
 
 import argparse
-import os
 import sys
 
-from plotting import COLOURS, GRID, MONO, LogLocator, count, pyplot, spread, use_style
+from figures import COLOURS, GRID, MONO, LogLocator, count, pyplot, spread, use_style
 from runs import Run, RunError
+from table import HARMLESS, differing_flags
 
 FONT_SIZE = 12  # points; at its own width the picture fits a README's column
 WIDTH, HEIGHT = 8.6, 3.7  # inches
-LOG_RATIO = 30  # of the largest variance to the smallest, from where on the axis is logarithmic
+LOG_RATIO = 30  # the axis is logarithmic if the variances span more
 
 
 def labels_of(runs):
-    """The schemes; the directories' names where one scheme occurs twice."""
+    """The schemes, or the names of the directories if a scheme occurs twice."""
     schemes = [run.scheme for run in runs]
     if len(set(schemes)) == len(schemes):
         return schemes
-    return [os.path.basename(os.path.abspath(run.path)) for run in runs]
+    return [run.name for run in runs]
 
 
 def check(run):
@@ -43,17 +42,9 @@ def check(run):
 
 def warn_of_differences(runs):
     """A comparison means something where only the scheme differs."""
-    harmless = {"--norm", "--threads", "--device", "--keep", "--save-every", "--batch"}
-    harmless |= {"--sample-every", "--sample-tokens", "--prompt", "--temperature"}
-    harmless |= {"--top-k", "--top-p"}
-    for run in runs[1:]:
-        names = (set(run.flags) | set(runs[0].flags)) - harmless
-        differ = sorted(n for n in names if run.flags.get(n) != runs[0].flags.get(n))
-        if differ:
-            print(
-                f"picture.py: note: {runs[0].path} and {run.path} differ in {', '.join(differ)}",
-                file=sys.stderr,
-            )
+    names = set(differing_flags(runs)) - (HARMLESS - {"--seed"})
+    if names:
+        print(f"picture.py: note: the runs differ in {', '.join(sorted(names))}", file=sys.stderr)
 
 
 def label_ends(axes, ends, labels):
@@ -69,15 +60,14 @@ def label_ends(axes, ends, labels):
 
 
 def plot(axes, curves):
-    """Lines of (xs, ys). Where many may lie on each other, the later are thinner."""
+    """Draws (xs, ys). Later lines are thinner, so that overlapping ones remain visible."""
     for i, (xs, ys) in enumerate(curves):
         width = 2.2 if len(curves) < 3 else 3.6 - 2 * i / (len(curves) - 1)
         axes.plot(xs, ys, color=COLOURS[i], linewidth=width)
 
 
 def draw_variance(axes, runs, labels):
-    # From the first layer on: the embedding's variance, a thousand times smaller, is no layer's
-    # doing, and would press the lines together.
+    # Without the embedding: its variance is a thousand times smaller and would compress the rest.
     curves = [run.variances[1:] for run in runs]
     plot(axes, [(range(1, len(curve) + 1), curve) for curve in curves])
     low, high = min(map(min, curves)), max(map(max, curves))
@@ -104,7 +94,7 @@ def draw_losses(axes, runs, labels):
     axes.set_title("Validation loss")
     axes.set_xlabel("training tokens")
     axes.set_xlim(0, max(curve[-1][0] for curve in curves))
-    # Every loss falls from about log(vocabulary) in the first steps; what differs comes after.
+    # All losses fall from about log(vocabulary) in the first steps; differences come later.
     low = min(loss for curve in curves for _, loss in curve)
     high = max(curve[len(curve) // 8][1] for curve in curves)
     if high > low:
@@ -116,7 +106,7 @@ def draw_losses(axes, runs, labels):
 
 
 def subject(runs):
-    """What all the runs have in common, in a line."""
+    """What all runs have in common, in a line."""
     facts = {(run.preset, run.layers, run.tokens) for run in runs}
     if len(facts) > 1:
         return ""
@@ -127,7 +117,7 @@ def subject(runs):
 def draw(runs):
     labels = labels_of(runs)
     figure = pyplot.figure(figsize=(WIDTH, HEIGHT), facecolor="white")
-    # Each panel leaves room for its labels: an em is FONT_SIZE points, a letter 0.6 of it.
+    # Room for labels: an em is FONT_SIZE points, and a letter is 0.6 em wide.
     letter = 0.602 * FONT_SIZE / 72 / WIDTH
     longest = max(map(len, labels))
     room_left, room_right = (longest + 2) * letter, (longest + 7) * letter
@@ -152,7 +142,7 @@ def main():
     )
     parser.add_argument("runs", metavar="RUN", nargs="+")
     parser.add_argument("-o", "--out", metavar="FILE.svg", default="runs.svg")
-    parser.add_argument("--png", metavar="FILE.png", help="the same as pixels, to look at")
+    parser.add_argument("--png", metavar="FILE.png", help="write a PNG, too")
     args = parser.parse_args()
     if len(args.runs) > len(COLOURS):
         raise RunError(f"{len(args.runs)} runs are too many to tell apart, at most {len(COLOURS)}")

@@ -1,6 +1,5 @@
 # shellcheck shell=bash
-# Sourced: puts the project's own Python (`make deps`) first in PATH where it has been made, so that
-# it does not matter which python3 comes first there.
+# To be sourced: puts the Python environment that `make deps` made, if any, first in PATH.
 for folder in "${BUILD:-build}" build; do
     [[ $folder == /* ]] || folder=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/$folder
     if [[ -x $folder/venv/bin/python3 ]]; then

@@ -1,14 +1,12 @@
 #!/usr/bin/env python3
-"""Writes one HTML file about runs: the table of schemes, loss and perplexity, and what the probes
-say of each layer. Nothing is loaded from elsewhere; it can be read on a phone, in the dark and
-printed.
+"""Writes one HTML file about runs: the table of schemes, loss and perplexity, and the diagnostics of
+each layer. It needs no network, and can be read on a phone, in dark mode and on paper.
 
     scripts/report.py RUN... [-o report.html] [--png DIR]
 
-RUN is a directory that ./train_gpt -o wrote, finished or not, with the probe.json that
-./train_gpt probe wrote there, or a directory that holds a probe.json alone. Runs that differ only
-by their seed are one group: their mean, and the standard deviation. The same runs give the same
-bytes, with the same version of Matplotlib.
+RUN is a directory that ./train_gpt -o wrote, finished or not, perhaps with a probe.json from
+./train_gpt probe, or a directory with only a probe.json. Runs that differ only by seed form a group,
+shown as mean and standard deviation. The same runs and Matplotlib version give the same bytes.
 """
 
 import argparse
@@ -21,12 +19,12 @@ import statistics
 import sys
 
 import figures
-from groups import by_tokenizer, check, drawn_of, group_runs, mean_and_spread, perplexity, reference
-from groups import tokenizer_name, tokens_to_reach
-from plotting import COLOURS, GRID, TEXT, count, matplotlib, pyplot
+from figures import COLOURS, GRID, TEXT, count, matplotlib, pyplot
 from runs import RISE, STUCK, Run, RunError, judge_together
+from table import by_tokenizer, check, drawn_of, group_runs, mean_and_spread, perplexity, reference
+from table import tokenizer_name, tokens_to_reach
 
-# Of the SVG's colours, what the page sets by itself: in the dark they are lighter.
+# Colours of the SVGs that the page replaces by variables: they are lighter in dark mode.
 VARIABLES = {TEXT: "ink", GRID: "grid", **{c: f"c{i}" for i, c in enumerate(COLOURS)}}
 DARK = ["#F08A3C", "#5AA9E0", "#2BC39A", "#E0A0C4", "#DDDDDD", "#7CC8F2", "#F0B93A"]
 
@@ -87,15 +85,14 @@ def escape(text):
 
 
 def svg(panel):
-    """The figure as an element of the page: without what only a file of its own needs, and in the
-    page's fonts and colours."""
-    matplotlib.rcParams["svg.hashsalt"] = panel.name  # ids differ between panels, not between calls
+    """The figure as an element of the page, with the page's fonts and colours."""
+    matplotlib.rcParams["svg.hashsalt"] = panel.name  # ids are unique and reproducible
     text = io.StringIO()
     panel.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     text = text.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'<g id="[A-Za-z]+[\w.]*_\d+"', "<g", text)  # names that nothing refers to
+    text = re.sub(r'<g id="[A-Za-z]+[\w.]*_\d+"', "<g", text)  # unused ids
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
     view = re.search(r'viewBox="([^"]*)"', text).group(1)
     head = f'<svg viewBox="{view}" role="img" aria-label="{escape(panel.title)}">'
@@ -116,7 +113,7 @@ def cells(row, tag="td", words=False):
 
 
 def table(head, rows, words=False):
-    """rows: (class, cells), the cells already HTML."""
+    """rows: (class, cells); cells are HTML."""
     body = "".join(
         f"<tr{f' class={kind}' if kind else ''}>{cells(row, words=words)}</tr>\n"
         for kind, row in rows
@@ -140,7 +137,7 @@ def seeds(group):
 
 
 def outcome_words(group):
-    """What became of its runs, in a cell."""
+    """The outcomes of its runs that did not finish, as HTML."""
     told = []
     for run, (word, sentence) in zip(group.runs, group.outcomes):
         if word not in ("finished", "none"):
@@ -151,7 +148,7 @@ def outcome_words(group):
 
 
 def result_rows(groups, pre, with_bits):
-    """Best first, then those that have no result."""
+    """The best group first; groups without a result last."""
     ranked = sorted(groups, key=lambda g: (not g.losses, g.loss if g.losses else 0))
     rows = []
     for group in ranked:
@@ -163,7 +160,7 @@ def result_rows(groups, pre, with_bits):
                 reached = f"{count(tokens)} ({tokens / pre.tokens:.2f}×)"
         losses = mean_and_spread(group.losses, 4)
         row = [label(group), mean_and_spread(group.perplexities), losses]
-        if not losses and group.curve:  # how far an unfinished run came
+        if not losses and group.curve:  # the last validation of an unfinished run
             loss = statistics.fmean(group.curve[-1][1])
             row[1:] = [f"({perplexity(loss):.2f})", f"({loss:.4f})"]
         if with_bits:
@@ -180,7 +177,7 @@ def result_rows(groups, pre, with_bits):
 
 
 def result(groups):
-    """The table of schemes, one for each tokenizer, and what it says in sentences."""
+    """The table of schemes, one per tokenizer, and its summary."""
     classes = by_tokenizer(groups)
     logged = [group for group in groups if group.logged]
     finished = [group for group in logged if group.losses]
@@ -236,7 +233,7 @@ def result(groups):
 
 
 def summary(groups, pre):
-    """Who is ahead, in a sentence."""
+    """Which scheme is ahead, in a sentence."""
     finished = [group for group in groups if group.losses]
     failed = [group.label for group in groups if group.diverged]
     words = []
@@ -259,7 +256,7 @@ def summary(groups, pre):
 
 
 def depth(groups):
-    """One line a model: what its probes say of the deep half."""
+    """One row per model: the diagnostics of the deeper half."""
 
     def deep(values):
         values = [v for v in (values or [])[len(values or []) // 2 :] if math.isfinite(v)]
@@ -319,7 +316,7 @@ def picture(item):
 
 
 def subject(groups):
-    """What all the runs have in common."""
+    """What all runs have in common."""
     runs = [run for group in groups for run in group.runs if run.log]
     if not runs:
         return ""
@@ -389,7 +386,7 @@ def write_pngs(directory, pictures):
 
 
 def unique_names(pictures):
-    """Two labels may make one file name."""
+    """Makes file names unique: two labels may give the same one."""
     taken = set()
     for item in pictures:
         for panel in item.panels:

@@ -1,8 +1,8 @@
-"""What a run directory says of its run: log.jsonl, one object a step; run.json, its flags; the
-checkpoints' JSON; probe.json, what `train_gpt probe` measured.
+"""Reads run directories: log.jsonl, one object per step; run.json, the flags; the checkpoints' JSON;
+probe.json, the results of `train_gpt probe`.
 
-Used by table.py, picture.py, report.py and to_tensorboard.py. The last line of log.jsonl may be cut
-short, by a kill or because the run is still writing it; everything before it must be whole.
+The last line of log.jsonl may be incomplete, after a kill or while the run is writing it; all other
+lines must be complete.
 """
 
 import glob
@@ -10,9 +10,9 @@ import json
 import math
 import os
 
-RISE = 0.5  # nats above its best validation loss that count as diverged
-STUCK = 1.5  # nats above the best run on the same data that do, though the loss never rose
-DATA = ("--train", "--val", "--tokenizer", "--val-tokens", "--seq-len")  # what is predicted
+RISE = 0.5  # a run that ends this many nats above its best validation loss has diverged
+STUCK = 1.5  # and so has one that ends this far above the best run on the same data
+DATA = ("--train", "--val", "--tokenizer", "--val-tokens", "--seq-len")
 SIZE = ("--model", "--layers", "--width", "--steps")
 
 
@@ -21,9 +21,9 @@ class RunError(Exception):
 
 
 class Run:
-    """path; log: list of objects; cut: whether its last line was incomplete; config: of the newest
-    checkpoint, {} before the first; flags: as run.json has them; tokenizer: kind, vocab_size and
-    fingerprint, {} where no checkpoint tells; probe: a Probe or None."""
+    """path; log: a list of objects; cut: whether the last line of the log was incomplete; config: of
+    the newest checkpoint, or {}; flags: from run.json; tokenizer: kind, vocab_size and fingerprint
+    from the newest checkpoint, or {}; probe: a Probe or None."""
 
     def __init__(self, path):
         self.path = path.rstrip("/") or "/"
@@ -54,7 +54,7 @@ class Run:
         self.best_beside = math.nan  # the best last validation loss of judge_together's runs
 
     def _last_probe(self):
-        """What was measured last while the run trained."""
+        """The last diagnostics that were logged during training."""
         for record in reversed(self.log):
             values = record.get("probe")
             if isinstance(values, dict):
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def scheme(self):
-        """As -n has it; the directory's name where nothing tells."""
+        """The value of -n, or the name of the directory if it is unknown."""
         name = section(self.config, "lns_cpp").get("scheme") or self.flags.get("--norm")
         if not name and self.probe:
             name = self.probe.scheme
@@ -81,11 +81,11 @@ class Run:
     def preset(self):
         name = section(self.config, "lns_cpp").get("preset") or self.config.get("model_type")
         name = str(name or self.flags.get("--model") or "")
-        return name[4:] if name.startswith("lns-") else name  # so are models that need our code
+        return name[4:] if name.startswith("lns-") else name  # the prefix of non-stock models
 
     @property
     def layers(self):
-        """Of the newest checkpoint, or as the log tells."""
+        """From the newest checkpoint, or from the log."""
         told = self.config.get("num_hidden_layers") or self.config.get("n_layer")
         history = () if told else self.variance_history
         return len(history[-1][1]) - 1 if history else told
@@ -104,24 +104,24 @@ class Run:
 
     @property
     def tokens_per_s(self):
-        """Over the whole run; None where the log does not tell."""
+        """Averaged over the whole run; None if the log lacks the time."""
         seconds = number(self.log[-1].get("seconds")) if self.log else math.nan
         return self.tokens / seconds if seconds > 0 else None
 
     @property
     def losses(self):
-        """[(tokens trained on, training loss)], in order; NaN where it was not finite."""
+        """[(training tokens, training loss)], in order; NaN for non-finite losses."""
         return [(r["tokens"], number(r["loss"])) for r in self.log if "loss" in r]
 
     @property
     def validations(self):
-        """[(tokens trained on, loss in nats a token)], in order; the finite ones."""
+        """[(training tokens, validation loss in nats per token)], in order; finite losses only."""
         found = [(r["tokens"], number(r.get("val_loss"))) for r in self.log]
         return [(tokens, loss) for tokens, loss in found if math.isfinite(loss)]
 
     @property
     def variance_history(self):
-        """[(tokens, variance of the residual stream after the embedding and each layer)]."""
+        """[(training tokens, variance of the residual stream after the embedding and each layer)]."""
         found = []
         for record in self.log:
             values = record.get("residual_variance")
@@ -133,12 +133,12 @@ class Run:
 
     @property
     def variances(self):
-        """Of the residual stream after the embedding and after each layer: L + 1 numbers that the
-        last step's line holds; None if the run has not come to its end."""
+        """Variance of the residual stream after the embedding and each layer: the L + 1 numbers in
+        the last line of the log; None if the run has not finished."""
         return self.log[-1].get("residual_variance") if self.log else None
 
     def outcome(self):
-        """What became of it: (word, sentence). The word is "finished", "diverged" or "short"."""
+        """(word, sentence); the word is "finished", "diverged" or "short"."""
         path, text = os.path.join(self.path, "outcome"), ""
         if os.path.isfile(path):
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -172,8 +172,8 @@ class Run:
 
 
 class Probe:
-    """A probe.json, or the `probe` of a line of log.jsonl. Nothing is in it but what was asked for,
-    so each list may be absent: None. A number that was not finite is NaN."""
+    """A probe.json, or the `probe` of a line of log.jsonl. It has only the requested diagnostics:
+    absent lists are None. Non-finite numbers are NaN."""
 
     def __init__(self, values, where, layers=None):
         self.values, self.where = values, where
@@ -190,11 +190,11 @@ class Probe:
         return str(self.values.get("scheme") or "")
 
     def number(self, *keys):
-        """The number under these keys; NaN if there is none."""
+        """The number under these keys, or NaN."""
         return number(self._at(keys))
 
     def series(self, *keys):
-        """The list under these keys: a number a layer (residual has one more)."""
+        """The list under these keys: one number per layer (residual: one more)."""
         values = self._at(keys)
         if values is None:
             return None
@@ -238,8 +238,8 @@ class Probe:
 
 
 def judge_together(runs):
-    """Tells each run how well the best of those of the same size on the same data did: a run whose
-    loss has stopped at that of guessing by frequency looks finished by itself."""
+    """Sets best_beside of each run: the loss of the best run of the same size on the same data. A run
+    that only learned token frequencies looks finished by itself."""
     last = {}
     for run in runs:
         if run.flags and run.validations:
@@ -260,7 +260,7 @@ def is_list_of_numbers(values):
 
 
 def number(value):
-    """A number, or what a flag says of one; NaN for everything else."""
+    """The number that a value or a flag's text denotes; NaN for everything else."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -279,7 +279,7 @@ def section(values, key):
 
 
 def probed_variance(record):
-    """That of the residual stream in the `probe` of a line of log.jsonl, or None."""
+    """The residual stream's variance in the `probe` of a line of log.jsonl, or None."""
     values = record
     for key in ("probe", "variance", "residual"):
         values = values.get(key) if isinstance(values, dict) else None
@@ -300,7 +300,7 @@ def read_json(path):
 
 
 def read_record(line):
-    """One line of log.jsonl; ValueError says what is wrong with it."""
+    """One line of log.jsonl. Throws ValueError if it is invalid."""
     try:
         record = json.loads(line)
     except RecursionError:
@@ -320,7 +320,7 @@ def read_record(line):
 
 
 def read_log(path):
-    """The objects of a log.jsonl, and whether its last line was cut short."""
+    """The objects of a log.jsonl, and whether its last line was incomplete."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = file.read().split("\n")
@@ -336,7 +336,7 @@ def read_log(path):
         try:
             record = read_record(line)
         except ValueError as error:
-            if row == len(lines):  # no newline behind it: cut short
+            if row == len(lines):  # no newline follows: incomplete
                 return log, True
             raise RunError(f"{path}, line {row}: expected an object of a step: {error}") from None
         log.append(record)

@@ -4,11 +4,10 @@
     scripts/to_tensorboard.py RUN... -o DIR
     tensorboard --logdir DIR
 
-RUN is a directory that ./train_gpt -o wrote, finished or not. Each becomes DIR/NAME; the same
-command again replaces it. Nothing needs to be installed here, TensorBoard only where the files are
-looked at: an event file is a sequence of records (length, its checksum, the bytes, their checksum),
-and a record a protocol buffer, here with only the fields that a scalar needs
-(tensorflow/core/util/event.proto).
+RUN is a directory that ./train_gpt -o wrote, finished or not. Each becomes DIR/NAME, which the same
+command replaces. TensorBoard is needed only to view the files. An event file is a sequence of
+records (length, its checksum, the bytes, their checksum); a record is a protocol buffer, here with
+only the fields that a scalar needs (tensorflow/core/util/event.proto).
 """
 
 import argparse
@@ -84,7 +83,7 @@ def event(wall_time, step, scalars):
 
 
 def float32(value):
-    """What a float32 can hold of it; infinity where it is too large."""
+    """The value, or infinity if it is too large for a float32."""
     return math.copysign(math.inf, value) if abs(value) > 3e38 else value
 
 
@@ -104,7 +103,7 @@ def scalars_of(line):
 
 
 def numbers_in(values, tag):
-    """The numbers of an object, or of a list of them a layer, under its keys' names."""
+    """The numbers of an object, or of a list with one per layer, named by their keys."""
     if isinstance(values, dict):
         return [item for key, value in values.items() for item in numbers_in(value, f"{tag}/{key}")]
     if isinstance(values, list):
@@ -114,7 +113,7 @@ def numbers_in(values, tag):
 
 
 def start_time(run):
-    """When the run began, in seconds since 1970; 0 where run.json does not tell."""
+    """When the run started, in seconds since 1970; 0 if run.json does not say."""
     try:
         time = datetime.datetime.strptime(run.starts[0]["time"], "%Y-%m-%dT%H:%M:%SZ")
         return time.replace(tzinfo=datetime.timezone.utc).timestamp()
@@ -123,7 +122,7 @@ def start_time(run):
 
 
 def names_of(runs):
-    """The directories' names, with as much of the path as tells them apart."""
+    """The names of the directories, with as much of the path as makes them unique."""
     paths = [os.path.abspath(run.path).strip("/").split("/") for run in runs]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-depth:]) for path in paths]
@@ -140,7 +139,7 @@ def write(run, directory):
         new = os.path.join(directory, FILE + ".new")
         if os.path.lexists(new):
             os.remove(new)
-        with open(new, "xb") as file:  # never through a link
+        with open(new, "xb") as file:  # do not follow a link
             file.write(record(b"\x09" + struct.pack("<d", start) + message(3, b"brain.Event:2")))
             for line in run.log:
                 seconds = number(line.get("seconds"))

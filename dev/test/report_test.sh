@@ -110,7 +110,7 @@ check "report: without Matplotlib it says what to install" fails_with "Matplotli
 check "report: and how" fails_with "\`make deps\`" env PYTHONPATH="$dir/lacks" scripts/report.py "$dir/pre-1"
 check "picture: without Matplotlib" fails_with "picture.py: Matplotlib is needed to draw" \
     env PYTHONPATH="$dir/lacks" scripts/picture.py "$dir/pre-1" -o "$dir/p.svg"
-if ! why=$(python3 scripts/plotting.py 2>&1); then
+if ! why=$(python3 scripts/figures.py 2>&1); then
     echo "SKIPPED: scripts/report.py is not tested: $(tail -1 <<<"$why")"
     echo "$passed passed, $failed failed, 1 skipped"
     exit $((failed > 0))
@@ -199,7 +199,7 @@ import sys
 
 sys.path.insert(0, "scripts")
 import figures
-from groups import group_runs
+from table import group_runs
 from runs import Run
 
 drawn = []

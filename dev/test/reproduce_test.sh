@@ -1,10 +1,11 @@
 #!/bin/bash
-# scripts/reproduce.sh from text to table at a miniature's size: what it says beforehand, that it
-# goes on where it was interrupted, and what it makes of runs that diverge.
+# scripts/compare.sh from text to table, in miniature: the plan, resuming after an interruption, and
+# runs that diverge.
 # shellcheck source=dev/test/lib/checks.sh
 . "$(dirname "$0")/lib/checks.sh"
 export CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
-unset SCHEMES RATES SEEDS SECOND_SEED LAUNCH PROBE_FLAGS
+unset RATES SEEDS SECOND_SEED LAUNCH PROBE_FLAGS
+SCHEMES=''
 here() { compgen -G "$dir/$1" >/dev/null; }
 absent() { ! here "$1"; }
 count() { grep -cF -- "$2" <<<"$1"; }
@@ -16,8 +17,9 @@ done >"$dir/text.txt"
 gzip -k "$dir/text.txt"
 small=(--layers 2 --width 8 --heads 2 -t 16 -b 2 -d 32 -x 3 --save-every 1 --keep 0 -v 3
     --val-tokens 32 -g 0 --threads 1 --dtype float32)
-reproduce() { # OUT FLAG...: laptop on the little text, with its bytes as tokens
-    scripts/reproduce.sh laptop --data "$dir/text.txt.gz" --tokenizer bytes --out "$dir/$1" "${@:2}" \
+reproduce() { # OUT FLAG...: the laptop preset on the small text, with bytes as tokens
+    # shellcheck disable=SC2086
+    scripts/compare.sh laptop $SCHEMES --data "$dir/text.txt.gz" --tokenizer bytes --out "$dir/$1" "${@:2}" \
         -- "${small[@]}" --width "${WIDTH:-8}" 2>&1
 }
 
@@ -69,10 +71,10 @@ check "the table has all" test "$(grep -cE '^(pre|lns|post) .* finished$' "$dir/
 out=$(SCHEMES="pre lns post" RATES=1e-2 reproduce run)
 check "all done: nothing runs" test "$(count "$out" "step 1/")" = 0
 check "all done: says so" says "$out" "3 runs of 200 steps, 0 of them left"
-if why=$(python3 scripts/plotting.py 2>&1); then
+if why=$(python3 scripts/figures.py 2>&1); then
     check "the report" grep -q lns "$dir/run/report.html"
 else
-    skip "the report of scripts/reproduce.sh: $(tail -1 <<<"$why")"
+    skip "the report of scripts/compare.sh: $(tail -1 <<<"$why")"
 fi
 mkdir "$dir/lacks" && echo 'raise ImportError' >"$dir/lacks/matplotlib.py"
 rm -f "$dir/run/report.html" "$dir/run/table.txt"
@@ -90,6 +92,12 @@ check "without python3: says so" says "$out" "There is no table of them, because
 if [[ $(./train_gpt --help) == *'train_gpt probe'* ]]; then
     check "the probes" here run/lns-lr1e-2-seed1/probe.json
 fi
+
+# Without a preset: flags, runs and a table, nothing else
+out=$(scripts/compare.sh -o "$dir/plain" pre lns -- "${small[@]}" -x 3 2>&1)
+check "plain: ends well" test $? -eq 0
+check "plain: a table" test "$(grep -cE '^(pre|lns) .* finished$' <<<"$out")" = 2
+check "plain: runs are named after schemes" here plain/lns/step-000003
 
 # A run that is killed outright, before and after its first checkpoint
 small+=(-x 3)
@@ -126,17 +134,17 @@ unset SECOND_SEED
 out=$(WIDTH=16 SCHEMES=pre RATES=1e-3 reproduce killed)
 check "other flags are refused" says "$out" "were started with the flags"
 echo "other" >>"$dir/text2.txt"
-out=$(SCHEMES=pre RATES=1e-3 scripts/reproduce.sh laptop --data "$dir/text2.txt" --tokenizer bytes \
+out=$(RATES=1e-3 scripts/compare.sh laptop pre --data "$dir/text2.txt" --tokenizer bytes \
     --out "$dir/killed" -- "${small[@]}" 2>&1)
 check "other data is refused" says "$out" "choose another --out"
 refused() { # SENTENCE ARGUMENT...
     local out status=0
-    out=$(scripts/reproduce.sh "${@:2}" 2>&1) || status=$?
+    out=$(scripts/compare.sh "${@:2}" 2>&1) || status=$?
     [[ $status == 1 ]] && says "$out" "$1" && return
     echo "status $status: $out"
     return 1
 }
-check "no such scale" refused "there is no scale '2b'" 2b
+check "neither a preset nor a scheme" refused "unknown norm scheme '2b'" 2b
 check "laptop needs a text" refused "needs a text" laptop
 check "no such text" refused "no file that can be read" laptop --data "$dir/none"
 check "a flag that is the script's" refused "is given to each run" laptop --data "$dir/text.txt" -- --lr 3
@@ -145,7 +153,7 @@ head -c 300 "$dir/text.txt.gz" >"$dir/cut.gz"
 check "a text that is cut" refused "cannot be unpacked" laptop --data "$dir/cut.gz" --tokenizer bytes --out "$dir/r" -- "${small[@]}"
 
 # Documents of one sequence each, at another scale: padding is no target.
-out=$(SCHEMES=pre scripts/reproduce.sh 130m --data "$dir/text.txt" --tokenizer bytes --out "$dir/padded" \
+out=$(scripts/compare.sh 130m pre --data "$dir/text.txt" --tokenizer bytes --out "$dir/padded" \
     -- -m tiny "${small[@]}" -t 256 -b 1 -d 256 --dtype bf16 2>&1)
 check "padded: ends well" test $? -eq 0
 check "padded: a document a window" says "$out" "windows of 256, a document each"

@@ -9,7 +9,7 @@
 namespace lns {
 
 struct BuildInfo {
-    std::string version;  // git commit, "+dirty" if the tree had changes; "unknown" outside git
+    std::string version;  // the newest in CHANGELOG.md and the git commit: "0.2.0+1d34a68343-dirty"
     std::string compiler; // first line of its --version
     std::string flags;
     std::vector<std::pair<std::string, std::string>> features; // {"oneDNN", "2.6.3"}, {"MPI", "no"}

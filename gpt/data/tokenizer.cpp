@@ -810,7 +810,7 @@ struct SentencePiece : Tokenizer {
         if (!prefix) return "";
         const std::string text = "a b";
         const std::vector<int> own = encode_with(processor, text);
-        const std::string setting = prefix_setting(*prefix);
+        std::string setting = prefix_setting(*prefix);
         if (!processor.LoadFromSerializedProto(model + setting).ok())
             fail(config.path, " says add_prefix_space, which this model cannot change");
         if (encode_with(processor, text) == own) return "";

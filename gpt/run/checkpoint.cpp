@@ -445,7 +445,7 @@ TrainerState state_from_json(const std::string& text, const std::string& where) 
 
 TrainerState read_state(const std::string& at) {
     const std::string where = at + "/trainer_state.json";
-    const TrainerState s = state_from_json(read_file(where), where);
+    TrainerState s = state_from_json(read_file(where), where);
     fs::path dir = at;
     if (!dir.has_filename()) dir = dir.parent_path();
     const int64_t named = checkpoint_step(dir.filename().string());
