@@ -642,8 +642,8 @@ std::string describe_streams(const Probes& p) {
         t.column("var r", [&](int l) { return number(v.residual[l]); });
         t.column("", [&](int l) { return bar(v.residual[l], max, 16); });
         sublayers("var attn", v.attention), sublayers("var mlp", v.mlp);
-        after = cat("fits of var r over layers: l^", number(v.power.slope), ", R2 ",
-                    format_number("%.3f", v.power.r2), "; exp(", number(v.exponential.slope),
+        after = cat("var r grows over layers as l^", number(v.power.slope), ", R2 ",
+                    format_number("%.3f", v.power.r2), "; as exp(", number(v.exponential.slope),
                     " l), R2 ", format_number("%.3f", v.exponential.r2), "\n");
     }
     if (p.angular_distance) sublayers("angle", p.angular_distance->all_tokens[0]);

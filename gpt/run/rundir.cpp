@@ -127,7 +127,7 @@ void RunDirectory::record(int argc, const char* const* argv,
     if (path_exists(name)) {
         ordered_json earlier = parse_ordered_json(read_file(name), name);
         if (!earlier.is_object() || !earlier.contains("starts") || !earlier["starts"].is_array())
-            fail(name, " is not a run's record: move it away and start again.");
+            fail(name, " is not the record of a run: move it away and start again.");
         record = std::move(earlier);
     }
     const BuildInfo& build = build_info();
