@@ -175,7 +175,7 @@ Loader::Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool s
     if (T < 1) fail("the sequence length is ", T, ", expected at least 1");
     const int padded = this->source->window();
     if (padded && padded != T)
-        fail("the sequence length is ", T, ", but the data is ", this->source->describe(),
+        fail("sequences of ", T, " tokens do not match ", this->source->describe(),
              ". Use --seq-len ", padded, ", or tokenize with another --pad-documents or without");
     if (padded) document_end = this->source->id().eot;
     buffer.resize(size_t(T) + (padded ? 0 : 1));
