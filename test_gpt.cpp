@@ -739,7 +739,7 @@ Config fixture_config(const nlohmann::json& j) {
     c.heads = j["num_attention_heads"], c.kv_heads = j["num_key_value_heads"];
     c.mlp_width = j["intermediate_size"], c.positions = j["max_position_embeddings"];
     c.norm_eps = j["norm_eps"], c.tied = j["tie_word_embeddings"];
-    if (c.rope) c.rope_theta = j["rope_theta"];
+    if (c.rope()) c.rope_theta = j["rope_theta"];
     return c;
 }
 
@@ -1462,7 +1462,7 @@ Row check_gpu_bits(const std::string& name, const std::string& scheme, DType dty
         const Trained found = train_once(*other, B, T);
         if (other->bytes() >= bytes) row.note = "recomputing saves no memory";
         bytes = other->bytes();
-        if (again == Recompute::activations && !c.gated_mlp)
+        if (again == Recompute::activations && !c.gated_mlp())
             row.add("activations", compare_gradients(found.gradients, first.gradients, 1e-2),
                     bf16_tolerance);
         else

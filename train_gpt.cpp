@@ -851,7 +851,7 @@ template <class S> struct Activations {
         stats.layout(K, rows, make, [&](int) { return true; });
         // Generating text goes on from every layer's k and v.
         qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
-        make(wide, !std::is_same_v<S, Acc<S>> && (c.rope || c.qk_norm) ? rows * c.qkv_width() : 0);
+        make(wide, !std::is_same_v<S, Acc<S>> && (c.rope() || c.qk_norm) ? rows * c.qkv_width() : 0);
         const int64_t qk = c.qk_norm ? rows : 0;
         qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
         qk_stats.layout(L, qk * 2, make, keep);
@@ -922,7 +922,7 @@ template <class S> struct CpuModel : Model {
         }
         acts.layout(c, max_B, max_T, o, make);
         stopped.resize(2 * c.layers + 1);
-        if (!c.rope) return;
+        if (!c.rope()) return;
         const int half = c.head_size / 2;
         const int64_t reach = std::min<int64_t>(c.positions, acts.rows);
         make(rope_table, reach * half);
@@ -1100,7 +1100,7 @@ template <class S> struct CpuModel : Model {
         const LayerParams& p = registry.layers[l];
         const int C = config.width, W = config.qkv_width();
         S* out = qkv(l) + int64_t(first) * W;
-        if (!config.rope && !config.qk_norm) {
+        if (!config.rope() && !config.qk_norm) {
             matrix_forward("qkv", out, input(2 * l), p.qkv, p.qkv_bias, C, W);
         } else if constexpr (exact) {
             matrix_forward("qkv", out, input(2 * l), p.qkv, p.qkv_bias, C, W);
@@ -1125,7 +1125,7 @@ template <class S> struct CpuModel : Model {
                         weight(p.q_norm), weight(p.k_norm), config.norm_eps, cos_sin(),
                         attention());
     }
-    const CosSin<A>* cos_sin() const { return config.rope ? rope_table + 0 : nullptr; }
+    const CosSin<A>* cos_sin() const { return config.rope() ? rope_table + 0 : nullptr; }
 
     // Of so many products of queries with what they see, half of all: T²/2 of each head.
     double attention_flops(int products) const {
@@ -1167,8 +1167,8 @@ template <class S> struct CpuModel : Model {
     void activate(int l, const char* group) {
         const int H = config.mlp_width;
         Timed t =
-            timed(group, config.gated_mlp ? "swiglu" : "gelu", moved(config.mlp_in_width() + H));
-        if (config.gated_mlp)
+            timed(group, config.gated_mlp() ? "swiglu" : "gelu", moved(config.mlp_in_width() + H));
+        if (config.gated_mlp())
             swiglu_forward(activated(l), hidden(l), rows(), H);
         else
             gelu_forward(activated(l), hidden(l), rows() * H);
@@ -1183,9 +1183,9 @@ template <class S> struct CpuModel : Model {
         matrix_backward("MLP out", dactivated, (const S*)acts.dbranch, activated(l), p.mlp_out,
                         p.mlp_out_bias, H, config.width);
         {
-            Timed t = timed("backward", config.gated_mlp ? "swiglu" : "gelu",
+            Timed t = timed("backward", config.gated_mlp() ? "swiglu" : "gelu",
                             moved(2.0 * config.mlp_in_width() + H));
-            if (config.gated_mlp)
+            if (config.gated_mlp())
                 swiglu_backward(dhidden, dactivated, hidden(l), rows(), H);
             else
                 gelu_backward(dhidden, dactivated, hidden(l), rows() * H);

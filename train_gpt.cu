@@ -2997,7 +2997,7 @@ template <class S, class G> struct CudaModel : Model {
         make(sums, 2 + 1024);
         sums_back = Pinned<double>(2);
         make(batch, BatchLayout{acts.rows}.ints());
-        if (c.rope) upload_rope_table(make);
+        if (c.rope()) upload_rope_table(make);
         held += products.bytes();
         communicator.join(ranks);
         CUDA(cudaDeviceSynchronize()); // the streams do not wait for what zeroed the arrays
@@ -3220,7 +3220,7 @@ template <class S, class G> struct CudaModel : Model {
             matrix_forward("qkv", qkv(l) + int64_t(first) * W, input(2 * l), p.qkv, p.qkv_bias, C,
                            W);
         }
-        if (!acts.wide.size && (shape.rope || shape.qk_norm)) {
+        if (!acts.wide.size && (shape.rope() || shape.qk_norm)) {
             GpuTimed t = timed("forward", "q and k", moved(2.0 * (Q + shape.kv_width())));
             qk_forward(qkv(l), qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
                        shape.norm_eps, cos_sin(), attention(), stream);
@@ -3233,7 +3233,7 @@ template <class S, class G> struct CudaModel : Model {
         matrix_forward("attention out", branch(2 * l + 1), attended(l) + int64_t(first) * Q,
                        p.attn_out, p.attn_out_bias, Q, C);
     }
-    const CosSin* cos_sin() const { return shape.rope ? rope_table + 0 : nullptr; }
+    const CosSin* cos_sin() const { return shape.rope() ? rope_table + 0 : nullptr; }
 
     // Of so many products of queries with what they see, half of all: T²/2 of each head.
     double attention_flops(int products) const {
@@ -3269,7 +3269,7 @@ template <class S, class G> struct CudaModel : Model {
     // GELU at the end of the product before it; not where it is computed again from `hidden` alone,
     // which has been rounded by then: a pass must see the same numbers twice.
     bool gelu_in_product() const {
-        return !shape.gated_mlp && options.recompute != Recompute::activations;
+        return !shape.gated_mlp() && options.recompute != Recompute::activations;
     }
 
     // branch(2l + 2) = MLP of input(2l + 1)
@@ -3292,8 +3292,8 @@ template <class S, class G> struct CudaModel : Model {
     void activate(int l, const char* group) {
         const int H = shape.mlp_width;
         GpuTimed t =
-            timed(group, shape.gated_mlp ? "swiglu" : "gelu", moved(shape.mlp_in_width() + H));
-        if (shape.gated_mlp)
+            timed(group, shape.gated_mlp() ? "swiglu" : "gelu", moved(shape.mlp_in_width() + H));
+        if (shape.gated_mlp())
             swiglu_forward(activated(l), static_cast<const S*>(hidden(l)), rows(), H, stream);
         else
             gelu_forward(activated(l), static_cast<const S*>(hidden(l)), rows() * H, stream);
@@ -3307,7 +3307,7 @@ template <class S, class G> struct CudaModel : Model {
         if (!acts.activated.keeps(l) && options.recompute == Recompute::activations)
             activate(l, "again");
         weight_gradient("MLP out", dbranch, activated(l), p.mlp_out, p.mlp_out_bias, H, C);
-        if (!shape.gated_mlp) {
+        if (!shape.gated_mlp()) {
             GpuTimed t =
                 timed("input gradient", "MLP out", moved(C + 2.0 * H) + double(C) * H * sizeof(S),
                       2 * double(rows()) * C * H);
@@ -3935,7 +3935,7 @@ inline MemoryPlan plan(const Config& config, int B, int T, const ModelOptions& o
     acts.layout(shape, B, T, o, multiprocessors, [&](auto& array, int64_t elements) {
         plan.activations += elements * int64_t(sizeof(array[0]));
     });
-    if (config.rope)
+    if (config.rope())
         plan.activations += std::min<int64_t>(config.positions, acts.rows) *
                             (config.head_size / 2) * int64_t(sizeof(CosSin));
     plan.activations += BatchLayout{acts.rows}.ints() * int64_t(sizeof(int));

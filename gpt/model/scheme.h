@@ -29,18 +29,20 @@ enum class DepthScale { none, output, init_weight }; // what ℓ^(−power) mult
 // One row. A function of L that is null stands for the constant 1; of init, for a plain normal.
 struct SchemeRow {
     const char* name;
-    Layers branch_norm, out_norm, in_norm;
-    bool embed_norm;              // junction 0 has an out-norm
-    double (*skip)(int L);        // factor of r
-    DepthScale depth;             // LayerNorm Scaling
-    Gamma gamma;                  // LayerScale, SkipInit
-    double (*gamma_init)(int L);  // γ's initial value
-    double (*xavier_gain)(int L); // V, O, MLP start Xavier-normal with this gain; Q and K with 1
-    const char* what;             // for --help and the README
-    const char* source;           // the paper
+    Layers branch_norm = Layers::none, out_norm = Layers::none, in_norm = Layers::none;
+    bool embed_norm = false;                // junction 0 has an out-norm
+    double (*skip)(int L) = nullptr;        // factor of r
+    DepthScale depth = DepthScale::none;    // LayerNorm Scaling
+    Gamma gamma = Gamma::none;              // LayerScale, SkipInit
+    double (*gamma_init)(int L) = nullptr;  // γ's initial value
+    double (*xavier_gain)(int L) = nullptr; // V, O, MLP start Xavier-normal with this gain; Q and K
+                                            // with 1
+    const char* what;                       // for `train_gpt schemes` and the README
+    const char* source;                     // the paper
 };
 
 const std::vector<SchemeRow>& scheme_table();
+std::vector<std::string> scheme_names();
 
 // A row with its options: "mix:4+gpas+scaled-init".
 struct Scheme {
@@ -56,6 +58,14 @@ struct Scheme {
     std::string sites() const;   // "attn,mlp", as --lns-sites has it
     std::string warning() const; // what a user of this combination should know, or ""
 };
+
+// What may follow any scheme's name: "+gpas".
+struct SchemeAddition {
+    const char* name;
+    bool Scheme::*enabled;
+    const char *what, *source;
+};
+const std::vector<SchemeAddition>& scheme_additions();
 
 // Throws for an unknown name, with the near ones.
 Scheme parse_scheme(const std::string& text);

@@ -24,6 +24,7 @@
 #include "gpt/data/loader.h"
 #include "gpt/data/tokenizer.h"
 #include "gpt/model/model.h"
+#include "gpt/run/flags.h"
 #include "gpt/run/safetensors.h"
 
 namespace lns {
@@ -34,7 +35,7 @@ struct TrainerState {
     LoaderState loader;
     uint64_t windows = 0;                       // of the data's epoch
     double val_loss = NAN, best_val_loss = NAN; // NaN: not measured yet
-    std::map<std::string, std::string> flags;   // Options::flags
+    SavedFlags flags;                           // of the run
     TokenizerId tokenizer;                      // of the data
 };
 

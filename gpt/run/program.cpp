@@ -24,8 +24,10 @@
 #include "gpt/run/facts.h"
 #include "gpt/run/options.h"
 #include "gpt/run/probe.h"
+#include "gpt/run/recipe.h"
 #include "gpt/run/rundir.h"
 #include "gpt/run/sample.h"
+#include "gpt/run/schemes.h"
 #include "gpt/run/setup.h"
 #include "gpt/run/train.h"
 #include "gpt/run/verify.h"
@@ -46,11 +48,11 @@ struct Trained {
     }
     std::string flag(const std::string& name) const {
         auto found = state.flags.find(name);
-        return found == state.flags.end() ? "" : found->second;
+        return found == state.flags.end() ? "" : flag_text(found->second);
     }
     // The flag's number, or `otherwise` if no run says.
     int64_t count(const std::string& name, int64_t otherwise) const {
-        std::string text = flag(name);
+        const std::string text = flag(name);
         return text.empty() ? otherwise : parse_count(text);
     }
     // The directory of its run; "" if it is of no run.
@@ -277,10 +279,10 @@ void compare_starts(const Options& o, const Ranks& ranks) {
     // A version does not name what was changed since, nor -march=native its processor.
     if (std::filesystem::exists("/proc/self/exe"))
         facts.push_back(fingerprint_fact("a program", fnv1a(read_file("/proc/self/exe"))));
-    const auto command = o.settings.find("the command"); // --help has none
-    facts.push_back({"the command", command == o.settings.end() ? "" : command->second});
+    const std::map<std::string, std::string> flags = settings(o);
+    facts.push_back({"the command", flags.at("the command")});
     ranks.compare(facts); // before flags, of which another program has others
-    ranks.compare({o.settings.begin(), o.settings.end()});
+    ranks.compare({flags.begin(), flags.end()});
 }
 
 // -y takes the run's own flags where none are given. A run that is to be written is locked before
@@ -288,7 +290,11 @@ void compare_starts(const Options& o, const Ranks& ranks) {
 Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
     Options o = parse_options(argc, argv);
     compare_starts(o, ranks);
-    if (o.command != Options::Command::train || !o.resume) return o;
+    if (o.command != Options::Command::train) return o;
+    if (!o.resume) {
+        apply_recipe(o);
+        return o;
+    }
     if (!o.dry_run && o.dump_state.empty()) {
         if (ranks.first() && std::filesystem::is_directory(o.out)) lock = RunDirectory::lock(o.out);
         ranks.barrier();
@@ -298,9 +304,13 @@ Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
         {{"the newest checkpoint", std::filesystem::path(checkpoint).filename().string()}});
     SavedFlags saved =
         checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
-    if (saved.empty()) return o;
-    o = parse_options(argc, argv, saved);
-    ranks.compare({o.settings.begin(), o.settings.end()});
+    if (saved.empty()) {
+        apply_recipe(o);
+        return o;
+    }
+    continue_options(o, saved);
+    const std::map<std::string, std::string> flags = settings(o);
+    ranks.compare({flags.begin(), flags.end()});
     find_saved_paths(o, saved);
     return o;
 }
@@ -323,6 +333,9 @@ int dispatch(int argc, char** argv, const Ranks& ranks) {
         return ranks.first() ? export_model(o) : 0;
     case Options::Command::verify:
         return ranks.first() ? verify(o.paths) : 0;
+    case Options::Command::schemes:
+        if (ranks.first()) std::cout << describe_schemes(o.markdown);
+        return 0;
     case Options::Command::stop:
         return 0;
     }

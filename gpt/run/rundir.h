@@ -4,6 +4,7 @@
 #pragma once
 
 #include "gpt/base/files.h"
+#include "gpt/run/flags.h"
 
 #include <cstdint>
 #include <map>
@@ -29,8 +30,7 @@ class RunDirectory {
     // Adds an entry to run.json: this command line, quoted for a shell, the working directory, the
     // time, the host, the build, and whatever else the caller knows.
     void record(int argc, const char* const* argv,
-                const std::map<std::string, std::string>& more = {},
-                const std::map<std::string, std::string>& options = {});
+                const std::map<std::string, std::string>& more = {}, const SavedFlags& flags = {});
 
     // Appends a line to log.jsonl, whole or not at all.
     void append(std::string_view json_line);
@@ -69,8 +69,8 @@ int64_t checkpoint_step(const std::string& name);
 // run directory path.
 std::string latest_checkpoint(const std::string& path);
 
-// The options that the run at path was last started with; empty if nothing says.
-std::map<std::string, std::string> recorded_flags(const std::string& path);
+// The flags that the run at path was last started with; none if it does not say.
+SavedFlags recorded_flags(const std::string& path);
 
 // The working directories that the run at path was started in, the newest first; none if nothing
 // says. The run's relative paths began in one of them.

@@ -30,7 +30,7 @@ namespace fs = std::filesystem;
 namespace {
 
 Config base_config(const Options& o) {
-    if (!o.model_given && !o.init_from.empty()) return checkpoint_config(o.init_from);
+    if (!o.model_given() && !o.init_from.empty()) return checkpoint_config(o.init_from);
     const std::vector<std::string> presets = preset_names();
     const bool preset = std::find(presets.begin(), presets.end(), o.model) != presets.end();
     const bool is_path = o.model.find('/') != std::string::npos || path_exists(o.model);
@@ -54,7 +54,7 @@ Config model_config(const Options& o) {
         other.kv_heads = c.kv_heads;
         other.head_size = c.head_size;
         other.positions = c.positions;
-        if (other.gated_mlp == c.gated_mlp) other.mlp_width = c.mlp_width;
+        if (other.gated_mlp() == c.gated_mlp()) other.mlp_width = c.mlp_width;
         c = other;
     }
     // Sizes that follow from the ones given, unless they are given too.
@@ -274,10 +274,11 @@ std::string ranks_that_share(int64_t n, int64_t ranks) {
 } // namespace
 
 StepShape step_shape(const Options& o, int ranks) {
-    const bool fixed = o.goes_on && o.total_batch > 0;
+    const bool fixed = o.continued && o.total_batch > 0;
+    const bool batch_given = o.is_given("--batch");
     const int64_t sequence = o.seq_len * ranks; // tokens of one sequence on each rank
     StepShape shape = {o.total_batch, o.batch};
-    if (fixed && !o.batch_given && shape.tokens % sequence == 0)
+    if (fixed && !batch_given && shape.tokens % sequence == 0)
         shape.batch = divisor_up_to(shape.tokens / sequence, o.batch);
     const int64_t micro = shape.batch * sequence;
     if (micro > INT32_MAX)
@@ -292,11 +293,11 @@ StepShape step_shape(const Options& o, int ranks) {
             ranks > 1 ? cat(" x ", ranks, " ranks") : "", " give: ");
     if (fixed && shape.tokens % sequence) {
         const int64_t sequences = shape.tokens / o.seq_len;
-        const bool with_batch = o.batch_given && sequences % o.batch == 0;
+        const bool with_batch = batch_given && sequences % o.batch == 0;
         fail("a step of this run has ", sequences, " sequences of ", o.seq_len, " tokens, which ",
              ranks, " ranks cannot share alike: start ",
              ranks_that_share(with_batch ? sequences / o.batch : sequences, ranks),
-             o.batch_given && !with_batch ? ", without --batch" : "");
+             batch_given && !with_batch ? ", without --batch" : "");
     }
     if (fixed || shape.tokens < micro) {
         if (shape.tokens % sequence) fail(found, "try --total-batch ", micro);
