@@ -92,8 +92,7 @@ std::vector<std::string> scheme_names() {
 const std::vector<SchemeAddition>& scheme_additions() {
     static const std::vector<SchemeAddition> additions = {
         {"+gpas", &Scheme::gpas,
-         "a gate g per sublayer, from 0 (one per layer in its code); acts on the skip path where "
-         "there is an out-norm",
+         "a gate g per sublayer, from 0; on the skip path where there is an out-norm",
          "arXiv 2506.22049"},
         {"+scaled-init", &Scheme::scaled_init,
          "the last matrix of each sublayer starts at 0.02/√(2L), in Post-LN layers of mix:k too",

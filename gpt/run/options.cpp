@@ -266,7 +266,9 @@ void add_verify(FlagList& f, Options& o) {
 }
 
 void add_schemes(FlagList& f, Options& o) {
-    f.on_off("--markdown", o.markdown, "as the README's table");
+    f.choice("--format", o.format, {"table", "names", "markdown", "json"},
+             "table, names, markdown (the README's table) or json (for programs)");
+    f.count("--layers", o.layers, 1, 100000, "layers of the model that json describes; 0: 12");
 }
 
 struct CommandRow {
@@ -285,7 +287,7 @@ const CommandRow command_rows[] = {
     {Command::bench, "bench", "[-m MODEL] [flags]", "measure training speed", add_bench},
     {Command::verify, "verify", "PATH...", "check runs, checkpoints and shards for damage",
      add_verify},
-    {Command::schemes, "schemes", "[--markdown]", "list the norm schemes", add_schemes},
+    {Command::schemes, "schemes", "[--format FORMAT]", "list the norm schemes", add_schemes},
 };
 
 std::vector<Flag> flags_of(Command command, Options& o) {

@@ -79,8 +79,8 @@ struct Options {
     int64_t timed_steps = 5;
     bool json = false;
 
-    // schemes
-    bool markdown = false;
+    // schemes; layers too
+    std::string format = "table";
 
     std::vector<std::string> argv;    // the command line itself
     std::set<std::string> given;      // the flags in it or in the --config file, "--steps"

@@ -334,7 +334,7 @@ int dispatch(int argc, char** argv, const Ranks& ranks) {
     case Options::Command::verify:
         return ranks.first() ? verify(o.paths) : 0;
     case Options::Command::schemes:
-        if (ranks.first()) std::cout << describe_schemes(o.markdown);
+        if (ranks.first()) std::cout << describe_schemes(o.format, o.layers ? int(o.layers) : 12);
         return 0;
     case Options::Command::stop:
         return 0;
