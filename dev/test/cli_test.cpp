@@ -116,7 +116,7 @@ TEST(BadInput, Flags) {
     EXPECT_TRUE(fails_with("--prompt \"$(printf '\\377')\"", {"--prompt", "UTF-8"}));
     EXPECT_TRUE(fails_with("--prompt x sample /none", {"--prompt", "before `sample`"}));
     EXPECT_TRUE(fails_with("sample /none eval /none", {"`eval`"}));
-    EXPECT_TRUE(fails_with("--width 1000000 --layers 100000", {"fits no machine"}));
+    EXPECT_TRUE(fails_with("--width 1000000 --layers 100000", {"exceeds any machine"}));
     EXPECT_TRUE(fails_with("-b 1000000 -t 1000 --layers 100", {"memory", "--batch"}));
     EXPECT_TRUE(fails_with(small_model + "--dump-state /tmp", {"/tmp", "directory"}));
     EXPECT_TRUE(fails_with("-m tinny", {"'tinny'", "'tiny'"}));

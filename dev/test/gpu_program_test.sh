@@ -12,7 +12,7 @@ small=(--threads 1 --layers 2 --width 16 --heads 2 -b 2 -t 16 --val-tokens 64 -v
 
 out=$(gpu "${small[@]}" --dry-run)
 check "a GPU is used where there is one" says "$out" "GPU        simulated GPU"
-check "in bf16" says "$out" "numbers    bf16,"
+check "in bf16" says "$out" "precision  bf16,"
 check "its memory is planned" says "$out" "of the GPU's: parameters"
 out=$(gpu "${small[@]}" --dry-run --dtype bf16 --master-weights no --moments bf16)
 check "pure bf16 has gradients in bf16" says "$out" "bf16 gradients"

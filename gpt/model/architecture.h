@@ -88,7 +88,7 @@ std::vector<std::string> architecture_names();
 // null if there is none of that model_type.
 const Architecture* find_architecture(const std::string& model_type);
 
-// Throws for an unknown one, with the near ones.
+// Throws for an unknown name, suggesting similar ones.
 const Architecture& architecture_row(const std::string& model_type);
 
 } // namespace lns

@@ -136,27 +136,29 @@ void check_config(const Config& c) {
         2. * c.layers * c.width * (double(c.heads) + c.kv_heads) * c.head_size;
     if (c.layers > 100000 || parameters > 1e15)
         fail("a model of ", c.layers, " layers, width ", c.width, ", MLP width ", c.mlp_width,
-             " and vocabulary ", c.vocab_size, " fits no machine: check its sizes");
+             " and vocabulary ", c.vocab_size, " exceeds any machine: check its sizes");
     if (c.heads % c.kv_heads)
         fail("the ", c.heads, " heads are not a multiple of the ", c.kv_heads,
              " kv heads: choose --heads and --kv-heads so that they are");
     if (c.rope() && c.head_size % 2)
-        fail("the head size ", c.head_size,
-             " is odd, but rotary positions turn pairs of channels: choose --width and --heads so "
-             "that it is even");
+        fail(
+            "the head size ", c.head_size,
+            " is odd, but rotary positions rotate pairs of channels: choose --width and --heads so "
+            "that it is even");
     if (c.scheme.mix_layers > c.layers)
         fail("mix:", c.scheme.mix_layers, " asks for more Post-LN layers than the model's ",
              c.layers);
     if (c.scheme.row->depth == DepthScale::init_weight && !c.norm_weight)
-        fail("the scheme '", c.scheme.row->name, "' starts the norms' weights at 1/sqrt(layer), ",
-             "but the norms of ", c.model_type, " have no weights: use lns");
+        fail("the scheme '", c.scheme.row->name,
+             "' initializes norm weights to 1/sqrt(layer), but ", c.model_type,
+             "'s norms have no weights: use lns");
 }
 
 namespace {
 
 using nlohmann::json;
 
-// Fields that a config.json may have and that change nothing here.
+// Fields of a config.json that do not change the computation.
 const std::set<std::string> harmless = {"_name_or_path",
                                         "architectures",
                                         "auto_map",
@@ -193,7 +195,7 @@ const std::set<std::string> harmless = {"_name_or_path",
                                         "transformers.js_config",
                                         "num_labels"};
 
-// Typed access to the fields, with errors that name the file and the field.
+// Typed access to fields; errors name the file and the field.
 struct Fields {
     json object;
     std::string where;
@@ -238,7 +240,7 @@ struct Fields {
             fail(where, ": the field '", key, "' is ", quoted(*value), ", expected a string");
         return value->get<std::string>();
     }
-    // The field may be absent or have this value; another would change the computation.
+    // Refuses another value, which would change the computation.
     void only(const char* key, const json& supported) {
         const json* value = find(key);
         if (value && *value != supported)

@@ -38,7 +38,7 @@ struct Config {
     double init_std = 0.02;
     double embed_std = 0; // of the token embedding; 0: init_std
 
-    std::vector<std::string> notes; // what a reader of the config.json should be told
+    std::vector<std::string> notes; // from reading a config.json, for the user
 
     bool rope() const { return position_type == PositionType::rotary; }
     bool gated_mlp() const { return activation == Activation::swiglu; }
@@ -50,21 +50,20 @@ struct Config {
 
 std::vector<std::string> preset_names();
 
-// Throws for an unknown name, with the near ones.
+// Throws for an unknown name, suggesting similar ones.
 Config preset_config(const std::string& name);
 
 // An architecture without sizes. Throws if it is unknown.
 Config architecture(const std::string& model_type);
 
-// Sizes that follow from others where they are still 0 (kv_heads, head_size, mlp_width), then
-// check_config.
+// Derives the sizes that are still 0 (kv_heads, head_size, mlp_width), then calls check_config.
 void complete_config(Config& config);
 
 // Throws a sentence if the sizes do not fit together.
 void check_config(const Config& config);
 
-// A Hugging Face config.json, ours or another's; `where` is the file's name, for the errors. A
-// field that would change the computation and is not supported is an error that names it.
+// A Hugging Face config.json, ours or another's; `where` is the file's name, for errors. Throws for
+// an unsupported field that would change the computation.
 Config config_from_json(const std::string& text, const std::string& where);
 std::string config_to_json(const Config& config);
 

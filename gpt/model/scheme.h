@@ -10,11 +10,11 @@
 //     b ← γ ⊙ b                   LayerScale: a learned vector; SkipInit: a learned scalar
 //     r ← skip · r + b
 //     r ← norm_out(r)
-//     r ← r − silu(g) · stop(r)   GPAS; where there is an out-norm it acts on the skip path. Each
-//                                 junction has its own g, in GPAS's code a layer's two share one
+//     r ← r − silu(g) · stop(r)   GPAS; before the sum where there is an out-norm. Each junction
+//                                 has its own g; in GPAS's code the two of a layer share one
 //     u ← scale · norm_in(r)      else u = r
 //
-// A scheme is a row of the table in scheme.cpp; both backends know only Junction.
+// A scheme is a row of the table in scheme.cpp; the backends know only Junction.
 #pragma once
 
 #include <string>
@@ -49,8 +49,8 @@ struct Scheme {
     const SchemeRow* row = nullptr;
     int mix_layers = -1;                  // k of mix:k; −1: L / 4
     bool gpas = false;                    // a gate per junction (arXiv 2506.22049)
-    bool scaled_init = false;             // O and down projections start at std / √(2L): of all
-                                          // layers, also mix:k's with an out-norm
+    bool scaled_init = false;             // O and down projections start at std / √(2L), in every
+                                          // layer (the LNS paper's code spares Post-LN layers)
     double lns_power = 0.5;               // p of ℓ^(−p)
     bool lns_attn = true, lns_mlp = true; // the sublayers whose in-norms are scaled
 
@@ -67,7 +67,7 @@ struct SchemeAddition {
 };
 const std::vector<SchemeAddition>& scheme_additions();
 
-// Throws for an unknown name, with the near ones.
+// Throws for an unknown name, suggesting similar ones.
 Scheme parse_scheme(const std::string& text);
 // "attn", "mlp" or "attn,mlp", into lns_attn and lns_mlp.
 void parse_sites(const std::string& text, Scheme& scheme);
@@ -85,7 +85,7 @@ struct Junction {
 
     bool operator==(const Junction&) const = default;
 
-    // Whether the backward pass must see the sublayer's output again.
+    // Whether the backward pass needs the sublayer's output.
     bool keeps_branch() const { return branch_norm || out_norm || gamma != Gamma::none || gate; }
 };
 

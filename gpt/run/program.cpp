@@ -285,25 +285,25 @@ void compare_starts(const Options& o, const Ranks& ranks) {
     ranks.compare({flags.begin(), flags.end()});
 }
 
-// -y takes the run's own flags where none are given. A run that is to be written is locked before
-// anything in it is read.
-Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
-    Options o = parse_options(argc, argv);
-    compare_starts(o, ranks);
-    if (o.command != Options::Command::train) return o;
-    if (!o.resume) {
-        apply_recipe(o);
-        return o;
-    }
+// The flags of the run that -y continues, none if there is no such run yet. A run that will be
+// written is locked before it is read.
+SavedFlags flags_to_continue(const Options& o, const Ranks& ranks, Fd& lock) {
+    if (!o.resume) return {};
     if (!o.dry_run && o.dump_state.empty()) {
         if (ranks.first() && std::filesystem::is_directory(o.out)) lock = RunDirectory::lock(o.out);
         ranks.barrier();
     }
-    std::string checkpoint = newest_checkpoint(o.out);
+    const std::string checkpoint = newest_checkpoint(o.out);
     ranks.compare(
         {{"the newest checkpoint", std::filesystem::path(checkpoint).filename().string()}});
-    SavedFlags saved =
-        checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
+    return checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
+}
+
+Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
+    Options o = parse_options(argc, argv);
+    compare_starts(o, ranks);
+    if (o.command != Options::Command::train) return o;
+    const SavedFlags saved = flags_to_continue(o, ranks, lock);
     if (saved.empty()) {
         apply_recipe(o);
         return o;
