@@ -333,14 +333,11 @@ TEST(Options, AResumedRunMayHoldText) {
     EXPECT_TRUE(o.changes.empty());
     EXPECT_EQ(o.flags.at("--layers"), 3);
     EXPECT_EQ(o.flags.at("--overfit-batch"), true);
-    for (const auto& [name, value] : SavedFlags{{"--layers", "x"},
-                                                {"--layers", -1},
-                                                {"--layers", 1.5},
-                                                {"--lr", "fast"},
-                                                {"--lr", true},
-                                                {"--norm", 3},
-                                                {"--moments", "fp8"},
-                                                {"--overfit-batch", "2"}})
+    EXPECT_FALSE(parse({"-o", "r", "-y"}, {{"--overfit-batch", ""}}).overfit_batch);
+    const std::vector<std::pair<std::string, nlohmann::json>> wrong = {
+        {"--layers", "x"}, {"--layers", -1}, {"--layers", 1.5},    {"--lr", "fast"},
+        {"--lr", true},    {"--norm", 3},    {"--moments", "fp8"}, {"--overfit-batch", "2"}};
+    for (const auto& [name, value] : wrong)
         EXPECT_TRUE(says(error({"-o", "r", "-y"}, {{name, value}}), {"the run's flag " + name}));
 }
 

@@ -85,7 +85,7 @@ json Flag::parse(const std::string& text) const {
 json Flag::from_saved(const json& value) const {
     if (value == standard) return value;
     const bool of_text = std::holds_alternative<std::string*>(variable);
-    if (value.is_string() && value == flag_text(standard)) return standard;
+    if (value == "" || value == flag_text(standard)) return standard; // of an older version
     if (value.is_string()) return parse(value.get<std::string>());
     const bool fits = std::holds_alternative<int64_t*>(variable)  ? value.is_number_integer()
                       : std::holds_alternative<double*>(variable) ? value.is_number()
