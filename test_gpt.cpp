@@ -1105,9 +1105,7 @@ Row check_initialization(const std::string& scheme) {
         const float* w = model.parameters + p.offset;
         auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
         if (!p.decay) {
-            double expected = named("gamma")  ? row_of.gamma_init(c.layers)
-                              : named("gate") ? 0
-                                              : 1;
+            double expected = named("gamma") ? row_of.gamma_init(c.layers) : named("gate") ? 0 : 1;
             if (row_of.depth == DepthScale::init_weight && named("layers."))
                 expected = 1 / std::sqrt(1 + std::stod(p.name.substr(p.name.find("layers.") + 7)));
             for (int64_t i = 0; i < p.size(); i++)

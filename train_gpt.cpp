@@ -851,7 +851,8 @@ template <class S> struct Activations {
         stats.layout(K, rows, make, [&](int) { return true; });
         // Generating text goes on from every layer's k and v.
         qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
-        make(wide, !std::is_same_v<S, Acc<S>> && (c.rope() || c.qk_norm) ? rows * c.qkv_width() : 0);
+        make(wide,
+             !std::is_same_v<S, Acc<S>> && (c.rope() || c.qk_norm) ? rows * c.qkv_width() : 0);
         const int64_t qk = c.qk_norm ? rows : 0;
         qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
         qk_stats.layout(L, qk * 2, make, keep);
