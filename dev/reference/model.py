@@ -83,7 +83,7 @@ def scheme_rows(layers):
 class Scheme:
     name: str
     out_layers: int  # layers 1..out_layers have norms on the stream, after the addition
-    in_norm: bool  # the layers beyond out_layers have norms before a sublayer
+    in_from: int  # the layers beyond it have norms before a sublayer
     branch_norm: bool
     embed_norm: bool = False
     skip: float = 1.0
@@ -116,7 +116,7 @@ class Scheme:
         scheme = Scheme(
             name,
             out_layers={"none": 0, "all": layers, "first_k": mix_layers}[row["out_norm"]],
-            in_norm=row["in_norm"] != "none",
+            in_from={"none": layers, "all": 0, "after_k": mix_layers}[row["in_norm"]],
             branch_norm=row["branch_norm"] == "all",
             embed_norm=row["embed_norm"],
             skip=row["skip"],
@@ -131,9 +131,8 @@ class Scheme:
     def norms(self, layer):
         """The roles of the norms around the sublayers of layer 1..L."""
         roles = ["branch"] if self.branch_norm else []
-        if layer <= self.out_layers:
-            return roles + ["out"]
-        return roles + ["in"] if self.in_norm else roles
+        roles += ["out"] if layer <= self.out_layers else []
+        return roles + (["in"] if layer > self.in_from else [])
 
     def in_scale(self, layer, kind):
         scaled = self.scaled and kind in self.lns_sites
@@ -296,7 +295,10 @@ class Layer(nn.Module):
             f = gpt2_class(config) if config.is_gpt2 else llama_class(config)
             self.add_module(self.modules_of[kind], f)
             names = norm_names(config.is_gpt2, scheme.branch_norm, kind)
-            self.norms_of[kind] = {role: names[role] for role in scheme.norms(number)}
+            roles = scheme.norms(number)
+            if "in" in roles and "out" in roles:
+                names["out"] = f"{kind}_out_norm"
+            self.norms_of[kind] = {role: names[role] for role in roles}
             for name in self.norms_of[kind].values():
                 self.add_module(name, make_norm(config))
             if scheme.gamma != "none":

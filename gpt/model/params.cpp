@@ -83,6 +83,12 @@ struct Builder {
                           : (attn ? names.attn_norm : mlp));
     }
 
+    // Beside an in-norm of its sublayer, the out-norm has a name of its own.
+    std::string out_norm_name(int k) const {
+        if (!junction(c.scheme, L, k - 1).in_norm) return norm_name(k, false);
+        return layer((k - 1) / 2) + (k % 2 == 1 ? "attn_out_norm" : "mlp_out_norm");
+    }
+
     // The in-norm of junction k, in front of sublayer k + 1.
     void in_norm(int k) {
         const Junction j = junction(c.scheme, L, k);
@@ -103,7 +109,7 @@ struct Builder {
         if (j.branch_norm) p.branch = norm(norm_name(k, true), 1);
         if (j.gamma != Gamma::none)
             p.gamma = vector(which + "_gamma", j.gamma == Gamma::vector ? C : 1, row.gamma_init(L));
-        if (j.out_norm) p.out = norm(norm_name(k, false), 1);
+        if (j.out_norm) p.out = norm(out_norm_name(k), 1);
         if (j.gate) p.gate = vector(which + "_gate", 1, 0);
     }
 
