@@ -600,7 +600,7 @@ TEST(Probe, TheCommandWritesAndTells) {
     EXPECT_TRUE(fails_with(probe + "-j " + dir / "short.bin", {"short.bin", "17"}));
     std::filesystem::copy(run_dir + "/step-000003", dir / "alone",
                           std::filesystem::copy_options::recursive);
-    EXPECT_TRUE(fails_with("probe " + dir / "alone", {"of no run", "-o FILE"}));
+    EXPECT_TRUE(fails_with("probe " + dir / "alone", {"does not belong to a run", "-o FILE"}));
 }
 
 // Fewer tokens than --probe-tokens, fewer sequences than --batch, one sequence, documents padded to

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdlib>
@@ -19,6 +18,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "gpt/base/clock.h"
 #include "gpt/base/error.h"
 #include "gpt/base/signals.h"
 #include "gpt/base/terminal.h"
@@ -35,11 +35,6 @@ struct Hello {
     int32_t rank, process;
     char host[64];
 };
-
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
 
 bool ready(int fd, short events, double seconds) {
     pollfd p = {fd, events, 0};

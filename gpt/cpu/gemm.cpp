@@ -25,7 +25,7 @@ void* Scratch::get(int64_t bytes) {
         bytes += bytes / 4;
         data = ::operator new(size_t(bytes), std::align_val_t(alignment));
 #if defined(__linux__)
-        // Pages of 2 MiB, where the system gives them: fewer misses of the address translation.
+        // Huge pages, where the system has them, cause fewer TLB misses.
         if (bytes >= alignment) madvise(data, size_t(bytes), MADV_HUGEPAGE);
 #endif
         size = bytes;
@@ -47,7 +47,7 @@ int threads_to_use() {
 #endif
 }
 
-// A packed b of k rows and n columns: for each `depth` of its rows, all panels of that depth.
+// The layout of a packed b (k, n): for each depth, which is a part of k, its panels.
 template <class T, class P> struct PackedB {
     const Kernel<T, P>& kernel;
     int64_t k, n;
@@ -60,7 +60,7 @@ template <class T, class P> struct PackedB {
         const int64_t rows = std::min(kernel.depth_of(k), kernel.padded(k) - p);
         return (p * panels() + rows * panel) * kernel.columns;
     }
-    // Panels j0 to j1 of a depth. Where b's columns are adjacent, its rows are read across.
+    // Packs panels j0 to j1 of a depth. If b's columns are adjacent, it is read row by row.
     void pack(P* packed, int64_t depth, int64_t j0, int64_t j1, const T* b, int64_t b_row,
               int64_t b_column) const {
         const int64_t k0 = depth * kernel.depth_of(k), kd = std::min(kernel.depth_of(k), k - k0);
@@ -73,7 +73,7 @@ template <class T, class P> struct PackedB {
     }
 };
 
-// What every task of one product reads.
+// The operands of one matmul.
 template <class T, class P, class OUT> struct Product {
     const Kernel<T, P>& kernel;
     int64_t m, n, k;
@@ -87,7 +87,8 @@ template <class T, class P, class OUT> struct Product {
     const OUT* bias;
 };
 
-// The column of blocks at rows i to i + m and columns j to j + n of out, its panels yet unsaid.
+// The column of blocks at rows i to i + m and columns j to j + n of out. The panels are set by the
+// caller.
 template <class T, class P, class OUT>
 BlockColumn<P> block_column(const Product<T, P, OUT>& x, int64_t i, int64_t m, int64_t j,
                             int64_t n) {
@@ -105,15 +106,14 @@ BlockColumn<P> block_column(const Product<T, P, OUT>& x, int64_t i, int64_t m, i
     return column;
 }
 
-// Rows i0 to i1 of a product, by one thread. Their block of a stays in the second cache while b's
-// panels pass.
+// Rows i0 to i1, by one thread. Their block of a stays in L2 while b's panels stream through.
 template <class T, class P, class OUT>
 void multiply_rows(const Product<T, P, OUT>& x, int64_t i0, int64_t i1) {
     static thread_local Scratch panel_memory, sum_memory;
     const Kernel<T, P>& kernel = x.kernel;
     const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = blocks(i1 - i0, R);
     const int64_t depth = kernel.depth_of(x.k), depths = blocks(x.k, depth);
-    // Sums in float may wait in out itself.
+    // Partial sums may lie in out itself, if that is float.
     const bool in_out = std::is_same_v<OUT, float>;
     P* panels = (P*)panel_memory.get(row_blocks * R * depth * int64_t(sizeof(P)));
     float* sums =
@@ -122,7 +122,7 @@ void multiply_rows(const Product<T, P, OUT>& x, int64_t i0, int64_t i1) {
             : (float*)sum_memory.get(row_blocks * R * blocks(x.n, Q) * Q * int64_t(sizeof(float)));
     for (int64_t d = 0; d < depths; d++) {
         const int64_t p0 = d * depth, kd = std::min(depth, x.k - p0), padded = kernel.padded(kd);
-        // Where a's columns are adjacent in memory, all panels are packed from one stretch of it.
+        // If a's columns are adjacent, each panel is packed from one stretch of memory.
         const int64_t most = x.a_column == 1 ? kd : 32;
         for (int64_t p = 0; p < kd; p += most)
             for (int64_t ib = 0; ib < row_blocks; ib++) {
@@ -145,8 +145,8 @@ void multiply_rows(const Product<T, P, OUT>& x, int64_t i0, int64_t i1) {
     }
 }
 
-// A product of few blocks and many k, as weights' gradients in small models are: parts of k, their
-// number given by the shape alone, are summed apart by the threads and then added in their order.
+// Split-k for few blocks and a large k, such as the gradients of weights in small models: threads
+// sum parts of k, which are then added in order. The number of parts depends on the shape alone.
 const int64_t few_sums = 32 << 10, part_of_k = 256, most_parts = 16;
 
 template <class T, class P, class OUT>
@@ -193,14 +193,13 @@ void split_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed
 
 } // namespace
 
-// Columns are taken in parts: a part's packed b should stay in the third cache, but a is packed
-// anew for each.
+// Columns are computed in parts: a part's packed b should fit L3, but each part packs a once more.
 static int64_t packed_bytes(int64_t m, int64_t k, int64_t bytes) {
     const int64_t mib = int64_t(1) << 20;
     return std::clamp(m * k * bytes / 2, 8 * mib, 64 * mib);
 }
 
-// A thread's block of a: it stays in the second cache.
+// A thread's block of a, which stays in L2.
 static const int64_t block_bytes = int64_t(768) << 10;
 
 int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t element_bytes, int threads) {
@@ -293,7 +292,7 @@ void kernel_packed_gemm(const Kernel<T, P>& kernel, int64_t m, int64_t n, int64_
     P* panels = (P*)panel_memory.get(row_blocks * R * padded_k * int64_t(sizeof(P)));
     float* sums = (float*)sum_memory.get(row_blocks * R * Q * int64_t(sizeof(float)));
 
-    // Where b's next rows lie in the same step as its last, that step is copied without them.
+    // If k ends within a step, that step of b is copied without the rows beyond k.
     const int64_t whole = k / kernel.step * kernel.step, rest = k < packed_k ? k - whole : 0;
     P* tail = nullptr;
     if (rest) {
@@ -303,7 +302,7 @@ void kernel_packed_gemm(const Kernel<T, P>& kernel, int64_t m, int64_t n, int64_
             const P* from = packed + layout.at(d, j) + (whole - d * depth) * Q;
             P* to = tail + j * size;
             std::copy(from, from + size, to);
-            // As gemm_bf16.cpp packs them; the other kernels' steps are of one row.
+            // gemm_bf16.cpp's order; the steps of other kernels have one row.
             for (int64_t p = rest; p < kernel.step; p++)
                 for (int64_t q = 0; q < Q; q++)
                     to[q / 16 * kernel.step * 16 + p / 2 * 32 + q % 16 * 2 + p % 2] = P(0);

@@ -1,10 +1,9 @@
-// Matrix products, row-major. gemm() uses all threads, packed_gemm() the one that calls it. The
-// same operands give the same bits by any number of threads, and no row or column of an operand
-// reaches results that are not its own, whatever it holds. Products of bf16 are summed in float.
+// Matmuls, row-major. gemm() uses all threads, packed_gemm() only the calling one. The same
+// operands give the same bits on any number of threads, and a non-finite row or column of an
+// operand affects only its own results. The accumulator of bf16 is float.
 //
-// Which way gemm() takes, and where the kernels were measured beside oneDNN 2.6.3, how much faster
-// they are, on one thread (a Xeon with AMX, 2048 rows, 768 and 3072 columns; forward, gradient of
-// the input, of the weights):
+// What gemm() chooses, and the speedup over oneDNN 2.6.3 on one thread of a Xeon with AMX (2048
+// rows, 768 and 3072 columns; forward, gradient of the input, of the weights):
 //   double                          plain loops, below: the reference
 //   bf16 with AMX                   gemm_bf16.cpp          1.15-1.7, 1.2-1.5, 1.4-1.7
 //   bf16 with AVX512-BF16           oneDNN; without it gemm_bf16.cpp
@@ -24,8 +23,8 @@
 
 namespace lns {
 
-// The widest vector registers of the CPU that this is compiled for. The compilers' vector types
-// (GCC's and Clang's) keep the tiles below in registers, on any CPU.
+// The widest vector registers of the target CPU. GCC's and Clang's vector types keep the tiles
+// below in registers on any CPU.
 #if defined(__AVX512F__)
 const int vector_bytes = 64, tile_rows = 8;
 #elif defined(__AVX__)
@@ -34,7 +33,7 @@ const int vector_bytes = 32, tile_rows = 4;
 const int vector_bytes = 16, tile_rows = 4;
 #endif
 
-// One tile of MR rows and N vectors of Bytes: c += or = Σ_p a(i, p) · b(p, ·).
+// One tile of MR rows and N vectors of Bytes: c = Σ_p a(i, p) · b(p, ·), or c += it.
 template <int MR, int N, int Bytes, class S>
 inline void gemm_tile(int64_t k, const S* a, int64_t a_row, int64_t a_column, const S* b,
                       int64_t b_row, S* c, int64_t c_row, bool accumulate) {
@@ -96,7 +95,7 @@ void plain_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int6
         std::vector<S> panel(b_transposed ? depth * columns : 0);
 #pragma omp for
         for (int64_t block = 0; block < row_blocks * column_blocks; block++) {
-            // Neighbouring blocks share their columns, and so the panel of b.
+            // Neighbouring blocks share columns, and so the panel of b.
             const int64_t i0 = block % row_blocks * rows, j0 = block / row_blocks * columns;
             const int64_t mb = std::min(rows, m - i0), nb = std::min(columns, n - j0);
             S* c = out + i0 * n + j0;
@@ -119,8 +118,7 @@ void plain_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int6
     }
 }
 
-// About how many bytes the kernels keep from one product to the next, once they have computed one
-// of this shape, of numbers of so many bytes.
+// About how much memory the kernels keep after a matmul of this shape.
 int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t element_bytes, int threads);
 
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const double* a,
@@ -132,19 +130,19 @@ void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k,
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const bf16* a,
           const bf16* b, float* out, bool accumulate, const float* bias = nullptr);
 
-// Products that one thread takes by itself, for use inside a parallel region: b is packed once and
-// multiplied by many a. S is double, float or bf16; bf16 is summed in float.
+// Matmuls of one thread, for use inside a parallel region: b is packed once and multiplied by many
+// a. S is double, float or bf16, Sum its accumulator.
 template <class S> using Sum = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// How many S pack() writes.
+// The elements that pack() writes.
 template <class S> int64_t packed_size(int64_t k, int64_t n);
 
 // b(p, j) = b[p·b_row + j·b_column], p < k, j < n. packed is 64-byte aligned.
 template <class S>
 void pack(S* packed, int64_t k, int64_t n, const S* b, int64_t b_row, int64_t b_column);
 
-// c (m, n) = or += a (m, k) · b's first k rows and n columns; packed_k and packed_n are the sizes
-// that pack() was given. a(i, p) = a[i·a_row + p·a_column], one of these strides being 1; c's rows
+// c (m, n) = a (m, k) · b's first k rows and n columns, or c += it; packed_k and packed_n are the
+// sizes given to pack(). a(i, p) = a[i·a_row + p·a_column], one of these strides being 1; c's rows
 // are c_row apart, its columns adjacent.
 template <class S>
 void packed_gemm(int64_t m, int64_t n, int64_t k, const S* a, int64_t a_row, int64_t a_column,

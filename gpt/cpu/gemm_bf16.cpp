@@ -1,15 +1,15 @@
-// Blocks of products in bf16, by AMX's tiles or AVX512-BF16's dot products of pairs. Compiled for
-// these whatever CPU the build is for; bf16_unit() says at run time whether the CPU has them.
+// Matmul kernels of bf16, by AMX's tiles or AVX512-BF16's dot products of pairs. Compiled for these
+// instructions on any CPU; bf16_unit() says at run time whether the CPU has them.
 //
 // Both instructions sum pairs of k: b's panel holds b(2q, j) and b(2q + 1, j) side by side. In each
-// step of 32 k's a panel of a is two tiles of 16 rows of 32 k's, a panel of b two tiles of 16 pairs
-// of 16 columns; a tile has 1 KiB. Products are exact and summed in float; numbers below 2^-126
-// count as 0 (Intel, Software Developer's Manual, TDPBF16PS).
+// step of 32 k, a panel of a is two tiles of 16 rows, a panel of b two tiles of 16 pairs of 16
+// columns; a tile has 1 KiB. Products are exact and summed in float; subnormal numbers count as 0
+// (Intel, Software Developer's Manual, TDPBF16PS).
 #include "gpt/cpu/gemm_kernel.h"
 
 #if defined(__x86_64__)
 #if !defined(__clang__)
-// g++ 12 warns of the registers that its own headers leave undefined on purpose (GCC bug 105593).
+// g++ 12 warns about registers that its own headers leave undefined on purpose (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -20,7 +20,7 @@ namespace lns {
 
 #if defined(__x86_64__)
 
-// On every function that uses them or is inlined into one that does.
+// For every function that uses these instructions, or is inlined into one.
 #define LNS_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prfchw")))
 #define LNS_AMX                                                                                    \
     __attribute__((                                                                                \
@@ -34,7 +34,7 @@ LNS_AVX512 inline __mmask32 first(int64_t count) {
     return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
 }
 
-// 16 x 16 of 32 bits.
+// Transposes 16 x 16 words of 32 bits.
 LNS_AVX512 inline void transpose(__m512i (&r)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -61,7 +61,7 @@ LNS_AVX512 inline void transpose(__m512i (&r)[16]) {
     }
 }
 
-// Rows x and y of 32 numbers as pairs (x, y): the first 16 and the last 16.
+// Interleaves rows x and y of 32 numbers to pairs (x, y): the first 16 and the last 16.
 LNS_AVX512 inline void pair(__m512i x, __m512i y, __m512i& low, __m512i& high) {
     const __m512i from_low =
         _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
@@ -134,7 +134,7 @@ LNS_AVX512 inline __m512 widen(__m256i x) {
 LNS_AVX512 inline __m512 widen_low(__m512i x) { return widen(_mm512_castsi512_si256(x)); }
 LNS_AVX512 inline __m512 widen_high(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1)); }
 
-// Row i at the last depth; y0 and y1 are its sums over all depths.
+// Stores row i; y0 and y1 are its sums over all depths.
 LNS_AVX512 inline void store_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask, __m512 y0,
                                  __m512 y1) {
     const __mmask16 low = __mmask16(mask), high = __mmask16(mask >> 16);
@@ -156,10 +156,10 @@ LNS_AVX512 inline void store_row(const BlockColumn<bf16>& x, int64_t i, __mmask3
     }
 }
 
-// Row i at any depth; y0 and y1 are its sums over this depth.
+// Accumulates or stores row i; y0 and y1 are its sums over this depth.
 LNS_AVX512 inline void join_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask, __m512 y0,
                                 __m512 y1) {
-    float* sums = nullptr; // of a product of one depth, which needs none
+    float* sums = nullptr; // not needed with one depth
     if (x.sums) sums = x.sums + i / block_rows * x.sums_block + i % block_rows * block_columns;
     if (x.add) y0 = _mm512_add_ps(_mm512_load_ps(sums), y0);
     if (x.add) y1 = _mm512_add_ps(_mm512_load_ps(sums + 16), y1);
@@ -212,15 +212,15 @@ struct alignas(64) TileShapes { // Intel, Software Developer's Manual, LDTILECFG
 };
 const TileShapes tile_shapes;
 
-// Tiles 0 to 3 are the block's quarters, 4 and 5 a's rows, 6 and 7 b's columns. Blocks whose sums
-// join others, or are stored by rows, take turns in two buffers: while the tiles multiply one
-// block, the other units join the one before it, a few rows at each step.
+// Tiles 0 to 3 are the quarters of a block's accumulators, 4 and 5 rows of a, 6 and 7 columns of b.
+// Blocks that are added to others, or stored by rows, alternate between two buffers: while the
+// tiles multiply one block, the vector units store the one before it, a few rows at each step.
 LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
     alignas(64) float buffers[2][block_rows * block_columns];
     const int64_t steps = x.k / step;
     const int64_t slice = (block_rows + steps - 1) / steps;
     const __mmask32 mask = first(x.n);
-    // Whole blocks of sums that join nothing are stored by the tiles themselves.
+    // Whole blocks that are added to nothing are stored by the tiles themselves.
     const bool straight =
         !x.add &&
         (!x.last || (x.out_float && !x.accumulate && !x.bias_float && x.n == block_columns));
@@ -239,8 +239,8 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
             c = x.out_float + i * block_rows * x.out_row, row = x.out_row;
         int64_t joined = (i - 1) * block_rows;
         const int64_t joined_end = i > 0 && !straight ? joined + block_rows : joined;
-        // The lines that this block will be stored to are on their way meanwhile. To the second
-        // cache: rows that are a multiple of 4 KiB apart would push each other out of the first.
+        // Prefetches the lines that this block will be stored to. Into L2: in L1, rows that are a
+        // multiple of 4 KiB apart would evict each other.
         int64_t wanted = i * block_rows;
         const int64_t wanted_end = x.last ? std::min(x.m, wanted + block_rows) : wanted;
         for (int64_t s = 0; s < steps; s++, a += 2 * tile, b += 2 * tile) {

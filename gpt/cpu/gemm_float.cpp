@@ -1,5 +1,5 @@
-// Blocks of products in float32, by the compilers' vector types: any CPU. Also for bf16, widened
-// while packing, where the CPU multiplies no bf16.
+// Matmul kernels of float32, by the compilers' vector types, for any CPU. Also for bf16, widened
+// while packing, on CPUs that cannot multiply it.
 #include "gpt/cpu/gemm_kernel.h"
 
 namespace lns {
@@ -20,8 +20,8 @@ typedef float Unaligned
     __attribute__((vector_size(vector_bytes), aligned(sizeof(float)), may_alias));
 const int width = vector_bytes / int(sizeof(float)), block_columns = block_vectors * width;
 
-// c = start + a · b; start may be null. Rows of start and c are so many floats apart. Each part of
-// k is summed from zero in registers.
+// c = start + a · b; start may be null. start_row and c_row are strides in floats. Each part of k
+// is summed from zero in registers.
 void multiply_block(int64_t k, const float* a, const float* b, const float* start,
                     int64_t start_row, float* c, int64_t c_row) {
     for (; k > 0; k -= sum_part, start = c, start_row = c_row) {
@@ -46,7 +46,7 @@ void multiply(const BlockColumn<float>& x) {
         const float* a = x.a + i * x.a_panel;
         float* sums = x.sums + i * x.sums_block;
         const float* before = x.add ? sums : nullptr;
-        if (x.last) // the lines that the next block will be stored to, to the second cache
+        if (x.last) // prefetch the lines of the next block, into L2
             for (int64_t r = (i + 1) * block_rows; r < std::min(x.m, (i + 2) * block_rows); r++)
                 for (int j = 0; j < block_columns; j += 16)
                     __builtin_prefetch(x.out_float ? (const char*)(x.out_float + r * x.out_row + j)
@@ -72,7 +72,8 @@ template <class T> inline Four four(const T* x) {
     return Four{float(x[0]), float(x[1]), float(x[2]), float(x[3])};
 }
 
-// panel(p, j) = x[j·stride + p] for j < count, p < k; the panel's rows are W long. By 4 x 4.
+// panel(p, j) = x[j·stride + p] for j < count, p < k, in blocks of 4 x 4; a panel's row has W
+// elements.
 template <int W, class T>
 void pack_transposed(float* panel, int64_t count, int64_t k, const T* x, int64_t stride) {
     int64_t j = 0;

@@ -1,5 +1,5 @@
-// oneDNN's matrix products. A primitive takes milliseconds to make (it compiles code), so each is
-// made once for its shape and kept for the life of the process.
+// oneDNN's matmuls. Making a primitive takes milliseconds (it compiles code), so there is one for
+// each shape, kept until the process ends.
 #include "gpt/cpu/gemm_kernel.h"
 
 #ifdef LNS_ONEDNN
@@ -73,7 +73,7 @@ bool onednn_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int
                  const T* b, OUT* out, bool accumulate, const OUT* bias) {
     static std::map<Shape, Matmul> matmuls;
     static dnnl::stream stream(engine());
-    static std::mutex one_at_a_time; // a primitive's scratchpad is its own
+    static std::mutex one_at_a_time; // a primitive has one scratchpad
     const std::lock_guard lock(one_at_a_time);
     const Shape shape{a_transposed, b_transposed, m, n, k, accumulate, bias != nullptr};
     try {

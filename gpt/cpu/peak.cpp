@@ -1,13 +1,13 @@
 #include "gpt/cpu/peak.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <sstream>
 #include <unistd.h>
 
+#include "gpt/base/clock.h"
 #include "gpt/base/random.h"
 #include "gpt/cpu/bf16.h"
 
@@ -108,11 +108,6 @@ __attribute__((target("amx-tile,amx-bf16"))) float tile_products(int64_t rounds)
     return sum[0];
 }
 #endif
-
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
 
 double measured_flops(const Work& work, int threads) {
     volatile float sink = 0;

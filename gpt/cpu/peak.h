@@ -1,6 +1,5 @@
-// What this machine can do at most: what MFU and a kernel's speed are fractions of. Everything is
-// measured, on that many OpenMP threads at once, with short rounds of which the best counts; other
-// work on the machine lowers it.
+// This machine's peaks, to which MFU and the speed of kernels are compared. Measured on all threads
+// at once as the best of several short rounds; other work on the machine lowers them.
 #pragma once
 
 #include <cstdint>
@@ -14,29 +13,28 @@ namespace lns {
 // (-march), in about 0.1 s.
 double measured_peak_flops(int threads);
 
-// FLOP/s of products of bf16 summed in float32, by bf16_unit(): AMX tiles, VDPBF16PS, or without
-// either those of float32, which then take their place.
+// FLOP/s of bf16 matmuls with float32 accumulators, by bf16_unit(): AMX tiles, VDPBF16PS, or
+// without either float32.
 double measured_bf16_flops(int threads);
 
-// FLOP/s of dense bf16 products summed in float32, by the data sheet of the GPU that CUDA calls so;
-// 0 if it is not in our table.
+// FLOP/s of dense bf16 matmuls by the data sheet of the GPU with this name in CUDA; 0 if unknown.
 double data_sheet_bf16_flops(const std::string& gpu);
 
-// Whether a peak was measured while something else used the GPU: below half of the data sheet's
-// (0: not known), and nothing should be called a percentage of it.
+// Whether another program used the GPU while a peak was measured: it is below half of the data
+// sheet's (0: unknown), and no percentage of it is meaningful.
 inline bool was_disturbed(double measured, double data_sheet) { return measured < data_sheet / 2; }
 
 inline double measured_peak(DType dtype, int threads) {
     return dtype == DType::bf16 ? measured_bf16_flops(threads) : measured_peak_flops(threads);
 }
 
-// Bytes a second to and from memory that no cache holds; each 0 where memory is too short to tell.
+// Bytes a second to and from memory, beyond the caches; 0 if there is too little memory to measure.
 struct Bandwidth {
     double read = 0;   // bytes read
-    double write = 0;  // bytes written by plain stores, before which the CPU also reads each line
+    double write = 0;  // bytes written by plain stores; the CPU also reads each line
     double update = 0; // bytes read and bytes written, of x ← a·x + b in place
 };
-// Takes memory of `bytes` while it runs, but at most an eighth of the machine's, and about 0.5 s.
+// Uses `bytes` of memory, at most an eighth of the machine's, and takes about 0.5 s.
 Bandwidth measured_bandwidth(int threads, int64_t bytes = int64_t(512) << 20);
 
 } // namespace lns

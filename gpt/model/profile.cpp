@@ -16,9 +16,9 @@ Profile::Part& Profile::part(const char* group, const std::string& name) {
 
 void Timed::book() {
     const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    Profile::Part& part = profile->part(group, name);
+    Profile::Part& part = profile->part(cost.group, cost.name);
     part.calls++;
-    part.seconds += seconds, part.flops += flops, part.bytes += bytes;
+    part.seconds += seconds, part.flops += cost.flops, part.bytes += cost.bytes;
 }
 
 std::string profile_table(const Profile& profile, int64_t steps, double seconds,

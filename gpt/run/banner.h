@@ -1,4 +1,4 @@
-// What a run prints before it starts: the build, the machine, the model, the data, the schedule.
+// The banner of a run: the build, the machine, the model, the data, the schedule.
 #pragma once
 
 #include <string>
@@ -11,14 +11,14 @@
 
 namespace lns {
 
-// What was built in, and what was found here. peak: of all ranks, 0 if not measured.
+// The build and the machine. peak: of all ranks; 0: not measured.
 std::string describe_machine(int threads, const Ranks& ranks, const Peak& peak,
                              const ModelOptions& options);
 
-// The model's table: each kind of parameter, how many; then totals, FLOPs and memory of one rank.
+// A table of the parameters; then totals, FLOPs and memory of one rank.
 std::string describe_model(const Config& config, int B, int T, const ModelOptions& options);
 
-// Sources, tokens and windows, and how often the run will see them.
+// Sources, tokens, windows and epochs.
 std::string describe_data(const Data& data, const Loader& train, const Loader& val, double windows);
 
 std::string describe_schedule(const Schedule& schedule, const Options& options,

@@ -3,11 +3,11 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <iostream>
 
 #include "gpt/base/build.h"
+#include "gpt/base/clock.h"
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
 #include "gpt/base/terminal.h"
@@ -22,11 +22,6 @@ namespace lns {
 
 namespace {
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
 void measure_peaks(Bench& b) {
     const bool cuda = b.options.device == Device::cuda;
     b.float32_peak = std::max(b.float32_peak, cuda ? measured_gpu_flops(DType::float32)
@@ -35,7 +30,7 @@ void measure_peaks(Bench& b) {
                            cuda ? measured_gpu_flops(DType::bf16) : measured_bf16_flops(b.threads));
 }
 
-// One step; its loss a token.
+// One step. Returns the loss per token.
 double step(Model& model, const Options& o, const std::vector<int>& tokens, int B, int T,
             int64_t number) {
     const int64_t n = int64_t(B) * T;
@@ -51,7 +46,7 @@ double step(Model& model, const Options& o, const std::vector<int>& tokens, int 
     const double loss = result.loss, norm = result.grad_norm;
     if (!std::isfinite(loss) || !std::isfinite(norm))
         fail("step ", number, ": the loss is ", loss, " and the gradient's norm ", norm,
-             ", and arithmetic on numbers that are not finite may take another time");
+             ": timings of non-finite values are not representative");
     return loss;
 }
 

@@ -1,5 +1,5 @@
-// `train_gpt bench`: how fast would this model train on this machine? Whole training steps on
-// random tokens, against what the machine can do at most. Writes no files.
+// `train_gpt bench`: the training speed of a model on this machine, by whole training steps on
+// random tokens, and its share of the machine's peak. Writes no files.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +21,12 @@ struct Bench {
     int B = 0, T = 0, threads = 1;
 
     std::string gpu;                        // its name, or ""
-    double float32_peak = 0, bf16_peak = 0; // FLOP/s, the better of before and after the steps
-    double data_sheet_peak = 0;             // of a GPU in bf16; 0: not known
+    double float32_peak = 0, bf16_peak = 0; // FLOP/s, the larger of before and after the steps
+    double data_sheet_peak = 0;             // of a GPU in bf16; 0: unknown
     Bandwidth bandwidth;
     std::vector<double> seconds, losses; // of each step, in nats a token
-    int64_t peak_memory = 0;             // bytes resident at most; 0 where the system does not say.
-                                         // Of a GPU: that are gone from what was free before
+    int64_t peak_memory = 0;             // the most bytes resident; 0: unknown. On a GPU: the drop
+                                         // in free memory
     int64_t model_memory = 0;            // as the model says
     int64_t planned_memory = 0;          // as --dry-run predicts
     int64_t parameters = 0;
@@ -35,14 +35,13 @@ struct Bench {
 
     double median_seconds() const;
     double tokens_per_s() const;
-    double peak() const;         // of the dtype's products, measured
-    double mfu_measured() const; // the part of peak() that the steps' FLOPs took; NaN if that was
-                                 // disturbed
-    double mfu() const;          // the same of the data sheet's peak, if that is known
+    double peak() const;         // measured, of matmuls in the dtype
+    double mfu_measured() const; // the steps' share of peak(); NaN if its measurement was disturbed
+    double mfu() const;          // their share of the data sheet's peak, if known
 };
 
-// options.timed_steps training steps as gpt/run/train.cpp takes them (gradients zeroed, forward,
-// backward, their norm, AdamW), after one that is not counted.
+// options.timed_steps training steps (zero_gradients, forward, backward, gradient norm, AdamW),
+// after one for warmup.
 Bench measure_training(const Options& options, const Ranks& ranks);
 
 std::string describe(const Bench& bench); // for people

@@ -1,5 +1,5 @@
-// The device that a model computes on: whether the model fits, and what the device does at most.
-// make_model and plan_memory (gpt/model/model.h) are implemented here too.
+// The device of a model: its memory and its peak. Defines make_model and plan_memory
+// (gpt/model/model.h).
 #pragma once
 
 #include <string>
@@ -10,23 +10,22 @@
 
 namespace lns {
 
-// Chooses this rank's GPU. Throws unless all ranks compute on the same kind of device, and each on
-// a GPU of its own. Every rank calls it.
+// Chooses this rank's GPU. Throws unless all ranks use the same kind of device, and each a GPU of
+// its own. Every rank calls it.
 void check_devices(const ModelOptions& options, const Ranks& ranks);
 
 // Throws if the model and micro-batches of (B, T) need more memory than the device has, and says
 // what would fit.
 void check_memory(const Config& config, int B, int T, const ModelOptions& options);
 
-// The largest power of two of sequences of T tokens that fits, but no more than 2¹⁸ tokens on a GPU
-// and 2¹² on a CPU: what they can do is seen at fewer.
+// The largest power of two of sequences of T tokens that fits, up to 2¹⁸ tokens on a GPU and 2¹² on
+// a CPU: larger batches are not faster.
 int batch_that_fits(const Config& config, int T, const ModelOptions& options);
 
-// FLOP/s of products in the model's dtype: of a GPU in bf16 what its data sheet says, if we know
-// it, else measured.
+// FLOP/s of matmuls in the model's dtype: the data sheet's for a known GPU in bf16, else measured.
 struct Peak {
-    double flops = 0;    // what MFU is a part of
-    double measured = 0; // the same where no data sheet is known
+    double flops = 0;    // MFU is relative to this
+    double measured = 0; // the same without a data sheet
 };
 Peak device_peak(const ModelOptions& options, int threads);
 
