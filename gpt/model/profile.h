@@ -15,7 +15,7 @@ struct Profile {
         double seconds = 0;
         double flops = 0, bytes = 0; // Cost, of all calls
     };
-    std::vector<Part> parts; // in the order of first use
+    std::vector<Part> parts; // in order of first use
 
     Part& part(const char* group, const std::string& name);
 };
@@ -23,18 +23,18 @@ struct Profile {
 // A part of a pass and what one call of it costs.
 struct Cost {
     const char *group, *name;
-    double flops = 0; // of matrix products
-    double bytes = 0; // read and written, each tensor counted once
+    double flops = 0; // of matmuls
+    double bytes = 0; // read and written, each tensor once
 };
 
-// Books the time until its end on a part of the profile; does nothing if that is null.
+// Adds its lifetime to a part of the profile; does nothing if that is null.
 struct Timed {
     using Clock = std::chrono::steady_clock;
 
     Timed(Profile* profile, const Cost& cost)
         : profile(profile), cost(cost), start(profile ? Clock::now() : Clock::time_point()) {}
     ~Timed() {
-        if (profile) book();
+        if (profile) record();
     }
     Timed(const Timed&) = delete;
 
@@ -43,12 +43,12 @@ struct Timed {
     Clock::time_point start;
 
   private:
-    void book();
+    void record();
 };
 
 // The machine's peaks.
 struct Limits {
-    double flops = 0, bandwidth = 0; // a second
+    double flops = 0, bandwidth = 0; // FLOP/s, bytes/s
 };
 
 // A table of all parts: milliseconds a step, share of `seconds` (the wall time of all steps), rate,

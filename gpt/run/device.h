@@ -1,5 +1,5 @@
-// The device of a model: its memory and its peak. Defines make_model and plan_memory
-// (gpt/model/model.h).
+// The device that runs a model: its memory, peak FLOP/s and bandwidth. Also implements make_model
+// and plan_memory (gpt/model/model.h).
 #pragma once
 
 #include <string>
@@ -10,26 +10,25 @@
 
 namespace lns {
 
-// Chooses this rank's GPU. Throws unless all ranks use the same kind of device, and each a GPU of
-// its own. Every rank calls it.
+// Selects this rank's GPU. Collective. Throws if ranks mix CPUs and GPUs or share a GPU.
 void check_devices(const ModelOptions& options, const Ranks& ranks);
 
-// Throws if the model and micro-batches of (B, T) need more memory than the device has, and says
-// what would fit.
+// Throws, suggesting what would fit, if the model with micro-batches of (B, T) exceeds the device's
+// memory.
 void check_memory(const Config& config, int B, int T, const ModelOptions& options);
 
-// The largest power of two of sequences of T tokens that fits, up to 2¹⁸ tokens on a GPU and 2¹² on
-// a CPU: larger batches are not faster.
+// The largest power-of-two batch of T-token sequences that fits, capped at 2¹⁸ tokens on a GPU and
+// 2¹² on a CPU, which suffice for full speed.
 int batch_that_fits(const Config& config, int T, const ModelOptions& options);
 
-// FLOP/s of matmuls in the model's dtype: the data sheet's for a known GPU in bf16, else measured.
+// FLOP/s of matmuls in the model's dtype.
 struct Peak {
-    double flops = 0;    // MFU is relative to this
-    double measured = 0; // the same without a data sheet
+    double flops = 0; // the denominator of MFU: a GPU's bf16 data sheet if known, else measured
+    double measured = 0;
 };
 Peak device_peak(const ModelOptions& options, int threads);
 
-// Of the CPU's memory or the GPU's.
+// The bandwidth of the CPU's or the GPU's memory.
 Bandwidth device_bandwidth(const ModelOptions& options, int threads);
 
 } // namespace lns

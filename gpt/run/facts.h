@@ -1,4 +1,4 @@
-// Facts that must be the same on all ranks of a run (Ranks::compare).
+// Facts that must be equal on all ranks before they train together (Ranks::compare).
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@
 
 namespace lns {
 
-// Each field of the model's config.json.
+// The fields of the model's config.json.
 Facts config_facts(const Config& config);
 
-// The data's description, windows, tokenizer, and a sample of its tokens. what: "training" or
-// "validation".
+// The data's description, number of windows, tokenizer, and a hash of tokens sampled throughout.
+// what: "training" or "validation".
 Facts data_facts(const std::string& what, TokenSource& source, const Loader& loader);
 
 std::pair<std::string, std::string> fingerprint_fact(const std::string& what, uint64_t number);

@@ -1,4 +1,4 @@
-// From logits to text: temperature, top-k, top-p (nucleus), greedy.
+// Sampling text from logits: temperature, top-k, top-p (nucleus), greedy.
 #pragma once
 
 #include <functional>
@@ -12,11 +12,11 @@
 namespace lns {
 
 struct Sampling {
-    double temperature = 1; // 0: always the likeliest token
-    int top_k = 0;          // only the k likeliest tokens; 0: all
-    double top_p = 1;       // only the likeliest tokens whose probabilities add up to p
+    double temperature = 1; // 0: greedy
+    int top_k = 0;          // keep the k likeliest tokens; 0: all
+    double top_p = 1;       // keep the smallest set of likeliest tokens with total probability p
     uint64_t seed = 0;
-    int vocabulary = 0; // only the first tokens, those that the tokenizer has; 0: all
+    int vocabulary = 0; // draw from the first `vocabulary` tokens, the tokenizer's; 0: all
 };
 
 struct Candidate {
@@ -24,26 +24,26 @@ struct Candidate {
     double probability;
 };
 
-// The distribution of the next token, likeliest first (then by id). Temperature comes first, then
-// top-k, then top-p of the rest. Throws if a logit is NaN.
+// The distribution that a token is drawn from: normalized, likeliest first, ties by lower id.
+// Applies temperature, then top-k, then top-p. Throws if a logit is NaN.
 std::vector<Candidate> candidates(const float* logits, int V, const Sampling& sampling);
 
-// Draw number i of the seed: the same logits, seed and i give the same token.
+// The i-th draw of the seed: a function of logits, seed and i alone.
 int sample_token(const float* logits, int V, const Sampling& sampling, uint64_t i);
 
-// Continues `tokens`, which must not be empty, by up to n tokens and returns these. Each is drawn
-// given the last `context` tokens. on_token is called with each; false ends the text.
+// Returns up to n tokens that continue `tokens`, which must not be empty. Each is conditioned on
+// the last `context` tokens. on_token is called with each and stops generation by returning false.
 std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int context,
                           const Sampling& sampling, const std::function<bool(int)>& on_token = {});
 
-// The text that the tokens `made` add to a prompt: the difference between decoding both and the
-// prompt alone, since a token's text may depend on those before it (SentencePiece drops the first
-// word's space). Unknown tokens add nothing.
+// The text that the `generated` tokens add to the prompt. Both are decoded together, since a
+// token's text may depend on those before it (SentencePiece drops the space of a first word).
+// Tokens unknown to the tokenizer are skipped.
 std::string continuation(const Tokenizer& tokenizer, const std::vector<int>& prompt,
-                         const std::vector<int>& made);
+                         const std::vector<int>& generated);
 
-// The length of the text without a last character that more tokens may complete: incomplete UTF-8,
-// or the U+FFFD that SentencePiece decodes it to.
+// The length of the text without a last character that later tokens may complete: a partial UTF-8
+// sequence, or the U+FFFD that SentencePiece decodes its bytes to.
 size_t whole_characters(std::string_view text);
 
 } // namespace lns
