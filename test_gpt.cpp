@@ -742,7 +742,7 @@ Config fixture_config(const nlohmann::json& j) {
     c.heads = j["num_attention_heads"], c.kv_heads = j["num_key_value_heads"];
     c.mlp_width = j["intermediate_size"], c.positions = j["max_position_embeddings"];
     c.norm_eps = j["norm_eps"], c.tied = j["tie_word_embeddings"];
-    if (c.rope) c.rope_theta = j["rope_theta"];
+    if (c.rope()) c.rope_theta = j["rope_theta"];
     return c;
 }
 
@@ -1096,6 +1096,7 @@ Row check_initialization(const std::string& scheme) {
     Config c = preset_config("llama-9m");
     c.vocab_size = 500;
     c.scheme = parse_scheme(scheme);
+    const SchemeRow& row_of = *c.scheme.row;
     c.embed_std = 0.5;
     check_config(c);
     CpuModel<float> model(c, 1, 1, {.training = false});
@@ -1106,10 +1107,8 @@ Row check_initialization(const std::string& scheme) {
         const float* w = model.parameters + p.offset;
         auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
         if (!p.decay) {
-            double expected = named("gamma")  ? (c.scheme.row->gamma == Gamma::vector ? 0.1 : 0.001)
-                              : named("gate") ? 0
-                                              : 1;
-            if (scheme == "lns-init" && named("layers."))
+            double expected = named("gamma") ? row_of.gamma_init(c.layers) : named("gate") ? 0 : 1;
+            if (row_of.depth == DepthScale::init_weight && named("layers."))
                 expected = 1 / std::sqrt(1 + std::stod(p.name.substr(p.name.find("layers.") + 7)));
             for (int64_t i = 0; i < p.size(); i++)
                 if (std::fabs(double(w[i]) - expected) > 1e-7)
@@ -1119,11 +1118,9 @@ Row check_initialization(const std::string& scheme) {
         double expected = 0.02, out = double(p.shape[0]), in = double(p.shape[1]);
         if (named("embed_tokens"))
             expected = 0.5;
-        else if (scheme.rfind("deepnorm", 0) == 0 && !named("lm_head")) {
-            double gain =
-                std::pow(8 * L, scheme.find("published") == std::string::npos ? -0.25 : 0.25);
-            if (named("q_proj") || named("k_proj")) gain = 1;
-            expected = gain * std::sqrt(2 / (in + out));
+        else if (row_of.xavier_gain && !named("lm_head")) {
+            const bool qk = named("q_proj") || named("k_proj");
+            expected = (qk ? 1 : row_of.xavier_gain(c.layers)) * std::sqrt(2 / (in + out));
         }
         if (c.scheme.scaled_init && (named("o_proj") || named("down_proj")))
             expected = 0.02 / std::sqrt(2 * L);
@@ -1464,7 +1461,7 @@ Row check_gpu_bits(const std::string& name, const std::string& scheme, DType dty
         const Trained found = train_once(*other, B, T);
         if (other->bytes() >= bytes) row.note = "recomputing saves no memory";
         bytes = other->bytes();
-        if (again == Recompute::activations && !c.gated_mlp)
+        if (again == Recompute::activations && !c.gated_mlp())
             row.add("activations", compare_gradients(found.gradients, first.gradients, 1e-2),
                     bf16_tolerance);
         else
@@ -1829,9 +1826,8 @@ std::vector<Row> all_rows(const std::string& filter) {
     keep(check_gelu()), keep(check_swiglu()), keep(check_cross_entropy()), keep(check_adamw());
     keep(check_rounding());
 
-    for (const char* scheme : {"pre", "lns", "lns-init", "post", "deepnorm", "deepnorm-published",
-                               "mix", "sandwich", "peri", "olmo2", "layerscale", "skipinit",
-                               "lns+gpas+scaled-init", "deepnorm+scaled-init"})
+    for (const std::string& scheme : scheme_names()) keep(check_initialization(scheme));
+    for (const char* scheme : {"lns+gpas+scaled-init", "deepnorm+scaled-init"})
         keep(check_initialization(scheme));
     for (const std::string& name : architectures) {
         keep(check_same(name, "lns", 0, "pre"));

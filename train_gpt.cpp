@@ -725,7 +725,7 @@ template <class S> struct Activations : CpuTensors<S> {
     template <class Make>
     void layout(const Config& c, int B, int T, const ModelOptions& o, const Make& make) {
         const bool exact = std::is_same_v<S, Acc<S>>;
-        CpuTensors<S>::layout(c, B, T, o, !exact && (c.rope || c.qk_norm), make);
+        CpuTensors<S>::layout(c, B, T, o, !exact && (c.rope() || c.qk_norm), make);
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
         head_rows = head_part(rows, V, int64_t(1) << 26, 32);
@@ -779,7 +779,7 @@ template <class S> struct CpuModel : Model {
         }
         acts.layout(c, max_B, max_T, o, make);
         stopped.resize(2 * c.layers + 1);
-        if (!c.rope) return;
+        if (!c.rope()) return;
         const int64_t positions = std::min<int64_t>(c.positions, acts.rows);
         make(rotary_table, positions * (c.head_size / 2));
         fill_rotary_table(rotary_table.begin(), c, positions);
@@ -939,7 +939,7 @@ template <class S> struct CpuModel : Model {
     // branch(2l + 1) = attention of input(2l)
     void attention_sublayer_forward(int l) {
         S* computed = qkv(l) + int64_t(first) * config.qkv_width();
-        if (config.rope || config.qk_norm) {
+        if (config.rope() || config.qk_norm) {
             // Rounded once, after norm and rotation.
             A* unrounded = acts.unrounded_qkv;
             if constexpr (exact) unrounded = computed;
@@ -986,7 +986,7 @@ template <class S> struct CpuModel : Model {
     }
     void activate(int l, const char* group) {
         const Timed timer(profile, costs().activation_forward(group));
-        if (config.gated_mlp)
+        if (config.gated_mlp())
             swiglu_forward(activated(l), hidden(l), rows(), config.mlp_width);
         else
             gelu_forward(activated(l), hidden(l), rows() * config.mlp_width);
@@ -999,7 +999,7 @@ template <class S> struct CpuModel : Model {
         multiply_backward(dactivated, acts.dbranch, activated(l), mlp_out_matrix(l));
         {
             const Timed timer(profile, costs().activation_backward());
-            if (config.gated_mlp)
+            if (config.gated_mlp())
                 swiglu_backward(dhidden, dactivated, hidden(l), rows(), config.mlp_width);
             else
                 gelu_backward(dhidden, dactivated, hidden(l), rows() * config.mlp_width);

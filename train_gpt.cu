@@ -1535,7 +1535,7 @@ template <class S, class G> struct CudaModel : Model {
         make(sums, 2 + norm_blocks);
         host_sums = Pinned<double>(2);
         make(batch, BatchLayout{acts.rows}.ints());
-        if (c.rope) upload_rotary_table(make);
+        if (c.rope()) upload_rotary_table(make);
         bytes_held += cublas.bytes();
         communicator.join(ranks);
         CUDA(cudaDeviceSynchronize()); // our streams do not wait for the zeroing of the arrays
@@ -1754,7 +1754,7 @@ template <class S, class G> struct CudaModel : Model {
                                  weight(p.k_norm), config.norm_eps, cos_sin(), attention(), stream);
         } else {
             multiply_forward(computed, input(2 * l), qkv_matrix(l));
-            if (config.rope || config.qk_norm) {
+            if (config.rope() || config.qk_norm) {
                 const Timed timer = timed(costs().qk_forward());
                 qk_forward<S, S>(qkv(l), computed, qk_raw(l), qk_stats(l), weight(p.q_norm),
                                  weight(p.k_norm), config.norm_eps, cos_sin(), attention(), stream);
@@ -1792,7 +1792,7 @@ template <class S, class G> struct CudaModel : Model {
     void mlp_sublayer_forward(int l) {
         // GELU is part of the product before it, unless it is recomputed: then its input is
         // `hidden`, already rounded, and both passes must see the same values.
-        if (!config.gated_mlp && options.recompute != Recompute::activations) {
+        if (!config.gated_mlp() && options.recompute != Recompute::activations) {
             const Matrix m = mlp_in_matrix(l);
             const Timed timer = timed(costs().matmul_gelu("forward", m.name));
             matmul_gelu_forward<S>(cublas, activated(l), hidden(l), input(2 * l + 1),
@@ -1806,7 +1806,7 @@ template <class S, class G> struct CudaModel : Model {
     void activate(int l, const char* group) {
         const int H = padded_config.mlp_width;
         const Timed timer = timed(costs().activation_forward(group));
-        if (config.gated_mlp)
+        if (config.gated_mlp())
             swiglu_forward<S>(activated(l), hidden(l), rows(), H, stream);
         else
             gelu_forward<S>(activated(l), hidden(l), rows() * H, stream);
@@ -1818,7 +1818,7 @@ template <class S, class G> struct CudaModel : Model {
         S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
         if (options.recompute == Recompute::activations) activate(l, "recompute");
         multiply_backward_weight(acts.dbranch, activated(l), out);
-        if (config.gated_mlp) {
+        if (config.gated_mlp()) {
             multiply_backward_input(dactivated, acts.dbranch, out);
             const Timed timer = timed(costs().activation_backward());
             swiglu_backward<S>(dhidden, dactivated, hidden(l), rows(), out.C, stream);

@@ -20,6 +20,7 @@
 #include "gpt/run/checkpoint.h"
 #include "gpt/run/config_file.h"
 #include "gpt/run/options.h"
+#include "gpt/run/recipe.h"
 #include "gpt/run/rundir.h"
 #include "gpt/run/safetensors.h"
 
@@ -269,7 +270,8 @@ void decode(std::string_view input) {
 void parse(const std::vector<std::string>& arguments) {
     std::vector<const char*> argv = {"train_gpt"};
     for (const std::string& argument : arguments) argv.push_back(argument.c_str());
-    parse_options(int(argv.size()), argv.data());
+    Options options = parse_options(int(argv.size()), argv.data());
+    if (options.command == Options::Command::train) apply_recipe(options);
 }
 
 // One argument per line, except --config, which would read other files.

@@ -8,8 +8,8 @@ A file holds, as F32 (computed in float64 from parameters that are exact in F32)
     SCHEME/loss              ()
     SCHEME/logits            (B,T,V)
     SCHEME/grad.NAME         for each of the scheme's parameters
-and in `__metadata__` "config" and "schemes", as JSON. skipinit's gamma (1) is the first element of
-the stored gamma (C). In the last layer of some +gpas schemes mlp_gate only scales the input of the
+and in `__metadata__` "config" and "schemes", as JSON. A scalar gamma is the first element of the
+stored gamma (C). In the last layer of some +gpas schemes mlp_gate only scales the input of the
 final norm: its gradient is nearly 0, so compare it together with the other gates.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import asdict
 import numpy as np
 import tensor_file
 import torch
-from model import Config, Model, Scheme, forward_backward
+from model import Config, Model, Scheme, forward_backward, scheme_rows
 
 B, T, P, L = 2, 7, 9, 3
 
@@ -36,14 +36,15 @@ CONFIGS = [
     Config("olmo2", 29, 12, L, 3, 3, 13, P, 1e4, 1e-6, False),
 ]
 
-SCHEMES = ["pre", "lns", "lns-init", "post", "deepnorm", "deepnorm-published", "mix:1", "sandwich",
-           "peri", "olmo2", "layerscale", "skipinit", "pre+gpas", "lns+gpas", "post+gpas",
-           "mix:1+gpas", "deepnorm+gpas", "sandwich+gpas", "olmo2+gpas", "layerscale+gpas"]
-
 
 def schemes_of(config):
-    # lns-init initializes the norms' weights, which olmo lacks.
-    return [s for s in SCHEMES if not (s == "lns-init" and config.architecture == "olmo")]
+    """Every scheme, and every scheme with a gate."""
+    names = []
+    for name, row in scheme_rows(L).items():
+        if row["depth"] == "init_weight" and config.architecture == "olmo":
+            continue  # which has no norm weights
+        names.append(name + (":1" if row["out_norm"] == "first_k" else ""))
+    return names + [name + "+gpas" for name in names]
 
 
 # Chosen so that float32's rounding errors stay well below the tolerance of 1e-5 in every tensor (see
@@ -78,12 +79,12 @@ def draw(config, name, shape):
 def all_parameters(config):
     """{name: values} of the union of the schemes' parameters."""
     shapes = {}
-    # layerscale precedes skipinit, so the longer gamma is stored.
     for text in schemes_of(config):
         for name, p in Model(config, Scheme.parse(text, L)).named_parameters():
             shape = shapes.setdefault(name, tuple(p.shape))
             if shape != tuple(p.shape) and not name.endswith("_gamma"):
                 raise ValueError(f"{name} is {shape} and, under {text}, {tuple(p.shape)}")
+            shapes[name] = max(shape, tuple(p.shape))
     return {name: draw(config, name, shapes[name]) for name in sorted(shapes)}
 
 

@@ -2,7 +2,8 @@
 
 An independent reference implementation for train_gpt: explicit modules, autograd, nothing fused. It
 is written from the formulas, and organized by sublayers with the norms around them, where train_gpt
-is organized by the junctions between sublayers. Parameters have Hugging Face's names, so the keys of
+is organized by the junctions between sublayers. Only the ingredients of each scheme come from
+train_gpt (`./train_gpt schemes --format json`). Parameters have Hugging Face's names, so the keys of
 `state_dict()` are a checkpoint's.
 
 Easy to get wrong:
@@ -11,8 +12,11 @@ Easy to get wrong:
 - A norm's name depends on its role *and* the scheme (`norm_names`).
 """
 
+import functools
 import json
 import math
+import os
+import subprocess
 from dataclasses import dataclass, field
 
 import torch
@@ -66,22 +70,34 @@ class Config:
         return config, scheme
 
 
+@functools.lru_cache
+def scheme_rows(layers):
+    """{name: ingredients} of the schemes that train_gpt knows, in a model of so many layers."""
+    program = os.environ.get("TRAIN_GPT", "./train_gpt")
+    command = [program, "schemes", "--format", "json", "--layers", str(layers)]
+    rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {row["name"]: row for row in rows}
+
+
 @dataclass
 class Scheme:
     name: str
     out_layers: int  # layers 1..out_layers have norms on the stream, after the addition
-    in_norm: bool  # the layers beyond out_layers have norms before a sublayer
+    in_from: int  # the layers beyond it have norms before a sublayer
     branch_norm: bool
+    embed_norm: bool = False
     skip: float = 1.0
+    scaled: bool = False  # in-norms by layer^-lns_power
+    gamma: str = "none"  # or vector, scalar
     gpas: bool = False
-    lns_power: float = 0.5  # used by lns only
+    lns_power: float = 0.5
     lns_sites: list = field(default_factory=lambda: ["attn", "mlp"])
 
     def describe(self):
         text = self.name + ("+gpas" if self.gpas else "")
         if self.name == "mix":
             text += f", out norms in {self.out_layers} layers"
-        if self.name == "lns":
+        if self.scaled:
             text += f", power {self.lns_power} at {' and '.join(self.lns_sites)}"
         return text
 
@@ -92,24 +108,22 @@ class Scheme:
         name, _, number = name.partition(":")
         if not set(options) <= {"gpas", "scaled-init"} or (number and name not in ("mix", "lns")):
             raise ValueError(f"scheme {text!r} is not NAME[:NUMBER][+gpas][+scaled-init]")
-        mix_layers = int(number) if number and name == "mix" else layers // 4
-        rows = {  # out_layers, in_norm, branch_norm, skip
-            "pre": (0, True, False),
-            "lns": (0, True, False),
-            "lns-init": (0, True, False),
-            "post": (layers, False, False),
-            "deepnorm": (layers, False, False, (2 * layers) ** 0.25),
-            "deepnorm-published": (layers, False, False, 8**0.5),
-            "mix": (mix_layers, True, False),
-            "sandwich": (0, True, True),
-            "peri": (0, True, True),
-            "olmo2": (0, False, True),
-            "layerscale": (0, True, False),
-            "skipinit": (0, True, False),
-        }
+        rows = scheme_rows(layers)
         if name not in rows:
             raise ValueError(f"scheme {name!r} is none of {', '.join(rows)}")
-        scheme = Scheme(name, *rows[name], gpas="gpas" in options)
+        row = rows[name]
+        mix_layers = int(number) if number and name == "mix" else layers // 4
+        scheme = Scheme(
+            name,
+            out_layers={"none": 0, "all": layers, "first_k": mix_layers}[row["out_norm"]],
+            in_from={"none": layers, "all": 0, "after_k": mix_layers}[row["in_norm"]],
+            branch_norm=row["branch_norm"] == "all",
+            embed_norm=row["embed_norm"],
+            skip=row["skip"],
+            scaled=row["depth"] == "output",
+            gamma=row["gamma"],
+            gpas="gpas" in options,
+        )
         if number and name == "lns":
             scheme.lns_power = float(number)
         return scheme
@@ -117,13 +131,12 @@ class Scheme:
     def norms(self, layer):
         """The roles of the norms around the sublayers of a layer, 1..L."""
         roles = ["branch"] if self.branch_norm else []
-        if layer <= self.out_layers:
-            return roles + ["out"]
-        return roles + ["in"] if self.in_norm else roles
+        roles += ["out"] if layer <= self.out_layers else []
+        return roles + (["in"] if layer > self.in_from else [])
 
     def in_scale(self, layer, kind):
-        lns = self.name == "lns" and kind in self.lns_sites
-        return layer ** -self.lns_power if lns else 1.0
+        scaled = self.scaled and kind in self.lns_sites
+        return layer ** -self.lns_power if scaled else 1.0
 
 
 def norm_names(gpt2, branch_norms, kind):
@@ -282,11 +295,14 @@ class Layer(nn.Module):
             f = gpt2_class(config) if config.is_gpt2 else llama_class(config)
             self.add_module(self.modules_of[kind], f)
             names = norm_names(config.is_gpt2, scheme.branch_norm, kind)
-            self.norms_of[kind] = {role: names[role] for role in scheme.norms(number)}
+            roles = scheme.norms(number)
+            if "in" in roles and "out" in roles:
+                names["out"] = f"{kind}_out_norm"
+            self.norms_of[kind] = {role: names[role] for role in roles}
             for name in self.norms_of[kind].values():
                 self.add_module(name, make_norm(config))
-            if scheme.name in ("layerscale", "skipinit"):
-                size = config.hidden_size if scheme.name == "layerscale" else 1
+            if scheme.gamma != "none":
+                size = config.hidden_size if scheme.gamma == "vector" else 1
                 self.register_parameter(f"{kind}_gamma", nn.Parameter(torch.ones(size)))
             if scheme.gpas:
                 self.register_parameter(f"{kind}_gate", nn.Parameter(torch.zeros(1)))
@@ -332,7 +348,7 @@ class Model(nn.Module):
         trunk.add_module(self.names["embed"], nn.Embedding(V, C))
         if gpt2:
             trunk.wpe = nn.Embedding(config.max_position_embeddings, C)
-        self.has_embed_norm = scheme.name == "peri"
+        self.has_embed_norm = scheme.embed_norm
         if self.has_embed_norm:
             trunk.embed_norm = make_norm(config)
         layers = [Layer(config, scheme, n + 1) for n in range(config.num_hidden_layers)]

@@ -4,6 +4,7 @@
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/model/config.h"
+#include "gpt/run/schemes.h"
 
 #include <nlohmann/json.hpp>
 #include <sys/mount.h>
@@ -96,11 +97,11 @@ TEST(Program, HelpAndVersion) {
     EXPECT_TRUE(says(train_gpt("--version").output, {"train_gpt ", "OpenMP"}));
 }
 
-// The README's table of schemes and the program's.
-TEST(Readme, NamesEveryScheme) {
-    const std::string readme = read_file("README.md");
-    for (const SchemeRow& row : scheme_table())
-        EXPECT_NE(readme.find(cat("| `", row.name, "`")), std::string::npos) << row.name;
+TEST(Readme, HasTheProgramsTableOfSchemes) {
+    const std::string table = describe_schemes("markdown", 12);
+    EXPECT_NE(read_file("README.md").find(table), std::string::npos)
+        << "put what `./train_gpt schemes --format markdown` prints into README.md:\n"
+        << table;
 }
 
 TEST(BadInput, Flags) {
@@ -115,7 +116,7 @@ TEST(BadInput, Flags) {
     EXPECT_TRUE(fails_with("--prompt \"$(printf '\\377')\"", {"--prompt", "UTF-8"}));
     EXPECT_TRUE(fails_with("--prompt x sample /none", {"--prompt", "before `sample`"}));
     EXPECT_TRUE(fails_with("sample /none eval /none", {"`eval`"}));
-    EXPECT_TRUE(fails_with("--width 1000000 --layers 100000", {"fits no machine"}));
+    EXPECT_TRUE(fails_with("--width 1000000 --layers 100000", {"exceeds any machine"}));
     EXPECT_TRUE(fails_with("-b 1000000 -t 1000 --layers 100", {"memory", "--batch"}));
     EXPECT_TRUE(fails_with(small_model + "--dump-state /tmp", {"/tmp", "directory"}));
     EXPECT_TRUE(fails_with("-m tinny", {"'tinny'", "'tiny'"}));

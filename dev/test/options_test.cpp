@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "gpt/run/recipe.h"
 #include "gpt/run/setup.h"
 
 using namespace lns;
@@ -15,7 +16,10 @@ Options parse(std::vector<std::string> words, const SavedFlags& saved = {}) {
     words.insert(words.begin(), "train_gpt");
     std::vector<const char*> argv;
     for (const std::string& word : words) argv.push_back(word.c_str());
-    return parse_options(int(argv.size()), argv.data(), saved);
+    Options o = parse_options(int(argv.size()), argv.data());
+    if (o.command == Options::Command::train && saved.empty()) apply_recipe(o);
+    if (o.command == Options::Command::train && !saved.empty()) continue_options(o, saved);
+    return o;
 }
 
 std::string error(const std::vector<std::string>& words, const SavedFlags& saved = {}) {
@@ -28,7 +32,7 @@ TEST(Options, DefaultsAreTiny) {
     Options o = parse({});
     EXPECT_EQ(o.command, Options::Command::train);
     EXPECT_EQ(o.model, "tiny");
-    EXPECT_FALSE(o.model_given);
+    EXPECT_FALSE(o.model_given());
     EXPECT_EQ(o.seq_len, 128);
     EXPECT_EQ(parse({"-m", "llama-9m"}).seq_len, 256);
     EXPECT_EQ(parse({"-t", "64"}).seq_len, 64);
@@ -55,7 +59,7 @@ TEST(Options, ShortAndLongNames) {
         EXPECT_EQ(q.weight_decay, 0.125);
         EXPECT_EQ(q.val_every * q.sample_every * q.sample_tokens, 13 * 15 * 17);
         EXPECT_EQ(q.norm + q.model, "lnsllama-9m");
-        EXPECT_TRUE(q.resume && q.model_given);
+        EXPECT_TRUE(q.resume && q.model_given());
     }
     EXPECT_EQ(o.flags, p.flags);
 }
@@ -221,8 +225,8 @@ TEST(Options, ConfigFileIsUnderTheCommandLine) {
     EXPECT_EQ(o.lr, 0.25);
     EXPECT_EQ(o.steps, 9);
     EXPECT_FALSE(o.resume);
-    EXPECT_EQ(o.flags["--lr"], "0.25");
-    EXPECT_EQ(o.flags["--steps"], "9");
+    EXPECT_EQ(o.flags["--lr"], 0.25);
+    EXPECT_EQ(o.flags["--steps"], 9);
     EXPECT_EQ(config.parsed("recipe = paper\nmodel = llama-130m\nlr = 0.5").lr, 0.5);
     EXPECT_EQ(config.parsed("model = llama-130m").seq_len, 256);
 }
@@ -316,6 +320,27 @@ TEST(Options, AResumedRunTakesItsFlagsOver) {
     EXPECT_TRUE(says(error({"-o", "r", "-y", "--seed", "5"}, first.flags), {"--seed", "5"}));
 }
 
+// Older versions saved text, and empty text for what was not given.
+TEST(Options, AResumedRunMayHoldText) {
+    const SavedFlags text = {{"--norm", "lns"},   {"--lr", "3e-04"},           {"--layers", "3"},
+                             {"--heads", "0"},    {"--overfit-batch", "true"}, {"--recipe", ""},
+                             {"--tokenizer", ""}, {"--none-such", "7"}};
+    Options o = parse({"-o", "r", "-y", "--lr", "0.0003"}, text);
+    EXPECT_EQ(o.norm, "lns");
+    EXPECT_EQ(o.layers, 3);
+    EXPECT_EQ(o.heads, 0);
+    EXPECT_TRUE(o.overfit_batch);
+    EXPECT_TRUE(o.changes.empty());
+    EXPECT_EQ(o.flags.at("--layers"), 3);
+    EXPECT_EQ(o.flags.at("--overfit-batch"), true);
+    EXPECT_FALSE(parse({"-o", "r", "-y"}, {{"--overfit-batch", ""}}).overfit_batch);
+    const std::vector<std::pair<std::string, nlohmann::json>> wrong = {
+        {"--layers", "x"}, {"--layers", -1}, {"--layers", 1.5},    {"--lr", "fast"},
+        {"--lr", true},    {"--norm", 3},    {"--moments", "fp8"}, {"--overfit-batch", "2"}};
+    for (const auto& [name, value] : wrong)
+        EXPECT_TRUE(says(error({"-o", "r", "-y"}, {{name, value}}), {"the run's flag " + name}));
+}
+
 TEST(Options, ModelFromFlags) {
     auto config = [](const std::vector<std::string>& words) { return model_config(parse(words)); };
     Config c = config({"--layers", "2", "--width", "16", "--heads", "4", "--kv-heads", "2"});
@@ -338,7 +363,7 @@ TEST(Options, ModelFromFlags) {
     EXPECT_EQ(c.width, 128);
     EXPECT_EQ(c.scheme.name(), "olmo2");
     c = config({"--arch", "gpt2"});
-    EXPECT_FALSE(c.rope);
+    EXPECT_FALSE(c.rope());
     EXPECT_EQ(c.mlp_width, 4 * c.width);
 
     c = config({"-n", "lns", "--lns-power", "0.25", "--lns-sites", "mlp"});

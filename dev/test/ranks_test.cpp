@@ -54,7 +54,8 @@ TEST(Ranks, ControlCharactersAreEscaped) {
 Options shape_options(int64_t total, int64_t batch, bool goes_on, bool batch_given = false) {
     Options o;
     o.seq_len = 16, o.total_batch = total, o.batch = batch;
-    o.goes_on = goes_on, o.batch_given = batch_given;
+    o.continued = goes_on;
+    if (batch_given) o.given = {"--batch"};
     return o;
 }
 

@@ -265,7 +265,7 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     acts.layout(padded_config, B, T, o, multiprocessors, [&](auto& array, int64_t elements) {
         plan.activations += elements * int64_t(sizeof(array[0]));
     });
-    if (config.rope)
+    if (config.rope())
         plan.activations += std::min<int64_t>(config.positions, acts.rows) *
                             (config.head_size / 2) * int64_t(sizeof(CosSin));
     plan.activations += BatchLayout{acts.rows}.ints() * int64_t(sizeof(int));

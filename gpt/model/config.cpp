@@ -1,5 +1,6 @@
 #include "gpt/model/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 
@@ -48,8 +49,6 @@ const Preset presets[] = {
 };
 // clang-format on
 
-const std::vector<std::string> model_types = {"gpt2", "llama", "qwen2", "olmo", "olmo2"};
-
 } // namespace
 
 std::vector<std::string> preset_names() {
@@ -59,35 +58,26 @@ std::vector<std::string> preset_names() {
 }
 
 Scheme stock_scheme(const std::string& model_type) {
-    return parse_scheme(model_type == "olmo2" ? "olmo2" : "pre");
+    return parse_scheme(architecture_row(model_type).scheme);
 }
 
 Config architecture(const std::string& model_type) {
+    const Architecture& a = architecture_row(model_type);
     Config c;
     c.model_type = model_type;
-    c.scheme = stock_scheme(model_type);
-    if (model_type == "gpt2") {
-        c.norm = NormType::layer;
-        c.norm_bias = true;
-        c.norm_eps = 1e-5;
-        c.rope = false;
-        c.gated_mlp = false;
-        c.qkv_bias = c.attn_out_bias = c.mlp_bias = true;
-        c.tied = true;
-    } else if (model_type == "qwen2") {
-        c.rope_theta = 1e6;
-        c.qkv_bias = true;
-    } else if (model_type == "olmo") {
-        c.norm = NormType::layer;
-        c.norm_weight = false;
-        c.norm_eps = 1e-5;
-    } else if (model_type == "olmo2") {
-        c.qk_norm = true;
-    } else if (model_type != "llama") {
-        fail("the architecture '", model_type, "' is not supported.",
-             did_you_mean(model_type, model_types), " The architectures are ", join(model_types),
-             ".");
-    }
+    c.scheme = parse_scheme(a.scheme);
+    c.norm = a.norm;
+    c.norm_weight = a.norm_weight;
+    c.norm_bias = a.norm_bias;
+    c.norm_eps = a.norm_eps;
+    c.position_type = a.position_type;
+    c.rope_theta = a.rope_theta;
+    c.activation = a.activation;
+    c.qkv_bias = a.qkv_bias;
+    c.attn_out_bias = a.attn_out_bias;
+    c.mlp_bias = a.mlp_bias;
+    c.qk_norm = a.qk_norm;
+    c.tied = a.tied;
     return c;
 }
 
@@ -120,7 +110,7 @@ void complete_config(Config& c) {
         c.head_size = c.width / c.heads;
     }
     // SwiGLU's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
-    if (c.mlp_width == 0) c.mlp_width = c.gated_mlp ? (8 * c.width / 3 + 7) / 8 * 8 : 4 * c.width;
+    if (c.mlp_width == 0) c.mlp_width = c.gated_mlp() ? (8 * c.width / 3 + 7) / 8 * 8 : 4 * c.width;
     check_config(c);
 }
 
@@ -146,27 +136,29 @@ void check_config(const Config& c) {
         2. * c.layers * c.width * (double(c.heads) + c.kv_heads) * c.head_size;
     if (c.layers > 100000 || parameters > 1e15)
         fail("a model of ", c.layers, " layers, width ", c.width, ", MLP width ", c.mlp_width,
-             " and vocabulary ", c.vocab_size, " fits no machine: check its sizes");
+             " and vocabulary ", c.vocab_size, " exceeds any machine: check its sizes");
     if (c.heads % c.kv_heads)
         fail("the ", c.heads, " heads are not a multiple of the ", c.kv_heads,
              " kv heads: choose --heads and --kv-heads so that they are");
-    if (c.rope && c.head_size % 2)
-        fail("the head size ", c.head_size,
-             " is odd, but rotary positions turn pairs of channels: choose --width and --heads so "
-             "that it is even");
+    if (c.rope() && c.head_size % 2)
+        fail(
+            "the head size ", c.head_size,
+            " is odd, but rotary positions rotate pairs of channels: choose --width and --heads so "
+            "that it is even");
     if (c.scheme.mix_layers > c.layers)
         fail("mix:", c.scheme.mix_layers, " asks for more Post-LN layers than the model's ",
              c.layers);
     if (c.scheme.row->depth == DepthScale::init_weight && !c.norm_weight)
-        fail("the scheme '", c.scheme.row->name, "' starts the norms' weights at 1/sqrt(layer), ",
-             "but the norms of ", c.model_type, " have no weights: use lns");
+        fail("the scheme '", c.scheme.row->name,
+             "' initializes norm weights to 1/sqrt(layer), but ", c.model_type,
+             "'s norms have no weights: use lns");
 }
 
 namespace {
 
 using nlohmann::json;
 
-// Fields that a config.json may have and that change nothing here.
+// Fields of a config.json that do not change the computation.
 const std::set<std::string> harmless = {"_name_or_path",
                                         "architectures",
                                         "auto_map",
@@ -203,7 +195,7 @@ const std::set<std::string> harmless = {"_name_or_path",
                                         "transformers.js_config",
                                         "num_labels"};
 
-// Typed access to the fields, with errors that name the file and the field.
+// Typed access to fields; errors name the file and the field.
 struct Fields {
     json object;
     std::string where;
@@ -248,7 +240,7 @@ struct Fields {
             fail(where, ": the field '", key, "' is ", quoted(*value), ", expected a string");
         return value->get<std::string>();
     }
-    // The field may be absent or have this value; another would change the computation.
+    // Refuses another value, which would change the computation.
     void only(const char* key, const json& supported) {
         const json* value = find(key);
         if (value && *value != supported)
@@ -257,44 +249,19 @@ struct Fields {
     }
 };
 
-void read_gpt2(Fields& f, Config& c) {
-    c.width = f.integer("n_embd");
-    c.layers = f.integer("n_layer");
-    c.heads = f.integer("n_head");
-    c.positions = f.integer("n_positions");
-    c.mlp_width = f.integer("n_inner", 4 * c.width);
-    c.norm_eps = f.number("layer_norm_epsilon", 1e-5);
-    std::string activation = f.text("activation_function", "gelu_new");
-    if (activation != "gelu_new" && activation != "gelu_pytorch_tanh")
-        fail(f.where, ": the field 'activation_function' is \"", activation,
-             "\", and only \"gelu_new\" is supported");
-    f.only("scale_attn_weights", true);
-    f.only("scale_attn_by_inverse_layer_idx", false);
-    f.only("add_cross_attention", false);
-    for (const char* key : {"attn_pdrop", "embd_pdrop", "resid_pdrop"}) {
-        const json* value = f.find(key);
-        if (value && *value != 0)
-            c.notes.push_back(cat(f.where, " has ", key, " ", quoted(*value),
-                                  "; this program trains without dropout"));
-    }
-    for (const auto& [key, value] : f.object.items())
-        if (key.rfind("summary_", 0) == 0) f.used.insert(key); // of another head
+void read_sizes(Fields& f, const Architecture& a, Config& c) {
+    const ConfigKeys& k = a.keys;
+    c.vocab_size = f.integer("vocab_size");
+    c.width = f.integer(k.width);
+    c.layers = f.integer(k.layers);
+    c.heads = f.integer(k.heads);
+    if (k.kv_heads) c.kv_heads = f.integer(k.kv_heads, a.kv_heads_required ? -1 : c.heads);
+    if (k.head_size && f.find(k.head_size)) c.head_size = f.integer(k.head_size);
+    c.mlp_width = f.integer(k.mlp_width, a.absent_mlp_factor ? a.absent_mlp_factor * c.width : -1);
+    c.positions = f.integer(k.positions, a.absent_positions ? a.absent_positions : -1);
 }
 
-void read_llama_family(Fields& f, Config& c) {
-    c.width = f.integer("hidden_size");
-    c.layers = f.integer("num_hidden_layers");
-    c.heads = f.integer("num_attention_heads");
-    // Where it is absent transformers takes as many as heads, but 32 for Qwen2.
-    c.kv_heads = f.integer("num_key_value_heads", c.model_type == "qwen2" ? -1 : c.heads);
-    c.mlp_width = f.integer("intermediate_size");
-    c.positions = f.integer("max_position_embeddings", c.model_type == "qwen2" ? 32768 : 2048);
-    if (const json* head_dim = f.find("head_dim"); head_dim) c.head_size = f.integer("head_dim");
-    // What transformers assumes when a field is absent.
-    if (c.norm == NormType::rms)
-        c.norm_eps = f.number("rms_norm_eps", c.model_type == "olmo2" ? 1e-5 : 1e-6);
-    else
-        f.find("rms_norm_eps");
+void read_rope(Fields& f, Config& c) {
     c.rope_theta = f.number("rope_theta", 10000);
     for (const char* field : {"rope_scaling", "rope_parameters"}) { // the latter of transformers 5
         const json* rope = f.find(field);
@@ -311,30 +278,62 @@ void read_llama_family(Fields& f, Config& c) {
         }
         c.rope_theta = inner.number("rope_theta", c.rope_theta);
     }
-    f.only("partial_rotary_factor", 1.0);
-    f.only("rope_interleaved", false);
-    f.only("hidden_act", "silu");
-    if (c.model_type == "qwen2") // whatever the field says, q, k and v have biases
-        f.find("attention_bias");
-    else
-        c.qkv_bias = c.attn_out_bias = f.boolean("attention_bias", false);
-    if (c.model_type == "llama")
-        c.mlp_bias = f.boolean("mlp_bias", false);
+}
+
+void read_layers(Fields& f, const Architecture& a, Config& c) {
+    const ConfigKeys& k = a.keys;
+    if (k.norm_eps) c.norm_eps = f.number(k.norm_eps, a.absent_norm_eps);
+    if (c.rope()) read_rope(f, c);
+    const std::string activation = f.text(k.activation, a.activation_names[0]);
+    if (std::find(a.activation_names.begin(), a.activation_names.end(), activation) ==
+        a.activation_names.end())
+        fail(f.where, ": the field '", k.activation, "' is \"", activation, "\", and only \"",
+             a.activation_names[0], "\" is supported");
+    if (k.attention_bias) c.qkv_bias = c.attn_out_bias = f.boolean(k.attention_bias, false);
+    if (k.mlp_bias)
+        c.mlp_bias = f.boolean(k.mlp_bias, false);
     else
         f.only("mlp_bias", false);
-    f.only("use_sliding_window", false);
-    f.only("clip_qkv", nullptr);
-    if (const json* window = f.find("sliding_window"); window && c.model_type != "qwen2")
-        fail(f.where, ": the field 'sliding_window' is ", quoted(*window),
-             ", and sliding windows are not supported");
+    for (const auto& [key, value] : k.only) f.only(key, json::parse(value));
+    for (const char* key : k.ignored) f.find(key);
+    for (const auto& [key, value] : f.object.items())
+        if (key.starts_with("summary_")) f.used.insert(key); // of another head
     if (const json* types = f.find("layer_types"))
         for (const json& type : *types)
             if (type != "full_attention")
                 fail(f.where, ": the field 'layer_types' has ", quoted(type),
                      ", and only \"full_attention\" is supported");
-    if (const json* dropout = f.find("attention_dropout"); dropout && *dropout != 0)
-        c.notes.push_back(cat(f.where, " has attention_dropout ", quoted(*dropout),
-                              "; this program trains without dropout"));
+    for (const char* key : k.dropouts)
+        if (const json* dropout = f.find(key); dropout && *dropout != 0)
+            c.notes.push_back(cat(f.where, " has ", key, " ", quoted(*dropout),
+                                  "; this program trains without dropout"));
+}
+
+// Our own field, lns_cpp.
+void read_ours(const json& ours, const std::string& where, const Architecture& a, Config& c) {
+    if (!ours.is_object()) fail(where, ": not an object but ", quoted(ours));
+    Fields o{ours, where, {}};
+    try {
+        c.scheme = parse_scheme(o.text("scheme", c.scheme.name()));
+        parse_sites(o.text("lns_sites", "attn,mlp"), c.scheme);
+    } catch (const Error& error) {
+        fail(where, ": ", error.what());
+    }
+    const json* power = o.find("lns_power");
+    if (power && !(power->is_number() && power->get<double>() >= 0 && power->get<double>() <= 10))
+        fail(where, ": the field 'lns_power' is ", quoted(*power),
+             ", expected a number from 0 to 10");
+    if (power) c.scheme.lns_power = *power;
+    c.preset = o.text("preset", "");
+    // Sizes that the architecture's own config.json cannot say
+    if (!a.keys.kv_heads) c.kv_heads = o.integer("kv_heads", c.heads);
+    if (!a.keys.head_size && o.find("head_size")) c.head_size = o.integer("head_size");
+    c.init_std = o.number("init_std", c.init_std);
+    c.embed_std = o.number("embed_std", c.init_std);
+    for (const auto& [key, value] : ours.items())
+        if (!o.used.count(key))
+            fail(where, ": the field '", key, "' (", quoted(value),
+                 ") is not known to this program: a newer one wrote it");
 }
 
 } // namespace
@@ -349,48 +348,17 @@ Config config_from_json(const std::string& text, const std::string& where) {
     std::string model_type = type->get<std::string>();
     const json* ours = f.find("lns_cpp");
     if (ours && model_type.rfind("lns-", 0) == 0) model_type = model_type.substr(4);
-    if (std::find(model_types.begin(), model_types.end(), model_type) == model_types.end())
+    const Architecture* a = find_architecture(model_type);
+    if (!a)
         fail(where, ": the field 'model_type' is \"", model_type, "\", and only ",
-             join(model_types), " are supported");
+             join(architecture_names()), " are supported");
 
     Config c = architecture(model_type);
-    c.vocab_size = f.integer("vocab_size");
-    if (model_type == "gpt2")
-        read_gpt2(f, c);
-    else
-        read_llama_family(f, c);
-    bool tied = model_type == "gpt2"; // what transformers assumes when the field is absent
-    c.tied = f.boolean("tie_word_embeddings", tied);
-
+    read_sizes(f, *a, c);
+    read_layers(f, *a, c);
+    c.tied = f.boolean("tie_word_embeddings", a->tied);
     c.init_std = f.number("initializer_range", c.init_std);
-
-    if (ours) {
-        Fields o{*ours, where + ", lns_cpp", {}};
-        if (!ours->is_object()) fail(o.where, ": not an object but ", quoted(*ours));
-        try {
-            c.scheme = parse_scheme(o.text("scheme", c.scheme.name()));
-            parse_sites(o.text("lns_sites", "attn,mlp"), c.scheme);
-        } catch (const Error& error) {
-            fail(o.where, ": ", error.what());
-        }
-        const json* power = o.find("lns_power");
-        if (power &&
-            !(power->is_number() && power->get<double>() >= 0 && power->get<double>() <= 10))
-            fail(o.where, ": the field 'lns_power' is ", quoted(*power),
-                 ", expected a number from 0 to 10");
-        if (power) c.scheme.lns_power = *power;
-        c.preset = o.text("preset", "");
-        if (model_type == "gpt2") { // GPT-2's own config.json has no such fields
-            c.kv_heads = o.integer("kv_heads", c.heads);
-            if (o.find("head_size")) c.head_size = o.integer("head_size");
-        }
-        c.init_std = o.number("init_std", c.init_std);
-        c.embed_std = o.number("embed_std", c.init_std);
-        for (const auto& [key, value] : ours->items())
-            if (!o.used.count(key))
-                fail(o.where, ": the field '", key, "' (", quoted(value),
-                     ") is not known to this program: a newer one wrote it");
-    }
+    if (ours) read_ours(*ours, where + ", lns_cpp", *a, c);
     for (const auto& [key, value] : f.object.items())
         if (!f.used.count(key) && !harmless.count(key) && !value.is_null() && value != false)
             fail(where, ": the field '", key, "' (", quoted(value),
@@ -406,58 +374,39 @@ Config config_from_json(const std::string& text, const std::string& where) {
 
 std::string config_to_json(const Config& c) {
     const bool stock = beyond_stock(c).empty();
-    const std::vector<std::pair<std::string, std::string>> classes = {
-        {"gpt2", "GPT2LMHeadModel"},
-        {"llama", "LlamaForCausalLM"},
-        {"qwen2", "Qwen2ForCausalLM"},
-        {"olmo", "OlmoForCausalLM"},
-        {"olmo2", "Olmo2ForCausalLM"}};
+    const Architecture& a = architecture_row(c.model_type);
+    const ConfigKeys& k = a.keys;
     json j;
-    for (const auto& [type, name] : classes)
-        if (type == c.model_type) j["architectures"] = {(stock ? "" : "Lns") + name};
+    j["architectures"] = {std::string(stock ? "" : "Lns") + a.model_class};
     j["model_type"] = (stock ? "" : "lns-") + c.model_type;
     j["vocab_size"] = c.vocab_size;
     j["tie_word_embeddings"] = c.tied;
     j["initializer_range"] = c.init_std;
     j["torch_dtype"] = "float32";
-    if (c.model_type == "gpt2") {
-        j["n_embd"] = c.width;
-        j["n_layer"] = c.layers;
-        j["n_head"] = c.heads;
-        j["n_positions"] = c.positions;
-        j["n_inner"] = c.mlp_width;
-        j["layer_norm_epsilon"] = c.norm_eps;
-        j["activation_function"] = "gelu_new";
-        for (const char* key : {"attn_pdrop", "embd_pdrop", "resid_pdrop"}) j[key] = 0.0;
-    } else {
-        j["hidden_size"] = c.width;
-        j["num_hidden_layers"] = c.layers;
-        j["num_attention_heads"] = c.heads;
-        j["num_key_value_heads"] = c.kv_heads;
-        j["intermediate_size"] = c.mlp_width;
-        j["max_position_embeddings"] = c.positions;
-        j["hidden_act"] = "silu";
-        j["rope_theta"] = c.rope_theta;
-        if (c.norm == NormType::rms) j["rms_norm_eps"] = c.norm_eps;
-        if (c.head_size * c.heads != c.width) j["head_dim"] = c.head_size;
-        if (c.model_type == "qwen2")
-            j["use_sliding_window"] = false;
-        else
-            j["attention_bias"] = c.qkv_bias;
-        if (c.model_type == "llama") j["mlp_bias"] = c.mlp_bias;
-    }
+    j[k.width] = c.width;
+    j[k.layers] = c.layers;
+    j[k.heads] = c.heads;
+    if (k.kv_heads) j[k.kv_heads] = c.kv_heads;
+    if (k.head_size && c.head_size * c.heads != c.width) j[k.head_size] = c.head_size;
+    j[k.mlp_width] = c.mlp_width;
+    j[k.positions] = c.positions;
+    if (k.norm_eps) j[k.norm_eps] = c.norm_eps;
+    if (c.rope()) j["rope_theta"] = c.rope_theta;
+    j[k.activation] = a.activation_names[0];
+    if (k.attention_bias) j[k.attention_bias] = c.qkv_bias;
+    if (k.mlp_bias) j[k.mlp_bias] = c.mlp_bias;
+    for (const auto& [key, value] : k.written) j[key] = json::parse(value);
     j["lns_cpp"] = {
         {"scheme", c.scheme.name()},     {"lns_power", c.scheme.lns_power},
         {"lns_sites", c.scheme.sites()}, {"preset", c.preset},
         {"init_std", c.init_std},        {"embed_std", c.embed_std > 0 ? c.embed_std : c.init_std}};
-    if (c.model_type == "gpt2" && c.kv_heads != c.heads) j["lns_cpp"]["kv_heads"] = c.kv_heads;
-    if (c.model_type == "gpt2" && c.q_width() != c.width) j["lns_cpp"]["head_size"] = c.head_size;
+    if (!k.kv_heads && c.kv_heads != c.heads) j["lns_cpp"]["kv_heads"] = c.kv_heads;
+    if (!k.head_size && c.q_width() != c.width) j["lns_cpp"]["head_size"] = c.head_size;
     return j.dump(2) + "\n";
 }
 
 std::string beyond_stock(const Config& c) {
-    // By what its junctions do, not by its name: mix:0 is pre. What only training starts from is
-    // no difference.
+    // Compared by what junctions do, not by name: mix:0 is pre. Initial values make no difference.
     const Scheme stock = stock_scheme(c.model_type);
     for (int k = 0; k <= 2 * c.layers; k++) {
         Junction ours = junction(c.scheme, c.layers, k), theirs = junction(stock, c.layers, k);
@@ -466,11 +415,12 @@ std::string beyond_stock(const Config& c) {
             return cat("the norm scheme ", c.scheme.name(), " (the stock ", c.model_type, " has ",
                        stock.name(), ")");
     }
-    if (c.model_type == "gpt2" && c.kv_heads != c.heads)
+    const ConfigKeys& k = architecture_row(c.model_type).keys;
+    if (!k.kv_heads && c.kv_heads != c.heads)
         return "fewer heads of keys and values than of queries";
-    if (c.model_type == "gpt2" && c.q_width() != c.width)
-        return "heads that are not together as wide as the residual stream";
-    if (c.width % c.heads) return "a width that is no multiple of the heads";
+    if (!k.head_size && c.q_width() != c.width)
+        return "heads that together are not as wide as the residual stream";
+    if (c.width % c.heads) return "a width that is not a multiple of the heads";
     return "";
 }
 

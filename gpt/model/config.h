@@ -1,23 +1,18 @@
-// What a model is. One block covers GPT-2, LLaMA, Qwen2.5, OLMo and OLMo 2; a preset, the flags
-// or a Hugging Face config.json fill in this struct, and everything else is derived from it.
-//
-// Easy to get wrong: rope_theta and norm_eps differ between families; GPT-2's norms and matrices
-// have biases and its head is the embedding; Qwen2's q, k and v alone have biases; OLMo's norm has
-// no parameters; OLMo 2 norms the whole of q and k, before they are split into heads.
+// What a model is. One block covers all architectures; a preset, the flags or a Hugging Face
+// config.json fill in this struct, and everything else is derived from it.
 #pragma once
 
 #include <string>
 #include <vector>
 
+#include "gpt/model/architecture.h"
 #include "gpt/model/scheme.h"
 
 namespace lns {
 
-enum class NormType { layer, rms };
-
 struct Config {
     std::string preset;               // "llama-130m", or "" when from elsewhere
-    std::string model_type = "llama"; // Hugging Face's: gpt2, llama, qwen2, olmo, olmo2
+    std::string model_type = "llama"; // the architecture, as Hugging Face has it
 
     int vocab_size = 0; // V
     int width = 0;      // C
@@ -32,9 +27,9 @@ struct Config {
     bool norm_weight = true; // OLMo has none
     bool norm_bias = false;  // GPT-2
     double norm_eps = 1e-6;
-    bool rope = true; // else learned positions
+    PositionType position_type = PositionType::rotary;
     double rope_theta = 10000;
-    bool gated_mlp = true; // SwiGLU, else GELU (tanh)
+    Activation activation = Activation::swiglu; // of the MLP
     bool qkv_bias = false, attn_out_bias = false, mlp_bias = false;
     bool qk_norm = false;
     bool tied = false; // the head is the embedding
@@ -43,44 +38,44 @@ struct Config {
     double init_std = 0.02;
     double embed_std = 0; // of the token embedding; 0: init_std
 
-    std::vector<std::string> notes; // what a reader of the config.json should be told
+    std::vector<std::string> notes; // from reading a config.json, for the user
 
+    bool rope() const { return position_type == PositionType::rotary; }
+    bool gated_mlp() const { return activation == Activation::swiglu; }
     int q_width() const { return heads * head_size; }
     int kv_width() const { return kv_heads * head_size; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }
-    int mlp_in_width() const { return gated_mlp ? 2 * mlp_width : mlp_width; } // gate and up
+    int mlp_in_width() const { return gated_mlp() ? 2 * mlp_width : mlp_width; } // gate and up
 };
 
 std::vector<std::string> preset_names();
 
-// Throws for an unknown name, with the near ones.
+// Throws for an unknown name, suggesting similar ones.
 Config preset_config(const std::string& name);
 
-// What an architecture fixes (norm, positions, biases, …), the sizes left 0. Throws if unknown.
+// An architecture without sizes. Throws if it is unknown.
 Config architecture(const std::string& model_type);
 
-// Sizes that follow from others where they are still 0 (kv_heads, head_size, mlp_width), then
-// check_config.
+// Derives the sizes that are still 0 (kv_heads, head_size, mlp_width), then calls check_config.
 void complete_config(Config& config);
 
 // Throws a sentence if the sizes do not fit together.
 void check_config(const Config& config);
 
-// A Hugging Face config.json, ours or another's; `where` is the file's name, for the errors. A
-// field that would change the computation and is not supported is an error that names it.
+// A Hugging Face config.json, ours or another's; `where` is the file's name, for errors. Throws for
+// an unsupported field that would change the computation.
 Config config_from_json(const std::string& text, const std::string& where);
 std::string config_to_json(const Config& config);
 
-// "" if the stock model of this architecture computes what this one does, else what it has that
-// the stock model has not. Such a model's model_type is "lns-llama" for "llama": other tools then
-// refuse it instead of computing something else.
+// "" if the stock model of this architecture computes the same, else what this one has beyond it.
+// Its model_type is then "lns-llama" for "llama": other tools refuse it instead of computing
+// something else.
 std::string beyond_stock(const Config& config);
 
 // The scheme of an architecture's stock model.
 Scheme stock_scheme(const std::string& model_type);
 
-// "" if weights of a model `found` fit the model `wanted`, else a sentence about the first field
-// that differs.
+// "" if weights of `found` fit `wanted`, else a sentence about the first field that differs.
 std::string config_difference(const Config& found, const Config& wanted);
 
 } // namespace lns

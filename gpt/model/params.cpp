@@ -2,17 +2,23 @@
 
 #include <cmath>
 
+#include "gpt/base/error.h"
+
 namespace lns {
 
 namespace {
 
 const int64_t alignment = 16; // elements: 64 bytes of float32
 
+// Adds the parameters of each part of a model; called in order of computation.
 struct Builder {
-    const Config& config;
+    const Config& c;
     Registry& registry;
+    const TensorNames& names = architecture_row(c.model_type).names;
+    const SchemeRow& row = *c.scheme.row;
+    const int L = c.layers, C = c.width;
 
-    // Where the next parameter goes that does not continue a stack.
+    // Every parameter that does not continue a stack starts aligned.
     void align() { registry.size = (registry.size + alignment - 1) / alignment * alignment; }
 
     int64_t add(const std::string& name, std::vector<int64_t> shape, double mean, double std) {
@@ -28,28 +34,127 @@ struct Builder {
         return p.offset;
     }
     int64_t matrix(const std::string& name, int64_t rows, int64_t columns, double std) {
-        int64_t offset = add(name, {rows, columns}, 0, std);
-        registry.params.back().transposed = config.model_type == "gpt2";
+        int64_t offset = add(name + ".weight", {rows, columns}, 0, std);
+        registry.params.back().transposed = names.transposed;
         return offset;
     }
     int64_t vector(const std::string& name, int64_t n, double value) {
         align();
         return add(name, {n}, value, 0);
     }
+    int64_t bias(const std::string& name, int64_t n, bool wanted) {
+        return wanted ? vector(name + ".bias", n, 0) : -1;
+    }
     NormParams norm(const std::string& name, double weight) {
         NormParams n;
-        if (config.norm_weight) n.weight = vector(name + ".weight", config.width, weight);
-        if (config.norm_bias) n.bias = vector(name + ".bias", config.width, 0);
+        if (c.norm_weight) n.weight = vector(name + ".weight", C, weight);
+        if (c.norm_bias) n.bias = vector(name + ".bias", C, 0);
         return n;
     }
-};
 
-// Hugging Face's names of the parts of a model.
-struct Names {
-    bool gpt2;
-    std::string root() const { return gpt2 ? "transformer." : "model."; }
-    std::string layer(int l) const { // l from 0
-        return root() + (gpt2 ? "h." : "layers.") + std::to_string(l) + ".";
+    std::string root(const char* part) const { return cat(names.root, part); }
+    std::string layer(int l) const { return cat(names.root, names.layers, l, "."); } // l from 0
+
+    // Standard deviations: plain normal, or Xavier normal with a gain, sqrt(2 / (in + out)) · gain;
+    // with +scaled-init, O and down at std / sqrt(2L) (GPT-2, section 2.3).
+    double std_of(int64_t out, int64_t in, bool qk, bool residual) const {
+        if (residual && c.scheme.scaled_init) return c.init_std / std::sqrt(2.0 * L);
+        if (!row.xavier_gain) return c.init_std;
+        return (qk ? 1.0 : row.xavier_gain(L)) * std::sqrt(2.0 / double(in + out));
+    }
+
+    void embeddings() {
+        const double std = c.embed_std > 0 ? c.embed_std : c.init_std;
+        registry.token_embedding =
+            add(root(names.token_embedding) + ".weight", {c.vocab_size, C}, 0, std);
+        if (c.rope()) return;
+        align();
+        registry.position_embedding =
+            add(root(names.position_embedding) + ".weight", {c.positions, C}, 0, c.init_std);
+    }
+
+    // A norm is named after its sublayer: the in-norm after the next one, the branch and out norms
+    // after the one before.
+    std::string norm_name(int sublayer, bool on_branch) const {
+        const bool attn = sublayer % 2 == 1, beside = row.branch_norm != Layers::none;
+        const char* mlp = beside ? names.mlp_norm_beside : names.mlp_norm;
+        return layer((sublayer - 1) / 2) +
+               (on_branch ? (attn ? names.attn_branch_norm : names.mlp_branch_norm)
+                          : (attn ? names.attn_norm : mlp));
+    }
+
+    // Beside an in-norm of its sublayer, the out-norm has a name of its own.
+    std::string out_norm_name(int k) const {
+        if (!junction(c.scheme, L, k - 1).in_norm) return norm_name(k, false);
+        return layer((k - 1) / 2) + (k % 2 == 1 ? "attn_out_norm" : "mlp_out_norm");
+    }
+
+    // The in-norm of junction k, in front of sublayer k + 1.
+    void in_norm(int k) {
+        const Junction j = junction(c.scheme, L, k);
+        if (!j.in_norm) return;
+        const std::string name = k == 2 * L ? root(names.final_norm) : norm_name(k + 1, false);
+        registry.junctions[k].in = norm(name, j.in_weight_init);
+    }
+
+    // The rest of junction k, behind sublayer k.
+    void junction_after(int k) {
+        const Junction j = junction(c.scheme, L, k);
+        JunctionParams& p = registry.junctions[k];
+        if (k == 0) {
+            if (j.out_norm) p.out = norm(root("embed_norm"), 1);
+            return;
+        }
+        const std::string which = layer((k - 1) / 2) + (k % 2 == 1 ? "attn" : "mlp");
+        if (j.branch_norm) p.branch = norm(norm_name(k, true), 1);
+        if (j.gamma != Gamma::none)
+            p.gamma = vector(which + "_gamma", j.gamma == Gamma::vector ? C : 1, row.gamma_init(L));
+        if (j.out_norm) p.out = norm(out_norm_name(k), 1);
+        if (j.gate) p.gate = vector(which + "_gate", 1, 0);
+    }
+
+    void qkv(LayerParams& p, const std::string& attn) {
+        const int Q = c.q_width(), KV = c.kv_width();
+        const double qk_std = std_of(Q, C, true, false), v_std = std_of(KV, C, false, false);
+        align();
+        if (!*names.k) {
+            p.qkv = matrix(attn + names.q, Q + 2 * KV, C, qk_std);
+            registry.params.back().tail = int64_t(Q + KV) * C;
+            registry.params.back().tail_std = v_std;
+            p.qkv_bias = bias(attn + names.q, Q + 2 * KV, c.qkv_bias);
+            return;
+        }
+        p.qkv = matrix(attn + names.q, Q, C, qk_std);
+        matrix(attn + names.k, KV, C, std_of(KV, C, true, false));
+        matrix(attn + names.v, KV, C, v_std);
+        if (!c.qkv_bias) return;
+        p.qkv_bias = bias(attn + names.q, Q, true);
+        add(attn + names.k + ".bias", {KV}, 0, 0);
+        add(attn + names.v + ".bias", {KV}, 0, 0);
+    }
+
+    void attention(LayerParams& p, const std::string& attn) {
+        const int Q = c.q_width();
+        qkv(p, attn);
+        if (c.qk_norm) {
+            p.q_norm = vector(attn + "q_norm.weight", Q, 1);
+            p.k_norm = vector(attn + "k_norm.weight", c.kv_width(), 1);
+        }
+        align();
+        p.attn_out = matrix(attn + names.attn_out, C, Q, std_of(C, Q, false, true));
+        p.attn_out_bias = bias(attn + names.attn_out, C, c.attn_out_bias);
+    }
+
+    void mlp(LayerParams& p, const std::string& mlp) {
+        const int H = c.mlp_width;
+        align();
+        p.mlp_in = matrix(mlp + names.mlp_in, H, C, std_of(H, C, false, false));
+        if (c.gated_mlp()) matrix(mlp + names.mlp_up, H, C, std_of(H, C, false, false));
+        p.mlp_in_bias = bias(mlp + names.mlp_in, H, c.mlp_bias);
+        if (c.mlp_bias && c.gated_mlp()) add(mlp + names.mlp_up + ".bias", {H}, 0, 0);
+        align();
+        p.mlp_out = matrix(mlp + names.mlp_out, C, H, std_of(C, H, false, true));
+        p.mlp_out_bias = bias(mlp + names.mlp_out, C, c.mlp_bias);
     }
 };
 
@@ -58,122 +163,23 @@ struct Names {
 Registry make_registry(const Config& c) {
     Registry registry;
     Builder b{c, registry};
-    const SchemeRow& row = *c.scheme.row;
-    const bool gpt2 = c.model_type == "gpt2";
-    const Names names{gpt2};
-    const int L = c.layers, C = c.width, H = c.mlp_width;
-    const double embed_std = c.embed_std > 0 ? c.embed_std : c.init_std;
-
-    registry.token_embedding = b.add(names.root() + (gpt2 ? "wte" : "embed_tokens") + ".weight",
-                                     {c.vocab_size, C}, 0, embed_std);
-    if (!c.rope) {
-        b.align();
-        registry.position_embedding =
-            b.add(names.root() + "wpe.weight", {c.positions, C}, 0, c.init_std);
-    }
-
-    // Standard deviations: plain normal, or Xavier normal with a gain, sqrt(2 / (in + out)) · gain;
-    // with +scaled-init, O and down at std / sqrt(2L) (GPT-2, section 2.3).
-    auto std_of = [&](int64_t out, int64_t in, bool qk, bool residual) {
-        if (residual && c.scheme.scaled_init) return c.init_std / std::sqrt(2.0 * L);
-        if (!row.xavier_gain) return c.init_std;
-        return (qk ? 1.0 : row.xavier_gain(L)) * std::sqrt(2.0 / double(in + out));
-    };
-
-    // The parameters of junction k. A norm is named after the sublayer that it belongs to: the
-    // in-norm to the next one, the branch and out norms to the one before.
-    registry.junctions.resize(2 * L + 1);
-    auto norm_name = [&](int sublayer, bool on_branch) {
-        std::string layer = names.layer((sublayer - 1) / 2);
-        bool attn = sublayer % 2 == 1;
-        if (gpt2) return layer + (on_branch ? "post_ln_" : "ln_") + (attn ? "1" : "2");
-        bool both = row.branch_norm != Layers::none;
-        if (attn) return layer + (on_branch ? "post_attention_layernorm" : "input_layernorm");
-        if (on_branch) return layer + "post_feedforward_layernorm";
-        return layer + (both ? "pre_feedforward_layernorm" : "post_attention_layernorm");
-    };
-    auto add_before = [&](int k) { // the in-norm at junction k, of sublayer k + 1
-        Junction j = junction(c.scheme, L, k);
-        if (!j.in_norm) return;
-        std::string name =
-            k == 2 * L ? names.root() + (gpt2 ? "ln_f" : "norm") : norm_name(k + 1, false);
-        registry.junctions[k].in = b.norm(name, j.in_weight_init);
-    };
-    auto add_after = [&](int k) { // what else is at junction k
-        Junction j = junction(c.scheme, L, k);
-        JunctionParams& p = registry.junctions[k];
-        if (k == 0) {
-            if (j.out_norm) p.out = b.norm(names.root() + "embed_norm", 1);
-            return;
-        }
-        std::string which = names.layer((k - 1) / 2) + (k % 2 == 1 ? "attn" : "mlp");
-        if (j.branch_norm) p.branch = b.norm(norm_name(k, true), 1);
-        if (j.gamma != Gamma::none)
-            p.gamma =
-                b.vector(which + "_gamma", j.gamma == Gamma::vector ? C : 1, row.gamma_init(L));
-        if (j.out_norm) p.out = b.norm(norm_name(k, false), 1);
-        if (j.gate) p.gate = b.vector(which + "_gate", 1, 0);
-    };
-
-    add_after(0);
-    const int Q = c.q_width(), KV = c.kv_width();
-    for (int l = 0; l < L; l++) {
-        const std::string layer = names.layer(l);
-        const std::string attn = layer + (gpt2 ? "attn." : "self_attn."), mlp = layer + "mlp.";
+    registry.junctions.resize(2 * c.layers + 1);
+    b.embeddings();
+    b.junction_after(0);
+    for (int l = 0; l < c.layers; l++) {
         LayerParams p;
-
-        add_before(2 * l);
-        b.align();
-        if (gpt2) {
-            p.qkv = b.matrix(attn + "c_attn.weight", Q + 2 * KV, C, std_of(Q, C, true, false));
-            registry.params.back().tail = int64_t(Q + KV) * C;
-            registry.params.back().tail_std = std_of(KV, C, false, false);
-            p.qkv_bias = b.vector(attn + "c_attn.bias", Q + 2 * KV, 0);
-        } else {
-            p.qkv = b.matrix(attn + "q_proj.weight", Q, C, std_of(Q, C, true, false));
-            b.matrix(attn + "k_proj.weight", KV, C, std_of(KV, C, true, false));
-            b.matrix(attn + "v_proj.weight", KV, C, std_of(KV, C, false, false));
-            if (c.qkv_bias) {
-                p.qkv_bias = b.vector(attn + "q_proj.bias", Q, 0);
-                b.add(attn + "k_proj.bias", {KV}, 0, 0);
-                b.add(attn + "v_proj.bias", {KV}, 0, 0);
-            }
-        }
-        if (c.qk_norm) {
-            p.q_norm = b.vector(attn + "q_norm.weight", Q, 1);
-            p.k_norm = b.vector(attn + "k_norm.weight", KV, 1);
-        }
-        b.align();
-        p.attn_out = b.matrix(attn + (gpt2 ? "c_proj" : "o_proj") + ".weight", C, Q,
-                              std_of(C, Q, false, true));
-        if (c.attn_out_bias)
-            p.attn_out_bias = b.vector(attn + (gpt2 ? "c_proj" : "o_proj") + ".bias", C, 0);
-        add_after(2 * l + 1);
-
-        add_before(2 * l + 1);
-        b.align();
-        if (c.gated_mlp) {
-            p.mlp_in = b.matrix(mlp + "gate_proj.weight", H, C, std_of(H, C, false, false));
-            b.matrix(mlp + "up_proj.weight", H, C, std_of(H, C, false, false));
-        } else {
-            p.mlp_in = b.matrix(mlp + "c_fc.weight", H, C, std_of(H, C, false, false));
-        }
-        if (c.mlp_bias) {
-            p.mlp_in_bias = b.vector(mlp + (c.gated_mlp ? "gate_proj" : "c_fc") + ".bias", H, 0);
-            if (c.gated_mlp) b.add(mlp + "up_proj.bias", {H}, 0, 0);
-        }
-        b.align();
-        p.mlp_out = b.matrix(mlp + (gpt2 ? "c_proj" : "down_proj") + ".weight", C, H,
-                             std_of(C, H, false, true));
-        if (c.mlp_bias)
-            p.mlp_out_bias = b.vector(mlp + (gpt2 ? "c_proj" : "down_proj") + ".bias", C, 0);
-        add_after(2 * l + 2);
+        b.in_norm(2 * l);
+        b.attention(p, b.layer(l) + b.names.attention);
+        b.junction_after(2 * l + 1);
+        b.in_norm(2 * l + 1);
+        b.mlp(p, b.layer(l) + "mlp.");
+        b.junction_after(2 * l + 2);
         registry.layers.push_back(p);
     }
-    add_before(2 * L);
+    b.in_norm(2 * c.layers);
     b.align();
     registry.head = c.tied ? registry.token_embedding
-                           : b.add("lm_head.weight", {c.vocab_size, C}, 0, c.init_std);
+                           : b.add("lm_head.weight", {c.vocab_size, c.width}, 0, c.init_std);
     b.align();
     return registry;
 }

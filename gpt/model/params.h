@@ -20,8 +20,8 @@ struct Param {
     std::vector<int64_t> shape; // (OC, C) of a matrix, rows are outputs; (n) of a vector
     int64_t offset = 0;         // in the flat buffer, in elements
     double mean = 0, std = 0;   // starts at normal(mean, std)
-    int64_t tail = INT64_MAX;   // but elements from this one on, the V of GPT-2's c_attn,
-    double tail_std = 0;        // at normal(mean, tail_std)
+    int64_t tail = INT64_MAX;   // elements from here on (V in GPT-2's c_attn)
+    double tail_std = 0;        // start at normal(mean, tail_std)
     bool decay = false;         // AdamW's weight decay: matrices only
     bool transposed = false;    // the file has (C, OC): GPT-2's Conv1D
 

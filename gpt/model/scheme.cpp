@@ -1,5 +1,6 @@
 #include "gpt/model/scheme.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "gpt/base/error.h"
@@ -10,8 +11,6 @@ namespace lns {
 namespace {
 
 using enum Layers;
-const auto no_depth = DepthScale::none;
-const auto no_gamma = Gamma::none;
 
 double deepnorm_skip(int L) { return std::pow(2.0 * L, 0.25); }
 double deepnorm_gain(int L) { return std::pow(8.0 * L, -0.25); }
@@ -22,38 +21,85 @@ double skipinit_init(int) { return 0.001; }
 
 } // namespace
 
-// clang-format off
 const std::vector<SchemeRow>& scheme_table() {
     static const std::vector<SchemeRow> table = {
-        // name, branch norm, out norm, in norm, embed norm, skip, depth, gamma, gamma init, Xavier gain
-        {"pre", none, none, all, false, nullptr, no_depth, no_gamma, nullptr, nullptr,
-         "Pre-LN: a norm before each sublayer", "Xiong et al., arXiv 2002.04745"},
-        {"lns", none, none, all, false, nullptr, DepthScale::output, no_gamma, nullptr, nullptr,
-         "LayerNorm Scaling: Pre-LN, each norm's output times 1/sqrt(layer)", "Sun et al., arXiv 2502.05795"},
-        {"lns-init", none, none, all, false, nullptr, DepthScale::init_weight, no_gamma, nullptr, nullptr,
-         "the norm weights only start at 1/sqrt(layer), and learn", "Chen et al., arXiv 2506.22049, its code"},
-        {"post", none, all, none, false, nullptr, no_depth, no_gamma, nullptr, nullptr,
-         "Post-LN: a norm after each sum", "Vaswani et al., arXiv 1706.03762"},
-        {"deepnorm", none, all, none, false, deepnorm_skip, no_depth, no_gamma, nullptr, deepnorm_gain,
-         "Post-LN with skip (2L)^(1/4) and Xavier gain (8L)^(-1/4)", "Wang et al., arXiv 2203.00555"},
-        {"deepnorm-published", none, all, none, false, published_skip, no_depth, no_gamma, nullptr, published_gain,
-         "as in the LNS paper's code: skip sqrt(8), gain (8L)^(+1/4)", "Sun et al., arXiv 2502.05795, its code"},
-        {"mix", none, first_k, after_k, false, nullptr, no_depth, no_gamma, nullptr, nullptr,
-         "Mix-LN: Post-LN in the first k layers (mix:k; k = L/4), Pre-LN after", "Li et al., arXiv 2412.13795"},
-        {"sandwich", all, none, all, false, nullptr, no_depth, no_gamma, nullptr, nullptr,
-         "a norm before and after each sublayer", "Ding et al., arXiv 2105.13290"},
-        {"peri", all, none, all, true, nullptr, no_depth, no_gamma, nullptr, nullptr,
-         "Peri-LN: sandwich, and a norm of the embedding", "Kim et al., arXiv 2502.02732"},
-        {"olmo2", all, none, none, false, nullptr, no_depth, no_gamma, nullptr, nullptr,
-         "a norm of each sublayer's output only", "OLMo 2, arXiv 2501.00656"},
-        {"layerscale", none, none, all, false, nullptr, no_depth, Gamma::vector, layerscale_init, nullptr,
-         "Pre-LN, the branch times a learned vector that starts small", "Touvron et al. (CaiT), arXiv 2103.17239"},
-        {"skipinit", none, none, all, false, nullptr, no_depth, Gamma::scalar, skipinit_init, nullptr,
-         "Pre-LN, the branch times a learned scalar from 0.001", "De and Smith, arXiv 2002.10444"},
+        {.name = "pre", .in_norm = all, .what = "Pre-LN", .source = "arXiv 2002.04745"},
+        {.name = "lns",
+         .in_norm = all,
+         .depth = DepthScale::output,
+         .what = "LayerNorm Scaling: scale = ℓ^(−½) on each in-norm; --lns-power, --lns-sites",
+         .source = "arXiv 2502.05795"},
+        {.name = "lns-init",
+         .in_norm = all,
+         .depth = DepthScale::init_weight,
+         .what = "in-norm weights only start at ℓ^(−½)",
+         .source = "arXiv 2506.22049, its code"},
+        {.name = "post", .out_norm = all, .what = "Post-LN", .source = "arXiv 1706.03762"},
+        {.name = "deepnorm",
+         .out_norm = all,
+         .skip = deepnorm_skip,
+         .xavier_gain = deepnorm_gain,
+         .what = "skip = (2L)^¼; Xavier initialization with gain (8L)^(−¼)",
+         .source = "arXiv 2203.00555"},
+        {.name = "deepnorm-published",
+         .out_norm = all,
+         .skip = published_skip,
+         .xavier_gain = published_gain,
+         .what = "skip = √8, gain (8L)^(+¼)",
+         .source = "arXiv 2502.05795, its code"},
+        {.name = "mix",
+         .out_norm = first_k,
+         .in_norm = after_k,
+         .what = "Mix-LN; k = L/4 by default",
+         .source = "arXiv 2412.13795"},
+        {.name = "sandwich",
+         .branch_norm = all,
+         .in_norm = all,
+         .what = "Sandwich-LN",
+         .source = "arXiv 2105.13290"},
+        {.name = "peri",
+         .branch_norm = all,
+         .in_norm = all,
+         .embed_norm = true,
+         .what = "Peri-LN: and a norm of the embedding",
+         .source = "arXiv 2502.02732"},
+        {.name = "olmo2",
+         .branch_norm = all,
+         .what = "OLMo 2's norms",
+         .source = "arXiv 2501.00656"},
+        {.name = "layerscale",
+         .in_norm = all,
+         .gamma = Gamma::vector,
+         .gamma_init = layerscale_init,
+         .what = "LayerScale: γ is a vector, from 0.1, 1e-5 or 1e-6 by depth",
+         .source = "arXiv 2103.17239"},
+        {.name = "skipinit",
+         .in_norm = all,
+         .gamma = Gamma::scalar,
+         .gamma_init = skipinit_init,
+         .what = "SkipInit: γ is a scalar, from 0.001",
+         .source = "arXiv 2002.10444"},
     };
     return table;
 }
-// clang-format on
+
+std::vector<std::string> scheme_names() {
+    std::vector<std::string> names;
+    for (const SchemeRow& row : scheme_table()) names.push_back(row.name);
+    return names;
+}
+
+const std::vector<SchemeAddition>& scheme_additions() {
+    static const std::vector<SchemeAddition> additions = {
+        {"+gpas", &Scheme::gpas,
+         "a gate g per sublayer, from 0; on the skip path where there is an out-norm",
+         "arXiv 2506.22049"},
+        {"+scaled-init", &Scheme::scaled_init,
+         "the last matrix of each sublayer starts at 0.02/√(2L), in Post-LN layers of mix:k too",
+         "GPT-2"},
+    };
+    return additions;
+}
 
 std::string Scheme::sites() const {
     return lns_attn && lns_mlp ? "attn,mlp" : lns_attn ? "attn" : "mlp";
@@ -70,45 +116,53 @@ std::string Scheme::warning() const {
 std::string Scheme::name() const {
     std::string text = row->name;
     if (mix_layers >= 0) text += ":" + std::to_string(mix_layers);
-    if (gpas) text += "+gpas";
-    if (scaled_init) text += "+scaled-init";
+    for (const SchemeAddition& addition : scheme_additions())
+        if (this->*addition.enabled) text += addition.name;
     return text;
 }
 
-Scheme parse_scheme(const std::string& text) {
-    std::vector<std::string> parts;
-    std::istringstream stream(text);
-    for (std::string part; std::getline(stream, part, '+');) parts.push_back(part);
-    if (parts.empty() || text.back() == '+') fail("the norm scheme '", text, "' is incomplete");
+namespace {
 
-    Scheme scheme;
-    std::string base = parts[0];
-    std::vector<std::string> names;
-    size_t colon = base.find(':');
-    for (const SchemeRow& row : scheme_table()) {
-        names.push_back(row.name);
+// The row that "mix:4" names, and its k.
+void parse_base(const std::string& base, Scheme& scheme) {
+    const size_t colon = base.find(':');
+    for (const SchemeRow& row : scheme_table())
         if (base.substr(0, colon) == row.name) scheme.row = &row;
-    }
     if (!scheme.row)
-        fail("unknown norm scheme '", base, "'.", did_you_mean(base.substr(0, colon), names),
-             " The schemes are ", join(names), "; +gpas and +scaled-init may follow any.");
-    if (colon != std::string::npos) {
-        std::string k = base.substr(colon + 1);
-        if (scheme.row->out_norm != first_k)
-            fail("the norm scheme '", scheme.row->name, "' takes no number, found '", text, "'");
-        if (k.empty() || k.size() > 6 || k.find_first_not_of("0123456789") != std::string::npos)
-            fail("mix:k needs a number of layers k, found '", text, "'");
-        scheme.mix_layers = std::stoi(k);
+        fail("unknown norm scheme '", base, "'.",
+             did_you_mean(base.substr(0, colon), scheme_names()), " The schemes are ",
+             join(scheme_names()), "; +gpas and +scaled-init may follow any.");
+    if (colon == std::string::npos) return;
+    const std::string k = base.substr(colon + 1);
+    if (scheme.row->out_norm != first_k)
+        fail("the norm scheme '", scheme.row->name, "' takes no number, found '", base, "'");
+    if (k.empty() || k.size() > 6 || k.find_first_not_of("0123456789") != std::string::npos)
+        fail(scheme.row->name, ":k needs a number of layers k, found '", base, "'");
+    scheme.mix_layers = std::stoi(k);
+}
+
+void parse_addition(const std::string& name, Scheme& scheme) {
+    std::vector<std::string> names;
+    for (const SchemeAddition& addition : scheme_additions()) {
+        names.push_back(addition.name);
+        if (name == addition.name) scheme.*addition.enabled = true;
     }
-    for (size_t i = 1; i < parts.size(); i++) {
-        if (parts[i] == "gpas")
-            scheme.gpas = true;
-        else if (parts[i] == "scaled-init")
-            scheme.scaled_init = true;
-        else
-            fail("unknown addition '+", parts[i], "' to the norm scheme '", text, "'.",
-                 did_you_mean(parts[i], {"gpas", "scaled-init"}),
-                 " The additions are +gpas and +scaled-init.");
+    if (std::find(names.begin(), names.end(), name) == names.end())
+        fail("unknown addition '", name, "' to the norm scheme.", did_you_mean(name, names),
+             " The additions are ", join(names), ".");
+}
+
+} // namespace
+
+Scheme parse_scheme(const std::string& text) {
+    if (text.empty() || text.back() == '+') fail("the norm scheme '", text, "' is incomplete");
+    Scheme scheme;
+    size_t end = text.find('+');
+    parse_base(text.substr(0, end), scheme);
+    while (end != std::string::npos) {
+        const size_t begin = end;
+        end = text.find('+', begin + 1);
+        parse_addition(text.substr(begin, end == text.npos ? end : end - begin), scheme);
     }
     return scheme;
 }

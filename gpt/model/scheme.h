@@ -10,11 +10,11 @@
 //     b ← γ ⊙ b                   LayerScale: a learned vector; SkipInit: a learned scalar
 //     r ← skip · r + b
 //     r ← norm_out(r)
-//     r ← r − silu(g) · stop(r)   GPAS; where there is an out-norm it acts on the skip path. Each
-//                                 junction has its own g, in GPAS's code a layer's two share one
+//     r ← r − silu(g) · stop(r)   GPAS; before the sum where there is an out-norm. Each junction
+//                                 has its own g; in GPAS's code the two of a layer share one
 //     u ← scale · norm_in(r)      else u = r
 //
-// A scheme is a row of the table in scheme.cpp; both backends know only Junction.
+// A scheme is a row of the table in scheme.cpp; the backends know only Junction.
 #pragma once
 
 #include <string>
@@ -29,26 +29,28 @@ enum class DepthScale { none, output, init_weight }; // what ℓ^(−power) mult
 // One row. A function of L that is null stands for the constant 1; of init, for a plain normal.
 struct SchemeRow {
     const char* name;
-    Layers branch_norm, out_norm, in_norm;
-    bool embed_norm;              // junction 0 has an out-norm
-    double (*skip)(int L);        // factor of r
-    DepthScale depth;             // LayerNorm Scaling
-    Gamma gamma;                  // LayerScale, SkipInit
-    double (*gamma_init)(int L);  // γ's initial value
-    double (*xavier_gain)(int L); // V, O, MLP start Xavier-normal with this gain; Q and K with 1
-    const char* what;             // for --help and the README
-    const char* source;           // the paper
+    Layers branch_norm = Layers::none, out_norm = Layers::none, in_norm = Layers::none;
+    bool embed_norm = false;                // junction 0 has an out-norm
+    double (*skip)(int L) = nullptr;        // factor of r
+    DepthScale depth = DepthScale::none;    // LayerNorm Scaling
+    Gamma gamma = Gamma::none;              // LayerScale, SkipInit
+    double (*gamma_init)(int L) = nullptr;  // γ's initial value
+    double (*xavier_gain)(int L) = nullptr; // V, O, MLP start Xavier-normal with this gain; Q and K
+                                            // with 1
+    const char* what;                       // for `train_gpt schemes` and the README
+    const char* source;                     // the paper
 };
 
 const std::vector<SchemeRow>& scheme_table();
+std::vector<std::string> scheme_names();
 
 // A row with its options: "mix:4+gpas+scaled-init".
 struct Scheme {
     const SchemeRow* row = nullptr;
     int mix_layers = -1;                  // k of mix:k; −1: L / 4
     bool gpas = false;                    // a gate per junction (arXiv 2506.22049)
-    bool scaled_init = false;             // O and down projections start at std / √(2L): of all
-                                          // layers, also mix:k's with an out-norm
+    bool scaled_init = false;             // O and down projections start at std / √(2L), in every
+                                          // layer (the LNS paper's code spares Post-LN layers)
     double lns_power = 0.5;               // p of ℓ^(−p)
     bool lns_attn = true, lns_mlp = true; // the sublayers whose in-norms are scaled
 
@@ -57,7 +59,15 @@ struct Scheme {
     std::string warning() const; // what a user of this combination should know, or ""
 };
 
-// Throws for an unknown name, with the near ones.
+// What may follow any scheme's name: "+gpas".
+struct SchemeAddition {
+    const char* name;
+    bool Scheme::*enabled;
+    const char *what, *source;
+};
+const std::vector<SchemeAddition>& scheme_additions();
+
+// Throws for an unknown name, suggesting similar ones.
 Scheme parse_scheme(const std::string& text);
 // "attn", "mlp" or "attn,mlp", into lns_attn and lns_mlp.
 void parse_sites(const std::string& text, Scheme& scheme);
@@ -75,7 +85,7 @@ struct Junction {
 
     bool operator==(const Junction&) const = default;
 
-    // Whether the backward pass must see the sublayer's output again.
+    // Whether the backward pass needs the sublayer's output.
     bool keeps_branch() const { return branch_norm || out_norm || gamma != Gamma::none || gate; }
 };
 

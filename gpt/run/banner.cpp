@@ -55,7 +55,7 @@ std::string describe_machine(int threads, const Ranks& ranks, const Peak& peak,
             was_disturbed(peak.measured, peak.flops) ? "; is another program using the GPU?" : "");
     if (options.device == Device::cpu && built_with_cuda() && !why_no_gpu().empty())
         text += "\n           not on a GPU: " + why_no_gpu();
-    return text + "\nprecision  " + describe_numbers(options) + "\n";
+    return text + "\nprecision  " + describe_precision(options) + "\n";
 }
 
 std::string describe_model(const Config& c, int B, int T, const ModelOptions& options) {

@@ -431,10 +431,7 @@ TrainerState state_from_json(const std::string& text, const std::string& where) 
     s.windows = f.integer<uint64_t>("windows");
     s.val_loss = f.number("val_loss", true);
     s.best_val_loss = f.number("best_val_loss", true);
-    if (!f.field("flags").is_object())
-        fail(where, ": the field 'flags' is ", quoted(j["flags"]), ", expected an object");
-    const StateFields flags{j["flags"], where + ", flags"};
-    for (const auto& [name, value] : flags.object.items()) s.flags[name] = flags.text(name.c_str());
+    s.flags = parse_saved_flags(f.field("flags"), where + ": its flags");
     if (!f.field("tokenizer").is_object())
         fail(where, ": the field 'tokenizer' is ", quoted(j["tokenizer"]), ", expected an object");
     const StateFields t{j["tokenizer"], where + ", tokenizer"};

@@ -23,6 +23,7 @@
 #include "gpt/data/loader.h"
 #include "gpt/data/tokenizer.h"
 #include "gpt/model/model.h"
+#include "gpt/run/flags.h"
 #include "gpt/run/safetensors.h"
 
 namespace lns {
@@ -33,7 +34,7 @@ struct TrainerState {
     LoaderState loader;
     uint64_t windows = 0;                       // per epoch
     double val_loss = NAN, best_val_loss = NAN; // NaN: not measured yet
-    std::map<std::string, std::string> flags;   // Options::flags
+    SavedFlags flags;                           // of the run
     TokenizerId tokenizer;                      // the data's
 };
 

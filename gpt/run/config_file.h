@@ -4,7 +4,7 @@
 //   steps = 2000
 //   out = runs/lr=1e-3, wd=0.1     everything after the first = is the value
 //   prompt = " Once"               one pair of quotes around it is removed
-//   [optimizer]                    groups lines, and means nothing
+//   [optimizer]                    only groups lines
 //   [sample]                       a command's name: flags of that command
 #pragma once
 
@@ -20,10 +20,10 @@ struct ConfigLine {
 };
 
 // The lines that set something, in order. Throws a sentence that begins with `where`, the file's
-// name, for everything that is not as above. Names and values are not looked at.
+// name, for any other syntax. Names and values are not checked.
 std::vector<ConfigLine> parse_config_file(std::string_view text, const std::string& where);
 
-// The same of a regular file of at most 1 MiB.
+// The same for a regular file of at most 1 MiB.
 std::vector<ConfigLine> read_config_file(const std::string& path);
 
 } // namespace lns

@@ -2,7 +2,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include <charconv>
 #include <cmath>
 #include <filesystem>
 #include <iostream>
@@ -13,326 +12,387 @@
 #include "gpt/base/suggest.h"
 #include "gpt/base/terminal.h"
 #include "gpt/data/paths.h"
-#include "gpt/model/params.h"
+#include "gpt/model/config.h"
 #include "gpt/model/schedule.h"
 #include "gpt/run/config_file.h"
 #include "gpt/run/probe.h"
-#include "gpt/run/setup.h"
 
 namespace lns {
 
-namespace {
+using Command = Options::Command;
+using nlohmann::json;
 
-// What a resumed run does with a flag that it is given and that the run did not begin with.
-enum class Change {
-    once,  // belongs to one call of the program: not saved
-    free,  // takes the new value
-    noted, // takes it, and says so: the rest of the run differs from one never stopped
-    fixed  // refuses: it would be another run
-};
+namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr int64_t most = std::numeric_limits<int32_t>::max();
+constexpr int64_t most_seed = std::numeric_limits<int64_t>::max();
 
-// Declares flags of one app, group by group.
-struct Flags {
-    CLI::App& app;
-    std::map<const CLI::Option*, Change>& changes;
-    const char* group = "";
-    Change change = Change::once;
-
-    CLI::Option* add(CLI::Option* option, const char* type) {
-        changes[option] = change;
-        return option->group(group)->type_name(type)->capture_default_str();
-    }
-    // A prompt may be empty. Elsewhere that is a shell's variable that is not set, as in -i
-    // "$DATA".
-    CLI::Option* text(const char* names, std::string& value, const char* type, const char* help,
-                      bool may_be_empty = false) {
-        auto check = [](const std::string& text) {
-            return text.empty() ? "there is no value: name one, or leave the flag out" : "";
-        };
-        CLI::Option* option = add(app.add_option(names, value, help), type);
-        return may_be_empty ? option : option->check(CLI::Validator(check, ""));
-    }
-    // ~ is the home folder. `expand`: of what may be more than a path.
-    CLI::Option* path(const char* names, std::string& value, const char* type, const char* help,
-                      std::string (*expand)(const std::string&) = expand_home) {
-        auto transform = [expand](std::string& text) -> std::string {
-            try {
-                text = expand(text);
-                return "";
-            } catch (const Error& error) {
-                return error.what();
-            }
-        };
-        return text(names, value, type, help)->transform(CLI::Validator(transform, ""));
-    }
-    // Shards, whose ~ is expanded where they are looked for.
-    CLI::Option* pattern(const char* names, std::string& value, const char* help) {
-        return text(names, value, "GLOB", help);
-    }
-    void flag(const char* names, bool& value, const char* help) {
-        add(app.add_flag(names, value, help), "");
-    }
-    void choice(const char* names, std::string& value, const std::vector<std::string>& known,
-                const char* help) {
-        auto check = [known](std::string& text) {
-            if (std::find(known.begin(), known.end(), text) != known.end()) return std::string();
-            return cat("'", text, "' is not one of ", join(known), ".", did_you_mean(text, known));
-        };
-        text(names, value, "NAME", help)->check(CLI::Validator(check, ""));
-    }
-    // A whole number from low to high, that may be written as 10M, 64k or 1e6.
-    void count(const char* names, int64_t& value, int64_t low, int64_t high, const char* help) {
-        auto check = [low, high](std::string& text) -> std::string {
-            try {
-                int64_t n = parse_count(text);
-                if (n < low || n > high)
-                    return cat(text, " is out of range, expected ", low, " to ", high);
-                text = std::to_string(n);
-                return "";
-            } catch (const Error& error) {
-                return error.what();
-            }
-        };
-        add(app.add_option(names, value, help), "N")->transform(CLI::Validator(check, ""));
-    }
-    // low ≤ number ≤ high, or low < number where `above`.
-    void number(const char* names, double& value, double low, double high, const char* help,
-                bool above = false) {
-        auto check = [=](std::string& text) -> std::string {
-            char* end;
-            double x = std::strtod(text.c_str(), &end);
-            if (text.empty() || *end || std::isnan(x)) return "'" + text + "' is not a number";
-            if (x >= low && x <= high && !(above && x == low) && std::isfinite(x)) {
-                char shortest[32]; // so that 1e-3 and 0.001 are the same to a resumed run
-                text.assign(shortest, std::to_chars(shortest, shortest + 32, x).ptr);
-                return "";
-            }
-            return cat(text, " is out of range, expected ", above ? "above " : "at least ", low,
-                       high < infinity ? cat(" and at most ", high) : "");
-        };
-        add(app.add_option(names, value, help), "X")->transform(CLI::Validator(check, ""));
-    }
-};
-
-void add_sampling(Flags& f, Options& o) {
-    f.text("--prompt", o.prompt, "TEXT", "what a sample continues; none: the start of a text",
-           true);
-    f.number("--temperature", o.temperature, 0, 1000, "0: always the likeliest token");
-    f.count("--top-k", o.top_k, 0, most, "draw from the k likeliest tokens; 0: from all");
-    f.number("--top-p", o.top_p, 0, 1, "draw from the likeliest tokens of probability p together",
-             true);
+void add_model(FlagList& f, Options& o) {
+    f.path("-m,--model", "NAME", o.model,
+           "a preset (" + join(preset_names()) + "), or a Hugging Face config.json or its folder");
+    f.text("-n,--norm", "SCHEME", o.norm,
+           "the norm scheme: " + join(scheme_names()) +
+               "; mix:K; any with +gpas, +scaled-init; `train_gpt schemes` describes them. "
+               "Default: the model's own, pre for most");
 }
 
-void add_machine(Flags& f, Options& o) {
-    f.choice("--device", o.device, {"auto", "cpu", "cuda"},
-             "auto, cpu or cuda: where to compute; auto: on a GPU if there is one");
-    f.count("--threads", o.threads, 0, 4096,
-            "0: a core each, as far as a container's quota and OMP_NUM_THREADS allow");
-}
-
-void add_dtype(Flags& f, Options& o, const char* help) {
-    f.choice("--dtype", o.dtype, {"auto", "float32", "bf16"}, help);
-}
-
-void add_numbers(Flags& f, Options& o) {
-    add_dtype(f, o,
-              "of weights, activations and their gradients: float32, bf16, or auto: bf16 on a GPU "
-              "and where the CPU multiplies it");
-    f.choice("--master-weights", o.master_weights, {"yes", "no"},
-             "yes or no: with bf16, keep float32 weights beside, for the optimizer");
-    f.choice("--moments", o.moments, {"float32", "bf16"}, "float32 or bf16: Adam's two averages");
-    f.choice("--gradients", o.gradients, {"auto", "float32", "bf16"},
-             "of parameters: float32, bf16 (on a GPU only), or auto: bf16 there if the weights "
-             "are, without a master copy");
-    f.choice("--rounding", o.rounding, {"nearest", "stochastic"},
-             "nearest or stochastic: of what the optimizer writes in bf16");
-    f.change = Change::free;
-    f.choice("--recompute", o.recompute, {"none", "activations", "layers"},
-             "none, activations (norms' outputs too) or layers: compute them again in the backward "
-             "pass, and do not keep them");
-}
-
-const char* profile_help = "at the end, a table of where the steps' time went";
-
-void add_tokenizer(Flags& f, Options& o) {
-    f.path("--tokenizer", o.tokenizer, "SPEC",
-           "bytes, gpt2:DIR, FILE.model or a saved directory; default: what lies beside the data",
-           expand_home_in_tokenizer);
-}
-
-void add_model(Flags& f, Options& o) {
-    std::vector<std::string> names_of_schemes;
-    for (const SchemeRow& row : scheme_table()) names_of_schemes.push_back(row.name);
-    f.path("-m,--model", o.model, "NAME",
-           ("a preset: " + join(preset_names()) + "; or a Hugging Face config.json or its folder")
-               .c_str());
-    f.text("-n,--norm", o.norm, "SCHEME",
-           ("the norm scheme: " + join(names_of_schemes) +
-            "; mix:K; any with +gpas, +scaled-init. Default: the model's own, pre for most")
-               .c_str());
-}
-
-void add_training(CLI::App& app, Options& o, std::map<const CLI::Option*, Change>& changes) {
-    Flags f{app, changes, "Model", Change::fixed};
+void add_architecture(FlagList& f, Options& o) {
+    f.group = "Model";
+    f.change = Change::fixed;
     add_model(f, o);
     f.number("--lns-power", o.lns_power, 0, 10, "p of the factor layer^-p of -n lns");
-    f.text("--lns-sites", o.lns_sites, "SITES", "where -n lns scales: attn, mlp or attn,mlp");
-    f.text("--arch", o.arch, "NAME", "gpt2, llama, qwen2, olmo or olmo2, instead of the model's");
-    f.count("--layers", o.layers, 1, 100000, "instead of the model's, as are the next six");
+    f.text("--lns-sites", "SITES", o.lns_sites,
+           "the norms that -n lns scales: attn, mlp or attn,mlp");
+    f.text("--arch", "NAME", o.arch,
+           "architecture: " + join(architecture_names()) + "; default: the model's");
+    f.count("--layers", o.layers, 1, 100000, "layers; default: the model's, as for the next six");
     f.count("--width", o.width, 1, 1000000, "channels of the residual stream");
     f.count("--heads", o.heads, 1, 100000, "attention heads");
     f.count("--kv-heads", o.kv_heads, 1, 100000, "heads of keys and values");
-    f.count("--mlp-width", o.mlp_width, 1, 10000000, "channels inside the MLP");
-    f.count("--vocab", o.vocab, 1, 100000000, "tokens the model knows");
-    f.count("--positions", o.positions, 1, 100000000, "the longest sequence it can take");
-    f.number("--init-std", o.init_std, 0, 100, "of the weights at the start", true);
-    f.number("--embed-std", o.embed_std, 0, 100, "of the token embedding at the start", true);
-    f.path("--init-from", o.init_from, "PATH",
-           "start from these weights: a run, a checkpoint, a Hugging Face folder, a --dump-state");
+    f.count("--mlp-width", o.mlp_width, 1, 10000000, "hidden channels of the MLP");
+    f.count("--vocab", o.vocab, 1, 100000000, "vocabulary size");
+    f.count("--positions", o.positions, 1, 100000000, "longest sequence");
+    f.number("--init-std", o.init_std, 0, 100, "standard deviation of the initial weights", true);
+    f.number("--embed-std", o.embed_std, 0, 100, "the same of the token embedding", true);
+    f.path("--init-from", "PATH", o.init_from,
+           "initial weights: a run, a checkpoint, a Hugging Face folder, a --dump-state");
+}
 
+void add_tokenizer(FlagList& f, Options& o) {
+    f.path("--tokenizer", "SPEC", o.tokenizer,
+           "bytes, gpt2:DIR, FILE.model or a tokenizer's folder; default: the one beside the data")
+        .expand = expand_home_in_tokenizer;
+}
+
+void add_data(FlagList& f, Options& o) {
     f.group = "Data";
     f.change = Change::noted;
-    f.pattern("-i,--train", o.train, "token shards; none: endless synthetic stories");
-    f.pattern("-j,--val", o.val, "shards to validate on; default: *_val_* beside *_train_*");
+    f.text("-i,--train", "GLOB", o.train, "token shards; default: endless synthetic stories");
+    f.text("-j,--val", "GLOB", o.val, "validation shards; default: *_val_* beside *_train_*");
     f.change = Change::fixed;
     add_tokenizer(f, o);
     f.change = Change::noted;
-    f.count("-b,--batch", o.batch, 1, 1000000, "sequences of a micro-batch, on each rank");
+    f.count("-b,--batch", o.batch, 1, 1000000, "sequences of a micro-batch on each rank");
     f.change = Change::fixed;
     f.count("-t,--seq-len", o.seq_len, 1, 100000000, "tokens of a sequence; tiny's default is 128");
     f.count("-d,--total-batch", o.total_batch, 0, most,
-            "tokens of a step, over all ranks; 0: one micro-batch on each");
-    f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(),
-            "of the weights, the order of the data and the samples");
-    f.flag("--overfit-batch", o.overfit_batch, "train on the first batch again and again");
+            "tokens of a step over all ranks; 0: one micro-batch on each");
+    f.count("--seed", o.seed, 0, most_seed,
+            "seed of the weights, the data's order and the samples");
+    f.on_off("--overfit-batch", o.overfit_batch, "train on the first batch only");
+}
 
+void check_warmup(const json& text) {
+    Options o;
+    o.warmup = text;
+    o.warmup_steps();
+}
+
+void add_optimizer(FlagList& f, Options& o) {
     f.group = "Optimizer";
     f.choice("--recipe", o.recipe, {"paper"},
              "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795");
     f.change = Change::noted;
-    f.count("-x,--steps", o.steps, 0, std::numeric_limits<int64_t>::max(), "of the whole run");
-    f.number("-l,--lr", o.lr, 0, infinity, "learning rate at its peak; tiny's default is 0.003");
+    f.count("-x,--steps", o.steps, 0, most_seed, "steps of the whole run");
+    f.number("-l,--lr", o.lr, 0, infinity, "peak learning rate; tiny's default is 0.003");
     f.choice("--lr-schedule", o.lr_schedule, schedule_kinds,
-             "cosine, linear, wsd (constant, then down over the last fifth) or constant");
-    auto warmup = [](std::string& text) -> std::string {
-        try {
-            Options o;
-            o.warmup = text;
-            o.warmup_steps();
-            return "";
-        } catch (const Error& error) {
-            return error.what();
-        }
-    };
-    f.text("-u,--warmup", o.warmup, "N|P%", "steps, or a part of them, until the peak")
-        ->check(CLI::Validator(warmup, ""));
-    f.number("-q,--final-lr-frac", o.final_lr_frac, 0, 1, "the last learning rate, of the peak");
-    f.number("-c,--weight-decay", o.weight_decay, 0, 100, "of matrices, decoupled");
-    f.number("--grad-clip", o.grad_clip, 0, infinity, "largest norm of the gradient; 0: any");
-    f.number("--beta1", o.beta1, 0, 0.999999, "Adam's average of gradients");
-    f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's average of their squares");
-    f.number("--eps", o.eps, 0, 1, "added to the square root of the latter");
+             "cosine, linear, wsd (constant, then decay over the last fifth) or constant");
+    f.text("-u,--warmup", "N|P%", o.warmup, "warmup in steps, or in percent of all").check =
+        check_warmup;
+    f.number("-q,--final-lr-frac", o.final_lr_frac, 0, 1, "last learning rate / peak");
+    f.number("-c,--weight-decay", o.weight_decay, 0, 100, "decoupled weight decay of matrices");
+    f.number("--grad-clip", o.grad_clip, 0, infinity, "largest gradient norm; 0: no clipping");
+    f.number("--beta1", o.beta1, 0, 0.999999, "Adam's decay of the first moment");
+    f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's decay of the second moment");
+    f.number("--eps", o.eps, 0, 1, "Adam's epsilon, added to the second moment's root");
+}
 
-    f.group = "Numbers and memory";
-    add_numbers(f, o);
+void add_dtype(FlagList& f, Options& o, const char* help) {
+    f.choice("--dtype", o.dtype, {"auto", "float32", "bf16"}, help);
+}
 
+void add_precision(FlagList& f, Options& o) {
+    add_dtype(f, o,
+              "weights, activations and their gradients: float32, bf16, or auto: bf16 on a GPU and "
+              "on a CPU that multiplies it");
+    f.choice("--master-weights", o.master_weights, {"yes", "no"},
+             "yes or no: with bf16, keep float32 weights for the optimizer");
+    f.choice("--moments", o.moments, {"float32", "bf16"}, "float32 or bf16: Adam's moments");
+    f.choice("--gradients", o.gradients, {"auto", "float32", "bf16"},
+             "parameter gradients: float32, bf16 (GPU only), or auto: bf16 on a GPU if the weights "
+             "are bf16 without master weights");
+    f.choice("--rounding", o.rounding, {"nearest", "stochastic"},
+             "nearest or stochastic: rounding of the optimizer's bf16 results");
+    f.change = Change::free;
+    f.choice("--recompute", o.recompute, {"none", "activations", "layers"},
+             "none, activations (and norm outputs) or layers: recompute them in the backward pass "
+             "instead of storing them");
+}
+
+void add_sampling(FlagList& f, Options& o) {
+    f.add("--prompt", "TEXT", &o.prompt, "beginning of a sample; default: the start of a text");
+    f.number("--temperature", o.temperature, 0, 1000, "0: always the most likely token");
+    f.count("--top-k", o.top_k, 0, most, "sample from the k most likely tokens; 0: from all");
+    f.number("--top-p", o.top_p, 0, 1, "sample from the most likely tokens of total probability p",
+             true);
+}
+
+void add_validation(FlagList& f, Options& o) {
     f.group = "Validation and samples";
     f.change = Change::free;
     f.count("-v,--val-every", o.val_every, 0, most, "steps; 0: only at the end");
-    f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "validate on so many");
+    f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "tokens of a validation");
     f.count("--probe-every", o.probe_every, 0, most,
-            "steps between looks at every layer's variance, gradients and angles; 0: never");
+            "steps between layer diagnostics (variance, gradients, angles); 0: never");
     f.count("--probe-tokens", o.probe_tokens, 1, 1000000000,
-            "validation tokens to look at, at most and no more than --batch sequences");
+            "their validation tokens, in at most --batch sequences");
     f.count("-s,--sample-every", o.sample_every, 0, most, "steps; 0: only at the end");
-    f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "length of a sample; 0: none");
+    f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "tokens of a sample; 0: none");
     add_sampling(f, o);
+}
 
+void add_machine(FlagList& f, Options& o) {
+    f.choice("--device", o.device, {"auto", "cpu", "cuda"},
+             "auto, cpu or cuda; auto: a GPU if there is one");
+    f.count("--threads", o.threads, 0, 4096,
+            "0: one per core, within a container's quota and OMP_NUM_THREADS");
+}
+
+const char* profile_help = "at the end, print a table of where the time went";
+
+void add_run(FlagList& f, Options& o) {
     f.group = "Run";
     f.change = Change::once;
-    f.path("-o,--out", o.out, "DIR", "the run's directory; default: runs/MODEL-SCHEME, -2, -3 …");
+    f.path("-o,--out", "DIR", o.out, "the run's directory; default: runs/MODEL-SCHEME, -2, -3 …");
     f.change = Change::free;
     f.count("--save-every", o.save_every, 0, most, "steps; 0: only at the end");
-    f.count("--keep", o.keep, 0, most, "so many of the newest checkpoints; 0: all");
+    f.count("--keep", o.keep, 0, most, "number of newest checkpoints to keep; 0: all");
     f.change = Change::once;
-    f.flag("--dry-run", o.dry_run, "print parameters, memory and FLOPs, and stop");
-    f.path("--dump-state", o.dump_state, "FILE",
-           "write one forward and backward pass as safetensors, and stop");
-    f.flag("--profile", o.profile, profile_help);
+    f.on_off("--dry-run", o.dry_run, "print parameters, memory and FLOPs, then stop");
+    f.path("--dump-state", "FILE", o.dump_state,
+           "write one forward and backward pass as safetensors, then stop");
+    f.on_off("--profile", o.profile, profile_help);
     f.change = Change::free;
+    add_machine(f, o);
+    f.change = Change::once;
+    f.add("-y,--resume", "[0|1]", &o.resume, "continue the run in -o with its flags; -y 0: do not");
+}
+
+void add_training(FlagList& f, Options& o) {
+    add_architecture(f, o);
+    add_data(f, o);
+    add_optimizer(f, o);
+    f.group = "Precision and memory";
+    add_precision(f, o);
+    add_validation(f, o);
+    add_run(f, o);
+}
+
+void add_checkpoint(FlagList& f, Options& o) {
+    f.path("CHECKPOINT", "PATH", o.checkpoint, "a run's directory, or one of its checkpoints");
+}
+
+void add_trained_machine(FlagList& f, Options& o) {
+    add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
     add_machine(f, o);
 }
 
-// "-x,--steps" as CLI11 has it: the long name.
-std::string long_name(const CLI::Option* option) {
-    return option->get_lnames().empty() ? option->get_name() : "--" + option->get_lnames()[0];
+void add_sequences(FlagList& f, Options& o) {
+    f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
+    f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
 }
 
-// A group's heading, then a line for each flag, its help broken into lines of 100 columns.
-std::string help_text(const CLI::App& app) {
-    const size_t column = 30, width = 100;
-    std::string out = app.get_description() + "\n";
-    std::vector<std::string> groups = app.get_groups(); // --help and --config come last
-    std::rotate(groups.begin(), groups.begin() + 1, groups.end());
-    for (const std::string& group : groups) {
-        out += "\n" + (group == groups.back() ? "Other" : group) + ":\n";
-        for (const CLI::Option* o :
-             app.get_options([&](const CLI::Option* o) { return o->get_group() == group; })) {
-            std::string name = o->get_positional() ? o->get_name(true) : o->get_name(false, true);
-            size_t comma = name.find(',');
-            if (comma != std::string::npos) name.insert(comma + 1, " ");
-            std::string type = o->get_type_name(), standard = o->get_default_str();
-            std::string line = std::string("  ") + (name[1] == '-' ? "    " : "") + name;
-            if (!type.empty() && !o->get_positional()) line += " " + type;
-            if (line.size() > column - 2) out += line + "\n", line.clear();
-            line.resize(column, ' ');
-            if (!type.empty() && !standard.empty() && standard != "0")
-                standard = "[" + standard + "]";
-            else
-                standard.clear();
-            std::istringstream words(o->get_description() + " " + standard);
-            std::string word;
-            while (words >> word) {
-                if (line.size() + word.size() + 1 > width) {
-                    out += line + "\n";
-                    line.assign(column, ' ');
-                }
-                line += (line.size() > column ? " " : "") + word;
-            }
-            out += line + "\n";
+void add_sample(FlagList& f, Options& o) {
+    add_checkpoint(f, o);
+    add_tokenizer(f, o);
+    add_sampling(f, o);
+    f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "tokens of the sample");
+    f.count("--seed", o.seed, 0, most_seed, "seed of the sample");
+    f.on_off("--ignore-eot", o.ignore_eot, "continue after an end of text");
+    add_trained_machine(f, o);
+}
+
+void add_eval(FlagList& f, Options& o) {
+    add_checkpoint(f, o);
+    add_tokenizer(f, o);
+    f.text("-j,--val", "GLOB", o.val, "token shards; default: the run's");
+    f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "tokens to measure on");
+    add_sequences(f, o);
+    add_trained_machine(f, o);
+}
+
+void add_probe(FlagList& f, Options& o) {
+    add_checkpoint(f, o);
+    f.text("-j,--val", "GLOB", o.val, "token shards; default: the run's");
+    f.text("--probes", "NAMES", o.probes,
+           "all, or some of variance,gradients,angular,removal,jacobian,usefulness,permutation")
+        .check = [](const json& text) { parse_probes(text); };
+    f.count("--probe-tokens", o.probe_tokens, 1, 1000000000, "tokens to measure on");
+    f.count("--jacobian-samples", o.jacobian_samples, 2, most, "tokens to sample the Jacobian at");
+    f.count("--jacobian-layer", o.jacobian_layer, 0, most,
+            "the layer whose whole Jacobian to write, up to width 256; 0: three quarters down");
+    add_sequences(f, o);
+    f.count("--seed", o.seed, 0, most_seed, "seed of what is sampled");
+    f.path("-o,--out", "FILE", o.out, "output; default: probe.json in the run");
+    add_trained_machine(f, o);
+}
+
+void add_bench(FlagList& f, Options& o) {
+    add_model(f, o);
+    f.count("-b,--batch", o.batch, 0, 1000000,
+            "sequences of a step; 0: the largest power of two that fits in memory");
+    f.count("-t,--seq-len", o.seq_len, 1, 100000000, "tokens of each; tiny's default is 128");
+    f.count("-x,--steps", o.timed_steps, 1, most, "timed steps, after an untimed one");
+    f.on_off("--json", o.json, "one JSON object on one line, instead of a table");
+    f.on_off("--profile", o.profile, profile_help);
+    add_precision(f, o);
+    add_machine(f, o);
+}
+
+void add_export(FlagList& f, Options& o) {
+    add_checkpoint(f, o);
+    f.path("DIR", "PATH", o.export_dir, "the directory to write, new or empty");
+    f.choice("--dtype", o.export_dtype, {"float32", "float16", "bfloat16", "bf16"},
+             "float32, float16 or bfloat16 (bf16), rounded to nearest");
+    f.count("--shard-size", o.shard_size, 1, 1000000000000000,
+            "largest file in bytes, 500M or 5G; beyond it the model is split");
+}
+
+void add_verify(FlagList& f, Options& o) {
+    f.add("PATH", "PATH", &o.paths,
+          "runs, checkpoints, Hugging Face folders, shards (a pattern or their folder), "
+          "safetensors files");
+}
+
+void add_schemes(FlagList& f, Options& o) {
+    f.choice("--format", o.format, {"table", "names", "markdown", "json"},
+             "table, names, markdown (the README's table) or json (for programs)");
+    f.count("--layers", o.layers, 1, 100000, "layers of the model that json describes; 0: 12");
+}
+
+struct CommandRow {
+    Command command;
+    const char *name, *usage, *what;
+    void (*add_flags)(FlagList&, Options&);
+};
+const CommandRow command_rows[] = {
+    {Command::train, "", "[flags]", "train", add_training},
+    {Command::sample, "sample", "CHECKPOINT [flags]", "write text with a trained model",
+     add_sample},
+    {Command::eval, "eval", "CHECKPOINT [flags]", "measure its loss", add_eval},
+    {Command::probe, "probe", "CHECKPOINT [flags]", "measure what each layer does", add_probe},
+    {Command::export_model, "export", "CHECKPOINT DIR", "write it for Hugging Face's tools",
+     add_export},
+    {Command::bench, "bench", "[-m MODEL] [flags]", "measure training speed", add_bench},
+    {Command::verify, "verify", "PATH...", "check runs, checkpoints and shards for damage",
+     add_verify},
+    {Command::schemes, "schemes", "[--format FORMAT]", "list the norm schemes", add_schemes},
+};
+
+std::vector<Flag> flags_of(Command command, Options& o) {
+    Options standard;
+    FlagList list, defaults;
+    for (const CommandRow& row : command_rows)
+        if (row.command == command) row.add_flags(list, o), row.add_flags(defaults, standard);
+    for (size_t i = 0; i < list.flags.size(); i++)
+        list.flags[i].standard = defaults.flags[i].value();
+    return list.flags;
+}
+
+std::vector<std::string> command_names() {
+    std::vector<std::string> names;
+    for (const CommandRow& row : command_rows)
+        if (*row.name) names.push_back(row.name);
+    return names;
+}
+
+// Training's for a section that only groups lines.
+Command command_named(const std::string& name) {
+    for (const CommandRow& row : command_rows)
+        if (name == row.name) return row.command;
+    return Command::train;
+}
+
+std::string name_of(Command command) {
+    for (const CommandRow& row : command_rows)
+        if (row.command == command) return row.name;
+    return "";
+}
+
+// What CLI11 knows of the commands: it splits the command line into flags and their words.
+struct CommandLine {
+    CLI::App app;
+    std::string config;
+    std::map<Command, CLI::App*> apps;
+    std::map<Command, std::vector<Flag>> flags;
+
+    explicit CommandLine(Options& o) {
+        for (const CommandRow& row : command_rows) {
+            CLI::App* command = *row.name ? app.add_subcommand(row.name) : &app;
+            apps[row.command] = command;
+            flags[row.command] = flags_of(row.command, o);
+            command->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+            command->allow_extras(); // our sentence for unknown flags is better
+            declare(*command, config_flag());
+            for (const Flag& flag : flags[row.command]) declare(*command, flag);
         }
+        app.add_flag("--version");
+        app.require_subcommand(0, 1);
     }
-    return out + app.get_footer();
+    static void declare(CLI::App& app, const Flag& flag) {
+        CLI::Option* option =
+            flag.is_switch() ? app.add_flag(flag.names) : app.add_option(flag.names);
+        if (flag.is_argument()) option->required();
+        if (std::holds_alternative<bool*>(flag.variable) && !flag.is_switch())
+            option->expected(0, 1);
+        if (std::holds_alternative<std::vector<std::string>*>(flag.variable))
+            option->take_all()->expected(-1);
+    }
+    Flag config_flag() { return FlagList().path("--config", "FILE", config, ""); }
+    Command used() const {
+        for (const auto& [command, sub] : apps)
+            if (sub != &app && sub->parsed()) return command;
+        return Command::train;
+    }
+    std::string help() const;
+};
+
+const char* shared_help = R"(
+Other:
+  -h, --help                  print this help and exit
+      --config FILE           flags from a file, in lines `long-name = value`; those given here win
+)";
+const char* training_help =
+    R"(      --version               print the version and what was built in, and exit
+)";
+const char* footer = R"(
+Exit status: 0 done, 1 an error, 130 stopped by a signal and saved (Ctrl-C, HUP, TERM, USR1, USR2 or
+XCPU; continue with -y). A second signal, a second or more later, exits at once without saving: 1.
+)";
+
+std::string CommandLine::help() const {
+    std::string text = "Trains a GPT or LLaMA language model.\n\n";
+    for (const CommandRow& row : command_rows) {
+        std::string usage = cat("  train_gpt ", row.name, *row.name ? " " : "", row.usage);
+        if (used() != Command::train && used() != row.command) continue;
+        usage.resize(std::max<size_t>(usage.size() + 1, 42), ' ');
+        text += usage + row.what + "\n";
+    }
+    if (used() == Command::train)
+        text += "\nCounts may be written as 10M, 64k or 1e6.\n";
+    else
+        text = text.substr(text.find("\n\n") + 2);
+    return text + flags_help(flags.at(used())) + shared_help +
+           (used() == Command::train ? training_help : "") + footer;
 }
 
-// The paper's recipe as flags (arXiv 2502.05795, section 4.1 and its released code), by the model's
-// parameters. The paper has no runs below 130m: the 10,000 steps there are ours. Embeddings start
-// at √(2/5) as in the code of the published results (until its commit eb1a0a5 of 2026-01-02).
-std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) {
-    struct Row {
-        double parameters;
-        const char *steps, *lr, *warmup;
-    };
-    const Row rows[] = {{120e6, "10000", "0.001", "10%"},
-                        {200e6, "20000", "0.001", "10%"},
-                        {300e6, "40000", "0.001", "10%"},
-                        {600e6, "60000", "0.0005", "10%"},
-                        {infinity, "100000", "0.0005", "1000"}};
-    const Row* row = rows;
-    double parameters = double(make_registry(model_config(o)).count());
-    while (parameters > row->parameters) row++;
-    return {{"--seq-len", "256"},       {"--total-batch", "131072"},
-            {"--beta1", "0.9"},         {"--beta2", "0.999"},
-            {"--eps", "1e-08"},         {"--weight-decay", "0"},
-            {"--grad-clip", "0"},       {"--lr-schedule", "cosine"},
-            {"--final-lr-frac", "0.1"}, {"--lr", row->lr},
-            {"--steps", row->steps},    {"--warmup", row->warmup},
-            {"--val-tokens", "10M"},    {"--embed-std", "0.632455532034"},
-            {"--dtype", "bf16"},        {"--master-weights", "no"},
-            {"--moments", "bf16"}};
+std::vector<std::string> flag_names(const std::vector<Flag>& flags) {
+    std::vector<std::string> names = {"-h", "--help", "--config"};
+    for (const Flag& flag : flags)
+        if (!flag.is_argument())
+            for (const std::string& name : flag.all_names()) names.push_back(name);
+    return names;
 }
 
 // A sentence for what CLI11 found wrong.
@@ -342,18 +402,6 @@ std::vector<std::pair<std::string, std::string>> paper_recipe(const Options& o) 
         fail("the flag ", what.substr(0, what.find(':')), " needs a value; see --help");
     if (dynamic_cast<const CLI::RequiredError*>(&error)) fail(what, "; see --help");
     fail(what);
-}
-
-const std::vector<std::string> command_names = {"sample", "eval",   "probe",
-                                                "bench",  "export", "verify"};
-
-std::vector<std::string> flag_names(const CLI::App& app) {
-    std::vector<std::string> names;
-    for (const CLI::Option* option : app.get_options()) {
-        for (const std::string& s : option->get_snames()) names.push_back("-" + s);
-        for (const std::string& l : option->get_lnames()) names.push_back("--" + l);
-    }
-    return names;
 }
 
 // "d/a_*.bin" of "d/a_1.bin", "d/a_2.bin", …: what these names have in common.
@@ -390,103 +438,120 @@ void fail_if_unquoted(const std::string& extra, const std::vector<std::string>& 
          *flag, " '", common_pattern(files), "'");
 }
 
-[[noreturn]] void fail_unknown(const CLI::App& app, std::string name,
+[[noreturn]] void fail_unknown(const std::vector<Flag>& flags, std::string name,
                                const std::vector<std::string>& argv) {
     if (name[0] == '-') {
         name = name.substr(0, name.find('='));
         fail("there is no flag ", name, ".",
-             name.size() > 2 ? did_you_mean(name, flag_names(app)) : "", " All flags: --help");
+             name.size() > 2 ? did_you_mean(name, flag_names(flags)) : "", " All flags: --help");
     }
     fail_if_unquoted(name, argv);
-    if (std::find(command_names.begin(), command_names.end(), name) != command_names.end())
-        fail("`", name, "` stands behind another command");
-    fail("did not expect '", name, "'.", did_you_mean(name, command_names),
-         " The commands are `sample`, `eval`, `probe` and `export`, each with a checkpoint, "
-         "`bench`, `verify`, and none to train; see --help");
+    const std::vector<std::string> commands = command_names();
+    if (std::find(commands.begin(), commands.end(), name) != commands.end())
+        fail("`", name, "` follows another command");
+    fail("did not expect '", name, "'.", did_you_mean(name, commands), " The commands are ",
+         join(commands), ", and none to train; see --help");
 }
 
-void add_config(CLI::App& app, std::string& path) {
-    std::map<const CLI::Option*, Change> not_saved;
-    Flags{app, not_saved, "Options"}.path(
-        "--config", path, "FILE",
-        "flags from a file, as lines `long-name = value`; those given here win");
+void fail_if_misplaced(const CommandLine& line) {
+    if (line.used() == Command::train) return;
+    for (const CLI::Option* option : line.app.get_options()) {
+        const std::string name = option->get_single_name();
+        if (option->count() > 0 && name != "config")
+            fail("--", name, " stands before `", name_of(line.used()),
+                 "`, where the flags of training belong: put it after `", name_of(line.used()),
+                 "`");
+    }
 }
 
-// The option that a line of the --config file sets, of this app.
-CLI::Option* find_option(CLI::App& app, const std::string& name) {
-    CLI::Option* option = app.get_option_no_throw("--" + name);
-    return option || name.size() != 1 ? option : app.get_option_no_throw("-" + name);
+// A value for a flag.
+struct Setting {
+    const Flag* flag;
+    json value;
+};
+
+template <class Read> json read_value(const std::string& where, const Read& read) {
+    try {
+        return read();
+    } catch (const Error& error) {
+        fail(where, ": ", error.what());
+    }
 }
 
-[[noreturn]] void fail_unknown_line(const std::string& where, const CLI::App& app,
-                                    const ConfigLine& line, const std::string& command) {
-    std::string belongs; // to a command, whose section it does not stand in
-    if (command.empty())
-        for (const std::string& other : command_names)
-            if (app.get_subcommand(other)->get_option_no_throw("--" + line.name))
+std::vector<Setting> settings_of_line(const CommandLine& line) {
+    std::vector<Setting> settings;
+    const CLI::App& app = *line.apps.at(line.used());
+    for (const Flag& flag : line.flags.at(line.used())) {
+        const CLI::Option* option = app.get_option(flag.name());
+        const std::vector<std::string> words = option->results();
+        if (option->count() == 0) continue;
+        settings.push_back(
+            {&flag, read_value(flag.name(), [&]() -> json {
+                 if (std::holds_alternative<std::vector<std::string>*>(flag.variable)) return words;
+                 if (flag.type != "[0|1]") return flag.parse(words.back());
+                 if (words.back() != "" && words.back() != "0" && words.back() != "1")
+                     fail("found ", words.back(), ", expected nothing, 1 or 0");
+                 return words.back() != "0";
+             })});
+    }
+    return settings;
+}
+
+[[noreturn]] void fail_unknown_line(const std::string& where, const CommandLine& line,
+                                    const ConfigLine& found, Command command) {
+    const std::string name = "--" + found.name;
+    if (name == "--config" || name == "--help" || name == "--version")
+        fail(where, name, " cannot stand in a file: give it on the command line");
+    std::string belongs; // to a command, but stands outside its section
+    if (command == Command::train)
+        for (const std::string& other : command_names())
+            if (find_flag(line.flags.at(command_named(other)), name))
                 belongs += cat(belongs.empty() ? " It belongs to a command: put it under [" : ", [",
                                other, "]");
-    const CLI::App& of = command.empty() ? app : *app.get_subcommand(command);
-    fail(where, "there is no flag '", line.name, "'",
-         command.empty() ? "" : " of `" + command + "`", ".",
-         belongs.empty() ? did_you_mean("--" + line.name, flag_names(of)) : belongs);
+    fail(where, "there is no flag '", found.name, "'",
+         command == Command::train ? "" : " of `" + name_of(command) + "`", ".",
+         belongs.empty() ? did_you_mean(name, flag_names(line.flags.at(command))) : belongs);
 }
 
-// What CLI11 takes for such an option, where a flag is true or false. "" if it is neither.
-std::string from_file(const CLI::Option& option, const std::string& value) {
-    const bool flag = option.get_type_name().empty(), optional = option.get_expected_min() == 0;
-    if (!flag && !optional) return value;
-    for (const char* yes : {"true", "yes", "on", "1"})
-        if (value == yes) return flag ? "true" : "1";
-    for (const char* no : {"false", "no", "off", "0"})
-        if (value == no) return flag ? "false" : "0";
-    fail("'", value, "' is neither true nor false");
+// What a --config file sets, a command's own lines last. All lines are checked; those of other
+// commands are then ignored, as are those of training that belong to one call if there is a
+// command.
+std::vector<Setting> settings_of_file(const CommandLine& line) {
+    std::vector<Setting> shared, own;
+    std::map<const Flag*, int> lines;
+    for (const ConfigLine& found : read_config_file(line.config)) {
+        const Command command = command_named(found.section);
+        const std::string where = cat(line.config, ", line ", found.number, ": ");
+        const std::vector<Flag>& flags = line.flags.at(command);
+        const Flag* flag = find_flag(flags, "--" + found.name);
+        if (!flag && found.name.size() == 1) flag = find_flag(flags, "-" + found.name);
+        if (!flag) fail_unknown_line(where, line, found, command);
+        if (auto [before, first] = lines.emplace(flag, found.number); !first)
+            fail(where, flag->name(), " is set in line ", before->second, " already");
+        const Setting setting = {
+            flag, read_value(where + flag->name(), [&] { return flag->parse(found.value); })};
+        if (command == line.used())
+            own.push_back(setting);
+        else if (command == Command::train && flag->change != Change::once)
+            shared.push_back(setting);
+    }
+    shared.insert(shared.end(), own.begin(), own.end());
+    return shared;
 }
 
-// Gives options what the file says of them, unless the command line says it. All lines are checked;
-// those of other commands are then forgotten, and so are training's that belong to one call, if
-// there is a command.
-void apply_config_file(const std::string& path, CLI::App& app, CLI::App& used, Options& o,
-                       const std::map<const CLI::Option*, Change>& changes) {
-    std::map<const CLI::Option*, int> lines;
-    auto apply = [&](const ConfigLine& line, bool of_used) {
-        const bool of_command = std::find(command_names.begin(), command_names.end(),
-                                          line.section) != command_names.end();
-        CLI::App& app_of_line = of_command ? *app.get_subcommand(line.section) : app;
-        if (of_used != (&app_of_line == &used)) return;
-        const std::string where = cat(path, ", line ", line.number, ": ");
-        CLI::Option* option = find_option(app_of_line, line.name);
-        if (!option) fail_unknown_line(where, app, line, of_command ? line.section : "");
-        const std::string name = long_name(option);
-        if (!changes.count(option) && name != "--resume")
-            fail(where, name, " cannot stand in a file: give it on the command line");
-        if (auto [before, first] = lines.emplace(option, line.number); !first)
-            fail(where, name, " stands in line ", before->second, " already");
-        const std::vector<std::string> given = option->results();
-        const Options kept = o;
-        try {
-            option->clear();
-            option->add_result(from_file(*option, line.value));
-            option->run_callback();
-        } catch (const CLI::ParseError& error) {
-            fail(where, error.what());
-        } catch (const Error& error) {
-            fail(where, name, ": ", error.what());
-        }
-        const bool one_call = !changes.count(option) || changes.at(option) == Change::once;
-        const bool forgotten = &app_of_line != &used && (&app_of_line != &app || one_call);
-        if (given.empty() && !forgotten) return;
-        option->clear();
-        for (const std::string& word : given) option->add_result(word);
-        o = kept;
-        if (!given.empty()) option->run_callback();
-    };
-    const std::vector<ConfigLine> all = read_config_file(path);
-    // A command shares variables with training: its own lines and flags come last.
-    for (const ConfigLine& line : all) apply(line, false);
-    for (const ConfigLine& line : all) apply(line, true);
-    for (CLI::Option* option : used.get_options())
-        if (option->count() > 0) option->run_callback();
+void print_version() {
+    std::cout << "train_gpt " << build_info().version << " (" << build_info().compiler << ")\n";
+    for (const auto& [name, value] : build_info().features)
+        std::cout << "  " << name << ": " << value << "\n";
+}
+
+// Defaults that depend on the command.
+void set_command_defaults(Options& o) {
+    const bool measures = o.command == Command::eval || o.command == Command::probe;
+    if (measures && !o.is_given("--seq-len")) o.seq_len = 0;
+    if (o.command == Command::eval && !o.is_given("--val-tokens")) o.val_tokens = 0;
+    if (o.command == Command::bench && o.model == "tiny" && !o.is_given("--seq-len"))
+        o.seq_len = 128;
 }
 
 } // namespace
@@ -496,235 +561,89 @@ int64_t Options::warmup_steps() const {
     char* end;
     double percent = std::strtod(warmup.c_str(), &end);
     if (end == warmup.c_str() || end != &warmup.back() || !(percent >= 0 && percent <= 100))
-        fail("'", warmup, "' is not a number of steps, nor a part of them from 0% to 100%");
+        fail("'", warmup, "' is neither a number of steps nor a percentage from 0% to 100%");
     return int64_t(std::llround(percent / 100 * double(steps)));
 }
 
-Options parse_options(int argc, const char* const* argv, const SavedFlags& saved) {
+Options parse_options(int argc, const char* const* argv) {
     Options o;
     o.argv.assign(argv, argv + argc);
-    bool version = false;
-    std::map<const CLI::Option*, Change> changes;
-    CLI::App app("Trains a GPT or LLaMA language model.\n\n"
-                 "  train_gpt [flags]                       train\n"
-                 "  train_gpt sample CHECKPOINT [flags]     write text with a trained model\n"
-                 "  train_gpt eval CHECKPOINT [flags]       measure its loss\n"
-                 "  train_gpt probe CHECKPOINT [flags]      measure what each layer does\n"
-                 "  train_gpt export CHECKPOINT DIR         write it for Hugging Face's tools\n"
-                 "  train_gpt bench [-m MODEL] [flags]      measure how fast it would train\n"
-                 "  train_gpt verify PATH...                check runs, checkpoints and shards\n\n"
-                 "Counts may be written as 10M, 64k or 1e6.");
-    app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-    app.footer("\nExit status: 0 done, 1 an error, 130 stopped by a signal and saved (Ctrl-C, HUP, "
-               "TERM, USR1,\nUSR2 or XCPU; -y goes on). A second signal, a second or more later, "
-               "ends at once without saving: 1.\n");
-    add_training(app, o, changes);
-    std::string resume;
-    CLI::Option* y = app.add_option("-y,--resume", resume,
-                                    "go on with the run in -o, whose flags need not be repeated; "
-                                    "-y 0: do not")
-                         ->expected(0, 1)
-                         ->type_name("[0|1]")
-                         ->group("Run");
-    app.add_flag("--version", version, "the version, what was built in, and stop");
-    std::string config;
-    add_config(app, config);
-
-    CLI::App* sample = app.add_subcommand("sample", "Writes text with a trained model.");
-    CLI::App* eval = app.add_subcommand("eval", "Measures the loss of a trained model.");
-    for (CLI::App* sub : {sample, eval}) {
-        sub->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-        Flags f{*sub, changes, "Flags"};
-        f.path("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
-            ->required();
-        add_tokenizer(f, o);
-        if (sub == sample) {
-            add_sampling(f, o);
-            f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "length of the sample");
-            f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(), "of the sample");
-            f.flag("--ignore-eot", o.ignore_eot, "go on behind an end of text");
-        } else {
-            f.pattern("-j,--val", o.val, "token shards; default: those of the run");
-            f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "measure on so many");
-            f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
-            f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
-        }
-        add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
-        add_machine(f, o);
-    }
-    CLI::App* probe = app.add_subcommand("probe", "Measures what each layer of a model does.");
-    {
-        probe->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-        Flags f{*probe, changes, "Flags"};
-        f.path("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
-            ->required();
-        f.pattern("-j,--val", o.val, "token shards; default: those of the run");
-        auto check = [](const std::string& text) -> std::string {
-            try {
-                parse_probes(text);
-                return "";
-            } catch (const Error& error) {
-                return error.what();
-            }
-        };
-        f.text("--probes", o.probes, "NAMES",
-               "all, or some of variance,gradients,angular,removal,jacobian,usefulness,permutation")
-            ->check(CLI::Validator(check, ""));
-        f.count("--probe-tokens", o.probe_tokens, 1, 1000000000, "measure on so many");
-        f.count("--jacobian-samples", o.jacobian_samples, 2, most, "tokens to sample it at");
-        f.count("--jacobian-layer", o.jacobian_layer, 0, most,
-                "whose whole matrix to write, for a width of at most 256; 0: three quarters down");
-        f.count("-b,--batch", o.batch, 1, 1000000, "sequences at once");
-        f.count("-t,--seq-len", o.seq_len, 0, 100000000, "default: the run's");
-        f.count("--seed", o.seed, 0, std::numeric_limits<int64_t>::max(), "of what is sampled");
-        f.path("-o,--out", o.out, "FILE", "where to write; default: probe.json in the run");
-        add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
-        add_machine(f, o);
-    }
-    CLI::App* bench = app.add_subcommand("bench", "Measures how fast a model trains here.");
-    {
-        bench->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-        Flags f{*bench, changes, "Flags"};
-        add_model(f, o);
-        f.count("-b,--batch", o.batch, 0, 1000000,
-                "sequences of a step; 0: the largest power of two that the memory has room for");
-        f.count("-t,--seq-len", o.seq_len, 1, 100000000, "tokens of each; tiny's default is 128");
-        f.count("-x,--steps", o.timed_steps, 1, most, "so many, after one that is not measured");
-        f.flag("--json", o.json, "one JSON object on one line, instead of a table");
-        f.flag("--profile", o.profile, profile_help);
-        add_numbers(f, o);
-        add_machine(f, o);
-    }
-    CLI::App* exporting = app.add_subcommand("export", "Writes a model for Hugging Face's tools.");
-    {
-        exporting->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-        Flags f{*exporting, changes, "Flags"};
-        f.path("CHECKPOINT", o.checkpoint, "PATH", "a run's directory, or one of its checkpoints")
-            ->required();
-        f.path("DIR", o.export_dir, "PATH", "the directory to write, new or empty")->required();
-        f.choice("--dtype", o.export_dtype, {"float32", "float16", "bfloat16", "bf16"},
-                 "float32, float16 or bfloat16 (bf16), to nearest");
-        f.count("--shard-size", o.shard_size, 1, 1000000000000000,
-                "bytes of a file at most, 500M or 5G; beyond them a second is begun");
-    }
-    CLI::App* verify = app.add_subcommand("verify", "Checks that files are as they were written.");
-    {
-        Flags f{*verify, changes, "Flags"};
-        f.add(verify->add_option("PATH", o.paths,
-                                 "runs, checkpoints, Hugging Face folders, shards (a pattern or "
-                                 "their folder), safetensors files"),
-              "PATH")
-            ->required();
-    }
-    // Unknown flags are collected, for a better sentence than CLI11's.
-    app.require_subcommand(0, 1);
-    app.allow_extras();
-    for (CLI::App* command : {sample, eval, probe, bench, exporting, verify}) {
-        command->allow_extras();
-        add_config(*command, config);
-    }
-
-    auto parsed = [&]() -> CLI::App& {
-        for (CLI::App* sub : {sample, eval, probe, bench, exporting, verify})
-            if (sub->parsed()) return *sub;
-        return app;
-    };
-    o.command = Options::Command::stop;
+    o.command = Command::stop;
+    CommandLine line(o);
     try {
-        app.parse(argc, argv);
+        line.app.parse(argc, argv);
     } catch (const CLI::CallForHelp&) {
-        std::cout << help_text(parsed());
+        std::cout << line.help();
         return o;
     } catch (const CLI::ParseError& error) {
         fail_parse(error);
     }
-    CLI::App& used = parsed();
-    if (std::vector<std::string> extras = app.remaining(true); !extras.empty())
-        fail_unknown(used, extras[0], o.argv);
-    if (version) {
-        std::cout << "train_gpt " << build_info().version << " (" << build_info().compiler << ")\n";
-        for (const auto& [name, value] : build_info().features)
-            std::cout << "  " << name << ": " << value << "\n";
+    const Command used = line.used();
+    if (std::vector<std::string> extras = line.app.remaining(true); !extras.empty())
+        fail_unknown(line.flags.at(used), extras[0], o.argv);
+    if (line.app.count("--version") > 0) {
+        print_version();
         return o;
     }
-    if (&used != &app)
-        for (const CLI::Option* option : app.get_options())
-            if (option->count() > 0 && long_name(option) != "--config")
-                fail(long_name(option), " stands before `", used.get_name(),
-                     "`, where the flags of training are: put those of `", used.get_name(),
-                     "` behind it");
-    if (!config.empty()) apply_config_file(config, app, used, o, changes);
-    if (resume != "" && resume != "0" && resume != "1")
-        fail("--resume is ", resume, ", expected nothing, 1 or 0");
-    o.resume = y->count() > 0 && resume != "0";
-    if (o.resume && o.out.empty()) fail("--resume: say which run to go on with, by -o DIR");
-    o.command = sample->parsed()      ? Options::Command::sample
-                : eval->parsed()      ? Options::Command::eval
-                : probe->parsed()     ? Options::Command::probe
-                : bench->parsed()     ? Options::Command::bench
-                : exporting->parsed() ? Options::Command::export_model
-                : verify->parsed()    ? Options::Command::verify
-                                      : Options::Command::train;
-    // Threads are each machine's own matter.
-    auto note_settings = [&] {
-        o.settings["--resume"] = o.resume ? "yes" : "no";
-        o.settings["the command"] = &used == &app ? "to train" : used.get_name();
-        for (const CLI::Option* option : used.get_options())
-            if (changes.count(option) && option != used.get_option_no_throw("--threads"))
-                o.settings[long_name(option)] =
-                    option->count() > 0 ? option->as<std::string>() : option->get_default_str();
-    };
-    if (o.command != Options::Command::train) {
-        note_settings();
-        if (bench->parsed() && o.model == "tiny" && bench->count("--seq-len") == 0) o.seq_len = 128;
-        if (probe->parsed() && probe->count("--seq-len") == 0) o.seq_len = 0;
-        if (!eval->parsed()) return o;
-        if (eval->count("--seq-len") == 0) o.seq_len = 0;
-        if (eval->count("--val-tokens") == 0) o.val_tokens = 0;
-        return o;
+    fail_if_misplaced(line);
+    for (const CLI::App* app : {line.apps.at(Command::train), line.apps.at(used)})
+        for (const std::string& file : app->get_option("--config")->results())
+            line.config = read_value("--config", [&] { return line.config_flag().parse(file); });
+    std::vector<Setting> all;
+    if (!line.config.empty()) all = settings_of_file(line);
+    for (const Setting& setting : settings_of_line(line)) all.push_back(setting);
+    for (const auto& [flag, value] : all) {
+        flag->set(value);
+        if (find_flag(line.flags.at(used), flag->name()) == flag) o.given.insert(flag->name());
     }
-
-    o.goes_on = !saved.empty();
-    o.batch_given = app.count("--batch") > 0;
-    auto set_default = [&](const std::string& name, const std::string& value) {
-        CLI::Option* option = app.get_option_no_throw(name);
-        if (!option || option->count() > 0) return; // a flag of another version, or given
-        option->add_result(value);
-        option->run_callback();
-    };
-    for (const auto& [name, value] : saved) {
-        CLI::Option* option = app.get_option_no_throw(name);
-        if (option && option->count() > 0 && option->as<std::string>() != value) {
-            std::string now = option->as<std::string>();
-            std::string was = value.empty() || value == "0" ? "not given" : value;
-            if (changes[option] == Change::fixed)
-                fail(name, " was ", was, " when this run began and is now ", now,
-                     ": leave it out to go on, or start another run with another -o");
-            if (changes[option] == Change::noted)
-                o.changes.push_back(
-                    cat(name, " was ", was, " until now and is ", now, " from here on"));
-        }
-        if (option && value != option->get_default_str()) set_default(name, value);
-    }
-    o.model_given = app.count("--model") > 0;
-    if (saved.empty()) {
-        if (o.recipe == "paper")
-            for (const auto& [name, value] : paper_recipe(o)) set_default(name, value);
-        else if (o.model == "tiny") {
-            set_default("--seq-len", "128");
-            set_default("--lr", "0.003");
-            set_default("--val-tokens", "32768");
-        }
-    }
-    for (const CLI::Option* option : app.get_options())
-        if (changes.count(option) && changes[option] != Change::once)
-            o.flags[long_name(option)] =
-                option->count() > 0 ? option->as<std::string>() : option->get_default_str();
-    note_settings();
-    for (const auto& [name, value] : o.flags) // checkpoints hold them as JSON
-        if (!is_utf8(value))
-            fail(name, " '", printable(value), "' is not UTF-8, and a checkpoint cannot name it");
+    o.command = used;
+    if (o.resume && o.out.empty()) fail("--resume: name the run to continue, with -o DIR");
+    set_command_defaults(o);
     return o;
+}
+
+void continue_options(Options& o, const SavedFlags& saved) {
+    o.continued = true;
+    for (const Flag& flag : flags_of(Command::train, o)) {
+        const auto found = saved.find(flag.name()); // an older version may lack it
+        if (found == saved.end() || flag.change == Change::once) continue;
+        const std::string name = flag.name();
+        const json was = read_value(cat("the run's flag ", name),
+                                    [&] { return flag.from_saved(found->second); });
+        if (!o.is_given(name.c_str())) {
+            flag.set(was);
+            continue;
+        }
+        const json now = flag.value();
+        if (now == was || flag.change == Change::free) continue;
+        const std::string before = was == "" || was == 0 ? "not given" : flag_text(was);
+        if (flag.change == Change::fixed)
+            fail(name, " was ", before, " when this run began and is now ", flag_text(now),
+                 ": leave it out to continue, or start another run with another -o");
+        o.changes.push_back(
+            cat(name, " was ", before, " until now and is ", flag_text(now), " from here on"));
+    }
+    o.flags = training_flags(o);
+}
+
+SavedFlags training_flags(Options o) {
+    SavedFlags flags;
+    for (const Flag& flag : flags_of(Command::train, o)) {
+        if (flag.change == Change::once) continue;
+        const json value = flags[flag.name()] = flag.value();
+        if (const std::string text = flag_text(value); !is_utf8(text)) // checkpoints are JSON
+            fail(flag.name(), " '", printable(text),
+                 "' is not UTF-8, so a checkpoint cannot hold it");
+    }
+    return flags;
+}
+
+std::map<std::string, std::string> settings(Options o) {
+    std::map<std::string, std::string> all = {
+        {"the command", o.command == Command::train ? "to train" : name_of(o.command)}};
+    for (const Flag& flag : flags_of(o.command, o))
+        if (flag.name() != "--threads") all[flag.name()] = flag_text(flag.value());
+    return all;
 }
 
 } // namespace lns

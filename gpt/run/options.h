@@ -1,12 +1,14 @@
-// The command line: every flag is declared once, in options.cpp, with its default, its range and
-// its help. What was not given comes from, in this order: the --config file, the run that is
-// resumed, the recipe, the model's defaults.
+// The command line: options.cpp declares every flag once. Flags that are not given come from, in
+// this order: the --config file, the resumed run, the recipe, the defaults.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
+
+#include "gpt/run/flags.h"
 
 namespace lns {
 
@@ -19,20 +21,18 @@ struct Options {
         probe,
         export_model,
         verify,
+        schemes,
         stop
     } command = Command::train; // stop: --help
 
     // model
     std::string model = "tiny", arch, norm, lns_sites = "attn,mlp", init_from;
-    bool model_given = false; // -m, not its default
-    bool batch_given = false; // -b, not the resumed run's
-    bool goes_on = false;     // with a run's own flags
     int64_t layers = 0, width = 0, heads = 0, kv_heads = 0, mlp_width = 0, vocab = 0, positions = 0;
     double lns_power = 0.5, init_std = 0, embed_std = 0; // stds 0: the model's own
 
-    // data; "" of train and val: stories made on the way
+    // data; train and val "": stories, generated during training
     std::string train, val, tokenizer;
-    int64_t batch = 16, seq_len = 256, total_batch = 0; // total_batch 0: one micro-batch a rank
+    int64_t batch = 16, seq_len = 256, total_batch = 0; // total_batch 0: a micro-batch per rank
     int64_t seed = 1337;
     bool overfit_batch = false;
 
@@ -58,7 +58,7 @@ struct Options {
     std::string dtype = "auto", master_weights = "yes", moments = "float32", rounding = "nearest",
                 gradients = "auto", recompute = "none", device = "auto";
     bool profile = false;
-    int64_t threads = 0; // 0: all that this process may use
+    int64_t threads = 0; // 0: one per usable core
 
     // sample, eval and probe
     std::string checkpoint;
@@ -79,21 +79,31 @@ struct Options {
     int64_t timed_steps = 5;
     bool json = false;
 
-    std::vector<std::string> argv; // the command line itself
-    // Every flag that a resumed run takes over, as text: {"--lr", "0.001"}.
-    std::map<std::string, std::string> flags;
-    // Every flag of the command that all ranks must have alike.
-    std::map<std::string, std::string> settings;
-    // What a resumed run was told to do otherwise than before, a sentence each.
-    std::vector<std::string> changes;
+    // schemes; layers too
+    std::string format = "table";
 
+    std::vector<std::string> argv;    // the command line itself
+    std::set<std::string> given;      // the flags in it or in the --config file, "--steps"
+    bool continued = false;           // with the flags of a saved run
+    SavedFlags flags;                 // of training, to be saved
+    std::vector<std::string> changes; // sentences: what a resumed run will do differently
+
+    bool is_given(const char* flag) const { return given.count(flag) > 0; }
+    bool model_given() const { return is_given("--model") || model != Options().model; }
     int64_t warmup_steps() const; // of 200 or 10%
 };
 
-using SavedFlags = std::map<std::string, std::string>;
-
 // Throws a sentence for a wrong flag or value. Prints the answer to --help and --version itself.
-// `saved`: the flags of the run that is resumed.
-Options parse_options(int argc, const char* const* argv, const SavedFlags& saved = {});
+Options parse_options(int argc, const char* const* argv);
+
+// Takes over the flags of the run that is resumed. Throws for one that was given and may not
+// change.
+void continue_options(Options& options, const SavedFlags& saved);
+
+// The flags of training and their values, all but those of one call.
+SavedFlags training_flags(Options options);
+
+// The command, and each of its flags but --threads: all ranks must agree on these.
+std::map<std::string, std::string> settings(Options options);
 
 } // namespace lns

@@ -24,8 +24,10 @@
 #include "gpt/run/facts.h"
 #include "gpt/run/options.h"
 #include "gpt/run/probe.h"
+#include "gpt/run/recipe.h"
 #include "gpt/run/rundir.h"
 #include "gpt/run/sample.h"
+#include "gpt/run/schemes.h"
 #include "gpt/run/setup.h"
 #include "gpt/run/training.h"
 #include "gpt/run/verify.h"
@@ -46,7 +48,7 @@ struct Trained {
     }
     std::string flag(const std::string& name) const {
         auto found = state.flags.find(name);
-        return found == state.flags.end() ? "" : found->second;
+        return found == state.flags.end() ? "" : flag_text(found->second);
     }
     // The flag's number, or `otherwise` if no run says.
     int64_t count(const std::string& name, int64_t otherwise) const {
@@ -276,30 +278,38 @@ void compare_starts(const Options& o, const Ranks& ranks) {
     // The version does not cover uncommitted changes, nor the processor of -march=native.
     if (std::filesystem::exists("/proc/self/exe"))
         facts.push_back(fingerprint_fact("a program", fnv1a(read_file("/proc/self/exe"))));
-    const auto command = o.settings.find("the command"); // --help has none
-    facts.push_back({"the command", command == o.settings.end() ? "" : command->second});
-    ranks.compare(facts); // before flags, of which another program has others
-    ranks.compare({o.settings.begin(), o.settings.end()});
+    const std::map<std::string, std::string> flags = settings(o);
+    facts.push_back({"the command", flags.at("the command")});
+    ranks.compare(facts); // first, since another program has other flags
+    ranks.compare({flags.begin(), flags.end()});
 }
 
-// -y takes the run's own flags where none are given. A run that is to be written is locked before
-// anything in it is read.
-Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
-    Options o = parse_options(argc, argv);
-    compare_starts(o, ranks);
-    if (o.command != Options::Command::train || !o.resume) return o;
+// The flags of the run that -y continues, none if there is no such run yet. A run that will be
+// written is locked before it is read.
+SavedFlags flags_to_continue(const Options& o, const Ranks& ranks, Fd& lock) {
+    if (!o.resume) return {};
     if (!o.dry_run && o.dump_state.empty()) {
         if (ranks.first() && std::filesystem::is_directory(o.out)) lock = RunDirectory::lock(o.out);
         ranks.barrier();
     }
-    std::string checkpoint = newest_checkpoint(o.out);
+    const std::string checkpoint = newest_checkpoint(o.out);
     ranks.compare(
         {{"the newest checkpoint", std::filesystem::path(checkpoint).filename().string()}});
-    SavedFlags saved =
-        checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
-    if (saved.empty()) return o;
-    o = parse_options(argc, argv, saved);
-    ranks.compare({o.settings.begin(), o.settings.end()});
+    return checkpoint.empty() ? recorded_flags(o.out) : read_trainer_state(checkpoint).flags;
+}
+
+Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
+    Options o = parse_options(argc, argv);
+    compare_starts(o, ranks);
+    if (o.command != Options::Command::train) return o;
+    const SavedFlags saved = flags_to_continue(o, ranks, lock);
+    if (saved.empty()) {
+        apply_recipe(o);
+        return o;
+    }
+    continue_options(o, saved);
+    const std::map<std::string, std::string> flags = settings(o);
+    ranks.compare({flags.begin(), flags.end()});
     find_saved_paths(o, saved);
     return o;
 }
@@ -340,6 +350,9 @@ int run_command(const Options& o, const Ranks& ranks) {
         return ranks.first() ? export_model(o) : 0;
     case Options::Command::verify:
         return ranks.first() ? verify(o.paths) : 0;
+    case Options::Command::schemes:
+        if (ranks.first()) std::cout << describe_schemes(o.format, o.layers ? int(o.layers) : 12);
+        return 0;
     case Options::Command::train: // main's
     case Options::Command::stop:
         return 0;

@@ -120,8 +120,7 @@ void RunDirectory::open_log() {
 }
 
 void RunDirectory::record(int argc, const char* const* argv,
-                          const std::map<std::string, std::string>& more,
-                          const std::map<std::string, std::string>& options) {
+                          const std::map<std::string, std::string>& more, const SavedFlags& flags) {
     std::string name = (fs::path(path_) / "run.json").string();
     ordered_json record = {{"starts", ordered_json::array()}};
     if (path_exists(name)) {
@@ -146,7 +145,7 @@ void RunDirectory::record(int argc, const char* const* argv,
     for (const auto& [feature, value] : build.features) start["features"][feature] = value;
     for (const auto& [key, value] : more) start[key] = value;
     record["starts"].push_back(start);
-    if (!options.empty()) record["options"] = options;
+    if (!flags.empty()) record["options"] = flags;
     // A path in the command need not be UTF-8.
     using Handler = ordered_json::error_handler_t;
     write_file_atomic(name, record.dump(2, ' ', false, Handler::replace) + "\n");
@@ -248,17 +247,13 @@ std::string latest_checkpoint(const std::string& path) {
     return found.back().second;
 }
 
-std::map<std::string, std::string> recorded_flags(const std::string& path) {
+SavedFlags recorded_flags(const std::string& path) {
     const std::string name = (fs::path(path) / "run.json").string();
     if (!is_regular_file_at(name)) return {};
     const nlohmann::json record = parse_json(read_file(name), name);
     auto options = record.is_object() ? record.find("options") : record.end();
     if (options == record.end()) return {};
-    try {
-        return options->get<std::map<std::string, std::string>>();
-    } catch (const nlohmann::json::exception&) {
-        fail(name, ": its options are ", quoted(*options), ", expected an object of strings");
-    }
+    return parse_saved_flags(*options, name + ": its options");
 }
 
 std::vector<std::string> start_directories(const std::string& path) {

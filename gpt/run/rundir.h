@@ -4,6 +4,7 @@
 #pragma once
 
 #include "gpt/base/files.h"
+#include "gpt/run/flags.h"
 
 #include <cstdint>
 #include <map>
@@ -27,10 +28,9 @@ class RunDirectory {
     const std::string& path() const { return path_; }
 
     // Adds an entry to run.json: the shell-quoted command line, working directory, time, host,
-    // build, and the fields in `more`; stores `options` unless empty.
+    // build, and the fields in `more`; stores `flags` unless empty.
     void record(int argc, const char* const* argv,
-                const std::map<std::string, std::string>& more = {},
-                const std::map<std::string, std::string>& options = {});
+                const std::map<std::string, std::string>& more = {}, const SavedFlags& flags = {});
 
     // Appends a line to log.jsonl, whole or not at all.
     void append(std::string_view json_line);
@@ -68,8 +68,8 @@ int64_t checkpoint_step(const std::string& name);
 // path itself if it holds a config.json, else the newest checkpoint of the run directory path.
 std::string latest_checkpoint(const std::string& path);
 
-// The options of the run's last start; empty if not recorded.
-std::map<std::string, std::string> recorded_flags(const std::string& path);
+// The flags of the run's last start; empty if not recorded.
+SavedFlags recorded_flags(const std::string& path);
 
 // The working directories of the run's starts, newest first, to resolve its relative paths; none if
 // not recorded.

@@ -30,11 +30,19 @@ namespace fs = std::filesystem;
 namespace {
 
 Config base_config(const Options& o) {
-    if (!o.model_given && !o.init_from.empty()) return checkpoint_config(o.init_from);
+    if (!o.model_given() && !o.init_from.empty()) return checkpoint_config(o.init_from);
     const std::vector<std::string> presets = preset_names();
     const bool preset = std::find(presets.begin(), presets.end(), o.model) != presets.end();
     const bool is_path = o.model.find('/') != std::string::npos || path_exists(o.model);
     return !preset && is_path ? checkpoint_config(o.model) : preset_config(o.model);
+}
+
+// The schemes that scale in-norms by depth.
+std::vector<std::string> depth_schemes() {
+    std::vector<std::string> names;
+    for (const SchemeRow& row : scheme_table())
+        if (row.depth != DepthScale::none) names.push_back(row.name);
+    return names;
 }
 
 bool sizes_given(const Options& o) {
@@ -54,10 +62,10 @@ Config model_config(const Options& o) {
         other.kv_heads = c.kv_heads;
         other.head_size = c.head_size;
         other.positions = c.positions;
-        if (other.gated_mlp == c.gated_mlp) other.mlp_width = c.mlp_width;
+        if (other.gated_mlp() == c.gated_mlp()) other.mlp_width = c.mlp_width;
         c = other;
     }
-    // Sizes that follow from the ones given, unless they are given too.
+    // Sizes that follow from the given ones
     if (o.width || o.heads) c.head_size = 0;
     if (o.heads) c.kv_heads = 0;
     if (o.width) c.mlp_width = 0;
@@ -77,8 +85,8 @@ Config model_config(const Options& o) {
     if (o.lns_sites != standard.lns_sites) parse_sites(o.lns_sites, c.scheme);
     const bool lns_flags = o.lns_power != standard.lns_power || o.lns_sites != standard.lns_sites;
     if (lns_flags && c.scheme.row->depth == DepthScale::none)
-        fail("--lns-power and --lns-sites change only -n lns and -n lns-init, and the scheme is '",
-             c.scheme.name(), "': leave them out, or ask for one of the two");
+        fail("--lns-power and --lns-sites change only -n ", join(depth_schemes(), " and -n "),
+             ", and the scheme is '", c.scheme.name(), "': leave them out, or choose one of those");
     if (o.init_std > 0) c.init_std = o.init_std;
     if (o.embed_std > 0) c.embed_std = o.embed_std;
     complete_config(c);
@@ -87,7 +95,7 @@ Config model_config(const Options& o) {
 
 namespace {
 
-// PREFIX of PREFIX_train_000000.bin, from the first file of the pattern; "" if it has no such name.
+// PREFIX if the pattern's first file is PREFIX_train_000000.bin, "" if it has no such name.
 std::string shard_prefix(const std::string& pattern) {
     std::string path = glob_paths(pattern)[0];
     size_t name = path.rfind('/') == std::string::npos ? 0 : path.rfind('/') + 1;
@@ -215,7 +223,8 @@ Data open_data(const Options& o) {
     Data data;
     if (o.train.empty() && !o.val.empty())
         fail("-j '", o.val, "' was given without -i: name shards to train on with -i");
-    data.train = open_tokens(o.train, uint64_t(o.seed)); // first: what is no shard says what it is
+    data.train =
+        open_tokens(o.train, uint64_t(o.seed)); // first: a file that is no shard is named as such
     const std::string val = validation_pattern(o.train, o.val);
     data.val = open_validation(val, o.seed);
     data.id = data.train->id();
@@ -250,7 +259,7 @@ void check_length(int64_t B, int64_t T, const Config& config) {
     const int64_t width = std::max({config.width, config.mlp_width, config.q_width()});
     if (double(B) * double(T) * config.layers * double(width) > 1e15)
         fail("--batch ", B, " x --seq-len ", T, " tokens in ", config.layers, " layers of width ",
-             width, " fit no machine's memory: lower one of them");
+             width, " exceed any machine's memory: lower one of them");
 }
 
 namespace {
@@ -262,7 +271,7 @@ int64_t divisor_up_to(int64_t n, int64_t most) {
     return d;
 }
 
-// "3 or 4 ranks (mpirun -np 4)": those next to `ranks` that can share n alike.
+// "3 (mpirun -np 3) or 4": the counts nearest to `ranks` that divide n.
 std::string ranks_that_share(int64_t n, int64_t ranks) {
     const int64_t fewer = divisor_up_to(n, ranks);
     int64_t more = ranks + 1;
@@ -274,15 +283,16 @@ std::string ranks_that_share(int64_t n, int64_t ranks) {
 } // namespace
 
 StepShape step_shape(const Options& o, int ranks) {
-    const bool fixed = o.goes_on && o.total_batch > 0;
+    const bool fixed = o.continued && o.total_batch > 0;
+    const bool batch_given = o.is_given("--batch");
     const int64_t sequence = o.seq_len * ranks; // tokens of one sequence on each rank
     StepShape shape = {o.total_batch, o.batch};
-    if (fixed && !o.batch_given && shape.tokens % sequence == 0)
+    if (fixed && !batch_given && shape.tokens % sequence == 0)
         shape.batch = divisor_up_to(shape.tokens / sequence, o.batch);
     const int64_t micro = shape.batch * sequence;
     if (micro > INT32_MAX)
         fail("--batch ", o.batch, " x --seq-len ", o.seq_len,
-             " are more tokens than a step can hold: lower --batch");
+             " are too many tokens for a step: lower --batch");
     if (shape.tokens == 0) shape.tokens = micro;
     if (shape.tokens % micro == 0) return shape;
 
@@ -292,11 +302,11 @@ StepShape step_shape(const Options& o, int ranks) {
             ranks > 1 ? cat(" x ", ranks, " ranks") : "", " give: ");
     if (fixed && shape.tokens % sequence) {
         const int64_t sequences = shape.tokens / o.seq_len;
-        const bool with_batch = o.batch_given && sequences % o.batch == 0;
+        const bool with_batch = batch_given && sequences % o.batch == 0;
         fail("a step of this run has ", sequences, " sequences of ", o.seq_len, " tokens, which ",
-             ranks, " ranks cannot share alike: start ",
+             ranks, " ranks cannot share equally: start ",
              ranks_that_share(with_batch ? sequences / o.batch : sequences, ranks),
-             o.batch_given && !with_batch ? ", without --batch" : "");
+             batch_given && !with_batch ? ", without --batch" : "");
     }
     if (fixed || shape.tokens < micro) {
         if (shape.tokens % sequence) fail(found, "try --total-batch ", micro);
@@ -313,7 +323,7 @@ Device wanted_device(const Options& o) {
     if (o.device == "cpu") return Device::cpu;
     const std::string why_not = why_no_gpu();
     if (o.device == "cuda" && !why_not.empty())
-        fail("--device cuda: ", why_not, "; to compute on the CPU, ask for --device cpu");
+        fail("--device cuda: ", why_not, "; --device cpu uses the CPU");
     return why_not.empty() ? Device::cuda : Device::cpu;
 }
 
@@ -337,31 +347,28 @@ ModelOptions model_options(const Options& o, bool training, const std::string& t
                                                  : Recompute::none;
     const bool rounded_weights = m.dtype == DType::bf16 && !m.master_weights;
     if (!m.master_weights && m.dtype != DType::bf16)
-        fail("--master-weights no: float32 weights have no second copy to leave out",
-             o.dtype == "auto"
-                 ? ", and this CPU has nothing to multiply bf16, so that --dtype auto "
-                   "is float32"
-                 : "",
-             ": ask for --dtype bf16 too, or leave it out");
+        fail("--master-weights no: float32 weights have no master copy",
+             o.dtype == "auto" ? " (--dtype auto is float32: this CPU does not multiply bf16)" : "",
+             ": add --dtype bf16, or leave it out");
     if (o.gradients == "bf16" && !cuda)
-        fail("--gradients bf16: on a CPU gradients are float32 always, and this runs on one",
+        fail("--gradients bf16: gradients on a CPU are always float32",
              o.device == "cpu" ? "" : " (" + why_no_gpu() + ")", ": leave it out");
     if (o.gradients == "bf16" && m.dtype != DType::bf16)
-        fail("--gradients bf16: those of float32 weights are float32: ask for --dtype bf16 too, or "
-             "leave it out");
+        fail("--gradients bf16: float32 weights have float32 gradients: add --dtype bf16, or leave "
+             "it out");
     if (cuda && (o.gradients == "bf16" || (o.gradients == "auto" && rounded_weights)))
         m.gradients = DType::bf16;
     if (m.stochastic_rounding && !rounded_weights && m.moments != DType::bf16)
-        fail("--rounding stochastic: the optimizer writes nothing in bf16 here: ask for "
-             "--master-weights no or --moments bf16 too, or leave it out");
+        fail("--rounding stochastic: the optimizer writes no bf16 here: add --master-weights no or "
+             "--moments bf16, or leave it out");
     return m;
 }
 
-std::string describe_numbers(const ModelOptions& m) {
+std::string describe_precision(const ModelOptions& m) {
     const bool bf16 = m.dtype == DType::bf16;
     std::string text = bf16 ? "bf16" : "float32";
     if (bf16 && m.device == Device::cpu)
-        text += bf16_unit() == Bf16Unit::none ? " (which this CPU multiplies as float32: slowly)"
+        text += bf16_unit() == Bf16Unit::none ? " (emulated in float32 on this CPU: slow)"
                                               : cat(" (", name_of(bf16_unit()), ")");
     if (!m.training) return text;
     const char* moments = m.moments == DType::bf16 ? "bf16" : "float32";
@@ -371,18 +378,17 @@ std::string describe_numbers(const ModelOptions& m) {
             : bf16                     ? cat(", no master weights, ", moments, " moments")
                                        : cat(", ", moments, " moments");
     if (m.gradients == DType::bf16) text += ", bf16 gradients";
-    if (m.stochastic_rounding) text += ", rounded stochastically";
-    if (m.recompute == Recompute::activations)
-        text += "; norms' outputs and activations are computed again";
-    if (m.recompute == Recompute::layers) text += "; layers are computed again";
+    if (m.stochastic_rounding) text += ", stochastic rounding";
+    if (m.recompute == Recompute::activations) text += "; recomputes norm outputs and activations";
+    if (m.recompute == Recompute::layers) text += "; recomputes layers";
     return text;
 }
 
 namespace {
 
-// One thread to each core, unless the user chose (OMP_PROC_BIND). Left alone, Linux may for seconds
-// keep two threads that wait for each other on one core: the tiny model then trained at 900 to
-// 12,000 tokens/s from run to run, on 2 cores, and at 12,000 in every run with threads pinned.
+// One thread per core, unless the user chose (OMP_PROC_BIND). Otherwise Linux may keep two threads
+// that wait for each other on one core for seconds: on 2 cores the tiny model then trained at 900
+// to 12,000 tokens/s from run to run, and always at 12,000 with pinned threads.
 [[maybe_unused]] void pin_threads() {
 #if defined(_OPENMP) && defined(__linux__)
     if (std::getenv("OMP_PROC_BIND") || std::getenv("GOMP_CPU_AFFINITY")) return;
@@ -403,11 +409,11 @@ int use_threads(const Options& o) {
 #ifdef _OPENMP
     const int64_t cores = int64_t(usable_cores().size()), limit = omp_get_thread_limit();
     if (o.threads > limit)
-        fail("--threads ", o.threads, ": OMP_THREAD_LIMIT allows ", limit,
-             ": ask for fewer, or unset it");
+        fail("--threads ", o.threads, " exceeds OMP_THREAD_LIMIT=", limit,
+             ": lower it, or unset OMP_THREAD_LIMIT");
     const int64_t threads = o.threads > 0 ? o.threads : default_threads();
     omp_set_num_threads(int(threads));
-    // Several runs may share a machine and its GPUs: their threads must not all be on core 0.
+    // Runs that share a machine for its GPUs must not all pin their threads to core 0.
     if (threads == cores && wanted_device(o) == Device::cpu) pin_threads();
     return int(threads);
 #else

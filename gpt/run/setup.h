@@ -1,4 +1,4 @@
-// From options to what they name: the model's configuration, the data, the tokenizer.
+// Options to what they name: the model's configuration, the data, the tokenizer.
 #pragma once
 
 #include <memory>
@@ -12,72 +12,71 @@
 
 namespace lns {
 
-// The preset, the config.json or the checkpoint of --init-from, with what the flags say otherwise.
+// The preset, config.json or checkpoint of --init-from, changed by the flags.
 Config model_config(const Options& options);
 
 struct Data {
     std::shared_ptr<TokenSource> train, val;
-    std::unique_ptr<Tokenizer> tokenizer; // null if nobody knows it: text is then token ids
-    std::string why_no_tokenizer;         // of one that lies beside the data and cannot be loaded
-    TokenizerId id;                       // of the data; vocab_size 0 if not known
+    std::unique_ptr<Tokenizer> tokenizer; // null if unknown: text is then shown as token ids
+    std::string why_no_tokenizer;         // why the one beside the data cannot be loaded
+    TokenizerId id;                       // of the data; vocab_size 0 if unknown
 };
 
-// Throws unless training and validation tokens are of one tokenizer.
+// Throws unless training and validation tokens were made by the same tokenizer.
 Data open_data(const Options& options);
 
-// -j, or if that is "" the shards beside those of -i. "" if both are: stories.
+// -j, or if it is "" the shards beside those of -i; "" (stories) if both are.
 std::string validation_pattern(const std::string& train, const std::string& val);
 
-// A pattern that a run was given, found from another working directory: as it is if it names files
-// here, else in a folder where the run (a directory, or "") was started. Throws, and names those
-// folders, if it names files nowhere.
+// A run's pattern, found from another working directory: unchanged if it matches files here, else
+// relative to a folder in which the run (its directory, or "") was started. Throws, naming those
+// folders, if it matches no file.
 std::string saved_pattern(const std::string& pattern, const std::string& run);
-// The same for every path of a run that goes on, where it is the saved one.
+// The same for every path that a continued run has from its saved flags.
 void find_saved_paths(Options& options, const SavedFlags& saved);
 
-// Shards, or if the pattern is "" stories of a run of that seed, others than it trains on.
+// Shards, or if the pattern is "" held-out stories of that seed.
 std::shared_ptr<TokenSource> open_validation(const std::string& pattern, int64_t seed);
 
-// --tokenizer, or what is saved beside the shards that `pattern` names ("" if none), or what `id`
-// says by itself; null if none of them. Throws if it is not the one that made the tokens.
-// Where `why_none` is given, one beside the shards that this build cannot load is told there.
+// --tokenizer, else the one beside the shards of `pattern` ("": none), else the one `id` itself
+// defines, else null. Throws if it did not make the tokens. If `why_none` is given, it receives why
+// the one beside the shards cannot be loaded.
 std::unique_ptr<Tokenizer> find_tokenizer(const std::string& spec, const std::string& pattern,
                                           const TokenizerId& id, std::string* why_none = nullptr);
 
-// Throws unless the tokenizer, which lies in dir, is the one of `id` (vocab_size 0: any).
+// Throws unless the tokenizer, found in dir, is that of `id` (vocab_size 0: any).
 void expect_tokenizer(const Tokenizer& tokenizer, const std::string& dir, const TokenizerId& id);
 
-// Throws if the weights at `path` are of another tokenizer than tokens of `id`: of what their run
-// recorded, else of the tokenizer's files beside them. Where neither says, any will do.
+// Throws if the weights at `path` belong to another tokenizer than `id`, as their run recorded it,
+// or else as the tokenizer's files beside them say.
 void expect_tokenizer_of_weights(const std::string& path, const TokenizerId& id);
 
-// Takes the data's vocabulary where neither a preset nor --vocab says one, and throws if the
-// data's tokens do not fit the model's.
+// Takes the data's vocabulary unless a preset or --vocab sets it. Throws if the data has tokens
+// beyond the model's vocabulary.
 void fit_vocabulary(const Options& options, Data& data, Config& config);
 
-// Sequences of T tokens must fit the model's positions, and B of them any machine at all.
+// Throws if T exceeds the positions, or B·T is absurdly large.
 void check_length(int64_t B, int64_t T, const Config& config);
 
-// A step's tokens over all ranks, and the sequences of a micro-batch on each.
+// Tokens of a step over all ranks, and sequences of a micro-batch on each.
 struct StepShape {
     int64_t tokens = 0, batch = 0;
 };
-// --total-batch, of which all ranks take equal parts, in micro-batches of --batch; a run that goes
-// on without -b takes fewer sequences where they do not add up. Throws, and says what would do, if
-// they cannot.
+// --total-batch, in equal parts for all ranks, in micro-batches of --batch; a continued run without
+// -b takes a smaller micro-batch if that is needed. Throws, suggesting a fix, if it does not
+// divide.
 StepShape step_shape(const Options& options, int ranks);
 
-// Where the model is to compute and how it is held, of --device, --dtype, --master-weights, …
-// --device auto is a GPU if there is one; --dtype auto is `trained` ("float32" or "bf16") if that
-// is given, else bf16 on a GPU and where the CPU multiplies it. Throws if the flags contradict each
-// other or the machine.
+// The device, precision and recomputation that the flags choose. --device auto is a GPU if there is
+// one; --dtype auto is `trained` ("float32" or "bf16") if given, else bf16 on a GPU or a CPU that
+// multiplies it. Throws if flags contradict each other or the machine.
 ModelOptions model_options(const Options& options, bool training, const std::string& trained = "");
 
 // "bf16 (AMX-BF16), float32 master weights and moments"
-std::string describe_numbers(const ModelOptions& options);
+std::string describe_precision(const ModelOptions& options);
 
-// Sets OpenMP's threads and returns how many: --threads or default_threads(). Where the CPU is to
-// compute and they use all cores, each has one of its own.
+// Sets and returns the number of OpenMP threads: --threads or default_threads(). If the model is on
+// the CPU and they use all cores, each is pinned to one.
 int use_threads(const Options& options);
 
 } // namespace lns

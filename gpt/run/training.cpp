@@ -169,7 +169,7 @@ void prepare(Run& run, const std::string& resume_from) {
     fit_vocabulary(o, run.data, run.config);
     check_length(o.batch, o.seq_len, run.config);
     run.tokens_per_step = checked_total_batch(o, run.ranks);
-    o.flags["--total-batch"] = std::to_string(run.tokens_per_step);
+    o.flags["--total-batch"] = run.tokens_per_step;
     run.B = int(o.batch), run.T = int(o.seq_len);
     run.micro_batches = int(run.tokens_per_step / (o.batch * o.seq_len * run.ranks.size));
     run.loader.emplace(run.data.train, run.T, uint64_t(o.seed), true);
@@ -181,7 +181,8 @@ void prepare(Run& run, const std::string& resume_from) {
 // Ranks must agree on what the options led to on each machine, …
 void compare_plans(const Run& run) {
     if (run.ranks.size == 1) return;
-    Facts facts(run.o.flags.begin(), run.o.flags.end());
+    Facts facts;
+    for (const auto& [flag, value] : run.o.flags) facts.push_back({flag, flag_text(value)});
     for (const Facts& more :
          {config_facts(run.config), data_facts("training", *run.data.train, *run.loader),
           data_facts("validation", *run.data.val, *run.val_loader)})
