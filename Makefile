@@ -1,5 +1,5 @@
 # Builds the trainer, its tests and the data tools; `make help` lists what there is.
-# What the machine has is found by dev/probe.in; what it lacks only removes a feature.
+# dev/configure_check.in finds the libraries; a missing one only removes a feature.
 # Objects live in a folder named after compiler, flags and CPU, so variants never mix and an
 # option may be switched at any time.
 
@@ -43,7 +43,7 @@ else ifneq ($(filter-out help clean format check-format,$(or $(MAKECMDGOALS),all
 # What this machine has. `$(call found,ONEDNN)` is a version, or empty.
 pkg = $(shell pkg-config $1 2>/dev/null)
 yes = $(filter-out 0 no,$(strip $1))
-word_of = $(patsubst $1=%,%,$(filter $1=%,$(probe)))
+word_of = $(patsubst $1=%,%,$(filter $1=%,$(checked)))
 cpu := $(addprefix -march=,$(strip $(MARCH)))
 cpu := $(if $(cpu),$(shell $(CXX) $(cpu) -E -x c++ /dev/null >/dev/null 2>&1 && echo $(cpu)))
 openmp := $(if $(call yes,$(OPENMP)),-fopenmp)
@@ -53,8 +53,8 @@ mpi_libs := $(if $(call yes,$(MPI)),$(shell mpicc -showme:link 2>/dev/null || \
     pkg-config --libs ompi-c 2>/dev/null || pkg-config --libs mpich 2>/dev/null))
 nvcc := $(if $(call yes,$(CUDA)),$(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc)))
 cuda_home := $(if $(nvcc),$(abspath $(dir $(realpath $(nvcc)))..))
-probe := $(shell $(CXX) -std=c++20 $(CPPFLAGS) $(openmp) $(mpi_cflags) \
-    $(if $(cuda_home),-I$(cuda_home)/include -DPROBE_CUDA) -E -P -x c++ dev/probe.in \
+checked := $(shell $(CXX) -std=c++20 $(CPPFLAGS) $(openmp) $(mpi_cflags) \
+    $(if $(cuda_home),-I$(cuda_home)/include -DCHECK_CUDA) -E -P -x c++ dev/configure_check.in \
     2>/dev/null | sed -n 's/^found \([A-Z0-9]*\) /\1=/; T; s/[ "]//g; p')
 found = $(if $(call yes,$(or $($1),1)),$(call word_of,$1))
 openmp := $(if $(call found,OPENMP),$(openmp))#     clang may have the flag, and not the library
@@ -109,13 +109,13 @@ cuda_lib := $(firstword $(dir $(wildcard $(foreach d,lib64 lib,$(cuda_home)/$d/l
 libs += $(if $(cuda_lib),-L$(cuda_lib) -Wl$(comma)-rpath$(comma)$(cuda_lib:%/=%)) \
     $(if $(nccl),-lnccl) -lcublasLt -lcudart_static -ldl -lrt
 architectures := $(foreach a,$(CUDA_ARCH),-gencode=arch=$(a:sm_%=compute_%)$(comma)code=$a)
-nvcc_flags := -std=c++20 -O3 -t0 $(architectures) $(addprefix -ccbin ,$(filter %g++ g++-%,$(firstword $(CXX)))) \
+nvcc_flags := -std=c++20 -O3 -t0 --expt-relaxed-constexpr $(architectures) $(addprefix -ccbin ,$(filter %g++ g++-%,$(firstword $(CXX)))) \
     $(addprefix -Xcompiler ,-Wall -Wextra $(openmp)) $(if $(call yes,$(WERROR)),-Werror all-warnings -Xcompiler -Werror) \
     $(if $(nccl),-DLNS_NCCL) -DLNS_CUDA -I. $(NVCCFLAGS)
 cuda_object := $(BUILD)/cuda-$(shell echo $(nvcc) $(cuda) $(nvcc_flags) | cksum | cut -d' ' -f1)/train_gpt.cu.o
 endif
 
-variant := $(if $(call yes,$(SANITIZE)),sanitize,release)-$(shell (echo $(CXX) $(flags) $(optimize) $(libs) $(probe); \
+variant := $(if $(call yes,$(SANITIZE)),sanitize,release)-$(shell (echo $(CXX) $(flags) $(optimize) $(libs) $(checked); \
     $(CXX) $(flags) $(optimize) -E -dM -x c++ /dev/null 2>/dev/null) | cksum | cut -d' ' -f1)
 O := $(BUILD)/$(variant)
 ifeq ($(call yes,$(V)),)

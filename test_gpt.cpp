@@ -218,11 +218,11 @@ Row check_linear(int rows, int C, int OC) {
         {random_values(rows * C, "in"), random_values(OC * C, "w"), random_values(OC, "bias")},
         [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
             LayerResult<S> out{std::vector<S>(rows * OC), {}};
-            linear_forward(out.y.data(), x[0].data(), x[1].data(), x[2].data(), rows, C, OC);
+            matmul_forward(out.y.data(), x[0].data(), x[1].data(), x[2].data(), rows, C, OC);
             for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
             if (!c.empty())
-                linear_backward_input(out.gradients[0].data(), c.data(), x[1].data(), rows, C, OC),
-                    linear_backward_weight(out.gradients[1].data(), out.gradients[2].data(),
+                matmul_backward_input(out.gradients[0].data(), c.data(), x[1].data(), rows, C, OC),
+                    matmul_backward_weight(out.gradients[1].data(), out.gradients[2].data(),
                                            c.data(), x[0].data(), rows, C, OC, false);
             return out;
         });
@@ -371,25 +371,28 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
             for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
             std::vector<S> r(rows * C), u(rows * C), stop;
             std::vector<JunctionStats<S>> stats(rows);
-            auto p = pointers(x, (const S*)nullptr);
+            JunctionArguments<S> a;
+            a.junction = j, a.norm = type, a.eps = 1e-5, a.rows = rows, a.C = C;
+            a.p = pointers(x, (const S*)nullptr);
+            a.r_prev = x[0].data(), a.b = x[1].data();
+            a.r = r.data(), a.u = u.data(), a.stats = stats.data();
             if (j.gate && !frozen.empty()) stop = as<S>(frozen);
-            junction_forward(j, type, 1e-5, x[0].data(), x[1].data(), p, r.data(), u.data(),
-                             stats.data(), stop.empty() ? nullptr : stop.data(), rows, C);
+            junction_forward(a, stop.empty() ? nullptr : stop.data());
             if (j.gate && frozen.empty()) {
                 frozen = r_prev;
                 if (!j.gate_on_skip)
                     for (size_t i = 0; i < r.size(); i++)
-                        frozen[i] = double(r[i]) / (1 - silu(double(*p.gate)));
+                        frozen[i] = double(r[i]) / (1 - silu(double(*a.p.gate)));
             }
             out.y = r;
             if (j.in_norm) out.y.insert(out.y.end(), u.begin(), u.end());
             if (c.empty()) return out;
             std::vector<S> dr(c.begin(), c.begin() + rows * C), du(rows * C);
             if (j.in_norm) std::copy(c.begin() + rows * C, c.end(), du.begin());
-            std::vector<Acc<S>> scratch(row_chunks(rows) * (7 * C + 1));
-            junction_backward(j, type, x[0].data(), x[1].data(), r.data(), p, stats.data(),
-                              du.data(), dr.data(), out.gradients[1].data(),
-                              pointers(out.gradients, (Acc<S>*)nullptr), scratch.data(), rows, C);
+            std::vector<Acc<S>> scratch(junction_scratch(rows, C));
+            a.du = du.data(), a.dr = dr.data(), a.db = out.gradients[1].data();
+            a.dp = pointers(out.gradients, (Acc<S>*)nullptr);
+            junction_backward(a, scratch.data());
             out.gradients[0] = dr;
             return out;
         });
@@ -827,7 +830,7 @@ Pass<S> pass(CpuModel<S>& model, int B, int T, const std::vector<int>& inputs,
     Pass<S> out;
     model.zero_gradients();
     out.loss = model.loss_and_gradients(inputs.data(), targets.data(), B, T, 0.1);
-    out.gradients.assign(model.gradients + 0, model.gradients + model.registry.size);
+    out.gradients.assign(model.gradients.begin(), model.gradients.end());
     out.logits.resize(size_t(B) * T * model.config.vocab_size);
     model.logits(inputs.data(), B, T, false, out.logits.data());
     return out;
@@ -947,7 +950,7 @@ Row check_continuation(const std::string& architecture_name) {
     double worst = 0;
     for (int t : {2, 3, 4, 9, 5, 6, 3}) {
         if (t == 5) inputs[3] = (inputs[3] + 1) % V; // another continuation
-        whole.continues = false;
+        whole.kv_cache_valid = false;
         whole.logits(inputs.data(), 1, t, true, expected.data());
         parts.logits(inputs.data(), 1, t, true, found.data());
         worst =
@@ -995,7 +998,7 @@ Row check_adamw() {
     for (const Param& p : model.registry.params) {
         if (p.decay != (p.shape.size() == 2)) row.note = "decay is on for " + p.name;
     }
-    Doubles w(model.parameters + 0, model.parameters + model.registry.size);
+    Doubles w(model.parameters.begin(), model.parameters.end());
     Doubles m(w.size()), v(w.size());
     for (int step = 1; step <= 3; step++) {
         for (const Param& p : model.registry.params) {
@@ -1019,7 +1022,7 @@ Row check_adamw() {
                       .step = step,
                       .grad_scale = 0.5});
     }
-    Doubles updated(model.parameters + 0, model.parameters + model.registry.size);
+    Doubles updated(model.parameters.begin(), model.parameters.end());
     worst = relative_error(updated, w, 0);
     row.add("weights", worst, 1e-12);
     return row;
@@ -1042,8 +1045,7 @@ template <class S> Row check_recompute(const std::string& name, const std::strin
         model.initialize(1);
         for (int pass = 0; pass < 2; pass++) // the second adds to the first
             model.loss_and_gradients(inputs.data(), targets.data(), 2, 7, 0.1);
-        if (again == Recompute::none)
-            kept.assign(model.gradients + 0, model.gradients + model.registry.size);
+        if (again == Recompute::none) kept.assign(model.gradients.begin(), model.gradients.end());
         for (size_t i = 0; i < kept.size(); i++)
             differ += float(model.gradients[i]) != kept[i] || !std::isfinite(kept[i]);
         if (again != Recompute::none && model.bytes() >= bytes) row.note = "it saves no memory";

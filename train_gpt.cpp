@@ -1,28 +1,24 @@
 // lns.cpp: trains GPT and LLaMA language models under every norm scheme of "The Curse of Depth in
-// Large Language Models" (arXiv 2502.05795). This file is the whole model on the CPU, forward and
-// backward, in the order in which data flows: each backward stands directly below its forward.
-// The program around it (flags, data, training loop, checkpoints) is in gpt/ and knows only the
-// interface gpt/model/model.h.
+// Large Language Models" (arXiv 2502.05795). This file is the model on the CPU, in the order in
+// which data flows, each backward directly below its forward; then the training: a step,
+// evaluation, the loop, main. What surrounds them (flags, data, checkpoints, other commands) is in
+// gpt/, and knows the model only by its interface, gpt/model/model.h.
 //
 // Sizes: B sequences of T tokens; V vocabulary; C width; L layers; NH heads of q and KVH of k and
-// v, of HS channels each; H width of the MLP. Arrays are row-major, a row is a token.
-// S is the scalar in which tensors are stored (double, float or bf16), Acc<S> the one in which sums
-// are taken (double, float, float). Gradients of parameters and of the residual stream are sums
-// over many layers or tokens, and stored as Acc<S>. Gradients: a backward function writes the
-// gradients of activations and adds those of parameters. Sums run in an order that does not depend
-// on the number of threads (oneDNN's own aside).
+// v, of HS channels each; H width of the MLP. Arrays are row-major; a row is a token.
+// S is the scalar of stored tensors (double, float or bf16), Acc<S> the accumulator (double, float,
+// float). The residual stream and the gradients of parameters are sums over many layers or tokens,
+// so they are stored as Acc<S>. A backward function writes the gradients of activations and adds to
+// those of parameters. The order of sums does not depend on the number of threads (oneDNN's own
+// sums aside).
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
-#include <limits>
 #include <memory>
-#include <new>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -30,149 +26,27 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
-#include "gpt/base/error.h"
-#include "gpt/base/random.h"
+#include "gpt/base/clock.h"  // defines: now
+#include "gpt/base/random.h" // defines: mix_bits
+#include "gpt/cpu/arrays.h"  // defines: Acc, Array, thread_scratch, sum_of, add_rows, row_chunks
 #include "gpt/cpu/bf16.h"
-#include "gpt/cpu/gemm.h"
+#include "gpt/cpu/costs.h"         // defines: Costs, of each part of a pass
+#include "gpt/cpu/exp.h"           // defines: exp_below, sigmoid, silu, dsilu
+#include "gpt/cpu/gemm.h"          // defines: gemm, pack, packed_gemm
+#include "gpt/model/activations.h" // defines: PassTensors, which of them are kept
+#include "gpt/model/layers.h"      // defines: JunctionOperands, JunctionPointers
 #include "gpt/model/model.h"
-#include "gpt/model/slots.h"
+#include "gpt/run/program.h"  // defines: run_program, run_command, read_command_line
+#include "gpt/run/training.h" // defines: Run, set_up, begin_step, end_step, log_step, save_step, ...
 
 namespace lns {
 
 // ---------------------------------------------------------------------------------------------
-// Scalars and arrays
+// Embedding
 
-template <class S> using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-// eˣ to 2 units in the last place, without calls or branches, so that loops over it vectorize:
-// x = n ln 2 + f with |f| ≤ ln 2 / 2, and a polynomial for eᶠ (Cephes' coefficients). It is 0 below
-// −87.6 and never a subnormal number, which costs a CPU a hundred cycles. For x ≤ 88; NaN stays
-// NaN.
-inline float exp_below(float x) {
-    x = x < -200.0f ? -200.0f : x;
-    const float shifter = 12582912.0f; // 1.5 · 2²³: adding it rounds to an integer
-    float shifted = x * 1.44269504f + shifter, n = shifted - shifter;
-    float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    int exponent = std::bit_cast<int>(shifted) - (std::bit_cast<int>(shifter) - 127);
-    exponent = exponent < 0 ? 0 : exponent;
-    return p * std::bit_cast<float>(exponent << 23); // p · 2ⁿ
-}
-inline double exp_below(double x) { return std::exp(x); }
-
-// The same for any x; infinity above 88.3: had it a largest value, compilers would multiply by the
-// subnormal inverse of that for each number, to choose afterwards.
-inline float exp_(float x) {
-    const float limit = 88.3f, e = exp_below(x > limit ? limit : x);
-    return x > limit ? std::numeric_limits<float>::infinity() : e;
-}
-inline double exp_(double x) { return std::exp(x); }
-
-template <class A> inline A sigmoid(A x) { return A(1) / (A(1) + exp_(-x)); }
-template <class A> inline A silu(A x) { return x * sigmoid(x); }
-template <class A> inline A dsilu(A x) {
-    A s = sigmoid(x);
-    return s * (A(1) + x * (A(1) - s));
-}
-
-// Zeroed memory, aligned to a cache line; large ones in large pages where Linux gives them.
-template <class S> struct Array {
-    Array() = default;
-    explicit Array(int64_t n) : size(n) {
-        if (n == 0) return;
-        const size_t page = size_t(2) << 20, line = 64;
-        const size_t alignment = size_t(n) * sizeof(S) < 8 * page ? line : page;
-        const size_t bytes = (size_t(n) * sizeof(S) + line - 1) / line * line;
-        data.reset(static_cast<S*>(
-            std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)));
-        if (!data) throw std::bad_alloc();
-#ifdef __linux__
-        if (alignment == page) madvise(data.get(), bytes, MADV_HUGEPAGE);
-#endif
-        std::memset(static_cast<void*>(data.get()), 0, bytes);
-    }
-    operator S*() const { return data.get(); }
-
-    struct Free {
-        void operator()(S* p) const { std::free(p); }
-    };
-    std::unique_ptr<S, Free> data;
-    int64_t size = 0;
-};
-
-// A buffer that grows and is a thread's own.
-template <class S> S* thread_scratch(int64_t n) {
-    static thread_local std::vector<S> buffer;
-    if (int64_t(buffer.size()) < n) buffer.resize(n);
-    return buffer.data();
-}
-
-// Σ f(i), i < n, in as many lanes as a vector of bf16 has. (`omp simd reduction` adds its lanes one
-// by one at the end, which takes longer than a short row.) A lane adds few numbers before it joins
-// the total: small numbers would vanish beside the sum of all, which made Σ eˣ over 50,000 tokens
-// 7e-6 too low.
-template <class A, class F> inline double sum_of(int64_t n, const F& f) {
-    const int lanes = 32, most = 32;
-    double total = 0;
-    for (int64_t i = 0; i < n;) {
-        const int64_t end = std::min<int64_t>(n, i + lanes * most);
-        A sums[lanes] = {};
-        for (; i + lanes <= end; i += lanes)
-#pragma omp simd
-            for (int j = 0; j < lanes; j++) sums[j] += f(i + j);
-        for (; i < end; i++) sums[i % lanes] += f(i);
-        for (int half = lanes / 2; half > 0; half /= 2)
-            for (int j = 0; j < half; j++) sums[j] += sums[j + half];
-        total += sums[0];
-    }
-    return total;
-}
-
-template <class A> inline A largest_of(int64_t n, const A* x) {
-    A largest = x[0];
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-    return largest;
-}
-
-// Sums over rows are taken in parts of at most so many rows, whose sums are added in order: the
-// error then grows as the root of a part, not of all rows.
-const int64_t part_rows = 256;
-
-// The parts of a sum over rows that all threads take: enough of them for small batches too.
-inline int64_t row_chunks(int64_t rows) {
-    return std::max(std::min<int64_t>(rows, 32), (rows + part_rows - 1) / part_rows);
-}
-
-// out[i] += Σ row(r)[i] over r < rows, i < n ≤ N.
-template <int N, class A, class Row>
-inline void add_rows(A* out, int n, int64_t rows, const Row& row) {
-    A sum[N] = {};
-    for (int64_t r = 0; r < rows;) {
-        A part[N] = {};
-        for (const int64_t end = std::min(rows, r + part_rows); r < end; r++) {
-            const auto* x = row(r);
-            for (int i = 0; i < n; i++) part[i] += A(x[i]);
-        }
-        for (int i = 0; i < n; i++) sum[i] += part[i];
-    }
-    for (int i = 0; i < n; i++) out[i] += sum[i];
-}
-
-// ---------------------------------------------------------------------------------------------
-// Embedding: out[row] = wte[token] + wpe[t]. Gathering the gradient goes by channel, so that no two
-// threads meet, and by token. The first row is at position `first`, which is 0 unless B is 1.
-
+// out (rows, C) = wte[token] + wpe[position], wte (V, C), wpe (T, C) or null. The first row is at
+// position `first`, which is 0 unless B is 1.
 template <class S>
 void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, int first,
                        int64_t rows, int T, int C) {
@@ -185,6 +59,7 @@ void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wp
     }
 }
 
+// Adds to dwte and dwpe. Threads share channels, and a token's rows are added in order.
 template <class A>
 void embedding_backward(A* dwte, A* dwpe, const int* tokens, const A* dout, int B, int T, int C) {
     const int slice = 16; // channels
@@ -209,8 +84,8 @@ void embedding_backward(A* dwte, A* dwpe, const int* tokens, const A* dout, int 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Norms of one row x of C numbers: y = x̂ ⊙ w + bias with x̂ = (x − mean) · rstd. LayerNorm has the
-// mean and 1 / sqrt(variance + eps), RMSNorm (arXiv 1910.07467) 0 and 1 / sqrt(mean square + eps).
+// Norms of one row x (C): y = x̂ ⊙ w + bias with x̂ = (x − mean) · rstd. LayerNorm: rstd = 1 /
+// sqrt(variance + eps). RMSNorm (arXiv 1910.07467): mean = 0, rstd = 1 / sqrt(mean square + eps).
 // A null weight is 1, a null bias 0.
 
 template <class A> struct NormStats { A mean, rstd; };
@@ -262,42 +137,33 @@ void norm_row_backward(NormType type, const NormStats<A>& stats, const X* x, con
 }
 
 // ---------------------------------------------------------------------------------------------
-// The junction, where a sublayer's output b meets the residual stream r: the one place in which the
-// norm schemes differ (gpt/model/scheme.h has its equations).
-
-// A junction's parameters, or the gradients of them; null where it has none.
-template <class P> struct JunctionPointers {
-    P *branch_weight = nullptr, *branch_bias = nullptr, *out_weight = nullptr, *out_bias = nullptr,
-      *in_weight = nullptr, *in_bias = nullptr, *gamma = nullptr, *gate = nullptr;
-
-    JunctionPointers() = default;
-    JunctionPointers(P* base, const JunctionParams& p) {
-        auto at = [&](int64_t offset) { return offset < 0 ? nullptr : base + offset; };
-        branch_weight = at(p.branch.weight), branch_bias = at(p.branch.bias);
-        out_weight = at(p.out.weight), out_bias = at(p.out.bias);
-        in_weight = at(p.in.weight), in_bias = at(p.in.bias);
-        gamma = at(p.gamma), gate = at(p.gate);
-    }
-};
+// The junction, where a sublayer's output b meets the residual stream r: the only place where norm
+// schemes differ. gpt/model/scheme.h has its equations, gpt/model/layers.h its operands.
 
 template <class S> struct JunctionStats { NormStats<Acc<S>> branch, out, in; };
 
-// r (rows, C) and u (rows, C) from r_prev and b (rows, C); keeps the norms' statistics (rows). r
-// may be r_prev; u may be null if the junction has no in-norm, where it is r. `stopped` (rows, C)
-// is what stop() returns, null for its argument: only a check of gradients by finite differences
-// holds it fixed.
+template <class S> using JunctionArguments = JunctionOperands<S, Acc<S>, Acc<S>, JunctionStats<S>>;
+
+// `stopped` (rows, C) is what stop() returns; null: its argument. Only gradient checks by finite
+// differences set it, to hold it constant.
 template <class S>
-void junction_forward(const Junction& j, NormType type, double eps_, const Acc<S>* r_prev,
-                      const S* b, const JunctionPointers<const S>& p, Acc<S>* r, S* u,
-                      JunctionStats<S>* stats, const Acc<S>* stopped, int64_t rows, int C) {
+void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nullptr) {
     using A = Acc<S>;
-    const A eps = A(eps_), skip = A(j.skip), in_scale = A(j.in_scale);
+    const Junction& j = x.junction;
+    const NormType type = x.norm;
+    const JunctionPointers<const S>& p = x.p;
+    const A* r_prev = x.r_prev;
+    const S* b = x.b;
+    A* r = x.r;
+    S* u = x.u;
+    const int C = x.C;
+    const A eps = A(x.eps), skip = A(j.skip), in_scale = A(j.in_scale);
     const A gate = j.gate ? silu(A(*p.gate)) : A(0);
 #pragma omp parallel for
-    for (int64_t row = 0; row < rows; row++) {
+    for (int64_t row = 0; row < x.rows; row++) {
         const int64_t at = row * C;
         A* z = thread_scratch<A>(C);
-        JunctionStats<S>& st = stats[row];
+        JunctionStats<S>& st = x.stats[row];
         if (!j.branch) {
             for (int i = 0; i < C; i++) z[i] = r_prev[at + i];
         } else {
@@ -334,37 +200,47 @@ void junction_forward(const Junction& j, NormType type, double eps_, const Acc<S
     }
 }
 
-// From du (gradient of u; of r if there is no in-norm) and dr (gradient of r from what comes
-// later): db and, in place of dr, the gradient of r_prev. Adds the gradients of the parameters,
-// through partial sums in scratch (row_chunks(rows), 7·C + 1).
-template <class S>
-void junction_backward(const Junction& j, NormType type, const Acc<S>* r_prev, const S* b,
-                       const Acc<S>* r, const JunctionPointers<const S>& p,
-                       const JunctionStats<S>* stats, const S* du, Acc<S>* dr, S* db,
-                       const JunctionPointers<Acc<S>>& grads, Acc<S>* scratch, int64_t rows,
-                       int C) {
+inline int64_t junction_scratch(int64_t rows, int C) {
+    return row_chunks(rows) * (junction_vectors * int64_t(C) + 1);
+}
+
+// The parameters' gradients go through partial sums in scratch (junction_scratch(rows, C)).
+template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>* scratch) {
     using A = Acc<S>;
+    const Junction& j = x.junction;
+    const NormType type = x.norm;
+    const JunctionPointers<const S>& p = x.p;
+    const A *r_prev = x.r_prev, *r = x.r;
+    const S *b = x.b, *du = x.du;
+    A* dr = x.dr;
+    S* db = x.db;
+    const int C = x.C;
     const A skip = A(j.skip), in_scale = A(j.in_scale);
     const A gate = j.gate ? silu(A(*p.gate)) : A(0);
     const A dgate = j.gate ? dsilu(A(*p.gate)) : A(0);
-    const int64_t chunks = row_chunks(rows), width = 7 * int64_t(C) + 1;
+
+    // Partial sums of a chunk of rows: a vector (C) for each of these, then the gate's.
+    enum { in_w, in_b, out_w, out_b, branch_w, branch_b, gamma, count };
+    static_assert(count == junction_vectors);
+    A* const vectors[count] = {x.dp.in_weight,     x.dp.in_bias,     x.dp.out_weight, x.dp.out_bias,
+                               x.dp.branch_weight, x.dp.branch_bias, x.dp.gamma};
+    const int64_t rows = x.rows, chunks = row_chunks(rows), width = count * int64_t(C) + 1;
 
 #pragma omp parallel for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         A* sums = scratch + chunk * width;
         std::fill(sums, sums + width, A(0));
-        auto part = [&](int n, A* wanted) { return wanted ? sums + n * C : nullptr; };
-        A *in_weight = part(0, grads.in_weight), *in_bias = part(1, grads.in_bias),
-          *out_weight = part(2, grads.out_weight), *out_bias = part(3, grads.out_bias),
-          *branch_weight = part(4, grads.branch_weight), *branch_bias = part(5, grads.branch_bias);
-        A* gamma_sum = sums + 6 * C;
-        double gate_sum = 0, scalar_gamma_sum = 0; // over all channels: much cancels
-        A* dz = thread_scratch<A>(3 * C); // gradient of r, then of what came before, step by step
-        A *z = dz + C, *y = dz + 2 * C;   // r before the out-norm; b after the branch norm
+        auto sums_of = [&](int vector) { return vectors[vector] ? sums + vector * C : nullptr; };
+        A *in_weight = sums_of(in_w), *in_bias = sums_of(in_b), *out_weight = sums_of(out_w),
+          *out_bias = sums_of(out_b), *branch_weight = sums_of(branch_w),
+          *branch_bias = sums_of(branch_b), *gamma_sum = sums + gamma * C;
+        double gate_sum = 0, scalar_gamma_sum = 0; // over all channels, where much cancels
+        A* dz = thread_scratch<A>(3 * C);          // the gradient of r, then of each step before it
+        A *z = dz + C, *y = dz + 2 * C;            // r before the out-norm; b after the branch norm
 
         for (int64_t row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; row++) {
             const int64_t at = row * C;
-            const JunctionStats<S>& st = stats[row];
+            const JunctionStats<S>& st = x.stats[row];
             if (j.in_norm) {
                 for (int i = 0; i < C; i++) dz[i] = in_scale * A(du[at + i]);
                 norm_row_backward(type, st.in, r + at, p.in_weight, dz, dz, in_weight, in_bias, C);
@@ -373,7 +249,7 @@ void junction_backward(const Junction& j, NormType type, const Acc<S>* r_prev, c
                 for (int i = 0; i < C; i++) dz[i] = A(du[at + i]) + dr[at + i];
             }
 
-            // What the forward pass had before the out-norm and the gate.
+            // Recomputes what the forward pass had before the out-norm and the gate.
             if (j.keeps_branch()) {
                 if (!j.branch) {
                     for (int i = 0; i < C; i++) z[i] = r_prev[at + i];
@@ -392,7 +268,7 @@ void junction_backward(const Junction& j, NormType type, const Acc<S>* r_prev, c
                     }
                 }
             }
-            if (j.gate && !j.gate_on_skip) { // no out-norm; stop() passes no gradient: dz stays
+            if (j.gate && !j.gate_on_skip) { // no out-norm; stop() passes no gradient to dz
                 double dot = 0;
 #pragma omp simd reduction(+ : dot)
                 for (int i = 0; i < C; i++) dot += double(dz[i]) * double(z[i]);
@@ -426,37 +302,35 @@ void junction_backward(const Junction& j, NormType type, const Acc<S>* r_prev, c
             for (int i = 0; i < C; i++) db[at + i] = dz[i];
         }
         if (j.gamma == Gamma::scalar) gamma_sum[0] = A(scalar_gamma_sum);
-        sums[7 * C] = A(gate_sum);
+        sums[count * C] = A(gate_sum);
     }
-    auto gather = [&](A* grad, int64_t from, int64_t n) {
-        for (int64_t chunk = 0; grad && chunk < chunks; chunk++)
-            for (int64_t i = 0; i < n; i++) grad[i] += scratch[chunk * width + from + i];
+    auto add_sums = [&](A* gradient, int64_t from, int64_t n) {
+        for (int64_t chunk = 0; gradient && chunk < chunks; chunk++)
+            for (int64_t i = 0; i < n; i++) gradient[i] += scratch[chunk * width + from + i];
     };
-    gather(grads.in_weight, 0, C), gather(grads.in_bias, C, C);
-    gather(grads.out_weight, 2 * C, C), gather(grads.out_bias, 3 * C, C);
-    gather(grads.branch_weight, 4 * C, C), gather(grads.branch_bias, 5 * C, C);
-    gather(grads.gamma, 6 * C, j.gamma == Gamma::vector ? C : 1);
-    gather(grads.gate, 7 * C, 1);
+    for (int v = 0; v < count; v++)
+        add_sums(vectors[v], v * C, v == gamma && j.gamma == Gamma::scalar ? 1 : C);
+    add_sums(x.dp.gate, count * C, 1);
 }
 
 // ---------------------------------------------------------------------------------------------
-// Matrices: out (rows, OC) = in (rows, C) · wᵀ + bias, w (OC, C), bias (OC) or null.
+// Matmul: out (rows, OC) = in (rows, C) · wᵀ + bias, w (OC, C), bias (OC) or null.
 
 template <class S, class Out>
-void linear_forward(Out* out, const S* in, const S* w, const Out* bias, int64_t rows, int C,
+void matmul_forward(Out* out, const S* in, const S* w, const Out* bias, int64_t rows, int C,
                     int OC) {
     gemm(false, true, rows, OC, C, in, w, out, false, bias);
 }
 
 // din (rows, C) from dout (rows, OC).
 template <class S>
-void linear_backward_input(S* din, const S* dout, const S* w, int64_t rows, int C, int OC) {
+void matmul_backward_input(S* din, const S* dout, const S* w, int64_t rows, int C, int OC) {
     gemm(false, false, rows, C, OC, dout, w, din, false);
 }
 
-// Adds to dw, or writes it where `add` is false; adds to dbias if there is one.
+// Adds to dw, or overwrites it unless `add`; adds to dbias if there is one.
 template <class S>
-void linear_backward_weight(Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* in, int64_t rows,
+void matmul_backward_weight(Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* in, int64_t rows,
                             int C, int OC, bool add) {
     gemm(true, false, OC, C, rows, dout, in, dw, add);
     if (!dbias) return;
@@ -468,12 +342,12 @@ void linear_backward_weight(Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* i
 }
 
 // ---------------------------------------------------------------------------------------------
-// Attention. A row of qkv is NH heads of q, KVH of k, KVH of v; NH / KVH heads of q share one of k
-// and v (GQA, arXiv 2305.13245).
+// Attention. A row of qkv is NH heads of q, KVH of k, KVH of v; NH / KVH heads of q share a head of
+// k and v (GQA, arXiv 2305.13245).
 
 struct AttentionShape {
     int B, T, NH, KVH, HS;
-    int first = 0; // what comes before this position is there already; 0 unless B is 1
+    int first = 0; // positions before this one are in the KV cache; 0 unless B is 1
     int64_t rows() const { return int64_t(B) * T; }
     int q_width() const { return NH * HS; }
     int kv_width() const { return KVH * HS; }
@@ -481,8 +355,8 @@ struct AttentionShape {
 };
 
 // Rotary positions (arXiv 2104.09864) of one head's HS channels, with Hugging Face's pairing:
-// channel i turns with channel i + HS/2 by the angle t · θ^(−2i/HS). turn: (HS/2) of (cos, sin) of
-// position t. direction −1 turns back, which is the gradient.
+// channels i and i + HS/2 are rotated by the angle t · θ^(−2i/HS). turn: position t's row of the
+// table, (HS/2) of (cos, sin). direction −1 rotates back, which is the gradient.
 template <class A> struct CosSin { A cos, sin; };
 
 template <class A, class X, class Y>
@@ -496,9 +370,9 @@ void rotate(Y* out, const X* x, const CosSin<A>* turn, A direction, int HS) {
     }
 }
 
-// What q and k go through between their matrix and attention, in one pass from `in`, which may be
-// qkv: OLMo 2's RMSNorm over the whole of q and of k, if there is `raw`, which keeps what it saw;
-// then rotary positions, if there is a table (T, HS/2).
+// From the qkv matmul's output `in`, which may be qkv, to what attention reads: OLMo 2's RMSNorm
+// over all heads of q and of k, if there is `raw` (rows, Q + K), which keeps its input; then rotary
+// positions, if there is a table (T, HS/2). stats (rows, 2).
 template <class S, class X>
 void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* q_weight,
                 const S* k_weight, double eps, const CosSin<Acc<S>>* table,
@@ -526,7 +400,7 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
     }
 }
 
-// The norm's, in place on dqkv's q and k. scratch: (row_chunks(rows), Q + K).
+// Of the norm, in place on q and k of dqkv. scratch: (row_chunks(rows), Q + K).
 template <class S>
 void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, const S* q_weight,
                       const S* k_weight, Acc<S>* dq_weight, Acc<S>* dk_weight, Acc<S>* scratch,
@@ -556,48 +430,30 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, con
     }
 }
 
-// Rows of queries that attend at once: their scores, (tile, T), are all of T × T that ever exists.
+// Queries that attend at once: only their scores (tile, T) exist at a time, not T × T.
 const int attention_tile = 64;
 
-// A thread's memory for attention, one array behind the other, each aligned to a cache line.
-struct AttentionScratch {
-    char* at;
-
-    explicit AttentionScratch(int64_t bytes) {
-        at = thread_scratch<char>(bytes + 64);
-        at += 64 - reinterpret_cast<uintptr_t>(at) % 64;
-    }
-    template <class X> static int64_t bytes(int64_t n) {
-        return (n * int64_t(sizeof(X)) + 63) / 64 * 64;
-    }
-    template <class X> X* take(int64_t n) {
-        X* taken = reinterpret_cast<X*>(at);
-        at += bytes<X>(n);
-        return taken;
-    }
-};
-
-// What comes after a query gets a score whose probability is 0: cheaper than loops of odd lengths.
-template <class A> void hide(A* score, int visible, int seen) {
+// The causal mask: keys after the query get a score whose probability is 0. That is cheaper than
+// loops of odd lengths.
+template <class A> void apply_causal_mask(A* score, int visible, int seen) {
     std::fill(score + visible, score + seen, A(-1e30));
 }
 
-// out (B, T, NH·HS) = softmax(q kᵀ / sqrt(HS)) v, causal: position t sees 0 … t.
-// Keeps lse (B, NH, T), the logarithm of each softmax's denominator.
+// out (B, T, NH·HS) = softmax(q kᵀ / sqrt(HS)) v, causal: position t attends to 0 … t. lse
+// (B, NH, T): the logarithm of each softmax's denominator.
 template <class S>
 void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& a) {
     using A = Acc<S>;
     const int T = a.T, HS = a.HS, group = a.NH / a.KVH, R = attention_tile;
     const A scale = A(1) / std::sqrt(A(HS));
     const int64_t packed_k = packed_size<S>(HS, T), packed_v = packed_size<S>(T, HS);
-    const int64_t bytes = AttentionScratch::bytes<S>(packed_k) +
-                          AttentionScratch::bytes<S>(packed_v) + AttentionScratch::bytes<S>(R * T) +
-                          AttentionScratch::bytes<A>(R * (T + HS));
+    const int64_t bytes = ScratchArrays::bytes<S>(packed_k) + ScratchArrays::bytes<S>(packed_v) +
+                          ScratchArrays::bytes<S>(R * T) + ScratchArrays::bytes<A>(R * (T + HS));
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < a.B; b++)
         for (int kv = 0; kv < a.KVH; kv++) {
             const S* rows = qkv + int64_t(b) * T * a.row();
-            AttentionScratch scratch(bytes);
+            ScratchArrays scratch(bytes);
             S *kt = scratch.take<S>(packed_k), *v = scratch.take<S>(packed_v); // (HS, T), (T, HS)
             S* p = scratch.take<S>(int64_t(R) * T);
             A *scores = scratch.take<A>(int64_t(R) * T), *o = scratch.take<A>(int64_t(R) * HS);
@@ -611,8 +467,8 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                     A inverse[R];
                     for (int i = 0; i < n; i++) {
                         A* score = scores + int64_t(i) * T;
-                        S* probability = p + int64_t(i) * T; // times the sum, until o
-                        hide(score, t0 + i + 1, seen);
+                        S* probability = p + int64_t(i) * T; // not yet divided by the sum
+                        apply_causal_mask(score, t0 + i + 1, seen);
                         const A largest = largest_of(seen, score);
                         const A sum = A(sum_of<A>(seen, [=](int64_t t) {
                             const A e = exp_below(scale * (score[t] - largest));
@@ -631,8 +487,8 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
         }
 }
 
-// dqkv (B, T, row) from dout (B, T, NH·HS); where there is a table, of what was rotated by it. With
-// P the softmax and O the output, of a query: dP = dO Vᵀ; dS = P ⊙ (dP − dO · O); dQ = dS K /
+// dqkv (B, T, row) from dout (B, T, NH·HS), through the rotation too if there is a table. With P
+// the softmax and O the output of a query: dP = dO Vᵀ; dS = P ⊙ (dP − dO · O); dQ = dS K /
 // sqrt(HS); dK = dSᵀ Q / sqrt(HS); dV = Pᵀ dO.
 template <class S>
 void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
@@ -642,17 +498,16 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
     const A scale = A(1) / std::sqrt(A(HS));
     const int64_t tall = packed_size<S>(T, HS), wide = packed_size<S>(HS, T);
     const int64_t small = packed_size<S>(R, HS), scores = int64_t(R) * T, matrix = int64_t(T) * HS;
-    const int64_t bytes =
-        AttentionScratch::bytes<S>(tall) + 2 * AttentionScratch::bytes<S>(wide) +
-        2 * AttentionScratch::bytes<S>(small) + 2 * AttentionScratch::bytes<S>(scores) +
-        2 * AttentionScratch::bytes<A>(scores) + 2 * AttentionScratch::bytes<A>(matrix) +
-        AttentionScratch::bytes<A>(R * HS);
+    const int64_t bytes = ScratchArrays::bytes<S>(tall) + 2 * ScratchArrays::bytes<S>(wide) +
+                          2 * ScratchArrays::bytes<S>(small) + 2 * ScratchArrays::bytes<S>(scores) +
+                          2 * ScratchArrays::bytes<A>(scores) +
+                          2 * ScratchArrays::bytes<A>(matrix) + ScratchArrays::bytes<A>(R * HS);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < a.B; b++)
         for (int kv = 0; kv < a.KVH; kv++) {
             const S* rows = qkv + int64_t(b) * T * a.row();
             S* drows = dqkv + int64_t(b) * T * a.row();
-            AttentionScratch scratch(bytes);
+            ScratchArrays scratch(bytes);
             S *k = scratch.take<S>(tall), *kt = scratch.take<S>(wide), *vt = scratch.take<S>(wide);
             S *q = scratch.take<S>(small), *dO = scratch.take<S>(small);
             S *p = scratch.take<S>(scores), *ds = scratch.take<S>(scores);
@@ -684,9 +539,9 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                     for (int i = 0; i < n; i++) {
                         A *score = s + int64_t(i) * T, *dprobability = dp + int64_t(i) * T;
                         S *probability = p + int64_t(i) * T, *dscore = ds + int64_t(i) * T;
-                        hide(score, t0 + i + 1, seen);
+                        apply_causal_mask(score, t0 + i + 1, seen);
                         const A normalizer = lse[(int64_t(b) * a.NH + h) * T + t0 + i];
-                        // dO · O = Σ P ⊙ dP, which unlike O has not been rounded.
+                        // dO · O = Σ P ⊙ dP, without the rounding of O.
                         const A dot = A(sum_of<A>(seen, [=](int64_t t) {
                             score[t] = exp_below(scale * score[t] - normalizer);
                             probability[t] = score[t];
@@ -710,10 +565,10 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
 }
 
 // ---------------------------------------------------------------------------------------------
-// The MLP's activations: h (rows, H) → a (rows, H).
+// The MLP's activation functions: a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
 
 // GELU in its tanh form (arXiv 1606.08415): x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
-// With s = sigmoid(2 · the argument), that is x · s.
+// That is x · sigmoid(2 · tanh's argument).
 template <class S> void gelu_forward(S* out, const S* h, int64_t n) {
     using A = Acc<S>;
     const A c = A(2 * 0.79788456080286535588);
@@ -762,10 +617,10 @@ template <class S> void swiglu_backward(S* dh, const S* da, const S* h, int64_t 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
+// Loss
 
-// losses (rows) of logits (rows, V). Writes loss_scale × the logits' gradient to dlogits if that is
-// wanted; dlogits may be logits.
+// losses (rows) = −log softmax(logits)[target], 0 where the target is −1; logits (rows, V). Writes
+// loss_scale × the gradient of logits to dlogits unless that is null; dlogits may be logits.
 template <class S>
 void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* targets,
                    double loss_scale, int64_t rows, int V) {
@@ -788,128 +643,130 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
         } else {
             sum = A(sum_of<A>(V, [=](int64_t i) { return x[i] = exp_below(x[i] - largest); }));
             const A factor = A(loss_scale) / sum;
-            const A at = x[target] * factor - A(loss_scale);
+            const A dtarget = x[target] * factor - A(loss_scale);
 #pragma omp simd
             for (int i = 0; i < V; i++) dx[i] = x[i] * factor;
-            dx[target] = at;
+            dx[target] = dtarget;
         }
         losses[row] = (largest - at_target) + std::log(sum);
     }
 }
 
 // ---------------------------------------------------------------------------------------------
+// AdamW (arXiv 1711.05101): m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
+// w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
+
+// The flat buffers. weights: the master weights, whose rounded copy is `parameters`; or the
+// parameters themselves, and `parameters` is null.
+template <class S, class W, class M> struct AdamWBuffers {
+    W* weights;
+    S* parameters;
+    const Acc<S>* gradients;
+    M *moment1, *moment2;
+};
+
+// One pass over memory. stochastic: bf16 results are rounded stochastically.
+template <bool stochastic, class S, class W, class M>
+void adamw_update(const AdamWBuffers<S, W, M>& x, const AdamW& o,
+                  const std::vector<Param>& params) {
+    using A = Acc<S>;
+    const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
+    const A correction1 = A(1 / (1 - std::pow(o.beta1, double(o.step))));
+    const A correction2 = A(1 / (1 - std::pow(o.beta2, double(o.step))));
+    const A scale = A(o.grad_scale);
+    W* weights = x.weights;
+    S* copy = x.parameters;
+    const A* gradients = x.gradients;
+    M *moment1 = x.moment1, *moment2 = x.moment2;
+    auto store = [](auto& x, A value, [[maybe_unused]] uint32_t random) {
+        using X = std::remove_reference_t<decltype(x)>;
+        if constexpr (stochastic && std::is_same_v<X, bf16>)
+            x.bits = round_stochastically(float(value), random);
+        else
+            x = value;
+    };
+#pragma omp parallel
+    for (const Param& p : params) {
+        const A decay = p.decay ? A(o.weight_decay) : A(0);
+        const int64_t end = p.offset + p.size();
+#pragma omp for simd nowait schedule(static)
+        for (int64_t i = p.offset; i < end; i++) {
+            // 16 random bits for each of the three, from (step, i).
+            uint32_t random = 0, more = 0;
+            if constexpr (stochastic) {
+                random = mix_bits(uint32_t(i) * 0x9E3779B9u + uint32_t(o.step));
+                more = mix_bits(random + uint32_t(i >> 32));
+            }
+            const A g = scale * gradients[i];
+            const A m = beta1 * A(moment1[i]) + (A(1) - beta1) * g;
+            const A v = beta2 * A(moment2[i]) + (A(1) - beta2) * g * g;
+            const A w = A(weights[i]);
+            const A step = m * correction1 / (std::sqrt(v * correction2) + eps);
+            const A updated = w - lr * (step + decay * w);
+            store(moment1[i], m, random), store(moment2[i], v, random >> 16);
+            store(weights[i], updated, more);
+            if (copy) copy[i] = updated;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
 // The model
 
-// What a pass computes and keeps, laid out once. What a backward pass does not need, or computes
-// again, shares a slot.
-template <class S> struct Activations {
-    int64_t rows = 0; // B·T at most
+template <class S>
+using CpuTensors = PassTensors<Array, S, Acc<S>, NormStats<Acc<S>>, JunctionStats<S>>;
 
-    Array<Acc<S>> embedded;               // (rows, C), if junction 0 has a norm
-    Slots<Array<Acc<S>>> residual;        // (rows, C) of each junction: r
-    Slots<Array<S>> input;                // (rows, C) of each junction: u, where it is not r itself
-    Slots<Array<S>> branch;               // (rows, C) of each junction but the first: b
-    Slots<Array<JunctionStats<S>>> stats; // (rows) of each junction
-    Slots<Array<S>> qkv;                  // (rows, (NH + 2·KVH)·HS) of each layer
-    Array<Acc<S>> wide;     // (rows, (NH + 2·KVH)·HS): q, k and v before they are rounded
-    Slots<Array<S>> qk_raw; // (rows, (NH + KVH)·HS), with OLMo 2's norm
-    Slots<Array<NormStats<Acc<S>>>> qk_stats; // (rows, 2)
-    Slots<Array<S>> attended;                 // (rows, NH·HS)
-    Slots<Array<Acc<S>>> lse;                 // (rows, NH)
-    Slots<Array<S>> hidden, activated;        // (rows, H or 2·H), (rows, H)
-
+template <class S> struct Activations : CpuTensors<S> {
     int64_t logit_rows = 0, head_rows = 0; // rows of the head at once, forward and backward
-    Array<Acc<S>> logits;                  // (logit_rows, V)
+    Array<Acc<S>> logits;                  // (logit_rows, V); in dlogits, if that is Acc<S>
     Array<S> dlogits;                      // (head_rows, V)
-    Array<Acc<S>> losses;                  // (rows)
+    Array<Acc<S>> scratch;                 // partial sums
 
-    Array<Acc<S>> dresidual;  // (rows, C)
-    Array<S> dinput, dbranch; // (rows, C)
-    Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
-    Array<Acc<S>> scratch;    // partial sums
-
-    // Calls make(array, elements) for every array.
     template <class Make>
     void layout(const Config& c, int B, int T, const ModelOptions& o, const Make& make) {
-        const int C = c.width, L = c.layers, K = 2 * L + 1, V = c.vocab_size;
-        const bool train = o.training, layers = o.recompute == Recompute::layers;
-        rows = int64_t(B) * T;
-        auto junction_of = [&](int k) { return junction(c.scheme, L, k); };
-        auto keep = [&](int) { return train && !layers; };
-        auto keep_light = [&](int) { return train && o.recompute == Recompute::none; };
-        const bool embed_norm = junction_of(0).out_norm;
-        make(embedded, embed_norm ? rows * C : 0);
-        // Of each layer its input is kept, from which the rest can be computed again.
-        residual.layout(K, rows * C, make, [&](int k) { return k % 2 == 0 || keep(k); });
-        input.layout(K, rows * C, make, keep_light,
-                     [&](int k) { return junction_of(k).in_norm || !std::is_same_v<S, Acc<S>>; });
-        // A layer computed again needs both its branches at once.
-        branch.layout(
-            layers ? 3 : K, rows * C, make,
-            [&](int k) { return train && (layers || junction_of(k).keeps_branch()); },
-            [&](int k) { return k > 0; });
-        stats.layout(K, rows, make, [&](int) { return true; });
-        // Generating text goes on from every layer's k and v.
-        qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
-        make(wide, !std::is_same_v<S, Acc<S>> && (c.rope || c.qk_norm) ? rows * c.qkv_width() : 0);
-        const int64_t qk = c.qk_norm ? rows : 0;
-        qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
-        qk_stats.layout(L, qk * 2, make, keep);
-        attended.layout(L, rows * c.q_width(), make, keep);
-        lse.layout(L, rows * c.heads, make, keep);
-        hidden.layout(L, rows * c.mlp_in_width(), make, keep);
-        activated.layout(L, rows * c.mlp_width, make, keep_light);
-
-        // In training so many rows at once that the head's matrix is seldom read, and its gradient
-        // seldom added to. Equal parts, of a multiple of 32 rows.
-        auto parts = [&](int64_t elements, int64_t all, int64_t least) {
-            const int64_t most = std::max<int64_t>(least, elements / V / 32 * 32);
-            const int64_t n = (all + most - 1) / most;
-            return std::min(all, ((all + n - 1) / n + 31) / 32 * 32);
-        };
-        head_rows = parts(int64_t(1) << 26, rows, 256);
-        logit_rows =
-            train ? parts(int64_t(1) << 25, head_rows, 256) : parts(int64_t(1) << 24, rows, 256);
-        const bool in_place = train && std::is_same_v<S, Acc<S>>;
-        make(logits, in_place ? 0 : logit_rows * V);
-        make(losses, rows);
-        if (!train) return;
+        const bool exact = std::is_same_v<S, Acc<S>>;
+        CpuTensors<S>::layout(c, B, T, o, !exact && (c.rope || c.qk_norm), make);
+        const int64_t rows = this->rows;
+        const int V = c.vocab_size;
+        head_rows = head_part(rows, V, int64_t(1) << 26, 32);
+        logit_rows = o.training ? head_part(head_rows, V, int64_t(1) << 25, 32)
+                                : head_part(rows, V, int64_t(1) << 24, 32);
+        make(logits, o.training && exact ? 0 : logit_rows * V);
+        if (!o.training) return;
         make(dlogits, head_rows * V);
-        make(dresidual, rows * C);
-        make(dinput, rows * C);
-        make(dbranch, rows * C);
-        make(dwide, rows * std::max(c.qkv_width(), c.mlp_in_width()));
-        make(dnarrow, rows * std::max(c.q_width(), c.mlp_width));
-        make(scratch, row_chunks(rows) * std::max<int64_t>(7 * C + 1, c.q_width() + c.kv_width()));
+        make(scratch, std::max(junction_scratch(rows, c.width),
+                               row_chunks(rows) * (c.q_width() + c.kv_width())));
     }
 };
 
 template <class S> struct CpuModel : Model {
     using A = Acc<S>;
-    static constexpr bool exact = std::is_same_v<S, A>; // parameters need no master weights
+    static constexpr bool exact = std::is_same_v<S, A>;
 
     ModelOptions options;
     Array<S> parameters;
-    Array<A> master; // of the parameters, if they are bf16 and it is wanted
+    Array<A> master; // weights, beside bf16 parameters
     Array<A> gradients;
     Array<A> moment1, moment2;
-    Array<bf16> rounded_moment1, rounded_moment2; // instead, with moments in bf16
-    bool fresh = false; // the next backward pass writes the matrices' gradients and adds to none
+    Array<bf16> rounded_moment1, rounded_moment2; // instead of them, with moments in bf16
+    bool overwrite_gradients = false; // of matrices, by the next backward pass: zero_gradients()
     Activations<S> acts;
-    Array<CosSin<A>> rope_table;
-    std::vector<int> tokens; // of the last pass
-    int B = 0, T = 0;        // of the last pass
-    int first = 0;           // rows before this one were not computed anew in the last pass
-    bool continues = false;  // whether the next pass may go on where the last one ended
-    int64_t held = 0;        // bytes
+    Array<CosSin<A>> rotary_table;
 
-    // What stop() returns at junction k, null for its argument; only gradient checks set it.
-    std::vector<const A*> stopped;
+    // The last pass: its tokens (B, T), and the first position that it computed; the KV cache has
+    // those before.
+    std::vector<int> tokens;
+    int B = 0, T = 0, first = 0;
+    bool kv_cache_valid = false;
+    int between = 0; // layer by layer, r is residual(between)
+
+    int64_t bytes_held = 0;
+    std::vector<const A*> stopped; // of each junction; null but in gradient checks
 
     CpuModel(const Config& c, int max_B, int max_T, const ModelOptions& o) : Model(c), options(o) {
         auto make = [&](auto& array, int64_t n) {
             array = std::remove_reference_t<decltype(array)>(n);
-            held += n * int64_t(sizeof(array[0]));
+            bytes_held += n * int64_t(sizeof(array[0]));
         };
         make(parameters, registry.size);
         if (o.training) {
@@ -923,26 +780,27 @@ template <class S> struct CpuModel : Model {
         acts.layout(c, max_B, max_T, o, make);
         stopped.resize(2 * c.layers + 1);
         if (!c.rope) return;
-        const int half = c.head_size / 2;
-        const int64_t reach = std::min<int64_t>(c.positions, acts.rows);
-        make(rope_table, reach * half);
-        for (int64_t t = 0; t < reach; t++)
-            for (int i = 0; i < half; i++) {
-                double angle = double(t) * std::pow(c.rope_theta, -2.0 * i / c.head_size);
-                rope_table[t * half + i] = {A(std::cos(angle)), A(std::sin(angle))};
-            }
+        const int64_t positions = std::min<int64_t>(c.positions, acts.rows);
+        make(rotary_table, positions * (c.head_size / 2));
+        fill_rotary_table(rotary_table.begin(), c, positions);
     }
 
-    std::string device() const override { return "cpu"; }
-    std::string dtype() const override {
-        return sizeof(S) == 8 ? "float64" : sizeof(S) == 4 ? "float32" : "bf16";
+    void initialize(uint64_t seed) override {
+        kv_cache_valid = false;
+        for (const Param& p : registry.params) {
+            lns::initialize(p, seed, parameters + p.offset);
+            if (master.size) lns::initialize(p, seed, master + p.offset);
+        }
+        for (Array<A>* array : {&gradients, &moment1, &moment2})
+            std::fill(array->begin(), array->end(), A(0));
+        for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
+            std::fill(array->begin(), array->end(), bf16(0));
     }
-    int64_t bytes() const override { return held; }
 
     // Tensors of the last pass, from row `first` on. k counts junctions from 0, l layers from 0.
     int64_t rows() const { return int64_t(B) * T - first; }
     A* residual(int k) { return acts.residual[k] + int64_t(first) * config.width; }
-    S* input(int k) { // u: what the sublayer after junction k sees
+    S* input(int k) { // u of junction k, which the next sublayer reads
         if constexpr (exact)
             if (acts.input.slot[k] < 0) return residual(k);
         return acts.input[k] + int64_t(first) * config.width;
@@ -959,68 +817,27 @@ template <class S> struct CpuModel : Model {
     S* hidden(int l) { return acts.hidden[l] + int64_t(first) * config.mlp_in_width(); }
     S* activated(int l) { return acts.activated[l] + int64_t(first) * config.mlp_width; }
 
-    // Those of attention, from row 0 on.
+    // Those of attention, from row 0 on: it reads the KV cache.
     S* qkv(int l) { return acts.qkv[l]; }
-    S* qk_raw(int l) { return acts.qk_raw[l]; }
+    S* qk_raw(int l) { return config.qk_norm ? acts.qk_raw[l] : nullptr; }
     NormStats<A>* qk_stats(int l) { return acts.qk_stats[l]; }
     S* attended(int l) { return acts.attended[l]; }
     A* lse(int l) { return acts.lse[l]; }
     AttentionShape attention() const {
         return {B, T, config.heads, config.kv_heads, config.head_size, first};
     }
-    A* logits() {
-        if constexpr (exact)
-            if (acts.logits.size == 0) return acts.dlogits;
-        return acts.logits;
-    }
+    const CosSin<A>* cos_sin() const { return rotary_table; }
+
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
     A* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
+    Costs<S> costs() const { return {config, double(rows()), double(T)}; }
 
-    // Books the time until the end of the scope. bytes: of activations and weights, each read or
-    // written once.
-    Timed timed(const char* group, const char* name, double bytes, double flops = 0) const {
-        return Timed(profile, group, name, flops, bytes);
-    }
-    double moved(double per_row) const { return double(rows()) * per_row * sizeof(S); }
-
-    template <class Out>
-    void matrix_forward(const char* name, Out* out, const S* in, int64_t w, int64_t bias, int C,
-                        int OC) {
-        Timed t = timed_matrix("forward", name, C, OC, sizeof(S));
-        if constexpr (std::is_same_v<Out, S>) {
-            linear_forward(out, in, weight(w), weight(bias), rows(), C, OC);
-        } else {
-            std::vector<Out> sum_bias;
-            if (bias >= 0) sum_bias.assign(weight(bias), weight(bias) + OC);
-            linear_forward(out, in, weight(w), bias < 0 ? nullptr : sum_bias.data(), rows(), C, OC);
-        }
-    }
-    void matrix_backward(const char* name, S* din, const S* dout, const S* in, int64_t w,
-                         int64_t bias, int C, int OC) {
-        {
-            Timed t = timed_matrix("input gradient", name, C, OC, sizeof(S));
-            linear_backward_input(din, dout, weight(w), rows(), C, OC);
-        }
-        Timed t = timed_matrix("weight gradient", name, C, OC, fresh ? sizeof(A) : 2 * sizeof(A));
-        linear_backward_weight(gradient(w), gradient(bias), dout, in, rows(), C, OC, !fresh);
-    }
-    Timed timed_matrix(const char* group, const char* name, double C, double OC,
-                       double matrix_bytes) const {
-        return timed(group, name, moved(C + OC) + C * OC * matrix_bytes,
-                     2 * double(rows()) * C * OC);
-    }
-
-    // Positions before `from` keep what the last pass left there.
+    // Positions before `from` are in the KV cache.
     void forward(const int* inputs, int b, int t, int from = 0) {
-        check_tokens(inputs, b, t);
-        first = from;
-        continues = false;
+        check_tokens(inputs, b, t, acts.rows);
+        B = b, T = t, first = from, kv_cache_valid = false;
         tokens.assign(inputs, inputs + int64_t(B) * T);
-        {
-            Timed t = timed("forward", "embedding", moved(2 * config.width));
-            embedding_forward(embedded(), inputs + first, weight(registry.token_embedding),
-                              weight(registry.position_embedding), first, rows(), T, config.width);
-        }
+        embed();
         join_forward(0);
         for (int l = 0; l < config.layers; l++) {
             attention_sublayer_forward(l);
@@ -1029,51 +846,180 @@ template <class S> struct CpuModel : Model {
             join_forward(2 * l + 2);
         }
     }
+    void embed() {
+        const Timed timer(profile, costs().embedding_forward());
+        embedding_forward(embedded(), tokens.data() + first, weight(registry.token_embedding),
+                          weight(registry.position_embedding), first, rows(), T, config.width);
+    }
 
     // From the gradient of the final norm's output, in dinput.
     void backward() {
-        std::fill(acts.dresidual + 0, acts.dresidual + rows() * config.width, A(0));
+        std::fill_n(acts.dresidual.begin(), rows() * config.width, A(0));
         for (int l = config.layers - 1; l >= 0; l--) {
-            if (options.recompute == Recompute::layers) layer_again(l);
+            if (options.recompute == Recompute::layers) recompute_layer(l);
             join_backward(2 * l + 2);
             mlp_sublayer_backward(l);
             join_backward(2 * l + 1);
             attention_sublayer_backward(l);
         }
         join_backward(0);
-        Timed t = timed("backward", "embedding", moved(config.width) * 3 * sizeof(A) / sizeof(S));
+        const Timed timer(profile, costs().embedding_backward());
         embedding_backward(gradient(registry.token_embedding),
                            gradient(registry.position_embedding), tokens.data(),
-                           (const A*)acts.dresidual, B, T, config.width);
+                           acts.dresidual.begin(), B, T, config.width);
     }
 
+    Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
+    JunctionArguments<S> junction_arguments(const Junction& j, int k) {
+        JunctionArguments<S> x;
+        x.junction = j, x.norm = config.norm, x.eps = config.norm_eps;
+        x.rows = rows(), x.C = config.width;
+        x.p = {parameters, registry.junctions[k]}, x.dp = {gradients, registry.junctions[k]};
+        x.r_prev = before(k), x.r = residual(k), x.stats = stats(k);
+        if (j.branch) x.b = branch(k);
+        if (acts.input.slot[k] >= 0) x.u = input(k);
+        x.du = acts.dinput, x.dr = acts.dresidual, x.db = acts.dbranch;
+        return x;
+    }
     void join_forward(int k) {
-        const Junction j = junction(config.scheme, config.layers, k);
-        Timed t =
-            timed("forward", "junctions", moved(config.width * (1.0 + 2 * j.branch + j.in_norm)));
-        junction_forward(j, config.norm, config.norm_eps, before(k), k == 0 ? nullptr : branch(k),
-                         JunctionPointers<const S>(parameters, registry.junctions[k]), residual(k),
-                         acts.input.slot[k] < 0 ? nullptr : input(k), stats(k), stopped[k], rows(),
-                         config.width);
+        const Junction j = junction_of(k);
+        const Timed timer(profile, costs().junction_forward(j));
+        junction_forward(junction_arguments(j, k), stopped[k]);
     }
-
     void join_backward(int k) {
-        const Junction j = junction(config.scheme, config.layers, k);
-        Timed t = timed("backward", "junctions",
-                        moved(config.width * (2.0 + j.branch * (1 + 2 * j.keeps_branch()) +
-                                              2.0 * sizeof(A) / sizeof(S))));
-        junction_backward(j, config.norm, before(k), k == 0 ? nullptr : branch(k), residual(k),
-                          JunctionPointers<const S>(parameters, registry.junctions[k]), stats(k),
-                          (const S*)acts.dinput, (A*)acts.dresidual, (S*)acts.dbranch,
-                          JunctionPointers<A>(gradients, registry.junctions[k]), (A*)acts.scratch,
-                          rows(), config.width);
+        const Junction j = junction_of(k);
+        const Timed timer(profile, costs().junction_backward(j));
+        junction_backward(junction_arguments(j, k), acts.scratch.begin());
     }
 
-    // u of junction k once more, from r and its statistics, if it was not kept.
-    void input_again(int k) {
+    // The matrices of layer l, (OC, C) and (OC), as offsets.
+    struct Matrix {
+        const char* name;
+        int64_t weight, bias;
+        int C, OC;
+    };
+    Matrix qkv_matrix(int l) const {
+        const LayerParams& p = registry.layers[l];
+        return {"qkv", p.qkv, p.qkv_bias, config.width, config.qkv_width()};
+    }
+    Matrix attention_out_matrix(int l) const {
+        const LayerParams& p = registry.layers[l];
+        return {"attention out", p.attn_out, p.attn_out_bias, config.q_width(), config.width};
+    }
+    Matrix mlp_in_matrix(int l) const {
+        const LayerParams& p = registry.layers[l];
+        return {"MLP in", p.mlp_in, p.mlp_in_bias, config.width, config.mlp_in_width()};
+    }
+    Matrix mlp_out_matrix(int l) const {
+        const LayerParams& p = registry.layers[l];
+        return {"MLP out", p.mlp_out, p.mlp_out_bias, config.mlp_width, config.width};
+    }
+    template <class Out> void multiply_forward(Out* out, const S* in, const Matrix& m) {
+        const Timed timer(profile, costs().matmul_forward(m.name, rows(), m.C, m.OC, sizeof(Out)));
+        if constexpr (std::is_same_v<Out, S>) {
+            matmul_forward(out, in, weight(m.weight), weight(m.bias), rows(), m.C, m.OC);
+        } else {
+            std::vector<Out> bias;
+            if (m.bias >= 0) bias.assign(weight(m.bias), weight(m.bias) + m.OC);
+            matmul_forward(out, in, weight(m.weight), m.bias < 0 ? nullptr : bias.data(), rows(),
+                           m.C, m.OC);
+        }
+    }
+    void multiply_backward(S* din, const S* dout, const S* in, const Matrix& m) {
+        {
+            const Timed timer(profile, costs().matmul_backward_input(m.name, rows(), m.C, m.OC));
+            matmul_backward_input(din, dout, weight(m.weight), rows(), m.C, m.OC);
+        }
+        const bool add = !overwrite_gradients;
+        const Timed timer(profile, costs().matmul_backward_weight(m.name, rows(), m.C, m.OC, add));
+        matmul_backward_weight(gradient(m.weight), gradient(m.bias), dout, in, rows(), m.C, m.OC,
+                               add);
+    }
+
+    // branch(2l + 1) = attention of input(2l)
+    void attention_sublayer_forward(int l) {
+        S* computed = qkv(l) + int64_t(first) * config.qkv_width();
+        if (config.rope || config.qk_norm) {
+            // Rounded once, after norm and rotation.
+            A* unrounded = acts.unrounded_qkv;
+            if constexpr (exact) unrounded = computed;
+            multiply_forward(unrounded, input(2 * l), qkv_matrix(l));
+            const LayerParams& p = registry.layers[l];
+            const Timed timer(profile, costs().qk_forward(sizeof(A)));
+            qk_forward(qkv(l), unrounded, qk_raw(l), qk_stats(l), weight(p.q_norm),
+                       weight(p.k_norm), config.norm_eps, cos_sin(), attention());
+        } else {
+            multiply_forward(computed, input(2 * l), qkv_matrix(l));
+        }
+        {
+            const Timed timer(profile, costs().attention_forward());
+            attention_forward(attended(l), lse(l), qkv(l), attention());
+        }
+        multiply_forward(branch(2 * l + 1), attended(l) + int64_t(first) * config.q_width(),
+                         attention_out_matrix(l));
+    }
+
+    // From dbranch to dinput.
+    void attention_sublayer_backward(int l) {
+        S *dattended = acts.dnarrow, *dqkv = acts.dwide;
+        recompute_input(2 * l);
+        multiply_backward(dattended, acts.dbranch, attended(l), attention_out_matrix(l));
+        {
+            const Timed timer(profile, costs().attention_backward());
+            attention_backward(dqkv, dattended, qkv(l), lse(l), cos_sin(), attention());
+        }
+        if (config.qk_norm) {
+            const LayerParams& p = registry.layers[l];
+            const Timed timer(profile, costs().qk_norm_backward());
+            qk_norm_backward(dqkv, qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
+                             gradient(p.q_norm), gradient(p.k_norm), acts.scratch.begin(),
+                             attention());
+        }
+        multiply_backward(acts.dinput, dqkv, input(2 * l), qkv_matrix(l));
+    }
+
+    // branch(2l + 2) = MLP of input(2l + 1)
+    void mlp_sublayer_forward(int l) {
+        multiply_forward(hidden(l), input(2 * l + 1), mlp_in_matrix(l));
+        activate(l, "forward");
+        multiply_forward(branch(2 * l + 2), activated(l), mlp_out_matrix(l));
+    }
+    void activate(int l, const char* group) {
+        const Timed timer(profile, costs().activation_forward(group));
+        if (config.gated_mlp)
+            swiglu_forward(activated(l), hidden(l), rows(), config.mlp_width);
+        else
+            gelu_forward(activated(l), hidden(l), rows() * config.mlp_width);
+    }
+
+    // From dbranch to dinput.
+    void mlp_sublayer_backward(int l) {
+        S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
+        if (options.recompute == Recompute::activations) activate(l, "recompute");
+        multiply_backward(dactivated, acts.dbranch, activated(l), mlp_out_matrix(l));
+        {
+            const Timed timer(profile, costs().activation_backward());
+            if (config.gated_mlp)
+                swiglu_backward(dhidden, dactivated, hidden(l), rows(), config.mlp_width);
+            else
+                gelu_backward(dhidden, dactivated, hidden(l), rows() * config.mlp_width);
+        }
+        recompute_input(2 * l + 1);
+        multiply_backward(acts.dinput, dhidden, input(2 * l + 1), mlp_in_matrix(l));
+    }
+
+    // The parts of layer l that were not kept, from its input.
+    void recompute_layer(int l) {
+        recompute_input(2 * l);
+        attention_sublayer_forward(l);
+        join_forward(2 * l + 1);
+        mlp_sublayer_forward(l);
+    }
+    // u of junction k, from r and its statistics, if it was not kept.
+    void recompute_input(int k) {
         if (acts.input.slot[k] < 0 || acts.input.keeps(k)) return;
-        Timed t = timed("again", "junctions", moved(2 * config.width));
-        const Junction j = junction(config.scheme, config.layers, k);
+        const Timed timer(profile, costs().input_recompute());
+        const Junction j = junction_of(k);
         const JunctionPointers<const S> p(parameters, registry.junctions[k]);
         const int C = config.width;
 #pragma omp parallel for
@@ -1087,116 +1033,9 @@ template <class S> struct CpuModel : Model {
         }
     }
 
-    // What of layer l was not kept, once more, from its input.
-    void layer_again(int l) {
-        input_again(2 * l);
-        attention_sublayer_forward(l);
-        join_forward(2 * l + 1);
-        mlp_sublayer_forward(l);
-    }
-
-    // branch(2l + 1) = attention of input(2l)
-    void attention_sublayer_forward(int l) {
-        const LayerParams& p = registry.layers[l];
-        const int C = config.width, W = config.qkv_width();
-        S* out = qkv(l) + int64_t(first) * W;
-        if (!config.rope && !config.qk_norm) {
-            matrix_forward("qkv", out, input(2 * l), p.qkv, p.qkv_bias, C, W);
-        } else if constexpr (exact) {
-            matrix_forward("qkv", out, input(2 * l), p.qkv, p.qkv_bias, C, W);
-            qk_forward(l, out);
-        } else { // rounded once, behind norm and rotation
-            matrix_forward("qkv", (A*)acts.wide, input(2 * l), p.qkv, p.qkv_bias, C, W);
-            qk_forward(l, (A*)acts.wide);
-        }
-        {
-            Timed t = timed("forward", "attention", moved(config.qkv_width() + config.q_width()),
-                            attention_flops(2));
-            attention_forward(attended(l), lse(l), qkv(l), attention());
-        }
-        matrix_forward("attention out", branch(2 * l + 1), attended(l) + first * config.q_width(),
-                       p.attn_out, p.attn_out_bias, config.q_width(), config.width);
-    }
-    template <class X> void qk_forward(int l, const X* in) {
-        const LayerParams& p = registry.layers[l];
-        Timed t = timed("forward", "q and k",
-                        moved(config.qkv_width() * (1 + sizeof(X) / double(sizeof(S)))));
-        lns::qk_forward(qkv(l), in, config.qk_norm ? qk_raw(l) : nullptr, qk_stats(l),
-                        weight(p.q_norm), weight(p.k_norm), config.norm_eps, cos_sin(),
-                        attention());
-    }
-    const CosSin<A>* cos_sin() const { return config.rope ? rope_table + 0 : nullptr; }
-
-    // Of so many products of queries with what they see, half of all: T²/2 of each head.
-    double attention_flops(int products) const {
-        return double(products) * double(rows()) * T * config.q_width();
-    }
-
-    // From dbranch to dinput.
-    void attention_sublayer_backward(int l) {
-        const LayerParams& p = registry.layers[l];
-        S *dattended = acts.dnarrow, *dqkv = acts.dwide;
-        input_again(2 * l);
-        matrix_backward("attention out", dattended, (const S*)acts.dbranch, attended(l), p.attn_out,
-                        p.attn_out_bias, config.q_width(), config.width);
-        {
-            Timed t =
-                timed("backward", "attention",
-                      moved(2.0 * config.qkv_width() + 2.0 * config.q_width()), attention_flops(5));
-            attention_backward(dqkv, dattended, qkv(l), lse(l), cos_sin(), attention());
-        }
-        if (config.qk_norm) {
-            Timed t = timed("backward", "q and k norm", moved(3.0 * config.qkv_width()));
-            qk_norm_backward(dqkv, qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
-                             gradient(p.q_norm), gradient(p.k_norm), (A*)acts.scratch, attention());
-        }
-        matrix_backward("qkv", acts.dinput, dqkv, input(2 * l), p.qkv, p.qkv_bias, config.width,
-                        config.qkv_width());
-    }
-
-    // branch(2l + 2) = MLP of input(2l + 1)
-    void mlp_sublayer_forward(int l) {
-        const LayerParams& p = registry.layers[l];
-        matrix_forward("MLP in", hidden(l), input(2 * l + 1), p.mlp_in, p.mlp_in_bias, config.width,
-                       config.mlp_in_width());
-        activate(l, "forward");
-        matrix_forward("MLP out", branch(2 * l + 2), activated(l), p.mlp_out, p.mlp_out_bias,
-                       config.mlp_width, config.width);
-    }
-
-    void activate(int l, const char* group) {
-        const int H = config.mlp_width;
-        Timed t =
-            timed(group, config.gated_mlp ? "swiglu" : "gelu", moved(config.mlp_in_width() + H));
-        if (config.gated_mlp)
-            swiglu_forward(activated(l), hidden(l), rows(), H);
-        else
-            gelu_forward(activated(l), hidden(l), rows() * H);
-    }
-
-    void mlp_sublayer_backward(int l) {
-        const LayerParams& p = registry.layers[l];
-        const int H = config.mlp_width;
-        S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
-        if (!acts.activated.keeps(l) && options.recompute == Recompute::activations)
-            activate(l, "again");
-        matrix_backward("MLP out", dactivated, (const S*)acts.dbranch, activated(l), p.mlp_out,
-                        p.mlp_out_bias, H, config.width);
-        {
-            Timed t = timed("backward", config.gated_mlp ? "swiglu" : "gelu",
-                            moved(2.0 * config.mlp_in_width() + H));
-            if (config.gated_mlp)
-                swiglu_backward(dhidden, dactivated, hidden(l), rows(), H);
-            else
-                gelu_backward(dhidden, dactivated, hidden(l), rows() * H);
-        }
-        input_again(2 * l + 1);
-        matrix_backward("MLP in", acts.dinput, dhidden, input(2 * l + 1), p.mlp_in, p.mlp_in_bias,
-                        config.width, config.mlp_in_width());
-    }
-
-    // The head and its loss, some rows at a time, so that (rows, V) logits never exist; from a row
-    // `begin` on, n rows. Writes loss_scale × the logits' gradient to dlogits if that is wanted.
+    // The head and its loss, of n rows from `begin` on. A few rows at a time, so that logits
+    // (rows, V) never exist. Writes loss_scale × their gradient to dlogits (n, V) unless that is
+    // null.
     void head_forward(const int* targets, S* dlogits, double loss_scale, int64_t begin, int64_t n) {
         const int V = config.vocab_size, C = config.width;
         for (int64_t row = begin; row < begin + n; row += acts.logit_rows) {
@@ -1206,50 +1045,47 @@ template <class S> struct CpuModel : Model {
             if constexpr (exact)
                 if (dpart) x = dpart;
             {
-                Timed t = timed("forward", "head",
-                                double(part) * (C * sizeof(S) + V * sizeof(A)) +
-                                    double(V) * C * sizeof(S),
-                                2.0 * double(part) * C * V);
-                linear_forward(x, input(2 * config.layers) + row * C, weight(registry.head),
-                               (const A*)nullptr, part, C, V);
+                const Timed timer(profile, costs().matmul_forward("head", part, C, V, sizeof(A)));
+                matmul_forward<S, A>(x, input(2 * config.layers) + row * C, weight(registry.head),
+                                     nullptr, part, C, V);
             }
-            Timed t = timed("forward", "loss", double(part) * V * (sizeof(A) + sizeof(S)));
+            const Timed timer(profile, costs().loss(part));
             cross_entropy(acts.losses + row, x, dpart, targets + row, loss_scale, part, V);
         }
     }
+    A* logits() {
+        if constexpr (exact)
+            if (acts.logits.size == 0) return acts.dlogits;
+        return acts.logits;
+    }
 
+    // Forward and backward, to the gradient of the final norm's output in dinput.
+    void head_forward_backward(const int* targets, double loss_scale) {
+        const int V = config.vocab_size, C = config.width;
+        for (int64_t row = 0; row < rows(); row += acts.head_rows) {
+            const int64_t n = std::min(acts.head_rows, rows() - row);
+            S* dlogits = acts.dlogits;
+            head_forward(targets, dlogits, loss_scale, row, n);
+            {
+                const Timed timer(profile, costs().matmul_backward_input("head", n, C, V));
+                matmul_backward_input(acts.dinput + row * C, dlogits, weight(registry.head), n, C,
+                                      V);
+            }
+            const bool add = !overwrite_gradients || row > 0;
+            const Timed timer(profile, costs().matmul_backward_weight("head", n, C, V, add));
+            matmul_backward_weight<S>(gradient(registry.head), nullptr, dlogits,
+                                      input(2 * config.layers) + row * C, n, C, V, add);
+        }
+    }
     double sum_of_losses() const {
         double sum = 0;
         for (int64_t row = 0; row < rows(); row++) sum += double(acts.losses[row]);
         return sum;
     }
 
-    // With the gradients, of the final norm's output in dinput.
-    double head(const int* targets, double loss_scale) {
-        const int V = config.vocab_size, C = config.width;
-        S* dlogits = acts.dlogits;
-        for (int64_t row = 0; row < rows(); row += acts.head_rows) {
-            const int64_t n = std::min(acts.head_rows, rows() - row);
-            head_forward(targets, dlogits, loss_scale, row, n);
-            const bool add = !fresh || row > 0;
-            const double bytes = double(n) * (C + V) * sizeof(S);
-            const double flops = 2.0 * double(n) * C * V;
-            {
-                Timed t = timed("input gradient", "head", bytes + double(V) * C * sizeof(S), flops);
-                linear_backward_input(acts.dinput + row * C, dlogits, weight(registry.head), n, C,
-                                      V);
-            }
-            Timed t = timed("weight gradient", "head",
-                            bytes + (1.0 + add) * double(V) * C * sizeof(A), flops);
-            linear_backward_weight(gradient(registry.head), (A*)nullptr, dlogits,
-                                   input(2 * config.layers) + row * C, n, C, V, add);
-        }
-        return sum_of_losses();
-    }
-
     double loss(const int* inputs, const int* targets, int b, int t) override {
         forward(inputs, b, t);
-        check_targets(targets);
+        check_targets(targets, rows());
         head_forward(targets, nullptr, 0, 0, rows());
         return sum_of_losses();
     }
@@ -1258,454 +1094,119 @@ template <class S> struct CpuModel : Model {
                               double loss_scale) override {
         if (!options.training) fail("this model was made without gradients");
         forward(inputs, b, t);
-        check_targets(targets);
-        const double sum = head(targets, loss_scale);
+        check_targets(targets, rows());
+        head_forward_backward(targets, loss_scale);
         backward();
-        fresh = false;
-        return sum;
+        overwrite_gradients = false;
+        return sum_of_losses();
     }
 
     // If the tokens continue those of the last call, as in generating text, only the new positions
-    // are computed: every layer's k and v are still there.
+    // are computed.
     void logits(const int* inputs, int b, int t, bool last_only, float* out) override {
         int from = 0;
-        if (continues && last_only && b == 1)
+        if (kv_cache_valid && last_only && b == 1)
             while (from < std::min(t - 1, T) && inputs[from] == tokens[from]) from++;
         forward(inputs, b, t, from);
         const int V = config.vocab_size, C = config.width;
-        const S* final_input = input(2 * config.layers);
-        const int64_t step = last_only ? 1 : acts.logit_rows;
-        for (int64_t row = last_only ? T - 1 - first : 0; row < rows();
-             row += last_only ? T : step) {
-            const int64_t n = std::min(step, rows() - row);
-            A* logits = this->logits();
-            linear_forward(logits, final_input + row * C, weight(registry.head), (const A*)nullptr,
-                           n, C, V);
-            for (int64_t i = 0; i < n * V; i++) *out++ = float(logits[i]);
+        const int64_t step = last_only ? T : acts.logit_rows;
+        for (int64_t row = last_only ? T - 1 - first : 0; row < rows(); row += step) {
+            const int64_t n = last_only ? 1 : std::min(step, rows() - row);
+            A* x = logits();
+            matmul_forward<S, A>(x, input(2 * config.layers) + row * C, weight(registry.head),
+                                 nullptr, n, C, V);
+            for (int64_t i = 0; i < n * V; i++) *out++ = float(x[i]);
         }
-        continues = b == 1;
+        kv_cache_valid = b == 1;
     }
 
-    void check_tokens(const int* inputs, int b, int t) {
-        if (b < 1 || t < 1 || int64_t(b) * t > acts.rows)
-            fail("a batch of ", b, " x ", t, " tokens was given to a model made for ", acts.rows);
-        if (t > config.positions)
-            fail("a sequence of ", t, " tokens was given to a model of ", config.positions,
-                 " positions");
-        B = b, T = t;
-        for (int64_t i = 0; i < int64_t(B) * T; i++)
-            if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
-                fail("token ", inputs[i], " is not in the model's vocabulary of ",
-                     config.vocab_size);
-    }
-    void check_targets(const int* targets) {
-        for (int64_t i = 0; i < rows(); i++)
-            if (targets[i] < -1 || targets[i] >= config.vocab_size)
-                fail("target ", targets[i], " is neither -1 nor in the model's vocabulary of ",
-                     config.vocab_size);
-    }
-
-    void initialize(uint64_t seed) override {
-        continues = false;
-        for (const Param& p : registry.params) {
-            lns::initialize(p, seed, parameters + p.offset);
-            if (master.size) lns::initialize(p, seed, master + p.offset);
-        }
-        for (Array<A>* array : {&gradients, &moment1, &moment2})
-            std::fill(*array + 0, *array + array->size, A(0));
-        for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
-            std::fill(*array + 0, *array + array->size, bf16(0));
-    }
-
-    void set_parameter(int64_t i, A value) {
-        parameters[i] = value;
-        if (master.size) master[i] = value;
-    }
-
-    // Matrices that a backward pass multiplies get their gradients written, not added to, by the
-    // first pass: only the others are set to 0 here.
+    // The first backward pass overwrites the gradients of matmuls: only the others are zeroed here.
     void zero_gradients() override {
-        Timed t = timed("update", "zero gradients", 0);
-        fresh = true;
-        each_param([&](const Param& p) { return !written_first(p); },
-                   [&](int64_t i, const Param&) { gradients[i] = 0; });
+        const Timed timer(profile, costs().zero_gradients());
+        overwrite_gradients = true;
+        zero_gradients_where([&](const Param& p) { return !overwritten(p); });
     }
-    bool written_first(const Param& p) const {
+    bool overwritten(const Param& p) const {
         if (p.offset == registry.head) return true;
         return p.shape.size() == 2 && p.offset != registry.token_embedding &&
                p.offset != registry.position_embedding;
     }
-    // For whoever looks at the gradients before a pass has written them.
-    void write_fresh_zeros() {
-        if (!fresh || gradients.size == 0) return;
-        each_param([&](const Param& p) { return written_first(p); },
-                   [&](int64_t i, const Param&) { gradients[i] = 0; });
-        fresh = false;
+    // Before anything reads gradients that no pass has written.
+    void zero_remaining_gradients() {
+        if (!overwrite_gradients || gradients.size == 0) return;
+        zero_gradients_where([&](const Param& p) { return overwritten(p); });
+        overwrite_gradients = false;
     }
-    // f(i, p) for every number i of the parameters p that are wanted, all threads at it.
-    template <class Wanted, class F> void each_param(const Wanted& wanted, const F& f) {
+    template <class Wanted> void zero_gradients_where(const Wanted& wanted) {
 #pragma omp parallel
         for (const Param& p : registry.params) {
             if (!wanted(p)) continue;
             const int64_t end = p.offset + p.size();
 #pragma omp for nowait schedule(static)
-            for (int64_t i = p.offset; i < end; i++) f(i, p);
+            for (int64_t i = p.offset; i < end; i++) gradients[i] = 0;
         }
     }
 
     double gradient_norm() override {
-        Timed t = timed("update", "gradient norm", double(registry.size) * sizeof(A));
-        write_fresh_zeros();
-        return std::sqrt(sum_of_squares(gradients, registry.size));
-    }
-    static double sum_of_squares(const A* g, int64_t size) {
-        const int64_t block = 1 << 12, blocks = (size + block - 1) / block;
-        std::vector<double> sums(blocks);
-#pragma omp parallel for
-        for (int64_t i = 0; i < blocks; i++) {
-            sums[i] = sum_of<A>(std::min(block, size - i * block),
-                                [x = g + i * block](int64_t at) { return x[at] * x[at]; });
-        }
-        double sum = 0;
-        for (double s : sums) sum += s;
-        return sum;
+        const Timed timer(profile, costs().gradient_norm(registry.size));
+        zero_remaining_gradients();
+        return std::sqrt(sum_of_squares(gradients.begin(), registry.size));
     }
 
-    // m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
-    // w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
     void update(const AdamW& o) override {
-        continues = false;
-        write_fresh_zeros();
+        kv_cache_valid = false;
+        zero_remaining_gradients();
+        master.size ? update_weights(o, master.begin(), parameters.begin())
+                    : update_weights(o, parameters.begin(), nullptr);
+    }
+    template <class W> void update_weights(const AdamW& o, W* weights, S* copy) {
         if (options.moments == DType::bf16)
-            update(o, (bf16*)rounded_moment1, (bf16*)rounded_moment2);
+            update_all<W, bf16>(o, {weights, copy, gradients, rounded_moment1, rounded_moment2});
         else
-            update(o, (A*)moment1, (A*)moment2);
+            update_all<W, A>(o, {weights, copy, gradients, moment1, moment2});
     }
-    template <class M> void update(const AdamW& o, M* moment1, M* moment2) {
-        const bool stochastic = options.stochastic_rounding && (!exact || !std::is_same_v<M, A>);
-        Timed t = timed("update", "AdamW",
-                        double(registry.size) *
-                            (sizeof(A) + 4 * sizeof(M) +
-                             (master.size ? 2 * sizeof(A) + sizeof(S) : 2 * sizeof(S))));
-        if (master.size)
-            stochastic ? update<true>(o, (A*)master, moment1, moment2)
-                       : update<false>(o, (A*)master, moment1, moment2);
-        else
-            stochastic ? update<true>(o, (S*)parameters, moment1, moment2)
-                       : update<false>(o, (S*)parameters, moment1, moment2);
-    }
-    // One pass over memory. weights: the master weights, or the parameters themselves.
-    template <bool stochastic, class W, class M>
-    void update(const AdamW& o, W* weights, M* moment1, M* moment2) {
-        const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
-        const A correction1 = A(1 / (1 - std::pow(o.beta1, double(o.step))));
-        const A correction2 = A(1 / (1 - std::pow(o.beta2, double(o.step))));
-        const A scale = A(o.grad_scale);
-        const A* gradients = this->gradients;
-        S* copy = master.size ? parameters + 0 : nullptr;
-        auto store = [](auto& x, A value, [[maybe_unused]] uint32_t random) {
-            using X = std::remove_reference_t<decltype(x)>;
-            if constexpr (stochastic && std::is_same_v<X, bf16>)
-                x.bits = round_stochastically(float(value), random);
-            else
-                x = value;
-        };
-#pragma omp parallel
-        for (const Param& p : registry.params) {
-            const A decay = p.decay ? A(o.weight_decay) : A(0);
-            const int64_t end = p.offset + p.size();
-#pragma omp for simd nowait schedule(static)
-            for (int64_t i = p.offset; i < end; i++) {
-                // 16 random bits for each of the three, of (step, i).
-                uint32_t random = 0, more = 0;
-                if constexpr (stochastic) {
-                    random = mix_bits(uint32_t(i) * 0x9E3779B9u + uint32_t(o.step));
-                    more = mix_bits(random + uint32_t(i >> 32));
-                }
-                const A g = scale * gradients[i];
-                const A m = beta1 * A(moment1[i]) + (A(1) - beta1) * g;
-                const A v = beta2 * A(moment2[i]) + (A(1) - beta2) * g * g;
-                const A w = A(weights[i]);
-                const A step = m * correction1 / (std::sqrt(v * correction2) + eps);
-                const A updated = w - lr * (step + decay * w);
-                store(moment1[i], m, random), store(moment2[i], v, random >> 16);
-                store(weights[i], updated, more);
-                if (copy) copy[i] = updated;
-            }
-        }
+    template <class W, class M> void update_all(const AdamW& o, const AdamWBuffers<S, W, M>& x) {
+        const Timed timer(profile, costs().adamw(registry.size, sizeof(M), x.parameters));
+        const bool rounds = !exact || !std::is_same_v<M, A>;
+        options.stochastic_rounding&& rounds ? adamw_update<true>(x, o, registry.params)
+                                             : adamw_update<false>(x, o, registry.params);
     }
 
-    void read(Buffer buffer, const Param& p, float* out) override {
-        if (buffer == Buffer::gradients) write_fresh_zeros();
-        auto copy = [&](const auto& from) {
-            for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[p.offset + i]);
-        };
-        const bool rounded = options.moments == DType::bf16;
-        if (buffer == Buffer::parameters)
-            master.size ? copy(master) : copy(parameters);
-        else if (buffer == Buffer::gradients)
-            copy(gradients);
-        else if (buffer == Buffer::moment1)
-            rounded ? copy(rounded_moment1) : copy(moment1);
-        else
-            rounded ? copy(rounded_moment2) : copy(moment2);
-    }
-
-    void write(Buffer buffer, const Param& p, const float* values) override {
-        continues = false;
-        auto copy = [&](auto& to) {
-            using X = std::remove_reference_t<decltype(to[0])>;
-            for (int64_t i = 0; i < p.size(); i++) to[p.offset + i] = X(values[i]);
-        };
-        const bool rounded = options.moments == DType::bf16;
-        if (buffer == Buffer::parameters)
-            for (int64_t i = 0; i < p.size(); i++) set_parameter(p.offset + i, A(values[i]));
-        else if (buffer == Buffer::gradients)
-            write_fresh_zeros(), copy(gradients);
-        else if (buffer == Buffer::moment1)
-            rounded ? copy(rounded_moment1) : copy(moment1);
-        else
-            rounded ? copy(rounded_moment2) : copy(moment2);
-    }
-
-    float* host_gradients() override {
-        write_fresh_zeros();
-        if constexpr (std::is_same_v<A, float>)
-            return gradients;
-        else
-            return nullptr;
-    }
-
-    // Layer by layer: a junction between two layers in two parts, the norms on the way out of one
-    // and the norm on the way into the next. r is residual(2l) before layer l.
-    static Junction way_out(Junction j) {
-        j.in_norm = false;
-        return j;
-    }
-    static Junction way_in(const Junction& j) {
-        Junction in;
-        in.branch = false;
-        in.in_norm = j.in_norm, in.in_scale = j.in_scale;
-        return in;
-    }
-    int at = 0; // r is residual(at)
-
-    void join_part_forward(const Junction& j, int k, const A* r_prev, S* u) {
-        junction_forward(j, config.norm, config.norm_eps, r_prev,
-                         j.branch ? branch(k) : static_cast<const S*>(nullptr),
-                         JunctionPointers<const S>(parameters, registry.junctions[k]), residual(k),
-                         u, stats(k), stopped[k], rows(), config.width);
-    }
-    void join_part_backward(const Junction& j, int k, const A* r_prev) {
-        junction_backward(j, config.norm, r_prev, j.branch ? branch(k) : nullptr, residual(k),
-                          JunctionPointers<const S>(parameters, registry.junctions[k]), stats(k),
-                          static_cast<const S*>(acts.dinput), static_cast<A*>(acts.dresidual),
-                          static_cast<S*>(acts.dbranch),
-                          JunctionPointers<A>(gradients, registry.junctions[k]),
-                          static_cast<A*>(acts.scratch), rows(), config.width);
-    }
-    // r into the place of junction k, and u from it.
-    void enter(int k) {
-        if (at != k) std::copy_n(residual(at), rows() * config.width, residual(k));
-        at = k;
-        join_part_forward(way_in(junction(config.scheme, config.layers, k)), k, residual(k),
-                          acts.input.slot[k] < 0 ? nullptr : input(k));
-    }
-    void enter_backward(int k) {
-        Junction j = way_in(junction(config.scheme, config.layers, k));
-        join_part_backward(j, k, residual(k));
-    }
-    void check_probes() const {
-        if (!options.training || options.recompute != Recompute::none) no_layers();
-    }
-
-    void embed(const int* inputs, int b, int t) override {
-        check_probes();
-        check_tokens(inputs, b, t);
-        first = 0, continues = false, at = 0;
-        tokens.assign(inputs, inputs + int64_t(B) * T);
-        embedding_forward(embedded(), inputs, weight(registry.token_embedding),
-                          weight(registry.position_embedding), first, rows(), T, config.width);
-        join_part_forward(way_out(junction(config.scheme, config.layers, 0)), 0, embedded(),
-                          nullptr);
-    }
-    void run_layer(int l) override {
-        enter(2 * l);
-        attention_sublayer_forward(l);
-        join_forward(2 * l + 1);
-        mlp_sublayer_forward(l);
-        at = 2 * l + 2;
-        join_part_forward(way_out(junction(config.scheme, config.layers, at)), at,
-                          residual(2 * l + 1), nullptr);
-    }
-    double finish(const int* targets) override {
-        check_targets(targets);
-        enter(2 * config.layers);
-        head_forward(targets, nullptr, 0, 0, rows());
-        return sum_of_losses();
-    }
-    void finish_backward(const int* targets, double loss_scale) override {
-        check_targets(targets);
-        enter(2 * config.layers);
-        write_fresh_zeros();
-        head(targets, loss_scale);
-        std::fill_n(acts.dresidual + 0, rows() * config.width, A(0));
-        enter_backward(2 * config.layers);
-    }
-    void run_layer_backward(int l) override {
-        write_fresh_zeros();
-        std::fill_n(acts.dinput + 0, rows() * config.width, S(0));
-        const Junction out = junction(config.scheme, config.layers, 2 * l + 2);
-        join_part_backward(way_out(out), 2 * l + 2, residual(2 * l + 1));
-        mlp_sublayer_backward(l);
-        join_backward(2 * l + 1);
-        attention_sublayer_backward(l);
-        enter_backward(2 * l);
-    }
-    // f(x): x(i) is number i of a stream.
-    template <class F> void with_stream(Stream stream, const F& f) {
-        auto plain = [&](const auto* x) { f([x](int64_t i) { return float(x[i]); }); };
-        switch (stream) {
-        case Stream::residual:
-            return plain(residual(at));
-        case Stream::attention: {
-            if (branch(at - 1) != branch(at)) return plain(branch(at - 1));
-            // They share a slot, where no junction needs b again: it was r ← skip · r + b.
-            const A skip = A(junction(config.scheme, config.layers, at - 1).skip);
-            const A *after = residual(at - 1), *before = residual(at - 2);
-            return f([=](int64_t i) { return float(after[i] - skip * before[i]); });
-        }
-        case Stream::mlp:
-            return plain(branch(at));
-        case Stream::gradient:
-            return plain(acts.dresidual + 0);
-        }
-    }
-    void read(Stream stream, float* out) override {
-        with_stream(stream, [&](const auto& x) {
-#pragma omp parallel for
-            for (int64_t i = 0; i < rows() * config.width; i++) out[i] = x(i);
-        });
-    }
-    A* writable(Stream stream) {
-        if (stream != Stream::residual && stream != Stream::gradient)
-            fail("of the streams between layers r and its gradient alone can be written");
-        return stream == Stream::residual ? residual(at) : acts.dresidual + 0;
-    }
-    void write(Stream stream, const float* values) override {
-        A* to = writable(stream);
-#pragma omp parallel for
-        for (int64_t i = 0; i < rows() * config.width; i++) to[i] = A(values[i]);
-    }
-    void read_rows(Stream stream, const std::vector<int64_t>& rows, float* out) override {
-        const int C = config.width;
-        const A* from = writable(stream);
-        for (int64_t row : rows)
-            for (int i = 0; i < C; i++) *out++ = float(from[row * C + i]);
-    }
-    void write_rows(Stream stream, const std::vector<int64_t>& to, const float* values) override {
-        const int C = config.width;
-        A* x = writable(stream);
-        std::fill_n(x, rows() * C, A(0));
-        for (int64_t row : to)
-            for (int i = 0; i < C; i++) x[row * C + i] = A(*values++);
-    }
-    void rewind(int l) override { at = 2 * l; }
-
-    std::vector<Moments> row_moments(Stream stream) override {
-        std::vector<Moments> moments(rows());
-        const int C = config.width;
-        with_stream(stream, [&](const auto& x) {
-#pragma omp parallel for
-            for (int64_t row = 0; row < rows(); row++) {
-                double sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int i = 0; i < C; i++) sum += double(x(row * C + i));
-                const double mean = sum / C;
-#pragma omp simd reduction(+ : square)
-                for (int i = 0; i < C; i++) {
-                    const double d = double(x(row * C + i)) - mean;
-                    square += d * d;
-                }
-                moments[row] = {double(C), mean, square};
-            }
-        });
-        return moments;
-    }
-    std::vector<double> row_chords(int l, int m) override {
-        std::vector<double> chords(rows());
-        const int C = config.width;
-#pragma omp parallel for
-        for (int64_t row = 0; row < rows(); row++) {
-            const A *a = residual(2 * l) + row * C, *b = residual(2 * m) + row * C;
-            double aa = 0, bb = 0, difference = 0;
-#pragma omp simd reduction(+ : aa, bb)
-            for (int i = 0; i < C; i++) {
-                const double x = double(float(a[i])), y = double(float(b[i]));
-                aa += x * x, bb += y * y;
-            }
-            const double ratio = bb > 0 ? std::sqrt(aa / bb) : 0;
-#pragma omp simd reduction(+ : difference)
-            for (int i = 0; i < C; i++) {
-                const double d = double(float(a[i])) - ratio * double(float(b[i]));
-                difference += d * d;
-            }
-            chords[row] = aa > 0 ? difference / aa : bb > 0;
-        }
-        return chords;
-    }
-    std::vector<double> gradient_squares() override {
-        write_fresh_zeros();
-        std::vector<double> squares;
-        for (const Param& p : registry.params)
-            squares.push_back(sum_of_squares(gradients + p.offset, p.size()));
-        return squares;
-    }
-
-    std::string first_nonfinite() override {
-        auto bad = [](const auto* x, int64_t n) {
-            for (int64_t i = 0; i < n; i++)
-                if (!std::isfinite(A(x[i]))) return true;
-            return false;
-        };
-        for (const Param& p : registry.params)
-            if (bad(parameters + p.offset, p.size())) return "the parameter " + p.name;
-        if (rows() > 0) {
-            const int64_t n = rows(), C = config.width;
-            if (bad(embedded(), n * C)) return "the embedding's output";
-            for (int k = 0; k <= 2 * config.layers; k++) {
-                const int l = (k - 1) / 2;
-                std::string layer = "layer " + std::to_string(l + 1) + "'s ";
-                if (k > 0 && k % 2 == 1) {
-                    if (acts.qkv.keeps(l) && bad(qkv(l), n * config.qkv_width()))
-                        return layer + "q, k and v";
-                    if (acts.attended.keeps(l) && bad(attended(l), n * config.q_width()))
-                        return layer + "attention";
-                }
-                if (k > 0 && k % 2 == 0) {
-                    if (acts.hidden.keeps(l) && bad(hidden(l), n * config.mlp_in_width()))
-                        return layer + "MLP input";
-                    if (acts.activated.keeps(l) && bad(activated(l), n * config.mlp_width))
-                        return layer + "MLP activation";
-                }
-                if (acts.residual.keeps(k) && bad(residual(k), n * C))
-                    return k == 0 ? "the residual stream after the embedding"
-                                  : "the residual stream after " + layer +
-                                        (k % 2 == 1 ? "attention" : "MLP");
-                if (acts.input.keeps(k) && bad(input(k), n * C))
-                    return k == 2 * config.layers
-                               ? "the final norm's output"
-                               : "the norm before layer " + std::to_string(k / 2 + 1) + "'s " +
-                                     (k % 2 == 0 ? "attention" : "MLP");
-            }
-            if (bad((const A*)acts.losses, n)) return "the loss";
-        }
-        if (options.training && !fresh)
-            for (auto p = registry.params.rbegin(); p != registry.params.rend(); ++p)
-                if (bad(gradients + p->offset, p->size())) return "the gradient of " + p->name;
-        return "";
-    }
+    // gpt/cpu/inspect.h
+    std::string device() const override { return "cpu"; }
+    std::string dtype() const override;
+    int64_t bytes() const override { return bytes_held; }
+    template <class F> void with_buffer(Buffer buffer, const F& f);
+    void set_parameter(int64_t i, A value);
+    void read(Buffer buffer, const Param& p, float* out) override;
+    void write(Buffer buffer, const Param& p, const float* values) override;
+    float* host_gradients() override;
+    std::string first_nonfinite() override;
+    void enter(int k);
+    void enter_backward(int k);
+    void leave(int k);
+    void embed(const int* inputs, int b, int t) override;
+    void run_layer(int l) override;
+    double finish(const int* targets) override;
+    void finish_backward(const int* targets, double loss_scale) override;
+    void run_layer_backward(int l) override;
+    template <class F> void with_stream(Stream stream, const F& f);
+    A* writable(Stream stream);
+    void read(Stream stream, float* out) override;
+    void write(Stream stream, const float* values) override;
+    void read_rows(Stream stream, const std::vector<int64_t>& rows, float* out) override;
+    void write_rows(Stream stream, const std::vector<int64_t>& to, const float* values) override;
+    void rewind(int l) override { between = 2 * l; }
+    std::vector<Moments> row_moments(Stream stream) override;
+    std::vector<double> row_chords(int l, int m) override;
+    std::vector<double> gradient_squares() override;
 };
+
+} // namespace lns
+
+#include "gpt/cpu/inspect.h" // defines: other members of CpuModel, plan_memory
+
+namespace lns {
 
 std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T,
                                       const ModelOptions& options) {
@@ -1714,46 +1215,125 @@ std::unique_ptr<Model> make_cpu_model(const Config& config, int B, int T,
     return std::make_unique<CpuModel<float>>(config, B, T, options);
 }
 
-template <class S>
-MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o) {
-    MemoryPlan plan;
-    const int64_t n = make_registry(config).size;
-    plan.parameters = n * int64_t(sizeof(S));
-    if (o.training) {
-        plan.gradients = n * int64_t(sizeof(Acc<S>));
-        plan.optimizer = 2 * n * int64_t(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
-        if (sizeof(S) < sizeof(Acc<S>) && o.master_weights)
-            plan.optimizer += n * int64_t(sizeof(Acc<S>));
-    }
-    Activations<S> acts;
-    acts.layout(config, B, T, o, [&](auto& array, int64_t elements) {
-        plan.activations += elements * int64_t(sizeof(array[0]));
-    });
-#ifdef _OPENMP
-    const int threads = omp_get_max_threads();
-#else
-    const int threads = 1;
-#endif
-    const Registry registry = make_registry(config);
-    for (const Param& p : registry.params) {
-        if (p.shape.size() != 2) continue;
-        const int64_t rows = p.offset == registry.head ? acts.head_rows : acts.rows;
-        for (int k = 0; k < 2; k++) // forward, and the input's gradient
-            plan.scratch = std::max(
-                plan.scratch, gemm_scratch(rows, p.shape[1 - k], p.shape[k], sizeof(S), threads));
-    }
-    return plan;
-}
-
 MemoryPlan plan_cpu_memory(const Config& config, int B, int T, const ModelOptions& options) {
     return options.dtype == DType::bf16 ? plan_memory<bf16>(config, B, T, options)
                                         : plan_memory<float>(config, B, T, options);
 }
 
+// ---------------------------------------------------------------------------------------------
+// Training. gpt/run/training.h has the run and the functions that set it up, print and save.
+
+// Moves the weights down the gradient of the mean loss over all micro-batches and ranks. Returns
+// nothing, and changes nothing, if a stop was requested between two micro-batches.
+std::optional<Step> train_step(Run& run) {
+    const Options& o = run.o;
+    const int64_t number = run.state.step + 1;
+    const double start = now();
+
+    draw_tokens(run);
+    StepInput input = {run.inputs.data(), run.targets.data(), run.micro_batches, run.B, run.T};
+    input.loss_scale = 1 / count_targets(run);
+    input.grad_clip = o.grad_clip;
+    const double lr = learning_rate(run.schedule, number);
+    input.optimizer = {lr, o.beta1, o.beta2, o.eps, o.weight_decay, number};
+
+    begin_step(run, input);
+    draw_next_tokens(run);
+    const StepResult result = end_step(run);
+    if (result.stopped) return std::nullopt;
+
+    run.state.step = number;
+    run.state.tokens += run.tokens_per_step;
+    const double seconds = now() - start;
+    book_time(run, seconds);
+    return Step{result.loss, lr, result.grad_norm, seconds};
+}
+
+Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int T, int64_t tokens,
+                    const std::function<bool()>& stop) {
+    const uint64_t wanted = std::max<uint64_t>(1, uint64_t(tokens + T - 1) / T);
+    const uint64_t windows = std::min(wanted, loader.windows_per_epoch());
+    std::vector<int> inputs(size_t(B) * T), targets(inputs.size());
+    double loss_and_targets[2] = {0, 0}; // sums
+    CaughtError error;
+    for (uint64_t first = 0; first < windows; first += uint64_t(ranks.size) * B) {
+        if (stop && first > 0 && ranks.any(stop())) return {NAN, 0, true};
+        const uint64_t window = first + uint64_t(ranks.rank) * B; // of this rank
+        if (window >= windows) continue;
+        const int b = int(std::min<uint64_t>(B, windows - window));
+        error.run([&] {
+            loader.restore({0, window});
+            loader.next(b, inputs.data(), targets.data());
+            Ranks::Steady steady(ranks, "a batch of validation");
+            loss_and_targets[0] += model.loss(inputs.data(), targets.data(), b, T);
+        });
+        for (size_t i = 0; i < size_t(b) * T; i++) loss_and_targets[1] += targets[i] >= 0;
+    }
+    error.share(ranks);
+    ranks.sum(loss_and_targets, 2);
+    const auto [loss, n] = loss_and_targets;
+    if (n == 0) fail("no token of the validation data has a target");
+    return {loss / n, int64_t(n)};
+}
+
+// Returns NaN if a stop was requested before the end.
+double validate(Run& run) {
+    const Evaluation e = evaluate(*run.model, *run.val_loader, run.ranks, run.B, run.T,
+                                  run.o.val_tokens, [&] { return should_stop(run); });
+    if (e.stopped) return NAN;
+    check_finite(run, run.state.step, "the validation loss", e.loss);
+    run.state.val_loss = e.loss;
+    if (!(run.state.best_val_loss <= e.loss)) run.state.best_val_loss = e.loss;
+    run.variance = run.model->residual_variance(); // of the last validation batch
+    return e.loss;
+}
+
+// Steps until the last, or until a stop is requested: then returns false.
+bool train(Run& run) {
+    const Options& o = run.o;
+    const bool first = run.ranks.first(); // alone prints and saves
+    bool stop = false;
+    while (!stop && run.state.step < o.steps) {
+        const std::optional<Step> step = train_step(run);
+        if (!step) {
+            if (first) save_step(run, true);
+            return false;
+        }
+        const bool last = run.state.step == o.steps;
+        stop = any_should_stop(run) && !last;
+        auto due = [&](int64_t every) {
+            return last || (!stop && every > 0 && run.state.step % every == 0);
+        };
+
+        double val_loss = NAN;
+        if (due(o.val_every)) {
+            val_loss = validate(run);
+            stop = stop || (std::isnan(val_loss) && !last);
+        }
+        if (!first) continue;
+        std::optional<Probes> probes;
+        if (o.probe_every > 0 && due(o.probe_every)) probes = probe_layers(run);
+        log_step(run, *step, val_loss, probes);
+        print_step(run, *step, val_loss, last || stop);
+        if (o.sample_tokens > 0 && due(o.sample_every)) print_sample(run);
+        if (stop || due(o.save_every)) save_step(run, last || stop);
+    }
+    return !stop;
+}
+
 } // namespace lns
 
 #ifndef TESTING
-#include "gpt/run/program.h"
-
-int main(int argc, char** argv) { return lns::run_program(argc, argv); }
+int main(int argc, char** argv) {
+    using namespace lns;
+    return run_program([&](const Ranks& ranks) {
+        CommandLine line = read_command_line(argc, argv, ranks);
+        if (line.options.command != Options::Command::train)
+            return run_command(line.options, ranks);
+        Run run(std::move(line.options), ranks, std::move(line.lock));
+        if (!set_up(run)) return 0;
+        const bool finished = save_on_error(run, train);
+        return finish(run, finished);
+    });
+}
 #endif

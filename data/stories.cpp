@@ -22,8 +22,8 @@ void print(double megabytes, uint64_t seed) {
         written += double(text.size());
     }
     if (std::fflush(stdout) != 0 || std::ferror(stdout))
-        lns::fail("standard output cannot be written: ", std::strerror(errno),
-                  ". Is there room on the disk?");
+        lns::fail("cannot write to the standard output: ", std::strerror(errno),
+                  ". Is the disk full?");
 }
 
 } // namespace

@@ -56,7 +56,7 @@ constexpr size_t longest_part = 1 << 20;
 volatile std::sig_atomic_t interrupted = 0;
 
 void stop_if_interrupted() {
-    if (interrupted) fail("interrupted. No shard was written or changed");
+    if (interrupted) fail("interrupted: no shard was written or changed");
 }
 
 // The shards of one kind, train or val
@@ -517,13 +517,13 @@ void run(const Options& options) {
     uint64_t shard_tokens = options.shard_tokens;
     if (window) {
         if (window < 2)
-            fail("--pad-documents 1 leaves room for end-of-text alone, expected at least 2");
+            fail("--pad-documents 1 has room for end-of-text only, expected at least 2");
         if (id.eot < 0)
             fail("--pad-documents: the tokenizer '", options.tokenizer,
                  "' has no end-of-text to end and pad documents with");
         if (options.separator.empty() && options.val_fraction > 0)
-            fail("--pad-documents keeps documents whole, and without --doc-separator validation "
-                 "would take a part of one: name the line that ends a document, or give "
+            fail("--pad-documents needs whole documents, but without --doc-separator validation "
+                 "would take a part of one: give the line that ends a document, or "
                  "--val-fraction 0 to make each file a document");
         shard_tokens = std::max<uint64_t>(shard_tokens / uint64_t(window), 1) * uint64_t(window);
     }
@@ -554,7 +554,7 @@ void run(const Options& options) {
         pipeline.close();
         bytes = reader.bytes, documents = reader.documents, forced_cuts = reader.forced_cuts;
         zeros = reader.zeros, separators = reader.separators;
-        if (bytes == 0) fail("there is no text in the input, so no shard was written");
+        if (bytes == 0) fail("there is no text in the input; no shard was written");
         for (ShardSet& set : sets) set.finish();
         if (sets[0].tokens == 0)
             fail("all of the text went to validation. Use a smaller --val-fraction or more text");
@@ -569,17 +569,18 @@ void run(const Options& options) {
         note(cat("removed ", removed, " shards that an earlier run left under ", options.out));
     if (forced_cuts)
         note(cat(forced_cuts,
-                 " stretches of 1 MiB had no place to cut, and were cut anyway: a word "
-                 "or line there may be two"));
-    if (zeros) note(cat(zeros, " bytes of the input are 0, which text has none of: is it text?"));
+                 " stretches of 1 MiB had no place to cut, and were cut anyway, perhaps inside a "
+                 "word"));
+    if (zeros)
+        note(cat(zeros, " bytes of the input are 0, which do not occur in text: is it text?"));
     if (without_token)
         note(cat(without_token, " bytes have no token in this vocabulary: they became its unknown "
-                                "token, or are left out where it has none"));
+                                "token, or were dropped if it has none"));
     if (options.val_fraction > 0 && sets[1].tokens == 0)
         note(options.separator.empty() || documents > 1
                  ? "the text is too short for validation tokens"
-             : separators ? "the text is one document, and validation takes whole documents but "
-                            "the first, so there are no validation tokens"
+             : separators ? "the text is one document, and the first is never for validation, so "
+                            "there are no validation tokens"
                           : "the text is one document, with no line of --doc-separator in it, so "
                             "there are no validation tokens");
     if (options.quiet) return;

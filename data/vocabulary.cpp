@@ -195,11 +195,10 @@ void run(const Options& options) {
     if (!status.ok()) {
         const std::string why = status.ToString();
         const bool too_small = why.find("smaller than required_chars") != std::string::npos;
-        fail("SentencePiece learns no vocabulary of ", options.size, " from these ", lines.bytes,
-             " bytes: ", why, why.ends_with('.') ? " " : ". ",
-             too_small ? "Ask for a larger --size: the text's characters have a piece each"
-                       : "Where it finds the text too short for so many pieces, ask for a smaller "
-                         "--size");
+        fail("SentencePiece cannot learn a vocabulary of ", options.size, " from these ",
+             lines.bytes, " bytes: ", why, why.ends_with('.') ? " " : ". ",
+             too_small ? "Use a larger --size: every character of the text needs a piece"
+                       : "If the text is too short for that many pieces, use a smaller --size");
     }
     write_file_atomic(options.out, model);
     std::printf("%s: %d pieces, learned from %.1f MB in %s\n", printable(options.out).c_str(),
@@ -211,8 +210,8 @@ void run(const Options& options) {
         std::printf("  %s of more than %zu characters learned in parts\n",
                     count(lines.long_words, "word").c_str(), longest_word);
     if (lines.replaced)
-        std::printf("  %s taken for spaces: zero, not UTF-8, or U+2585, which SentencePiece keeps "
-                    "for itself\n",
+        std::printf("  %s taken for spaces: zero, invalid UTF-8, or U+2585, which SentencePiece "
+                    "reserves\n",
                     count(lines.replaced, "byte").c_str());
 }
 #else

@@ -1,24 +1,24 @@
 #!/bin/bash
-# `make deps`: installs what the build and the tests need and this machine lacks. It asks apt only
-# for what is missing, so a second run does nothing; without apt it says what to install. What the
-# scripts draw with goes into a Python environment of the project's own (dev/venv.sh).
+# `make deps`: installs missing packages of the build and the tests with apt, or lists them where
+# there is no apt. A second run does nothing. Drawing libraries go into the project's own Python
+# environment (dev/venv.sh).
 set -u
 
-# how to see that it is here | need | what it is for | Debian, Ubuntu | Fedora | Arch | Homebrew
+# how to find it | need | purpose | Debian, Ubuntu | Fedora | Arch | Homebrew
 table='
 command g++                      |required|the C++ compiler                  |g++                 |gcc-c++             |gcc          |gcc
 header  CLI/CLI.hpp              |required|the command line                  |libcli11-dev        |cli11-devel         |cli11        |cli11
 header  nlohmann/json.hpp        |required|configurations and checkpoints    |nlohmann-json3-dev  |json-devel          |nlohmann-json|nlohmann-json
 header  xxhash.h                 |required|checksums                         |libxxhash-dev       |xxhash-devel        |xxhash       |xxhash
-header  dnnl.hpp                 |optional|fast matrix products (oneDNN)     |libdnnl-dev         |onednn-devel        |onednn       |onednn
+header  dnnl.hpp                 |optional|fast matmuls (oneDNN)             |libdnnl-dev         |onednn-devel        |onednn       |onednn
 header  pcre2.h                  |optional|the GPT-2 tokenizer               |libpcre2-dev        |pcre2-devel         |pcre2        |pcre2
 header  sentencepiece_processor.h|optional|SentencePiece tokenizers          |libsentencepiece-dev|sentencepiece-devel |sentencepiece|sentencepiece
-command mpicc                    |optional|training on several processes     |libopenmpi-dev      |openmpi-devel       |openmpi      |open-mpi
-command mpirun                   |optional|training on several processes     |openmpi-bin         |openmpi             |openmpi      |open-mpi
+command mpicc                    |optional|training with several processes   |libopenmpi-dev      |openmpi-devel       |openmpi      |open-mpi
+command mpirun                   |optional|training with several processes   |openmpi-bin         |openmpi             |openmpi      |open-mpi
 header  gtest/gtest.h            |optional|make test                         |libgtest-dev        |gtest-devel         |gtest        |googletest
-header  boost/context/fiber.hpp  |optional|quick threads of the simulated GPU|libboost-context-dev|boost-devel         |boost        |boost
+header  boost/context/fiber.hpp  |optional|fast threads of the simulated GPU |libboost-context-dev|boost-devel         |boost        |boost
 command clang-format             |optional|make format                       |clang-format        |clang-tools-extra   |clang        |clang-format
-command git                      |optional|the commit in the record of a run |git                 |git                 |git          |git
+command git                      |optional|the commit in run records         |git                 |git                 |git          |git
 command pkg-config               |optional|libraries outside /usr            |pkg-config          |pkgconf-pkg-config  |pkgconf      |pkgconf
 command curl                     |optional|data/get.sh                       |curl                |curl                |curl         |curl
 command jq                       |optional|data/get.sh c4                    |jq                  |jq                  |jq           |jq
@@ -28,7 +28,7 @@ runtime libclang_rt.fuzzer       |optional|make fuzz                         |li
 clang   omp.h                    |optional|threads under CXX=clang++         |libomp-dev          |libomp-devel        |openmp       |libomp
 command python3                  |optional|scripts about runs                |python3             |python3             |python       |python
 python  ensurepip                |optional|pictures of runs                  |python3-venv        |python3             |python       |python'
-# Debian's curl only recommends the certificates that it needs.
+# Debian's curl only recommends the certificates it needs.
 debian_extra='
 file    /etc/ssl/certs/ca-certificates.crt|optional|data/get.sh            |ca-certificates'
 
@@ -78,17 +78,17 @@ while IFS= read -r line; do
     fi
 done <<<"$table"
 
-# The Python environment, then the exit.
+# Makes the Python environment and exits.
 finish() { # STATUS
-    local done=$1
-    if ((done == 0)) && ! "${0%/*}/venv.sh" "${BUILD:-build}/venv" "${0%/*}/requirements.txt"; then
+    local status=$1
+    if ((status == 0)) && ! "${0%/*}/venv.sh" "${BUILD:-build}/venv" "${0%/*}/requirements.txt"; then
         echo "deps: warning: there will be no pictures of runs; \`make deps\` tries again." >&2
     fi
-    exit "$done"
+    exit "$status"
 }
 
 if ((${#required[@]} + ${#optional[@]} == 0)); then
-    echo "deps: of the packages everything is here already."
+    echo "deps: all packages are installed."
     finish 0
 fi
 mapfile -t missing < <(printf '%s\n' "${required[@]}" "${optional[@]}" | awk 'NF && !seen[$0]++')
@@ -109,7 +109,7 @@ done
 root=()
 if [[ $(id -u) != 0 ]]; then
     if ! command -v sudo >/dev/null; then
-        echo "deps: this needs root and there is no sudo; as root, run:" \
+        echo "deps: installing needs root, and there is no sudo; as root, run:" \
             "apt-get install --no-install-recommends ${missing[*]}" >&2
         [[ -z $required_missing ]] || finish 1
         finish 0
@@ -125,13 +125,13 @@ update() { # once
 }
 known() { [[ $(LC_ALL=C apt-cache policy "$1" 2>/dev/null) == *Candidate:\ [0-9]* ]]; }
 
-# Package lists may be absent (a fresh container) or too old to fetch from.
+# Package lists may be absent (in a fresh container) or outdated.
 for package in "${missing[@]}"; do known "$package" || update; done
 available=()
 for package in "${missing[@]}"; do known "$package" && available+=("$package"); done
 if ((${#available[@]} > 0)) && ! install "${available[@]}"; then
     update
-    if ! install "${available[@]}"; then # whatever can be had, one by one
+    if ! install "${available[@]}"; then # one by one, as far as possible
         for package in "${available[@]}"; do install "$package"; done
     fi
 fi
@@ -140,7 +140,7 @@ status=0
 for package in "${missing[@]}"; do
     dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed && continue
     if [[ " ${required[*]} " == *" $package "* ]]; then
-        echo "deps: $package could not be installed, and nothing can be built without" \
+        echo "deps: $package could not be installed; the build needs it for" \
             "${purpose[$package]}." >&2
         status=1
     else

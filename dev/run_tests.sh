@@ -1,21 +1,21 @@
 #!/bin/bash
-# Runs test programs and scripts and sums up: the last line is "N passed, M failed, K skipped", above
-# it stands why something was skipped. JOBS=2 runs two at a time. A test says its own numbers in such
-# a line (the last number may be missing), or as GoogleTest does; one that does neither counts as
-# one, by its exit status. Why it skips something it says in a line "SKIPPED: WHAT: WHY".
+# Runs test programs and scripts and sums up: the last line is "N passed, M failed, K skipped", after
+# the reasons for skipping. JOBS=2 runs two at a time. A test reports its counts in such a line (the
+# last may be missing) or as GoogleTest does; a test that does neither counts as one, by its exit
+# status. It reports the reason for skipping in a line "SKIPPED: WHAT: WHY".
 # shellcheck source=scripts/python.sh
 . "$(dirname "$0")/../scripts/python.sh"
 passed=0 failed=0 skipped=0 broken=() reasons=() times=() jobs=${JOBS:-1}
-# Threads that wait would take the processors from the test beside theirs.
+# Busy-waiting threads would slow the test beside them.
 ((jobs > 1)) && export OMP_WAIT_POLICY=passive
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 
-# Of each test its output is the file NAME of $dir, and then its exit status and seconds NAME.status.
+# Writes a test's output to $dir/NAME, then its exit status and seconds to $dir/NAME.status.
 run() { # TEST
     local name=$dir/${1//\//:} command=("./$1") start=$SECONDS
     [[ $1 == /* ]] && command=("$1")
-    # OpenMP's threads wait in busy loops, and would take the processors from the simulator's.
+    # Busy-waiting OpenMP threads would slow the simulator's.
     [[ $1 == *_sim ]] && command=(env OMP_NUM_THREADS=1 "${command[@]}")
     [[ $1 == */unit_tests || $1 == *_test ]] && command+=(--gtest_brief=1)
     if ((jobs == 1)); then
@@ -39,7 +39,7 @@ count() { # TEST
     if [[ $line ]]; then
         read -r p _ f _ k _ <<<"$line"
         f=${f%,} k=${k:-${#why[@]}}
-    else # GoogleTest, in colour or not
+    else # GoogleTest, possibly in colour
         p=$(sed -nE 's/.*\[  PASSED  \][^0-9]*([0-9]+) tests?\..*/\1/p' "$output" | tail -1)
         f=$(grep -cE '\[  FAILED  \].* \([0-9]+ ms\)$' "$output")
         k=$(sed -nE 's/.*\[  SKIPPED \][^0-9]*([0-9]+) tests?.*/\1/p' "$output" | tail -1)
@@ -48,12 +48,12 @@ count() { # TEST
         [[ -z $p && $f == 0 && $status == 0 ]] && p=1
     fi
     p=${p:-0} f=${f:-0} k=${k:-0}
-    ((status != 0 && f == 0)) && f=1 # it crashed, or failed without saying how often
+    ((status != 0 && f == 0)) && f=1 # it crashed or did not count its failures
     ((passed += p, failed += f, skipped += k))
     times+=("$(printf '%6d s  %s' "$took" "$test")")
     ((f > 0)) && broken+=("$test ($f, exit status $status)")
     for line in ${why[@]+"${why[@]}"}; do reasons+=("$test: $line"); done
-    ((k > 0 && ${#why[@]} == 0)) && reasons+=("$test: it does not say why ($k tests)")
+    ((k > 0 && ${#why[@]} == 0)) && reasons+=("$test: no reason given ($k tests)")
 }
 
 count_finished() {

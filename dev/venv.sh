@@ -1,13 +1,13 @@
 #!/bin/bash
-# dev/venv.sh DIR REQUIREMENTS [PIP FLAG...]: a Python environment in DIR with what REQUIREMENTS
-# pins. An environment that has it already is left alone. It is made by the first python3 in PATH
-# that can, /usr/bin's before others; exit status 1 and a sentence if none can.
+# dev/venv.sh DIR REQUIREMENTS [PIP FLAG...]: makes a Python environment in DIR with the packages in
+# REQUIREMENTS, unless it exists already, using the first suitable python3 in PATH, /usr/bin's first.
+# Exits 1 with a message if there is none.
 set -u
 dir=$1 requirements=$2
 shift 2
 unset PYTHONHOME PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 
-# Written last, so that an environment that was interrupted is made again.
+# Written last, so that an interrupted installation is repeated.
 installed=$dir/installed.txt
 if cmp -s "$requirements" "$installed" && "$dir/bin/python3" -c '' 2>/dev/null; then exit 0; fi
 

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""`make bench`: how fast ./train_gpt trains here, beside PyTorch where that is installed.
+"""`make bench`: training speed of ./train_gpt on this machine, compared with PyTorch if installed.
 
-A case is a model, shape, dtype and number of threads. Those with a bar to meet are timed over
-several rounds, ours and PyTorch's one after the other, the others in the first alone; the table has
-the medians. In the first round PyTorch runs in every mode that it has (at sizes between, in those
-that were best so far), later only in those within a fifth of the best. Where the same peak is
-measured by many runs, the highest counts.
+A case is a model, shape, dtype and number of threads. Cases with a bar to meet are timed over
+several rounds, alternating between train_gpt and PyTorch; other cases run in the first round only.
+The table shows medians. In the first round PyTorch runs in all of its modes (at intermediate sizes,
+in the best ones so far), later only in those within a fifth of the best. Of several measurements of
+a peak, the highest counts.
 
-PyTorch runs with its best settings: a glibc that keeps freed memory (page faults cost it up to half
-of its speed on CPUs); threads pinned, or not where that was faster in the first case of a dtype,
-which runs both ways; where it takes its float products from the system's BLAS, as Debian's does, an
-OpenBLAS on the same OpenMP threads if that is there (one with threads of its own cannot be pinned
-beside them; the reference BLAS has one thread and is no comparison).
+PyTorch runs with its best settings: glibc keeps freed memory (page faults cost PyTorch up to half of
+its speed on CPUs); threads are pinned, unless unpinned ones were faster in the first case of a
+dtype, which runs both ways; a PyTorch whose float matmuls use the system's BLAS, such as Debian's,
+gets an OpenBLAS with the same OpenMP threads if installed (one with its own threads cannot be pinned
+beside them, and the reference BLAS is single-threaded, no fair comparison).
 
-PyTorch is looked for in BENCH_TORCH=python1,python2 (or --torch); else in /usr/bin/python3 and in
-build/torch, which `make bench TORCH=new` fills with the newest one from PyPI."""
+BENCH_TORCH=python1,python2 or --torch names Pythons with PyTorch; the default is /usr/bin/python3
+and build/torch, into which `make bench TORCH=new` installs the newest version from PyPI."""
 
 import argparse
 import glob
@@ -46,7 +46,6 @@ class Case:
     def __str__(self):
         return f"{self.name} on {self.threads} thread{'s' if self.threads > 1 else ''}"
 
-
     @property
     def has_bar(self):
         return any((self.name + ":").startswith(name + ":")
@@ -55,12 +54,12 @@ class Case:
 
 SHAPES = [("gpt2-124m", 4, 64), ("gpt2-124m", 4, 512), ("gpt2-124m", 4, 1024),
           ("llama-130m", 16, 256), ("tiny", 16, 128)]
-BETWEEN = SHAPES[2:4]  # what PyTorch's modes do there, the others show
+INTERMEDIATE = SHAPES[2:4]  # PyTorch's best modes are known from the other shapes
 DTYPES = ["float32", "bf16"]
 MODES = {"float32": ["eager", "compile"],
          "bf16": ["pure", "autocast", "pure+compile", "autocast+compile"]}
 
-# What is asked of the program on 2 cores: (case, what) -> at least.
+# The required performance on 2 cores: (case, what) -> at least.
 BARS = {
     ("gpt2-124m:4x512:bf16", "MFU"): 0.75,
     ("gpt2-124m:4x512:bf16", "against PyTorch 1.13"): 1.8,
@@ -88,7 +87,7 @@ def say(text):
 
 
 def busy_seconds():
-    """CPU time of all processes, and of our children."""
+    """CPU seconds of all processes, and of this one's children."""
     try:
         with open("/proc/stat") as file:
             user, nice, system = file.readline().split()[1:4]
@@ -100,8 +99,8 @@ def busy_seconds():
 
 
 def run_json(command, env, timeout):
-    """(the JSON object on the last line of what the command prints, None) or (None, why not). The
-    object gets "other_cores": how many cores other processes kept busy meanwhile."""
+    """(the JSON object on the last line of the command's output, None) or (None, reason). Adds
+    "other_cores", the average number of cores that other processes kept busy."""
     before, started = busy_seconds(), time.time()
     result, why = run_program(command, env, timeout)
     if result and before:
@@ -144,7 +143,7 @@ def run_ours(case, o):
 
 
 def steps_of(case, o):
-    """More where a step is short."""
+    """Timed steps of a case; more for short ones."""
     steps = 30 if case.model == "tiny" else 10 if case.batch * case.seq_len < 1000 else 4
     return max(2, steps // 2) if o.quick or not case.has_bar else steps
 
@@ -174,7 +173,7 @@ print(json.dumps({"version": torch.__version__, "config": torch.__config__.show(
 
 
 def find_torch(o):
-    """The Pythons that have it, oldest PyTorch first."""
+    """The Pythons with PyTorch, oldest version first."""
     wanted = [p for p in o.torch.split(",") if p]
     found = []
     usual = ["/usr/bin/python3", shutil.which("python3"), os.path.join(NEWEST, "bin", "python")]
@@ -199,8 +198,8 @@ def install_newest():
         subprocess.run([sys.executable, "-m", "venv", NEWEST], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", "torch", "numpy"], check=True)
     except subprocess.CalledProcessError:
-        sys.exit("bench.py: PyTorch could not be installed (Debian's Python needs python3-venv for "
-                 "it): name a Python that has it with --torch, or none with --torch none")
+        sys.exit("bench.py: PyTorch could not be installed (Debian's Python needs python3-venv): "
+                 "name a Python that has it with --torch, or use --torch none")
 
 
 def torch_environment(threads, pinned):
@@ -209,7 +208,7 @@ def torch_environment(threads, pinned):
     env.pop("OMP_PROC_BIND", None)
     if pinned:
         env["OMP_PROC_BIND"] = "true"
-    # Freed memory is kept and not given back, and lies in huge pages where the system has them.
+    # Keep freed memory, and use huge pages.
     env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:"
                    f"glibc.malloc.mmap_threshold={8 * GIB}:glibc.malloc.trim_threshold={16 * GIB}")
     env.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -246,7 +245,7 @@ def speed(results):
 
 
 def best_of(case, name):
-    """((mode, pinned), tokens/s) of that PyTorch's fastest mode; None if none ran."""
+    """((mode, pinned), tokens/s) of a PyTorch's fastest mode; None if none ran."""
     modes = case.torch.get(name)
     if not modes:
         return None
@@ -254,12 +253,12 @@ def best_of(case, name):
 
 
 def first_round(case, torch, earlier, o):
-    """earlier: the cases of this dtype that have run."""
+    """earlier: the finished cases of this dtype."""
     modes = [m for m in MODES[case.dtype] if not (torch.old and "compile" in m)]
     pinned = True
     if earlier := [best_of(c, torch.name) for c in earlier if c.torch.get(torch.name)]:
         pinned = earlier[0][0][1]
-        if (case.model, case.batch, case.seq_len) in BETWEEN:
+        if (case.model, case.batch, case.seq_len) in INTERMEDIATE:
             modes = sorted({mode for (mode, _), _ in earlier})
     ran = {}
     for mode in modes:
@@ -280,7 +279,7 @@ def later_round(case, torch, o):
             run_torch(case, torch, mode, pinned, o)
 
 
-# --------------------------------------------------------------------------- what is told
+# --------------------------------------------------------------------------- report
 
 
 def table(headers, rows):
@@ -297,7 +296,7 @@ def table(headers, rows):
 
 
 def summarize(cases, torches):
-    """Fills in each case's figures; returns the peaks by number of threads."""
+    """Sets each case's figures; returns the peaks by number of threads."""
     peaks = {}
     for case in cases:
         for r in case.ours:
@@ -340,7 +339,7 @@ def case_rows(cases, torches):
 
 
 def judged(cases, torches):
-    """[bar, at least, measured] of those bars whose cases ran."""
+    """[case, what, bar, measured, verdict] of the bars whose cases ran."""
     two = {c.name: c for c in cases if c.threads == 2}
     one = {c.name: c for c in cases if c.threads == 1}
     old = next((t.name for t in torches if t.old), None)
@@ -379,7 +378,7 @@ def report(cases, torches, o):
         say(f"  {threads} thread{'s' if threads > 1 else ' '}: float32 "
             f"{p['float32'] / 1e9:.0f} GFLOP/s, bf16 {p['bf16'] / 1e9:.0f} GFLOP/s; "
             f"memory {p['read'] / 1e9:.1f} GB/s read, {p['write'] / 1e9:.1f} written, "
-            f"{p['update'] / 1e9:.1f} updated (read and written)")
+            f"{p['update'] / 1e9:.1f} updated in place")
     headers = ["model", "batch", "dtype", "threads", "tokens/s", "MFU", "GiB"]
     for t in torches:
         headers += [t.name, "GiB", "best mode", "ratio"]
@@ -392,9 +391,9 @@ def report(cases, torches, o):
     disturbed = sum(r.get("other_cores", 0) > 0.1 for r in runs)
     if disturbed:
         say(f"WARNING: other programs kept more than a tenth of a core busy during {disturbed} of "
-            f"{len(runs)} runs, which makes them slower: measure on an idle machine.")
+            f"{len(runs)} runs, which slows them down: measure on an idle machine.")
     say("pure: parameters, gradients and moments in bf16, without the float master weights that "
-        "train_gpt keeps unless told otherwise.\nGiB: of memory resident at most.")
+        "train_gpt keeps by default.\nGiB: peak resident memory.")
     rows = judged(cases, torches)
     if rows:
         say("\nThe bars\n" + table(["case", "what", "bar", "measured", ""], rows))
@@ -415,7 +414,7 @@ def report(cases, torches, o):
             } for c in cases],
             "bars": [dict(zip(["case", "what", "bar", "measured", "verdict"], r)) for r in rows],
         }, file, indent=1)
-    say(f"\nAll of it: {os.path.relpath(o.out)}")
+    say(f"\nAll results: {os.path.relpath(o.out)}")
 
 
 def describe_torch(torches):
@@ -427,10 +426,10 @@ def describe_torch(torches):
         say(f"{t.name} ({t.python}): {', '.join(built)}" + (f"; BLAS {blas}" if blas else ""))
         if any("libblas.so.3" in p and "openblas" not in p for p in t.blas) and \
                 not any("openblas" in p for p in t.blas):
-            say("  its float products run in the reference BLAS, on one thread: install "
+            say("  its float matmuls use the reference BLAS, on one thread: install "
                 "libopenblas0-openmp for a fair comparison")
     if not torches:
-        say("No PyTorch is here to compare with: `make bench TORCH=new` installs one.")
+        say("There is no PyTorch to compare with: `make bench TORCH=new` installs one.")
 
 
 def selected(o):
@@ -444,9 +443,9 @@ def selected(o):
                         else quick or not o.quick:
                     cases.append(case)
     if not cases:
-        sys.exit("bench.py: --only " + ",".join(o.only) + " selects no case; there are "
+        sys.exit("bench.py: --only " + ",".join(o.only) + " selects no case; the cases are "
                  + ", ".join(f"{m}:{b}x{t}" for m, b, t in SHAPES)
-                 + ", each with :float32 or :bf16 behind it")
+                 + ", each followed by :float32 or :bf16")
     return cases
 
 
@@ -455,7 +454,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", default=os.path.join(ROOT, "train_gpt"))
     parser.add_argument("--only", action="append", default=[], metavar="MODEL[:BxT[:DTYPE]]",
-                        help="run these cases; may be repeated, or joined by commas")
+                        help="run these cases; may be repeated or separated by commas")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")],
                         default=[2, 1] if os.cpu_count() > 1 else [1],
                         help="default: 2,1. PyTorch runs on the first only")
@@ -463,12 +462,12 @@ def main():
     parser.add_argument("--quick", action="store_true",
                         help="small shapes, one round, the newest PyTorch only")
     parser.add_argument("--seconds", type=float, default=8,
-                        help="PyTorch begins no timed step after so many; a mode whose step takes "
-                        "longer is timed once [%(default)s]")
+                        help="PyTorch starts no timed step after this time; modes with longer steps "
+                        "are timed once [%(default)s]")
     parser.add_argument("--torch", default=os.environ.get("BENCH_TORCH", ""),
                         metavar="PYTHON,...", help="Pythons with PyTorch; none: no PyTorch")
     parser.add_argument("--install-torch", action="store_true",
-                        help="the newest from PyPI, into build/torch")
+                        help="install the newest from PyPI into build/torch")
     parser.add_argument("--out", default=os.path.join(ROOT, "build", "bench.json"))
     o = parser.parse_args()
     o.only = [only for word in o.only for only in word.split(",") if only]

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""`make bench DEVICE=cuda`: how fast ./train_gpt trains on this machine's GPU, beside PyTorch.
+"""`make bench DEVICE=cuda`: training speed of ./train_gpt on this machine's GPU, and of PyTorch.
 
-Every model is trained with the largest batch that fits and with the 131,072 tokens a step of arXiv
+Every model is trained with the largest batch that fits and with the 131,072 tokens per step of arXiv
 2502.05795, in two ways: `mixed` (bf16 with float master weights and moments; PyTorch's autocast)
-and `pure` (everything in bf16; PyTorch's model and AdamW in bf16). Then attention alone, and where a
-step's time goes. Ours comes first, PyTorch in the time that --minutes leaves: its batch is halved
-until it fits.
+and `pure` (everything in bf16; PyTorch's model and AdamW in bf16). Then attention is timed alone,
+and the parts of a step. train_gpt runs first, PyTorch in the time that --minutes leaves; its batch
+is halved until it fits.
 
-PyTorch is looked for as by bench.py (BENCH_TORCH, --torch, build/torch), and must see the GPU."""
+PyTorch is found as by bench.py (BENCH_TORCH, --torch, build/torch), and must see the GPU."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ import time
 
 from bench import GIB, ROOT, find_torch, install_newest, run_json, say, table
 
-PAPER = 131072  # tokens a step
+PAPER = 131072  # tokens per step
 SHAPES = [("llama-130m", 1024), ("gpt2-124m", 1024), ("llama-1b", 1024), ("llama-350m", 1024),
           ("llama-130m", 256), ("gpt2-124m", 256)]
 QUICK = SHAPES[:3]
@@ -32,10 +32,10 @@ MODES = {"mixed": ["autocast+compile", "autocast", "autocast+max"],
 LENGTHS = [1024, 2048, 4096, 8192]
 ATTENTION_TOKENS, HEADS, HEAD_SIZE = 16384, 12, 64
 
-# What is asked of the program on an H100: at least.
+# The required performance on an H100, at least.
 MFU_BARS = {("llama-130m", 1024): 0.50, ("llama-1b", 1024): 0.60}
 TORCH_BAR, ATTENTION_BAR, LIMIT_BAR = 1.15, 0.9, 0.85
-# Parts of a step and the names that the profile has for them.
+# Parts of a step and their names in the profile.
 PARTS = {"junction": ["junctions"], "head and loss": ["head", "loss"], "optimizer": ["AdamW"]}
 
 
@@ -43,7 +43,7 @@ class Case:
     def __init__(self, model, seq_len, batch, way):
         self.model, self.seq_len, self.batch, self.way = model, seq_len, batch, way
         self.ours, self.missing = None, None
-        self.torch = []  # of each mode that ran
+        self.torch = []  # a result per mode that ran
 
     @property
     def largest(self):
@@ -63,7 +63,7 @@ class Budget:
         self.started, self.minutes = time.time(), minutes
 
     def left(self):
-        """Seconds."""
+        """Seconds left."""
         return self.started + 60 * self.minutes - time.time()
 
 
@@ -91,8 +91,8 @@ def run_ours(case, o, budget):
 
 
 def run_torch(case, torch, mode, o, budget):
-    """Appends to case.torch what ran, of at most the batch that ours had; None if there is no
-    time."""
+    """Appends a result to case.torch, with at most train_gpt's batch; None if it failed or there was
+    no time."""
     batch, label = case.ours["batch"], f"  {torch.name} {mode}"
     with tempfile.NamedTemporaryFile("w", suffix=".json") as config:
         json.dump(case.ours["config"], config)
@@ -130,7 +130,7 @@ def sees_gpu(torch):
 
 
 def attention_model(folder):
-    """A config.json of little but attention, without rotation, for lengths up to 8192."""
+    """Writes a config.json whose cost is mostly attention, without RoPE, for lengths up to 8192."""
     width = HEADS * HEAD_SIZE
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 512,
@@ -168,7 +168,7 @@ def measure_attention(o, torch, budget):
                                 "--lengths", ",".join(map(str, LENGTHS))],
                                dict(os.environ), budget.left())
         if not theirs:
-            say(f"attention in {torch.name}: {why}")
+            say(f"{torch.name}'s attention: {why}")
     for row in rows:
         of_length = (theirs or {}).get(str(row["T"]), {})
         speeds = {name: row["flops"] / times[row["direction"]]
@@ -180,7 +180,7 @@ def measure_attention(o, torch, budget):
 
 
 def measure_parts(o, budget):
-    """The parts of a step of the first shape: seconds, and the share that their limits would take."""
+    """The parts of a step of the first shape: seconds, and the least seconds by hardware limits."""
     if budget.left() < 20:
         return []
     model, T = SHAPES[0]
@@ -199,7 +199,7 @@ def measure_parts(o, budget):
     return parts
 
 
-# --------------------------------------------------------------------------- what is told
+# --------------------------------------------------------------------------- report
 
 
 def case_rows(cases):
@@ -220,7 +220,7 @@ def case_rows(cases):
 
 
 def judged(cases, attention, parts):
-    """[what, at least, measured, verdict]"""
+    """[what, bar, measured, verdict]"""
     rows = []
 
     def judge(what, bar, value):
@@ -276,7 +276,7 @@ def report(cases, attention, parts, torch, o):
             "parts": parts,
             "bars": [dict(zip(["what", "bar", "measured", "verdict"], row)) for row in rows],
         }, file, indent=1)
-    say(f"\nAll of it: {os.path.relpath(o.out)}")
+    say(f"\nAll results: {os.path.relpath(o.out)}")
 
 
 def selected(o):
@@ -287,7 +287,7 @@ def selected(o):
         for batch in [0] if o.quick else [0, PAPER // seq_len]:
             cases += [Case(model, seq_len, batch, way) for way in WAYS]
     if not cases:
-        sys.exit("bench_gpu.py: --only " + ",".join(o.only) + " selects no case; there are "
+        sys.exit("bench_gpu.py: --only " + ",".join(o.only) + " selects no case; the cases are "
                  + ", ".join(f"{model}:{seq_len}" for model, seq_len in SHAPES))
     return cases
 
@@ -297,16 +297,16 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", default=os.path.join(ROOT, "train_gpt"))
     parser.add_argument("--only", action="append", default=[], metavar="MODEL[:LENGTH]",
-                        help="run these; may be repeated, or joined by commas")
+                        help="run these cases; may be repeated or separated by commas")
     parser.add_argument("--steps", type=int, default=20, help="timed steps [%(default)s]")
     parser.add_argument("--quick", action="store_true",
                         help="few models, the largest batch, PyTorch compiled")
-    parser.add_argument("--minutes", type=float, help="begin nothing after so many "
+    parser.add_argument("--minutes", type=float, help="start nothing after this time "
                         "[quick: 9, else 60]")
     parser.add_argument("--torch", default=os.environ.get("BENCH_TORCH", ""), metavar="PYTHON",
                         help="a Python with PyTorch; none: no PyTorch")
     parser.add_argument("--install-torch", action="store_true",
-                        help="the newest from PyPI, into build/torch")
+                        help="install the newest from PyPI into build/torch")
     parser.add_argument("--out", default=os.path.join(ROOT, "build", "bench-cuda.json"))
     o = parser.parse_args()
     o.only = [only for word in o.only for only in word.split(",") if only]
@@ -316,7 +316,7 @@ def main():
     budget = Budget(o.minutes or (9 if o.quick else 60))
     torch = next((t for t in reversed([] if o.torch == "none" else find_torch(o))
                   if not t.old and sees_gpu(t)), None)
-    say(f"{torch.name} ({torch.python})" if torch else "No PyTorch that sees the GPU is here.")
+    say(f"{torch.name} ({torch.python})" if torch else "There is no PyTorch that sees the GPU.")
     os.makedirs(os.path.dirname(os.path.abspath(o.out)), exist_ok=True)
 
     for case in cases:
@@ -325,7 +325,7 @@ def main():
         sys.exit("bench_gpu.py: nothing ran")
     parts = measure_parts(o, budget)
     attention = measure_attention(o, torch, budget)
-    for mode in range(1 if o.quick else 3):  # of all cases the most promising mode first
+    for mode in range(1 if o.quick else 3):  # the most promising mode of every case first
         for case in cases if torch else []:
             if case.ours and budget.left() > 60:
                 say(case.name)

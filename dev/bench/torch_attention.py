@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Times causal attention on a GPU, forward and backward, with each backend that PyTorch's
-scaled_dot_product_attention has: what `make bench DEVICE=cuda` compares ours with. Prints one JSON
-object: {backend: {"forward": seconds, "backward": seconds}} of each length."""
+"""Times causal attention on a GPU, forward and backward, with each backend of PyTorch's
+scaled_dot_product_attention, for `make bench DEVICE=cuda`. Prints one JSON object,
+{length: {backend: {"forward": seconds, "backward": seconds}}}."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 
 
 def median_seconds(run, runs):
-    """Of so many runs, after two that find kernels and memory."""
+    """After two warmup runs, which select kernels and allocate memory."""
     times = []
     for _ in range(runs + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -53,7 +53,7 @@ def main():
         for name, backend in BACKENDS.items():
             try:
                 result[T][name] = measure(backend, o.tokens // T, T, o.heads, o.head_size, o.runs)
-            except RuntimeError as error:  # not for this GPU or these sizes
+            except RuntimeError as error:  # this GPU or size is not supported
                 result[T][name] = {"error": str(error).splitlines()[0]}
     print(json.dumps(result))
 

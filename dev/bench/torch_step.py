@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""Times training steps of a GPT-2 or LLaMA in PyTorch: what `make bench` compares with.
+"""Times training steps of a GPT-2 or LLaMA in PyTorch, for `make bench`.
 
-Written as one writes a fast model in PyTorch, not as the reference in dev/reference: q, k and v in
-one matrix, as gate and up; the fused functions (attention, RMSNorm, AdamW) where this PyTorch has
-them. A step is what train_gpt does in one: zero the gradients, forward, backward, clip their norm
-to 1, AdamW. Runs under Python 3.8 and PyTorch 1.13 and up; prints one JSON object.
+Unlike the reference in dev/reference, the model is written for speed: q, k and v share a matrix, as
+do gate and up, and attention, RMSNorm and AdamW are fused if this PyTorch has them fused. A step is
+the same as train_gpt's: zero gradients, forward, backward, clip the gradient norm to 1, AdamW.
+Requires Python 3.8 and PyTorch 1.13; prints one JSON object.
 
-Modes: eager, compile; and of bf16: autocast (float parameters, bf16 products), or pure (the model
-and the moments in bf16: what PyTorch then computes is less than train_gpt does, which keeps float
-master weights unless told otherwise).
+Modes: eager and compile; for bf16 autocast (float parameters, bf16 matmuls) or pure (model and
+moments in bf16, which is less work than train_gpt's default with float master weights).
 
-On a GPU (--device cuda) steps are enqueued without waiting and timed --group at a time, and the
-head has rows of padding up to a multiple of 128, as everybody's fast GPT-2 has: products of 50,257
-columns are slow. They are not counted as parameters."""
+On a GPU (--device cuda) steps are enqueued without waiting and timed --group at a time, and the head
+is padded to a multiple of 128 rows, as is common for GPT-2: matmuls with 50,257 columns are slow.
+The padding is not counted as parameters."""
 
 import argparse
 import contextlib
@@ -44,23 +43,23 @@ def attention(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     T = q.shape[-2]
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    causal_mask = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return scores.masked_fill(causal_mask, float("-inf")).softmax(-1) @ v
 
 
 def rotate(x, cos, sin):
-    """x (B, heads, T, size); cos, sin (T, size / 2)."""
+    """RoPE: x (B, heads, T, size); cos, sin (T, size / 2)."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 class Sizes:
-    """Of a Hugging Face config.json."""
+    """The sizes in a Hugging Face config.json."""
 
     def __init__(self, c):
         self.gpt2 = c["model_type"].endswith("gpt2")
         if not self.gpt2 and not c["model_type"].endswith("llama"):
-            raise SystemExit(f"torch_step.py knows GPT-2 and LLaMA, not {c['model_type']!r}")
+            raise SystemExit(f"torch_step.py supports GPT-2 and LLaMA, not {c['model_type']!r}")
         name = (lambda gpt2, llama: c[gpt2 if self.gpt2 else llama])
         self.vocab = c["vocab_size"]
         self.width = name("n_embd", "hidden_size")
@@ -112,7 +111,7 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     def __init__(self, s, T, vocab):
-        """vocab: with padding."""
+        """vocab: the vocabulary's size including padding."""
         super().__init__()
         self.s = s
         self.vocab = vocab
@@ -154,7 +153,7 @@ def adamw(model):
 
 
 def peak_memory(device):
-    """Bytes; None where the system does not say."""
+    """Bytes; None if unknown."""
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
@@ -172,12 +171,12 @@ def main():
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--group", type=int, default=1,
-                        help="steps between which nothing waits for the GPU [%(default)s]")
+                        help="steps per synchronization with the GPU [%(default)s]")
     parser.add_argument("--mode", required=True, choices=[
         "eager", "compile", "autocast", "autocast+compile", "autocast+max", "pure", "pure+compile",
-        "pure+max"], help="max: compiled with mode=max-autotune-no-cudagraphs")
+        "pure+max"], help="max: compile with mode=max-autotune-no-cudagraphs")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=30, help="begin no step after so many")
+    parser.add_argument("--seconds", type=float, default=30, help="start no step after this time")
     o = parser.parse_args()
 
     torch.set_num_threads(o.threads)
@@ -204,7 +203,7 @@ def main():
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step():
-        """Seconds a step, of a group, and the last one's loss."""
+        """Runs a group of steps; returns seconds per step and the last loss."""
         start = time.perf_counter()
         for _ in range(o.group):
             optimizer.zero_grad(set_to_none=True)
@@ -220,7 +219,7 @@ def main():
     started = time.perf_counter()
     try:
         warmup = [step()]
-    except RuntimeError as error:  # PyTorch 1.13 has no cross-entropy of bf16
+    except RuntimeError as error:  # PyTorch 1.13 has no bf16 cross-entropy
         if "out of memory" in str(error):
             raise SystemExit("out of memory")
         model.float_loss = True
@@ -231,7 +230,7 @@ def main():
     steps = []
     while len(steps) < o.steps and (not steps or time.perf_counter() - started < o.seconds):
         if not steps and warmup[-1][0] > o.seconds:
-            steps = warmup[-1:]  # so slow that a second such step is not worth the wait
+            steps = warmup[-1:]  # too slow for another step
             break
         steps.append(step())
     seconds = [s for s, _ in steps]

@@ -1,8 +1,8 @@
-// libFuzzer targets, one for each parser of input that may come from elsewhere or be damaged. The
-// program's own name says which: `make fuzz` links it under each name of the table at the end.
+// libFuzzer targets, one per parser of foreign or possibly damaged input. The program's own name
+// selects one from the table at the end: `make fuzz` links it under each name.
 //
-// An lns::Error is a good answer, and so is a value that keeps the invariants checked here.
-// Everything else is a finding: another exception, a crash, 10 seconds, a gigabyte.
+// A parser may throw lns::Error or return a value that satisfies the invariants checked here. Other
+// exceptions, crashes, 10 seconds or a gigabyte are findings.
 #include <cstring>
 #include <fcntl.h>
 #include <filesystem>
@@ -35,7 +35,7 @@ void must(bool good, const char* what) {
     std::abort();
 }
 
-// A directory of this process, in memory where the system has such a one. run.sh removes it.
+// This process's directory, in memory if the system has a RAM disk. run.sh removes it.
 const std::string& scratch() {
     static const std::string path = [] {
         const char* parent = std::getenv("FUZZ_SCRATCH");
@@ -50,12 +50,12 @@ std::string file(const std::string& name, std::string_view bytes) {
     const std::string path = scratch() + "/" + name;
     const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     must(fd >= 0 && write(fd, bytes.data(), bytes.size()) == ssize_t(bytes.size()),
-         "a file is written");
+         "the file is written");
     close(fd);
     return path;
 }
 
-// The input in n parts, at bytes that text does not have.
+// The input split into n parts at bytes 0xFF, which do not occur in text.
 std::vector<std::string_view> parts(std::string_view input, size_t n) {
     std::vector<std::string_view> all;
     while (all.size() + 1 < n) {
@@ -71,7 +71,7 @@ void json(std::string_view input) {
     const nlohmann::json value = parse_json(input, "input");
     must(quoted(value).size() < 400, "a quotation is short");
     const std::string text = value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
-    must(parse_json(text, "text").dump() == text, "what is written is read as the same");
+    must(parse_json(text, "text").dump() == text, "writing and reading give the same value");
 }
 
 void safetensors(std::string_view input) {
@@ -91,13 +91,13 @@ void safetensors(std::string_view input) {
     }
     uint64_t header;
     std::memcpy(&header, input.data(), sizeof header);
-    must(bytes + header + sizeof header == input.size(), "the tensors are all of the file");
+    must(bytes + header + sizeof header == input.size(), "the tensors fill the file");
     const std::string copy = scratch() + "/copy.safetensors";
     write_safetensors(copy, read.tensors(), read.metadata());
     must(Safetensors(copy).tensors().size() == read.tensors().size(), "a copy has all tensors");
 }
 
-// An index of two files, which are there.
+// An index of two existing files.
 void index(std::string_view input) {
     static const bool made = [] {
         const float values[4] = {1, 2, 3, 4};
@@ -136,7 +136,7 @@ void config(std::string_view input) {
     const Config read = config_from_json(std::string(input), "config.json");
     const std::string text = config_to_json(read);
     must(config_to_json(config_from_json(text, "text")) == text,
-         "a configuration is read as it was");
+         "a configuration survives writing and reading");
 }
 
 void state(std::string_view input) {
@@ -165,26 +165,26 @@ void run(std::string_view input) {
     attempt([&] { RunDirectory::resume(path).truncate_log_after(1); });
 }
 
-// What every tokenizer promises, of any text.
+// Checks the properties that every tokenizer has for any text.
 void check_encoding(const Tokenizer& tokenizer, std::string_view text, bool exact) {
     const std::vector<int> tokens = tokenizer.encode(text);
     for (int token : tokens)
         must(token >= 0 && token < tokenizer.vocab_size(), "tokens are in range");
     const std::string back = tokenizer.decode(tokens);
-    if (exact) must(back == text, "a text comes back as it was");
+    if (exact) must(back == text, "decoding inverts encoding");
     const size_t cut = tokenizer.safe_cut(text);
-    must(cut <= text.size(), "a cut is inside");
+    must(cut <= text.size(), "a cut is inside the text");
     if (cut == 0) return;
     std::vector<int> joined = tokenizer.encode(text.substr(0, cut));
     const std::vector<int> rest = tokenizer.encode_rest(text.substr(cut));
     joined.insert(joined.end(), rest.begin(), rest.end());
-    must(joined == tokens, "a text may be encoded in parts");
+    must(joined == tokens, "encoding in parts gives the same tokens");
 }
 
 const char* sample_text =
     "One day, Tim's cat\tsat  down. Ünï\xE2\x82\xAC \xF0\x9F\x99\x82\n12 345!";
 
-// The two files of GPT-2's tokenizer.
+// GPT-2's tokenizer: encoder.json, then vocab.bpe.
 void gpt2(std::string_view input) {
     const auto part = parts(input, 2);
     fs::create_directories(scratch() + "/gpt2");
@@ -195,7 +195,7 @@ void gpt2(std::string_view input) {
 
 const std::string fixtures = "dev/test/fixtures/tokenizers/";
 
-// A directory of Hugging Face's: tokenizer_config.json, then tokenizer.json, beside whole files.
+// A Hugging Face directory: tokenizer_config.json, then tokenizer.json, beside valid files.
 void tokenizer_json(std::string_view input) {
     const auto part = parts(input, 2);
     const std::string dir = scratch() + "/hf";
@@ -212,8 +212,8 @@ void tokenizer_json(std::string_view input) {
     check_encoding(*load_tokenizer(dir), sample_text, false);
 }
 
-// Whether a text may be cut is tried on samples when a model is loaded; a damaged one may cut this
-// text elsewhere.
+// Safe cuts are not checked: loading a model tests them on samples, and a damaged model may behave
+// differently on this text.
 void sentencepiece(std::string_view input) {
     const auto tokenizer = load_tokenizer(file("x.model", input));
     const std::vector<int> tokens = tokenizer->encode(sample_text);
@@ -222,7 +222,7 @@ void sentencepiece(std::string_view input) {
     tokenizer->decode(tokens);
 }
 
-// The tokenizers of the tests; which of them give back every text.
+// The tests' tokenizers. exact: decoding inverts encoding.
 struct Known {
     std::string spec;
     bool exact;
@@ -245,7 +245,7 @@ void encode(std::string_view input) {
         check_encoding(*tokenizer, input, exact);
 }
 
-// Two bytes a token, some of them beyond the vocabulary.
+// Two bytes per token; some tokens are outside the vocabulary.
 void decode(std::string_view input) {
     for (const auto& [tokenizer, exact] : known_tokenizers()) {
         std::vector<int> tokens;
@@ -272,7 +272,7 @@ void parse(const std::vector<std::string>& arguments) {
     parse_options(int(argv.size()), argv.data());
 }
 
-// An argument a line. No other file than the input is read.
+// One argument per line, except --config, which would read other files.
 void flags(std::string_view input) {
     std::vector<std::string> arguments;
     while (!input.empty()) {
@@ -285,11 +285,11 @@ void flags(std::string_view input) {
 }
 
 void config_file(std::string_view input) {
-    parse_config_file(input, "flags.conf"); // most inputs end here, a hundred times sooner
+    parse_config_file(input, "flags.conf"); // rejects most inputs, a hundred times faster
     parse({"--config", file("flags.conf", input)});
 }
 
-// Of a checkpoint whose only file is empty.
+// checksums.json of a checkpoint whose only file is empty.
 void checksums(std::string_view input) {
     fs::create_directories(scratch() + "/checksums");
     file("checksums/config.json", "");
@@ -328,7 +328,7 @@ extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
         if (name == t.name) target = &t;
     if (target) return 0;
     if (*argc < 2 || std::strcmp((*argv)[1], "--list") != 0)
-        std::fprintf(stderr, "%s is not the name of a target:\n", name.c_str());
+        std::fprintf(stderr, "%s is not a target; the targets are:\n", name.c_str());
     for (const Target& t : targets) std::printf("%s\n", t.name);
     std::exit(*argc < 2);
 }

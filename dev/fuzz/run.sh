@@ -1,7 +1,7 @@
 #!/bin/bash
-# dev/fuzz/run.sh DIR SECONDS [TARGET...]: runs each target of DIR/fuzz (`make fuzz`) so long, two or
-# more at a time with JOBS. DIR/corpus/TARGET holds what a target has learned, DIR/seeds what it
-# starts from, DIR/found the inputs that broke something; DIR/executions sums up all runs so far.
+# dev/fuzz/run.sh DIR SECONDS [TARGET...]: runs each target of DIR/fuzz (`make fuzz`) for SECONDS,
+# JOBS at a time (default 1). DIR/seeds holds initial inputs, DIR/corpus/TARGET the corpus,
+# DIR/found failing inputs, and DIR/executions the counts of all runs so far.
 set -u
 dir=$1 seconds=$2
 shift 2
@@ -18,7 +18,7 @@ trap 'rm -rf "$FUZZ_SCRATCH"' EXIT
 run() { # TARGET
     mkdir -p "$dir/corpus/$1" "$dir/seeds/$1"
     ln -f "$dir/fuzz" "$dir/$1"
-    # Standard output is closed: --help would fill it.
+    # Close standard output, which --help would flood.
     "$dir/$1" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=32768 -close_fd_mask=1 \
         -print_final_stats=1 -verbosity=0 -artifact_prefix="$dir/found/$1-" \
         "$dir/corpus/$1" "$dir/seeds/$1" >"$dir/$1.log" 2>&1
@@ -43,7 +43,7 @@ for target in "${targets[@]}"; do
         printf '  %-16s %10d executions\n' "$target" "$executions"
     else
         ((failed++))
-        printf '  %-16s %10d executions, and then (%s):\n' "$target" "$executions" "$dir/$target.log"
+        printf '  %-16s %10d executions, then failed (%s):\n' "$target" "$executions" "$dir/$target.log"
         grep -E 'ERROR|broken invariant|terminate|what\(\)|runtime error|SUMMARY|Test unit written' \
             "$dir/$target.log" | head -8 | sed 's/^/      /'
     fi

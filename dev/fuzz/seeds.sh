@@ -1,17 +1,17 @@
 #!/bin/bash
-# dev/fuzz/seeds.sh DIR: a folder a target with inputs to start from, made of the program's own
-# output and the tests' fixtures.
+# dev/fuzz/seeds.sh DIR: fills DIR/TARGET with initial inputs from the program's output and the
+# tests' fixtures.
 set -eu
 dir=$1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 fixtures=dev/test/fixtures/tokenizers
 
-seed() { # TARGET NAME: from standard input
+seed() { # TARGET NAME: stores standard input
     mkdir -p "$dir/$1"
     cat >"$dir/$1/$2"
 }
-join() { # FILE FILE: as the targets of two files take them
+join() { # FILE FILE: one input for targets that take two files
     cat "$1"
     printf '\xff'
     cat "$2"

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Times training on this machine's GPU, beside PyTorch where a Python has it, in one call:
+# Times training on this machine's GPU, and PyTorch if a Python has it:
 #
 #     dev/gpu/bench.sh [DIRECTORY [MINUTES]]     default: build/gpu, 10 minutes
 #
-# What `make bench DEVICE=cuda QUICK=1` prints and writes lies there; with more than 15 minutes, the
-# whole of it (about an hour). BENCH_TORCH names the Python. Profiles of a step follow.
+# Writes to DIRECTORY the results of `make bench DEVICE=cuda QUICK=1`, or with more than 15 minutes
+# of the full benchmark (about an hour), and then profiles of a step. BENCH_TORCH names the Python.
 cd "$(dirname "$0")/../.." || exit 1
 . dev/gpu/common.sh
 minutes=${2:-10}
@@ -21,7 +21,7 @@ cat "$out/bench.log"
 for model in gpt2-124m llama-130m llama-1b; do
     step "profile-$model" 60 ./train_gpt bench --device cuda -m $model -b 0 -t 1024 --steps 5 --profile
 done
-# Does attention by wgmma win?
+# Attention by mma, to compare with wgmma.
 step profile-mma 60 env LNS_ATTENTION=mma ./train_gpt bench --device cuda -m llama-130m -b 0 \
     -t 1024 --steps 5 --profile
 step clocks 10 nvidia-smi -q -d CLOCK,POWER,TEMPERATURE

@@ -1,11 +1,10 @@
 #!/bin/bash
-# Checks the GPU's model on a machine that has one, in one call of at most ten minutes:
+# Checks the CUDA model on a machine with a GPU, in at most ten minutes:
 #
-#     dev/gpu/check.sh [DIRECTORY]     logs and summary.txt go there; default: build/gpu
+#     dev/gpu/check.sh [DIRECTORY]     for logs and summary.txt; default: build/gpu
 #
-# Builds; the rows of test_gpt that run on the GPU; training, stopped and gone on with, bit for bit;
-# then compute-sanitizer, with which kernels run a hundred times slower, on two models. The exit
-# status is 0 if all of it passed.
+# Builds, runs test_gpt's GPU rows, checks that resumed training is the same bit for bit, and runs
+# compute-sanitizer, which slows kernels a hundredfold, on two models. Exits 0 if everything passed.
 cd "$(dirname "$0")/../.." || exit 1
 . dev/gpu/common.sh
 begin "${1:-build/gpu}" 10
@@ -18,7 +17,7 @@ step test_gpt 240 ./test_gpt -k "cuda: "
 note "      $(tail -n 1 "$out/test_gpt.log")"
 step test_gpt-mma 120 env LNS_ATTENTION=mma ./test_gpt -k "cuda: llama C="
 
-# The second half of a run once more, from the checkpoint in its middle.
+# Resume runs from the checkpoint in their middle and compare the results.
 run() { # NAME FLAGS…
     local name=$1
     shift
@@ -42,7 +41,7 @@ for way in mixed pure float32; do
             "$out/run-$way-again/step-000020/$file.safetensors"
     done
 done
-# What a GPU trained, a CPU goes on with.
+# A CPU resumes a GPU's run.
 if cp -r "$out/run-mixed" "$out/run-cpu" && rm -r "$out/run-cpu/step-000020"; then
     step train-cpu 60 ./train_gpt --device cpu -o "$out/run-cpu" -y
     note "      on the GPU: $(tail -n 1 "$out/run-mixed/log.jsonl" | cut -c1-60)"
@@ -52,7 +51,7 @@ rm -rf "$out"/run-*
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [[ -z $sanitizer ]]; then
-    note "skip  compute-sanitizer is not here (it comes with the CUDA toolkit)"
+    note "skip  compute-sanitizer: not found (it comes with the CUDA toolkit)"
     exit
 fi
 sanitize() { # TOOL ROW

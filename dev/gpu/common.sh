@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What check.sh and bench.sh share: steps with a time limit, each with a log, and their summary.
+# Functions of check.sh and bench.sh: steps with time limits and logs, and their summary.
 
 begin() { # DIRECTORY MINUTES
     out=$1 deadline=$((SECONDS + 60 * $2)) failed=0
@@ -13,8 +13,8 @@ note() { echo "$*" | tee -a "$out/summary.txt"; }
 
 left() { echo $((deadline - SECONDS)); } # seconds
 
-# step NAME SECONDS COMMAND…: runs it no longer than that or than there is time; its output goes to
-# NAME.log, and the line that says how it ended to the summary. Exit status: the command's.
+# step NAME SECONDS COMMAND…: runs the command for at most SECONDS or the time left, with output to
+# NAME.log and the outcome to the summary. Returns the command's exit status.
 step() {
     local name=$1 limit=$2 started=$SECONDS status
     shift 2
@@ -36,7 +36,7 @@ step() {
     return $status
 }
 
-# Ends everything, where nothing after it makes sense.
+# A step without which the rest is pointless.
 need() { step "$@" || exit 1; }
 
 finish() {
@@ -45,13 +45,13 @@ finish() {
     echo "== $out/summary.txt"
     cat "$out/summary.txt"
     ((status != 0 || failed)) && echo "FAILED" && exit 1
-    echo "all is well"
+    echo "all passed"
 }
 
-# Builds for the GPU that is here alone: a third of the time.
+# Builds for this GPU only, in a third of the time.
 build() { # TARGETS…
     local capability
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
-    [[ $capability == 90 ]] && capability=90a # with what only Hopper has
+    [[ $capability == 90 ]] && capability=90a # with Hopper's own instructions
     need build 420 make CUDA_ARCH="sm_${capability:-80}" "$@"
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What the compiler made of the kernels: registers, spills, tensor-core instructions.
+"""Shows what kernels compiled to: registers, spills, tensor-core instructions.
 
     make train_gpt && dev/gpu/inspect.py [build/cuda-*/train_gpt.cu.o] [--arch sm_90a] [--all]
 
-Needs cuobjdump (of the CUDA toolkit, or of a Python environment with Triton; CUOBJDUMP names it).
-Exits 1 if a kernel of bf16 keeps registers in local memory, or if attention in bf16 has no tensor-core
-instructions. Kernels of float32 alone, which are there to check with, are shown with --all.
+Needs cuobjdump (from the CUDA toolkit or a Python environment with Triton; CUOBJDUMP names it).
+Exits 1 if a bf16 kernel spills registers, or if bf16 attention has no tensor-core instructions.
+Pure float32 kernels, which serve as a reference, are shown with --all only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def find_cuobjdump():
     for place in places:
         if place and os.path.exists(place):
             return place
-    sys.exit("inspect.py: there is no cuobjdump here: install the CUDA toolkit's, or name one with CUOBJDUMP")
+    sys.exit("inspect.py: cuobjdump was not found: install the CUDA toolkit, or name it in CUOBJDUMP")
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
     args = parser.parse_args()
     built = sorted(glob.glob("build/cuda-*/train_gpt.cu.o"), key=os.path.getmtime)
     if not args.object and not built:
-        sys.exit("inspect.py: there is no build/cuda-*/train_gpt.cu.o: run make train_gpt where nvcc is found")
+        sys.exit("inspect.py: no build/cuda-*/train_gpt.cu.o was found: run make train_gpt with nvcc")
     target = args.object or built[-1]
     tool = find_cuobjdump()
     sass = subprocess.run([tool, "-sass", "-arch", args.arch, target], capture_output=True, text=True)
@@ -67,13 +67,13 @@ def main():
         spills = count["LDL"] + count["STL"]
         tensor = count["HMMA"] + count["HGMMA"]
         missing = "attention" in kernel and "bf16" in kernel and "dot" not in kernel and tensor == 0
-        hot = "float" not in kernel or "bf16" in kernel # float32 throughout is there to check with
+        hot = "float" not in kernel or "bf16" in kernel  # pure float32 is a reference
         bad += hot and (spills > 0 or missing)
         if args.all or spills or (hot and "random" not in kernel):
             print(f"{kernel:72} {registers.get(mangled, (0, 0))[0]:>9} {spills:>7} {count['HMMA']:>5} "
                   f"{count['HGMMA']:>6} {count['LDGSTS'] + count['UTMALDG']:>6}"
                   f"{'  no tensor-core instructions' if missing else ''}")
-    print(f"\n{len(counts)} kernels; of those with bf16, {bad} with spills or without tensor-core instructions")
+    print(f"\n{len(counts)} kernels; {bad} bf16 kernels with spills or without tensor-core instructions")
     sys.exit(1 if bad or not counts else 0)
 
 

@@ -1,10 +1,10 @@
 #!/bin/bash
-# The reference in PyTorch (dev/reference): itself, the fixtures made again, and other models of
-# train_gpt's than theirs.
+# The PyTorch reference (dev/reference): checks itself, then models of train_gpt that are not among
+# its fixtures.
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0
-check() { # NAME COMMAND...: by its exit status
+check() { # NAME COMMAND...: passes if the command does
     local output
     if output=$("${@:2}" 2>&1); then
         ((passed++))

@@ -1,15 +1,14 @@
-"""Holds models that train_gpt reads and writes against Hugging Face's transformers.
+"""Compares models that train_gpt reads and writes with Hugging Face's transformers.
 
     python3 dev/reference/check_export.py [--program ./train_gpt] [--keep DIR] [-k NAME]
 
-Import: transformers makes and saves small random models of every architecture (in one file or
-several, in float32, float16 or bfloat16); train_gpt reads them, and its logits and every gradient
-are compared with those of transformers.
+Import: transformers saves small random models of every architecture (in one file or several, in
+float32, float16 or bfloat16); train_gpt reads them, and its logits and gradients are compared with
+those of transformers.
 
 Export: train_gpt makes models of every architecture and scheme, whose parameters are then drawn at
-random; what `train_gpt export` writes is loaded by AutoModelForCausalLM, and its logits are
-compared with train_gpt's own of the model before. Where stock tools cannot run it, they have to
-refuse it.
+random. AutoModelForCausalLM loads the output of `train_gpt export`, and its logits are compared with
+train_gpt's for the original model. Models that stock tools cannot run must be refused by them.
 
 Errors are ‖a − b‖/‖b‖, in float32. The last line is "N passed, M failed".
 """
@@ -57,14 +56,14 @@ def must(*arguments):
 
 
 def state_of(path, state):
-    """train_gpt's own forward and backward pass with the weights at path."""
+    """train_gpt's logits and gradients with the weights at path."""
     must("--init-from", path, "--dump-state", state, "--dtype", "float32", "--device", "cpu",
          "--threads", 1, "-b", 2, "-t", T)
     return load_file(state)
 
 
 def draw(name, shape):
-    """Values that are not special: norm weights around 1, biases and γ away from 0."""
+    """Random values: norm weights around 1, biases and γ away from 0."""
     random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     values = torch.randn(shape, generator=random)
     leaf = name.split(".")[-1]
@@ -81,7 +80,7 @@ def draw(name, shape):
 
 
 def hugging_face_models():
-    """name, the model, and how it is saved."""
+    """Yields names, models, and arguments for saving them."""
     torch.manual_seed(1)
     sizes = dict(vocab_size=V, hidden_size=C, num_hidden_layers=L, num_attention_heads=NH,
                  intermediate_size=40, max_position_embeddings=64)
@@ -128,7 +127,7 @@ def check_import(name, model, saving):
         if mine is None or mine.shape != gradient.shape:
             worst, where = float("inf"), parameter_name
             break
-        # The gradient of a key's bias is 0 but for rounding: softmax does not see it.
+        # The gradient of the key's bias is only rounding: softmax is invariant to that bias.
         size = max(gradient.norm().item(), 1e-3 * max(g.norm().item() for g in gradients.values()))
         error = (mine - gradient).norm().item() / size
         worst, where = max((worst, where), (error, parameter_name))
@@ -143,7 +142,7 @@ SIZES = ["--layers", L, "--width", C, "--heads", NH, "--vocab", V, "--positions"
 
 
 def make_checkpoint(architecture, scheme, more):
-    """A checkpoint with random parameters."""
+    """Makes a checkpoint with random parameters."""
     run = os.path.join(keep, f"export-{architecture}-{scheme}-{len(os.listdir(keep))}")
     grouped = [] if architecture in ("gpt2",) else ["--kv-heads", 2]
     must("--arch", architecture, "-n", scheme, *SIZES, *grouped, *more, "-x", 0, "-g", 0, "-b", 2,
@@ -155,7 +154,7 @@ def make_checkpoint(architecture, scheme, more):
 
 
 def stored(path):
-    """Every tensor of a directory, and in how many files."""
+    """All tensors of a directory, and the number of their files."""
     files = sorted(f for f in os.listdir(path) if f.endswith(".safetensors"))
     tensors = {}
     for file in files:
@@ -167,7 +166,7 @@ def stored(path):
 def logits_of(path, inputs, dtype=torch.float32):
     model = hf.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     if type(model).__name__.startswith("Lns"):
-        raise ValueError("a model of our own")
+        raise ValueError("not a stock model")
     with torch.no_grad():
         return model(inputs.long()).logits
 
@@ -176,18 +175,18 @@ def check_export(architecture, scheme, more=()):
     name = f"{architecture} {scheme} {' '.join(more)}".strip()
     checkpoint = make_checkpoint(architecture, scheme, more)
     out = checkpoint + "-exported"
-    said = must("export", checkpoint, out)
+    output = must("export", checkpoint, out)
     ours = state_of(checkpoint, checkpoint + ".state")
-    again = state_of(out, out + ".state")
-    own = "stock tools cannot run it" in said
+    reloaded = state_of(out, out + ".state")
+    own = "stock tools cannot run it" in output
     native = "olmo2" if architecture == "olmo2" else "pre"
     stock = scheme in (STOCK if native == "pre" else ["olmo2"])
-    check(f"{name}: said to be {'stock' if stock else 'our own'}", own != stock)
+    check(f"{name}: reported as {'stock' if stock else 'our own'}", own != stock)
     folded = stock and scheme.split("+")[0] not in ("pre", "lns-init", "mix:0", "olmo2")
     if folded:
-        close(f"{name}: read again", again["logits"], ours["logits"], 1e-6)
+        close(f"{name}: reloaded", reloaded["logits"], ours["logits"], 1e-6)
     else:
-        check(f"{name}: read again, to the bit", torch.equal(again["logits"], ours["logits"]))
+        check(f"{name}: reloaded, bit for bit", torch.equal(reloaded["logits"], ours["logits"]))
     if stock:
         close(f"{name}: transformers", logits_of(out, ours["inputs"]), ours["logits"])
     else:
@@ -201,32 +200,33 @@ def check_export(architecture, scheme, more=()):
 
 
 def check_files(architecture):
-    """Types and shards of one model."""
+    """Checks dtypes and shards of exported models."""
     checkpoint, out, ours = check_export(architecture, "lns")
     whole, _ = stored(out)
-    for dtype, said in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
-        must("export", checkpoint, f"{out}-{said}", "--dtype", said, "--shard-size", "20k")
-        parts, files = stored(f"{out}-{said}")
-        check(f"{architecture} {said}: sharded", files > 1, f"{files} files")
-        check(f"{architecture} {said}: rounded to nearest", parts.keys() == whole.keys() and all(
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        path, title = f"{out}-{name}", f"{architecture} {name}"
+        must("export", checkpoint, path, "--dtype", name, "--shard-size", "20k")
+        parts, files = stored(path)
+        check(f"{title}: sharded", files > 1, f"{files} files")
+        check(f"{title}: rounded to nearest", parts.keys() == whole.keys() and all(
             torch.equal(v, whole[n].to(dtype)) for n, v in parts.items()))
-        model = hf.AutoModelForCausalLM.from_pretrained(f"{out}-{said}")
-        check(f"{architecture} {said}: transformers' type", model.dtype == dtype, model.dtype)
-        again = state_of(f"{out}-{said}", f"{out}-{said}.state")
+        model = hf.AutoModelForCausalLM.from_pretrained(path)
+        check(f"{title}: transformers' dtype", model.dtype == dtype, model.dtype)
+        reloaded = state_of(path, path + ".state")
         with torch.no_grad():
-            close(f"{architecture} {said}: logits of the rounded weights",
-                  model.float().eval()(ours["inputs"].long()).logits, again["logits"])
+            close(f"{title}: logits of the rounded weights",
+                  model.float().eval()(ours["inputs"].long()).logits, reloaded["logits"])
     must("export", out + "-float16", out + "-twice", "--dtype", "float16")
-    check(f"{architecture}: exported again, to the bit", all(
+    check(f"{architecture}: exported twice, bit for bit", all(
         torch.equal(v, parts[n]) for n, v in stored(out + "-twice")[0].items()))
 
 
 def main():
     global program, keep
-    options = argparse.ArgumentParser(description="Holds import and export against transformers.")
+    options = argparse.ArgumentParser(description="Compares import and export with transformers.")
     options.add_argument("--program", default="./train_gpt")
-    options.add_argument("--keep", help="the files, for a look; else a temporary directory")
-    options.add_argument("-k", default="", help="only what has this in its name")
+    options.add_argument("--keep", help="keep the files here; default: a temporary directory")
+    options.add_argument("-k", default="", help="run only cases with this in their names")
     args = options.parse_args()
     program, keep = args.program, args.keep or tempfile.mkdtemp()
     os.makedirs(keep, exist_ok=True)

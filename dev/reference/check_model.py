@@ -1,11 +1,11 @@
-"""Checks the reference itself: its gradients, how well the fixtures are conditioned, its logits.
+"""Checks the reference itself: its gradients, the conditioning of the fixtures, its logits.
 
     /usr/bin/python3 dev/reference/check_model.py
 
 1. Every parameter's gradient, in every architecture and scheme of the fixtures, against central
-   differences in float64 along a random direction; GPAS's stop() is held constant in them.
-2. The largest difference between float32 and float64: what a float program cannot be better than.
-3. Logits against Hugging Face's transformers, where it is installed (4.47 works with PyTorch 1.13).
+   differences in float64 along a random direction, in which GPAS's stop() stays constant.
+2. The largest difference between float32 and float64, a lower bound on a float program's error.
+3. Logits against Hugging Face's transformers if installed (4.47 works with PyTorch 1.13).
 """
 
 import sys
@@ -18,7 +18,7 @@ from model import Model, Scheme, forward_backward, loss_of
 
 
 def worst_finite_difference(config, scheme, parameters, inputs, targets, step=1e-5):
-    """The largest |difference − gradient·direction| / (|gradient| + 1e-3) of the parameters."""
+    """The largest |difference − gradient·direction| / (|gradient| + 1e-3) over the parameters."""
     model = Model(config, scheme).double().load(parameters)
     inputs, targets = (torch.tensor(x, dtype=torch.long) for x in (inputs, targets))
     stopped = []
@@ -47,7 +47,7 @@ def worst_finite_difference(config, scheme, parameters, inputs, targets, step=1e
 
 
 def float_error(config, scheme, parameters, inputs, targets):
-    """(error, name) of the tensor where float32 is furthest from float64; scalars as one vector."""
+    """(error, name) of the tensor with the largest float32 error; scalars count as one vector."""
     runs = [forward_backward(config, scheme, parameters, inputs, targets, dtype)
             for dtype in (torch.float32, torch.float64)]
     scalars = [n for n in runs[0] if runs[0][n].size == 1 and n != "loss"]
@@ -84,7 +84,7 @@ def hugging_face_logits(config, parameters, inputs):
     missing, unknown = theirs.load_state_dict(state, strict=False)
     missing = [n for n in missing if n != "lm_head.weight" or not config.tie_word_embeddings]
     if missing or unknown:
-        raise ValueError(f"transformers misses {missing} and does not know {unknown}")
+        raise ValueError(f"transformers: missing parameters {missing}, unknown parameters {unknown}")
     theirs.tie_weights()
     with torch.no_grad():
         return theirs(torch.tensor(inputs, dtype=torch.long)).logits.numpy()
@@ -96,7 +96,7 @@ def main():
         import transformers
     except ImportError:
         transformers = None
-        print("transformers is not installed: logits are not compared with it")
+        print("transformers is not installed, so logits are not compared")
     failed = False
 
     def report(what, error, limit):

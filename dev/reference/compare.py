@@ -1,14 +1,14 @@
-"""Holds a `train_gpt --dump-state FILE` against the PyTorch model.
+"""Compares a `train_gpt --dump-state FILE` with the PyTorch model.
 
     /usr/bin/python3 dev/reference/compare.py FILE... [--tolerance 1e-5] [--all]
 
-Takes inputs, targets, parameters and configuration from the file, computes the loss, the logits
-and every gradient in float64, and prints ‖a − b‖/‖b‖ of each, the worst first. Exit status 1 if
-one is above the tolerance or not finite, or if a tensor is missing, unknown or of another shape.
+Reads inputs, targets, parameters and configuration from the file, computes loss, logits and every
+gradient in float64, and prints ‖a − b‖/‖b‖ of each, worst first. Exits 1 if one exceeds the
+tolerance or is not finite, or if a tensor is missing, unknown or of another shape.
 
-Gradients of one number each (GPAS's gates, SkipInit's gammas) are compared as one vector: where the
-last gate only scales what the final norm then normalizes, its gradient is 0 but for the norm's eps,
-and what a float program finds there is rounding.
+Scalar gradients (GPAS's gates, SkipInit's gammas) are compared as one vector: where the last gate
+only scales the input of the final norm, its gradient is 0 but for the norm's eps, and a float
+program finds only rounding errors.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from model import Config, forward_backward
 
 
 def compare(path):
-    """[(error, name)…], the worst first; the error is infinite where there is no comparing."""
+    """(title, [(error, name)…]), worst first; the error is infinite for what cannot be compared."""
     found, metadata = tensor_file.read(path)
     config, scheme = Config.from_hugging_face(metadata["config"])
     inputs, targets = found.pop("inputs"), found.pop("targets")
@@ -45,23 +45,23 @@ def compare(path):
             rows.append((relative(a.ravel(), b.ravel(), whole), name))
     if scalars:
         a, b = (np.concatenate(side) for side in zip(*scalars))
-        rows.append((relative(a, b, whole), f"the {len(scalars)} gradients of one number"))
+        rows.append((relative(a, b, whole), f"the {len(scalars)} scalar gradients"))
     rows = [(error if np.isfinite(error) else np.inf, name) for error, name in rows]
     return f"{config.architecture}, {scheme.describe()}", sorted(rows, reverse=True)
 
 
 def relative(a, b, whole=0):
-    """‖a − b‖/‖b‖. What should be nothing (q's and k's gradients where a token sees only itself)
-    is measured against the whole gradient."""
+    """‖a − b‖/‖b‖. Tensors that should be zero (q's and k's gradients if a token attends only to
+    itself) are measured against the norm of all gradients, `whole`."""
     size = np.linalg.norm(b)
     return np.linalg.norm(a - b) / (size if size > 1e-12 * whole else whole)
 
 
 def main():
-    options = argparse.ArgumentParser(description="Holds a --dump-state file against PyTorch.")
+    options = argparse.ArgumentParser(description="Compares a --dump-state file with PyTorch.")
     options.add_argument("files", nargs="+", metavar="FILE")
     options.add_argument("--tolerance", type=float, default=1e-5)
-    options.add_argument("--all", action="store_true", help="print every tensor, not the worst 5")
+    options.add_argument("--all", action="store_true", help="print all tensors, not the worst 5")
     args = options.parse_args()
     failed = False
     for path in args.files:

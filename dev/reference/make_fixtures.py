@@ -1,16 +1,16 @@
-"""Makes fixtures/ARCHITECTURE.safetensors: what the PyTorch model computes, for the C++ tests.
+"""Makes fixtures/ARCHITECTURE.safetensors: the PyTorch model's results, for the C++ tests.
 
     /usr/bin/python3 dev/reference/make_fixtures.py [--out DIR]
 
 A file holds, as F32 (computed in float64 from parameters that are exact in F32):
     inputs, targets          I32 (B,T)
-    param.NAME               every parameter that some scheme has; the same values in all of them
+    param.NAME               every scheme's parameters, with the same values in all schemes
     SCHEME/loss              ()
     SCHEME/logits            (B,T,V)
-    SCHEME/grad.NAME         of every parameter that the scheme has
+    SCHEME/grad.NAME         for each of the scheme's parameters
 and in `__metadata__` "config" and "schemes", as JSON. skipinit's gamma (1) is the first element of
-the stored gamma (C). In the last layer of some +gpas schemes mlp_gate only scales what the final
-norm normalizes: its gradient is nearly 0, so it has to be compared together with the other gates.
+the stored gamma (C). In the last layer of some +gpas schemes mlp_gate only scales the input of the
+final norm: its gradient is nearly 0, so compare it together with the other gates.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from model import Config, Model, Scheme, forward_backward
 
 B, T, P, L = 2, 7, 9, 3
 
-# Odd on purpose. 8^(1/2) of deepnorm-published is (2L)^(1/2) at L = 4, and that L is avoided.
+# Odd sizes. L is not 4, where deepnorm-published's 8^(1/2) would equal (2L)^(1/2).
 CONFIGS = [
     Config("gpt2", 19, 10, L, 5, 5, 40, P, 0.0, 1e-5, True),
     Config("llama", 29, 12, L, 3, 3, 13, P, 1e4, 1e-6, False),
@@ -42,12 +42,12 @@ SCHEMES = ["pre", "lns", "lns-init", "post", "deepnorm", "deepnorm-published", "
 
 
 def schemes_of(config):
-    # lns-init is about the norms' weights, and olmo has none.
+    # lns-init initializes the norms' weights, which olmo lacks.
     return [s for s in SCHEMES if not (s == "lns-init" and config.architecture == "olmo")]
 
 
-# Chosen so that float32's own rounding stays well below the tolerance of 1e-5 in every tensor (see
-# check_model.py); with most seeds some gradient or other is a sum that nearly cancels.
+# Chosen so that float32's rounding errors stay well below the tolerance of 1e-5 in every tensor (see
+# check_model.py); with most seeds some gradient nearly cancels.
 SEEDS = {"gpt2": 23, "llama": 35, "llama-gqa": 31, "qwen2": 34, "olmo": 22, "olmo2": 11}
 
 
@@ -78,7 +78,7 @@ def draw(config, name, shape):
 def all_parameters(config):
     """{name: values} of the union of the schemes' parameters."""
     shapes = {}
-    # layerscale before skipinit: what is stored is the longer gamma.
+    # layerscale precedes skipinit, so the longer gamma is stored.
     for text in schemes_of(config):
         for name, p in Model(config, Scheme.parse(text, L)).named_parameters():
             shape = shapes.setdefault(name, tuple(p.shape))
@@ -88,13 +88,13 @@ def all_parameters(config):
 
 
 def parameters_of(config, scheme, stored):
-    """{name: values} that this scheme has, of the stored ones."""
+    """{name: values} of this scheme's parameters."""
     own = Model(config, scheme).named_parameters()
     return {name: stored[name][: len(p)] for name, p in own}
 
 
 def tokens(config):
-    """inputs and targets (B,T); a fifth of the targets is masked."""
+    """Inputs and targets (B,T); a fifth of the targets are ignored (−1)."""
     random = random_of(config, "tokens")
     inputs = random.randint(0, config.vocab_size, (B, T)).astype(np.int32)
     targets = random.randint(0, config.vocab_size, (B, T)).astype(np.int32)
@@ -104,11 +104,11 @@ def tokens(config):
 
 def main():
     here = os.path.dirname(os.path.abspath(__file__))
-    options = argparse.ArgumentParser(description="Makes the stored fixtures of the C++ tests.")
-    options.add_argument("--out", default=os.path.join(here, "fixtures"), help="folder to fill")
+    options = argparse.ArgumentParser(description="Makes the fixtures of the C++ tests.")
+    options.add_argument("--out", default=os.path.join(here, "fixtures"), help="output folder")
     out = options.parse_args().out
     os.makedirs(out, exist_ok=True)
-    torch.set_num_threads(1)  # sums in one order, whatever the machine
+    torch.set_num_threads(1)  # the same order of summation on every machine
     for config in CONFIGS:
         inputs, targets = tokens(config)
         stored = all_parameters(config)

@@ -1,13 +1,13 @@
 """GPT-2, LLaMA, Qwen2 and OLMo language models under every norm scheme, in PyTorch.
 
-An independent implementation to hold train_gpt against: explicit modules, autograd, nothing fused.
-It is written from the formulas and not from train_gpt, and it says them the other way round: a
-sublayer with the norms around it, where train_gpt has the junction between two sublayers.
-Parameters carry Hugging Face's names, so `state_dict()` is a checkpoint's table of contents.
+An independent reference implementation for train_gpt: explicit modules, autograd, nothing fused. It
+is written from the formulas, and organized by sublayers with the norms around them, where train_gpt
+is organized by the junctions between sublayers. Parameters have Hugging Face's names, so the keys of
+`state_dict()` are a checkpoint's.
 
 Easy to get wrong:
 - GPT-2's matrices are (in, out), all the others' (out, in).
-- The final norm is there in every scheme and is never scaled.
+- Every scheme has the final norm, which is never scaled.
 - A norm's name depends on its role *and* the scheme (`norm_names`).
 """
 
@@ -30,7 +30,7 @@ class Config:
     num_key_value_heads: int
     intermediate_size: int
     max_position_embeddings: int
-    rope_theta: float  # of no meaning in gpt2
+    rope_theta: float  # unused in gpt2
     norm_eps: float
     tie_word_embeddings: bool
 
@@ -115,7 +115,7 @@ class Scheme:
         return scheme
 
     def norms(self, layer):
-        """The roles of the norms around the sublayers of layer 1..L."""
+        """The roles of the norms around the sublayers of a layer, 1..L."""
         roles = ["branch"] if self.branch_norm else []
         if layer <= self.out_layers:
             return roles + ["out"]
@@ -127,7 +127,7 @@ class Scheme:
 
 
 def norm_names(gpt2, branch_norms, kind):
-    """{role: Hugging Face's name} of the norms of a sublayer; kind is attn or mlp."""
+    """{role: Hugging Face's name} of a sublayer's norms; kind is attn or mlp."""
     if gpt2:
         n = {"attn": 1, "mlp": 2}[kind]
         return {"in": f"ln_{n}", "out": f"ln_{n}", "branch": f"post_ln_{n}"}
@@ -163,7 +163,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config):
-    """A norm over the residual stream's channels, of the architecture's kind."""
+    """The architecture's norm over the residual stream's channels."""
     if config.architecture in ("gpt2", "olmo"):
         return LayerNorm(config.hidden_size, config.norm_eps, affine=config.is_gpt2)
     return RMSNorm(config.hidden_size, config.norm_eps)
@@ -192,13 +192,13 @@ def rotate(x, theta):
 
 
 def attend(q, k, v):
-    """Causal attention. q is (B,NH,T,HS); k, v are (B,KVH,T,HS), each for NH/KVH heads in a row."""
+    """Causal attention. q is (B,NH,T,HS); k, v are (B,KVH,T,HS), each for NH/KVH adjacent heads."""
     B, NH, T, HS = q.shape
     group = NH // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(HS)
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    scores = scores.masked_fill(future, -math.inf)
+    causal_mask = torch.ones(T, T, dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(causal_mask, -math.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, NH * HS)
 
 
@@ -268,7 +268,7 @@ class LlamaMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then the MLP, each with what the scheme puts around it."""
+    """Attention, then the MLP, each with the scheme's norms and scales around it."""
 
     def __init__(self, config, scheme, number):
         super().__init__()
@@ -292,7 +292,7 @@ class Layer(nn.Module):
                 self.register_parameter(f"{kind}_gate", nn.Parameter(torch.zeros(1)))
 
     def sublayer(self, kind, r, stop):
-        """The residual stream after f of this kind, given the stream before it."""
+        """The residual stream after a sublayer, given the stream before it."""
         scheme = self.scheme
         norms = {role: getattr(self, name) for role, name in self.norms_of[kind].items()}
         u = norms["in"](r) * scheme.in_scale(self.number, kind) if "in" in norms else r
@@ -302,7 +302,7 @@ class Layer(nn.Module):
         if hasattr(self, f"{kind}_gamma"):
             b = getattr(self, f"{kind}_gamma") * b
 
-        def shrink(x):  # GPAS: smaller activations, the gradient to what is below unchanged
+        def shrink(x):  # GPAS: smaller activations, unchanged gradients to the layers below
             if not scheme.gpas:
                 return x
             gate = getattr(self, f"{kind}_gate")
@@ -340,7 +340,7 @@ class Model(nn.Module):
         trunk.add_module(self.names["final"], make_norm(config))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(C, V, bias=False)
-        # What stops the gradient in GPAS; a check by finite differences puts constants here.
+        # Stops gradients in GPAS; checks by finite differences substitute constants.
         self.stop = torch.Tensor.detach
 
     def forward(self, inputs):
@@ -358,7 +358,7 @@ class Model(nn.Module):
         return getattr(trunk, self.names["final"])(r) @ head.T
 
     def load(self, parameters):
-        """Takes {name: array}, which must hold every parameter and no other; returns self."""
+        """Sets exactly all parameters from {name: array}; returns self."""
         own = dict(self.named_parameters())
         if set(own) != set(parameters):
             raise ValueError(f"missing parameters {sorted(set(own) - set(parameters))}, "
@@ -374,7 +374,7 @@ class Model(nn.Module):
 
 
 def loss_of(logits, targets):
-    """Mean cross-entropy in nats over the targets that are not −1."""
+    """Mean cross-entropy in nats over targets other than −1."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 

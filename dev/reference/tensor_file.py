@@ -1,6 +1,6 @@
 """The safetensors format in numpy: 8 bytes of little-endian header length, a JSON header, the data.
 
-A file is held as two dictionaries: {name: array} and the header's {key: text} of `__metadata__`.
+A file is represented by two dictionaries: {name: array} and {key: text} of `__metadata__`.
 """
 
 import json
@@ -40,6 +40,6 @@ def write(path, tensors, metadata):
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data start on a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text + b"".join(chunks))

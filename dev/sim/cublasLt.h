@@ -1,6 +1,6 @@
-// Stands in for cuBLASLt's header: products of column-major matrices of bf16 or float with float
-// sums, and their epilogues. Names, values and demands are cuBLASLt's. LNS_SIM_NO_EPILOGUES=1: as
-// if it had no algorithm with an epilogue.
+// Stands in for cuBLASLt's header: products of column-major matrices of bf16 or float, accumulated
+// in float, and their epilogues. Names, values and requirements are cuBLASLt's. With
+// LNS_SIM_NO_EPILOGUES=1 no algorithm supports an epilogue.
 #pragma once
 
 #include <cstddef>

@@ -45,7 +45,7 @@ using Desc = cublasLtMatmulDescOpaque_t;
 using Layout = cublasLtMatrixLayoutOpaque_t;
 
 // ---------------------------------------------------------------------------------------------
-// Attributes: set and got by the size that they have
+// Attributes, checked by size
 
 cublasStatus_t set(void* attribute, size_t size, const void* value, size_t bytes) {
     if (!attribute || !value || bytes != size) return CUBLAS_STATUS_INVALID_VALUE;
@@ -146,7 +146,7 @@ Attribute attribute_of(cublasLtMatmulPreferenceOpaque_t& p,
 }
 
 // ---------------------------------------------------------------------------------------------
-// What is a product, and what algorithms there are for it
+// Products and their algorithms
 
 // op(A) is (m, k), op(B) (k, n), D (m, n).
 struct Sizes {
@@ -209,8 +209,7 @@ cublasStatus_t check(const Desc& d, const Layout& A, const Layout& B, const Layo
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// Ways to add up the k products of an element. What of them repeats to the bit, cuBLASLt's user
-// must know: "in place" does not.
+// Orders of summation over k. As with cuBLASLt, "in place" does not repeat to the bit.
 struct Algorithm {
     int32_t id, splits;
     uint32_t reduction;
@@ -234,7 +233,7 @@ size_t workspace_of(const Algorithm& a, const Sizes& s) {
     return a.splits > 1 ? size_t(a.splits) * size_t(s.m * s.n) * sizeof(float) : 0;
 }
 
-// An algorithm is for the types, operations and epilogue that it was asked for.
+// An algorithm is valid for the types, operations and epilogue for which it was requested.
 uint64_t kind_of(const Desc& d, const Layout& A, const Layout& B, const Layout& C,
                  const Layout& D) {
     uint64_t kind = 0;
@@ -287,7 +286,7 @@ struct Product {
     void* out;
     Sizes s;
     Algorithm algorithm;
-    const void *alpha, *beta; // on the device; null: the numbers are here
+    const void *alpha, *beta; // on the device; null: the values are here
     float alpha_value, beta_value;
     void* workspace;
 };
@@ -298,7 +297,7 @@ void run(const Product& p) {
     const float alpha = p.alpha ? *static_cast<const float*>(p.alpha) : p.alpha_value;
     const float beta = p.beta ? *static_cast<const float*>(p.beta) : p.beta_value;
 
-    // Row-major: b (n, k), a (k, m), and so the sums are (n, m): D's columns.
+    // In row-major order b is (n, k), a is (k, m), and the sums (n, m) are D's columns.
     const int64_t width = lns::sim::padded_width(m);
     std::vector<float> a(size_t(k * width)), b(size_t(n * k)), sums(size_t(n * width));
     for (int64_t l = 0; l < k; l++)
@@ -313,7 +312,7 @@ void run(const Product& p) {
     const int splits = int(std::min<int64_t>(p.algorithm.splits, k));
     std::vector<int> order(static_cast<size_t>(splits));
     for (int i = 0; i < splits; i++) order[size_t(i)] = i;
-    if (p.algorithm.reduction == CUBLASLT_REDUCTION_SCHEME_INPLACE) { // who comes first
+    if (p.algorithm.reduction == CUBLASLT_REDUCTION_SCHEME_INPLACE) { // in the order of arrival
         static std::atomic<int> calls = 0;
         std::rotate(order.begin(), order.begin() + calls++ % splits, order.end());
     }
@@ -535,8 +534,8 @@ cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t de
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// What cuBLASLt would refuse is refused with its status; what it would not notice, such as memory
-// that is too small, is an error with a sentence.
+// Refuses what cuBLASLt would, with its status; what cuBLASLt would not notice, such as memory that
+// is too small, is an Error.
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha,
                               const void* A, cublasLtMatrixLayout_t Adesc, const void* B,
                               cublasLtMatrixLayout_t Bdesc, const void* beta, const void* C,

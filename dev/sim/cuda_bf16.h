@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: bf16 numbers, rounded to nearest, ties to even.
+// Stands in for CUDA's header of this name: bf16, rounded to nearest, ties to even.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Stands in for CUDA's header of this name where a program is compiled for the simulator: the part
-// of the language that kernels use, and of the runtime that the host uses. Names, values and
-// meanings are CUDA's.
+// Stands in for CUDA's header of this name when compiling for the simulator: the part of the
+// language that kernels use, and of the runtime that the host uses. Names, values and semantics are
+// CUDA's.
 #pragma once
 
 #include <algorithm>
@@ -392,9 +392,9 @@ const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 
-// Devices. LNS_SIM_ARCH is the compute capability (80, 86, 89, 90 or 100; 0: there is no GPU),
-// LNS_SIM_MEMORY its memory in bytes (K, M and G may follow), LNS_SIM_GPUS how many there are, of
-// which a process uses one.
+// Devices. LNS_SIM_ARCH is the compute capability (80, 86, 89, 90 or 100; 0: no GPU),
+// LNS_SIM_MEMORY the memory in bytes (with K, M or G), LNS_SIM_GPUS their number; a process uses
+// one.
 
 struct cudaUUID_t {
     char bytes[16];
@@ -548,7 +548,7 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int val
     return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
-// As far as threads and shared memory limit it, but 2 at most: registers are not known here.
+// Limited by threads and shared memory, and to 2, since registers are not simulated.
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
                                                           int threads, size_t shared);
 template <class T>
@@ -571,7 +571,7 @@ struct cudaLaunchConfig_t {
 };
 
 namespace lns::sim {
-// Throws if a pointer that a kernel is given is not to memory that a device can reach.
+// Throws if a pointer argument of a kernel is not to memory that the device can reach.
 void check_argument(const void* kernel, int index, const void* pointer);
 cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const void* kernel,
                           std::function<void()> thread);

@@ -1,4 +1,4 @@
-// The simulator's half of gpt/cuda/cuda.h: the same names for kernels, run by the host.
+// The simulator's half of gpt/cuda/cuda.h: the same names for kernels that run on the host.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,7 +39,7 @@ struct MatrixLoad {
     const void* row;
 };
 
-// `row` of a lane is row lane % 8 of matrix lane / 8.
+// A lane's `row` is row lane % 8 of matrix lane / 8.
 inline uint32_t matrix_number(const sim::Lanes& lanes, int matrix, int row, int column) {
     const auto& lane = *static_cast<MatrixLoad*>(lanes.operands[8 * matrix + row]);
     return static_cast<const uint16_t*>(lane.row)[column];

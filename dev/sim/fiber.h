@@ -1,5 +1,5 @@
-// A fiber: a stack and a place where it stopped. By Boost.Context where it is there, else by
-// ucontext, whose every switch is a system call.
+// A fiber: a stack and the point where it was suspended. By Boost.Context if available, else by
+// ucontext, where every switch is a system call.
 #pragma once
 
 #include <sys/mman.h>
@@ -55,7 +55,7 @@ struct Fiber {
         if (stack) munmap(stack, stack_bytes);
     }
 
-    // A page below the stack cannot be touched.
+    // The page below the stack is a guard page.
     void allocate() {
         void* mapped = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -66,8 +66,8 @@ struct Fiber {
         bottom = stack + page, size = stack_bytes - page;
     }
 
-    // To begin with f(x) when next switched to. Stacks of one size would all meet in the same sets
-    // of the cache: `color` moves their tops apart.
+    // The next switch to it starts f(x). Stacks of one size would compete for the same sets of the
+    // cache: `color` shifts their tops.
     void prepare(void (*f)(void*), void* x, int color) {
         entry = f, argument = x;
         const size_t offset = size_t(color) * 832 % 16384 / 64 * 64;
@@ -100,7 +100,7 @@ struct Fiber {
         finish(from.fake_stack);
     }
 
-    // Takes away what its frames left of AddressSanitizer's marks.
+    // Clears the marks that AddressSanitizer left on its frames.
     void unmark() { ASAN_UNPOISON_MEMORY_REGION(bottom, size); }
 
   private:
@@ -117,7 +117,7 @@ struct Fiber {
         target->entry(target->argument);
     }
 
-    // The first switch away from a host thread's own stack tells its bounds.
+    // The first switch away from a host thread's own stack reports its bounds.
     static void finish([[maybe_unused]] void* fake_stack) {
 #ifdef LNS_ASAN
         const void* bottom = nullptr;

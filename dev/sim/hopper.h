@@ -1,6 +1,6 @@
-// The simulator's half of gpt/cuda/hopper.h. What is asynchronous happens as late as it may: copied
-// boxes arrive when a thread waits for their barrier and nothing else can go on, products read
-// their operands and write their sums at wgmma_wait; until then their destinations are poisoned.
+// The simulator's half of gpt/cuda/hopper.h. Asynchronous work is done as late as possible: boxes
+// arrive when a thread waits for their barrier and no other can continue; products read their
+// operands and write their accumulators at wgmma_wait. Until then their destinations are poisoned.
 // Addresses in shared memory, matrix descriptors and swizzles are decoded as the PTX ISA defines
 // them.
 #pragma once
@@ -27,13 +27,13 @@ template <class Kernel> bool has_hopper_code(Kernel*) {
 
 struct TensorMap {
     const unsigned char* array;
-    uint64_t sizes[4], strides[4]; // numbers, bytes
+    uint64_t sizes[4], strides[4]; // elements, bytes
     uint32_t box[4];
 };
 
 inline TensorMap tensor_map(const __nv_bfloat16* array, const uint64_t (&sizes)[4],
                             const uint64_t (&strides)[3], const uint32_t (&box)[4]) {
-    // What cuTensorMapEncodeTiled demands.
+    // The requirements of cuTensorMapEncodeTiled.
     auto demand = [](bool met, const char* what) {
         if (!met) fail("tensor_map: ", what);
     };
@@ -54,7 +54,7 @@ inline TensorMap tensor_map(const __nv_bfloat16* array, const uint64_t (&sizes)[
 }
 inline void prefetch(const TensorMap&) {}
 
-// ---- What a block's instructions have under way
+// ---- A block's pending work
 
 } // namespace lns::cuda
 
@@ -70,22 +70,22 @@ struct Copy {
 };
 
 struct Product {
-    int n;            // columns of the sums
-    float* sums[128]; // of each thread
+    int n;            // columns of the accumulators
+    float* sums[128]; // each thread's accumulator
     bool a_in_registers, b_transposed, add;
     uint64_t a, b;
     uint32_t registers[128][4];
 };
 
-// What each thread's registers, from an address on, were at wgmma_fence, or became by a product.
+// The contents of each thread's registers, by address, at wgmma_fence or after a product.
 using Registers = std::map<const void*, std::vector<unsigned char>>;
 
 struct Warpgroup {
     std::vector<std::vector<Product>> groups; // committed, the oldest first
     std::vector<Product> open;
-    std::map<float*, std::vector<float>> sums; // under way, by thread 0's: (128, n)
+    std::map<float*, std::vector<float>> sums; // pending, by thread 0's address: (128, n)
     Registers fenced[128];
-    int registers = 0; // each thread's; 0: what it was launched with
+    int registers = 0; // of each thread; 0: as launched
 };
 
 struct Block {
@@ -100,7 +100,7 @@ inline Warpgroup& warpgroup() { return block().warpgroups[thread_rank() / 128]; 
 // The 128-byte swizzle: bits 4-6 of an address are xored with bits 7-9.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
 
-// An mbarrier's 64 bits are ours to use.
+// An mbarrier's 64 bits are opaque, so the layout is ours.
 struct Barrier {
     uint64_t expected : 20, pending : 20, phase : 1, unused : 1;
     int64_t bytes : 22;
@@ -109,7 +109,7 @@ static_assert(sizeof(Barrier) == 8);
 
 inline Barrier read(const uint64_t* barrier) {
     Barrier state;
-    shared_offset(barrier); // or fails
+    shared_offset(barrier); // fails if it is not in shared memory
     std::memcpy(&state, barrier, 8);
     if (state.expected == 0xFFFFF) fail_in_kernel("uses an mbarrier that was not initialized");
     return state;
@@ -162,8 +162,8 @@ struct Matrix {
             fail_in_kernel("wgmma: a matrix does not begin in the first row of a swizzle "
                            "pattern, which is aligned to 1,024 bytes");
     }
-    // In row i (of M or N), at k: with K along the rows, or else across (canonical layouts,
-    // 9.7.15.5.1.2.1.3).
+    // The address of row i (of M or N) at k, where K runs along the rows, or else across them
+    // (canonical layouts, 9.7.15.5.1.2.1.3).
     float at(int i, int k, bool transposed) const {
         const uint32_t offset = transposed
                                     ? i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride
@@ -174,7 +174,7 @@ struct Matrix {
     }
 };
 
-// Row and column of the sums that a thread's i-th is, and of operand a its i-th.
+// Row and column of a thread's i-th accumulator, and of its i-th element of operand a.
 inline int row_of(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
 inline int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
@@ -205,7 +205,8 @@ inline bool under_way(const Warpgroup& group, const float* sums) {
     return group.sums.count(const_cast<float*>(sums));
 }
 
-// Does the products of the oldest group. Sums that no later one adds to come back to their threads.
+// Executes the products of the oldest group. Accumulators to which no later one adds are written
+// back to their threads.
 inline void finish_group(Warpgroup& group) {
     const std::vector<Product> products = std::move(group.groups.front());
     group.groups.erase(group.groups.begin());
@@ -233,11 +234,11 @@ inline void finish_group(Warpgroup& group) {
     }
 }
 
-// What a thread passes to wgmma.
+// A thread's operands of wgmma.
 struct Operands {
     int thread, n;
     float* sums;
-    const uint32_t* registers; // a; or null, and a descriptor
+    const uint32_t* registers; // of a; null if that is a descriptor
     uint64_t a, b;
     bool b_transposed, add;
 };
@@ -290,7 +291,7 @@ template <class X> void note(Registers& fenced, const X& registers) {
     fenced[at].assign(at, at + sizeof(X));
 }
 
-// A multiprocessor's 65,536 registers are shared among the block's threads evenly at first.
+// At launch a multiprocessor's 65,536 registers are divided evenly among the block's threads.
 inline void set_registers(void** registers) {
     Warpgroup& group = warpgroup();
     const int wanted = *static_cast<int*>(registers[0]);
@@ -328,7 +329,7 @@ inline void barrier_expect(uint64_t* barrier, int bytes) {
 inline void barrier_wait(uint64_t* barrier, int phase, sim::Site where = sim::here()) {
     bool again = false;
     sim::wait_until("barrier_wait", where, [&] {
-        if (again) { // copies arrive when nothing else can go on
+        if (again) { // copies arrive when no other thread can continue
             std::vector<sim::hopper::Copy>& copies = sim::hopper::block().copies;
             std::vector<sim::hopper::Copy> others;
             for (const sim::hopper::Copy& copy : copies)
@@ -354,7 +355,7 @@ inline void copy_box(void* shared, const TensorMap& map, int c0, int c1, int c2,
     sim::hopper::block().copies.push_back({map, {c0, c1, c2, c3}, to, barrier});
 }
 
-// ---- Warps of different tasks
+// ---- Warp specialization
 
 template <int registers> void release_registers(sim::Site where = sim::here()) {
     static_assert(registers % 8 == 0 && registers >= 24 && registers <= 256);

@@ -92,7 +92,7 @@ ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
     return ncclSuccess;
 }
 
-// All ranks must have been told the same id.
+// All ranks must have the same id.
 ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, [[maybe_unused]] ncclUniqueId id,
                               int rank) {
     if (ranks < 1 || rank < 0 || rank >= ranks) return ncclInvalidArgument;

@@ -1,5 +1,5 @@
-// Stands in for NCCL's header: sums over the ranks of a run, by MPI where it is built in (LNS_MPI),
-// else of one rank alone.
+// Stands in for NCCL's header: sums over the ranks of a run by MPI, or, without it (LNS_MPI), of
+// one rank.
 #pragma once
 
 #include <cstddef>

@@ -10,8 +10,8 @@ namespace lns::sim {
 
 namespace {
 
-// Threads that sleep until there is work. Whoever brings it also does it, and waits only for those
-// that have woken up to help: in a forked process, where the others are missing, for nobody.
+// Threads that sleep until there is work. The caller works too, and waits only for helpers that
+// have woken up: in a forked process, which has none, for nobody.
 struct Helpers {
     std::mutex mutex;
     std::condition_variable wake, done;
@@ -40,7 +40,7 @@ struct Helpers {
             seen = job;
             if (!work) continue;
             at_work++;
-            const std::function<void(int64_t)>& f = *work; // which its owner may take back
+            const std::function<void(int64_t)>& f = *work; // the caller may reset `work`
             const int64_t count = n;
             lock.unlock();
             do_work(f, count);

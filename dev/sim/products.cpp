@@ -1,4 +1,4 @@
-// Always optimized and without sanitizers: all that it touches is the simulator's own.
+// Always optimized and without sanitizers: it accesses only the simulator's own memory.
 #include "dev/sim/products.h"
 
 #include <algorithm>

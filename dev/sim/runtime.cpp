@@ -70,7 +70,7 @@ Limits limits() {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Memory. Red zones surround each piece; fresh memory is poisoned. AddressSanitizer also reports
+// Memory. Red zones surround each allocation; new memory is poisoned. AddressSanitizer also reports
 // when the host touches device memory.
 
 const size_t red_zone = 256;
@@ -84,7 +84,7 @@ struct Piece {
 struct Memory {
     std::map<uintptr_t, Piece> pieces; // by address
     size_t used = 0;                   // of the device
-    int access = 0;                    // how many times the host may touch device memory now
+    int access = 0;                    // how many callers let the host touch device memory
     std::recursive_mutex mutex;
 };
 Memory& memory() {
@@ -108,7 +108,7 @@ void mark([[maybe_unused]] uintptr_t at, [[maybe_unused]] const Piece& piece,
         ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(at), piece.bytes);
 }
 
-// While the device works.
+// Lets the host touch device memory while the device works.
 struct DeviceAccess {
     DeviceAccess() {
         Memory& m = memory();
@@ -147,7 +147,7 @@ void* allocate(size_t bytes, bool host) {
     return base + red_zone;
 }
 
-// How something outside of the piece was written: "" if nothing was.
+// Describes a write outside of the allocation; "" if there was none.
 std::string damage(uintptr_t at, const Piece& piece) {
 #ifndef LNS_ASAN
     const auto* first = reinterpret_cast<const unsigned char*>(at);
@@ -168,7 +168,7 @@ std::string damage(uintptr_t at, const Piece& piece) {
     return "";
 }
 
-// Whoever frees memory may be a destructor: no exception, but no silence.
+// Prints instead of throwing: memory may be freed by a destructor.
 void release(void* pointer) {
     Memory& m = memory();
     const std::lock_guard lock(m.mutex);
@@ -273,7 +273,7 @@ bool known(cudaStream_t handle) {
     return !handle || std::find(streams().begin(), streams().end(), handle) != streams().end();
 }
 
-// An error of work that nobody waited for, for the next call that can tell it.
+// An error of asynchronous work, returned by the next call.
 std::exception_ptr kept_error;
 
 void run_work(const Work& work) {
@@ -303,7 +303,7 @@ void drain_all() {
     for (size_t i = 0; i < streams().size(); i++) drain(streams()[i]);
     if (kept_error) std::rethrow_exception(std::exchange(kept_error, nullptr));
 }
-// The default stream waits for all others but those that said no.
+// The default stream waits for all others but non-blocking ones.
 void drain_blocking() {
     for (cudaStream_t stream : std::vector(streams()))
         if (!(stream->flags & cudaStreamNonBlocking)) drain(stream);
@@ -318,7 +318,7 @@ void drain_all_quietly() {
     }
 }
 
-// Calls that wait or that allocate spoil a capture.
+// Calls that wait or allocate invalidate a capture.
 bool spoils_capture() {
     bool spoiled = false;
     for (cudaStream_t stream : streams())
@@ -403,7 +403,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           size_t shared) {
     if (threads < 1 || threads > lns::sim::max_threads) return result(cudaErrorInvalidValue);
     const Limits limit = limits();
-    const size_t of_block = shared + 1024; // the system keeps as much for itself
+    const size_t of_block = shared + 1024; // reserved by the system
     *blocks = std::min({limit.threads_of_multiprocessor / ((threads + 31) / 32 * 32),
                         int(limit.shared_of_multiprocessor / of_block), 2});
     return cudaSuccess;
@@ -583,7 +583,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->maxGridSize[0] = 0x7FFFFFFF, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
     p->totalConstMem = 65536;
     p->major = lns::sim::architecture() / 10, p->minor = lns::sim::architecture() % 10;
-    p->multiProcessorCount = 6; // as few as divide work unevenly
+    p->multiProcessorCount = 6; // few, and an uneven divisor
     p->unifiedAddressing = 1, p->concurrentKernels = 1, p->asyncEngineCount = 2;
     p->memoryBusWidth = 5120;
     p->l2CacheSize = 40 << 20;
@@ -743,8 +743,7 @@ cudaError_t copy(const char* name, void* to, size_t to_pitch, const void* from, 
                              static_cast<const char*>(source) + row * from_pitch, width);
         };
     };
-    // From memory that is not pinned a copy returns when what is to be copied has been put aside,
-    // not when it has arrived.
+    // A copy from pageable memory returns when the source has been staged, not when it has arrived.
     if (now && late() && is_device(to) && !stream_of(stream)->capture) {
         std::shared_ptr<char[]> aside(new char[from_bytes]);
         for (size_t row = 0; row < height; row++)

@@ -1,4 +1,4 @@
-// What the simulator's host side shares: device memory, and the work of streams.
+// Shared by the simulator's host side: device memory, and the work of streams.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@ namespace lns::sim {
 
 int architecture(); // 80, 90, …: LNS_SIM_ARCH
 
-// A piece of work of a stream, which is run when its turn comes.
+// A piece of work of a stream.
 struct Work {
     std::string what; // "cudaMemsetAsync"; empty: the kernel's name
     const void* kernel = nullptr;
     std::function<void()> run;
 };
-// Runs it, keeps it for later or records it in the graph that the stream captures.
+// Runs it, queues it, or records it in the graph that the stream captures.
 cudaError_t enqueue(cudaStream_t stream, Work work);
 
 // When work is done: at once, or, with LNS_SIM_STREAMS=late, not before something waits for it.
@@ -28,8 +28,8 @@ struct LateStreams { // while it lives
     ~LateStreams() { set_late_streams(false); }
 };
 
-// Whether bytes are all inside of one piece of device memory (or of host memory that the device can
-// reach); and throws where they are not.
+// Throws unless the bytes are inside one allocation of device memory, or of host memory that the
+// device can reach.
 bool on_device(const void* at, size_t bytes);
 void check_device_range(const std::string& what, const void* at, size_t bytes);
 
@@ -39,7 +39,7 @@ struct Allocated {
 };
 Allocated allocated();
 
-// Of all copies from the device's memory to the host's so far.
+// The bytes of all copies from the device to the host so far.
 uint64_t bytes_to_host();
 
 } // namespace lns::sim

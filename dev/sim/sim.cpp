@@ -25,7 +25,7 @@ namespace lns::sim {
 namespace {
 
 // ---------------------------------------------------------------------------------------------
-// Names of kernels: static functions are in no dynamic table, so the program's file is looked at.
+// Names of kernels, from the program's file: static functions are in no dynamic table.
 
 std::string symbol_at(uintptr_t address) {
     uintptr_t base = 0;
@@ -65,7 +65,7 @@ std::string kernel_name(const void* kernel) {
     const std::string anonymous = "(anonymous namespace)::";
     for (size_t at; (at = name.find(anonymous)) != std::string::npos;)
         name.erase(at, anonymous.size());
-    // What it returns, where it is and its parameters are left out, template arguments stay.
+    // Drops the return type, namespaces and parameters, and keeps template arguments.
     int depth = 0;
     size_t begin = 0, end = 0;
     for (; end < name.size() && !(depth == 0 && name[end] == '('); end++) {
@@ -212,7 +212,7 @@ struct Block {
     Thread* self = nullptr;
 
     uint32_t ready_warps = 0, ready[32] = {}, spinning[32] = {};
-    uint64_t progress = 0, polled_at = 0; // how often something was waited for and came
+    uint64_t progress = 0, polled_at = 0; // counts fulfilled waits
     std::vector<Meeting*> meetings[32];   // of the warp, or of the warpgroup that begins there
     std::vector<std::unique_ptr<Meeting>> all_meetings;
     std::vector<Meeting*> free_meetings;
@@ -244,8 +244,8 @@ struct Block {
         ready_warps |= 1u << rank / 32;
     }
 
-    // One warp goes as far as it can before the next has its turn (unless shuffled): so what one
-    // needs of another without waiting is not there.
+    // Unless shuffled, a warp runs as far as it can before the next one: results of another for
+    // which it does not wait are then missing.
     Thread* pick() {
         if (!ready_warps) {
             look_again();
@@ -258,7 +258,7 @@ struct Block {
         return &thread[warp * 32 + lane];
     }
 
-    // Nothing can go on: those that wait for a condition ask again, if anything has happened since.
+    // No thread can continue: those that wait for a condition poll again, if anything has changed.
     void look_again() {
         if (finished == threads) return;
         if (polled_at != progress) {
@@ -305,7 +305,7 @@ struct Block {
         resume(t);
     }
 
-    // A fiber's whole life. A thread that has not started yet takes over the stack of the one that
+    // The main function of a fiber. A thread that has not started reuses the stack of the one that
     // has just finished.
     void run_threads() {
         Fiber* fiber = self->fiber;
@@ -424,7 +424,7 @@ struct Block {
         Barrier& b = barrier[id];
         if (b.arrived == 0) b = {name, where, count, 0, 0};
         if (waits) wait_at(name, where, 0, id, State::waiting);
-        // At __syncthreads all must be in one place; whoever is elsewhere waits in vain.
+        // At __syncthreads all must be in the same line: threads elsewhere never continue.
         const bool counts = id != 0 || (b.name == name && b.where == where);
         if (counts && b.threads != count)
             fail(prefix(self), name, " of barrier ", id, " for ", count,
@@ -685,7 +685,7 @@ void run(const Launch& launch) {
         }
         running = nullptr;
     };
-    const int64_t small = 1024; // threads, for which no other is worth waking
+    const int64_t small = 1024; // threads, too few to wake another host thread
     if (blocks * launch.block.x * launch.block.y * launch.block.z <= small)
         for (int64_t n = 0; n < blocks; n++) run_block(n);
     else

@@ -1,4 +1,4 @@
-// CUDA's small structs of numbers, aligned as the GPU demands.
+// CUDA's vector types, aligned as the GPU requires.
 #pragma once
 
 struct alignas(8) float2 {

@@ -1,4 +1,4 @@
-// The machine's peaks, and `train_gpt bench`. Nothing here depends on how fast the machine is.
+// The machine's peaks, and `train_gpt bench`. No test depends on the machine's speed.
 #include "dev/test/program_helpers.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ using namespace lns::test;
 
 TEST(Peak, IsMeasured) {
     const double float32 = measured_peak_flops(1), bf16 = measured_bf16_flops(1);
-    EXPECT_GT(float32, 1e7); // some CPU of the last decades, even without optimization
+    EXPECT_GT(float32, 1e7); // any CPU of the last decades, even without optimization
     EXPECT_GT(bf16, 1e7);
     EXPECT_LT(bf16, 1e15);
     if (bf16_unit() == Bf16Unit::amx) {
@@ -29,11 +29,11 @@ TEST(Peak, BandwidthIsMeasured) {
     EXPECT_GT(b.read, 1e6);
     EXPECT_GT(b.write, 1e6);
     EXPECT_GT(b.update, 1e6);
-    b = measured_bandwidth(4, 100); // no thread has a page
+    b = measured_bandwidth(4, 100); // fewer pages than threads
     EXPECT_EQ(b.read + b.write + b.update, 0);
 }
 
-TEST(Peak, DataSheetsAreKnownByCudasNames) {
+TEST(Peak, DataSheetsAreFoundByCudaNames) {
     EXPECT_EQ(data_sheet_bf16_flops("NVIDIA H100 80GB HBM3"), 989.4e12);
     EXPECT_EQ(data_sheet_bf16_flops("NVIDIA H100 PCIe"), 756e12);
     EXPECT_EQ(data_sheet_bf16_flops("NVIDIA H200"), 989.4e12);
@@ -81,11 +81,11 @@ TEST(Bench, JsonSaysEverything) {
     EXPECT_GT(j["peak_flops"]["float32"], 0);
     EXPECT_GT(j["peak_flops"]["bf16"], 0);
     EXPECT_NEAR(double(j["tokens_per_s"]) * double(j["median_seconds"]), 32, 1e-6);
-    EXPECT_NEAR(double(j["losses"][0]), std::log(257.), 0.5); // of a model that knows nothing
+    EXPECT_NEAR(double(j["losses"][0]), std::log(257.), 0.5); // an untrained model
     EXPECT_LT(j["losses"][1], j["losses"][0]);                // on the same tokens again
 }
 
-TEST(Bench, ADisturbedPeakIsNoMeasure) {
+TEST(Bench, ADisturbedPeakIsDiscarded) {
     Bench b;
     b.config = architecture("llama");
     b.config.scheme = parse_scheme("pre");
@@ -104,7 +104,7 @@ TEST(Bench, ADisturbedPeakIsNoMeasure) {
     EXPECT_GT(nlohmann::json::parse(to_json(b))["mfu"], 0);
 }
 
-// What --dry-run says is what the process then holds, to 5%, and --recompute lowers it.
+// The memory that --dry-run plans is the process's peak within 5%, and --recompute lowers it.
 TEST(Bench, MemoryIsAsPredicted) {
     NEEDS_PROGRAM();
     double before = 1e18;
@@ -115,7 +115,7 @@ TEST(Bench, MemoryIsAsPredicted) {
         ASSERT_EQ(f.status, 0) << f.output;
         nlohmann::json j = nlohmann::json::parse(f.output);
         const double peak = j["peak_memory"], planned = j["planned_memory"];
-        if (peak == 0) GTEST_SKIP() << "this system does not say how much memory a process holds";
+        if (peak == 0) GTEST_SKIP() << "this system does not report a process's memory";
         EXPECT_NEAR(planned / peak, 1, 0.05) << flags;
         EXPECT_LT(peak, before) << flags;
         before = peak;

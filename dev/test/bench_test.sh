@@ -1,6 +1,5 @@
 #!/bin/bash
-# dev/bench/bench.py: what it runs, compares and writes, with a train_gpt and a PyTorch that only
-# say numbers.
+# What dev/bench/bench.py runs, compares and writes, with a fake train_gpt and PyTorch.
 # shellcheck source=dev/test/lib/checks.sh
 . "$(dirname "$0")/lib/checks.sh"
 command -v python3 >/dev/null || skip_all "dev/bench/bench.py is not tested: there is no python3 (make deps)"
@@ -34,26 +33,26 @@ bench() { python3 dev/bench/bench.py --program "$dir/train_gpt" --torch "$dir/py
 value() { python3 -c "import json, sys; b = json.load(open('$dir/b.json')); print($1)"; }
 
 out=$(bench --only gpt2-124m:4x512,tiny)
-check "it ends well" test $? -eq 0
+check "it succeeds" test $? -eq 0
 check "the ratio is of medians" says "$out" "2.00x"
 check "bf16 is compared with the best mode" says "$out" "1.25x"
-check "another model is told" says "$out" "NOT THE SAME MODEL: 125 parameters, not 124"
-check "a mode that fails is told" says "$out" "RuntimeError: it cannot"
-check "a dtype that is not there is told" says "$out" "no bf16 here"
+check "a different model is reported" says "$out" "NOT THE SAME MODEL: 125 parameters, not 124"
+check "a failing mode is reported" says "$out" "RuntimeError: it cannot"
+check "an unsupported dtype is reported" says "$out" "no bf16 here"
 check "bars are judged" says "$out" "2 threads over 1"
 check "MFU is of the dtype's peak" test "$(value "b['cases'][1]['mfu']")" = 0.25
 check "2 threads over 1" test "$(value "[r['measured'] for r in b['bars'] if 'over 1' in r['what']]")" = "['2', '2']"
-check "the whole is written" test "$(value "len(b['cases'])")" = 8
+check "all cases are written" test "$(value "len(b['cases'])")" = 8
 check "three rounds" test "$(value "len(b['cases'][0]['runs'])")" = 3
 check "PyTorch runs on 2 threads only" test "$(grep -c -- '--threads 1' "$dir/torch.log")" = 0
 check "unpinned once a dtype" test "$(grep -c '^ ' "$dir/torch.log")" = 2
 bench --only gpt2-124m:4x64:float32 --torch none --rounds 2 >/dev/null
 check "without PyTorch" test "$(value "b['cases'][0]['torch']")" = "{}"
-check "what has no bar runs once" test "$(value "len(b['cases'][0]['runs'])")" = 1
+check "cases without a bar run once" test "$(value "len(b['cases'][0]['runs'])")" = 1
 out=$(bench --only gpt3)
 check "nothing selected is an error" test $? -eq 1
-check "and says what there is" says "$out" "llama-130m:16x256"
+check "and lists what exists" says "$out" "llama-130m:16x256"
 out=$(bench --torch "$dir/none")
-check "a PyTorch that is not there is an error" says "$out" "no PyTorch that works"
+check "a missing PyTorch is an error" says "$out" "no PyTorch that works"
 
 summary

@@ -1,15 +1,15 @@
 #!/bin/bash
-# The Makefile keeps variants apart, dev/deps.sh asks for what is missing and nothing else, and
-# dev/run_tests.sh counts right.
+# The Makefile separates variants, dev/deps.sh installs exactly what is missing, and
+# dev/run_tests.sh counts correctly.
 # shellcheck source=dev/test/lib/checks.sh
 . "$(dirname "$0")/lib/checks.sh"
 unset MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES OPENMP ONEDNN MPI CUDA SANITIZE MARCH BUILD V CXX
 here=$PWD
 
-# A small program in a tree of its own.
+# A small program in its own tree.
 mkdir -p "$dir/tree/dev" "$dir/tree/gpt/base"
 cp Makefile "$dir/tree/"
-cp dev/probe.in dev/run_tests.sh "$dir/tree/dev/"
+cp dev/configure_check.in dev/run_tests.sh "$dir/tree/dev/"
 cp gpt/base/build.h gpt/base/build.cpp "$dir/tree/gpt/base/"
 cat >"$dir/tree/train_gpt.cpp" <<'END'
 #include "gpt/base/build.h"
@@ -27,10 +27,10 @@ check "the first build says what it found" says "$out" "SentencePiece"
 out=$(make MARCH= 2>&1)
 check "a second build has nothing to do" silent_on "$out" CXX
 check "the program says its flags" says "$(./train_gpt)" "-std=c++20"
-check "OpenMP is in where it is found" says "$(./train_gpt)" "with OpenMP"
+check "OpenMP is used if found" says "$(./train_gpt)" "with OpenMP"
 out=$(make MARCH= OPENMP=0 2>&1)
 check "an option compiles everything again" says "$out" "CXX   gpt/base/build.cpp"
-check "what is left out is named" says "$out" "without OpenMP: one thread only"
+check "missing features are named" says "$out" "without OpenMP: one thread only"
 check "an option takes effect" says "$(./train_gpt)" "without OpenMP"
 out=$(make MARCH= 2>&1)
 check "switching back compiles nothing" silent_on "$out" CXX
@@ -38,13 +38,13 @@ check "switching back takes effect" says "$(./train_gpt)" "with OpenMP"
 touch -d '+1 minute' gpt/base/build.h
 out=$(make MARCH= 2>&1)
 check "a changed header compiles its users" says "$out" "CXX   train_gpt.cpp"
-sed -i '/CLI11/d' dev/probe.in
+sed -i '/CLI11/d' dev/configure_check.in
 out=$(make MARCH=x86-64 BUILD=other 2>&1)
-check "a missing library is a sentence" says "$out" "missing: run make deps"
+check "a missing library is explained" says "$out" "missing: run make deps"
 out=$(make CXX=no-such-compiler 2>&1)
-check "a missing compiler is a sentence" says "$out" "no C++ compiler no-such-compiler"
+check "a missing compiler is explained" says "$out" "no C++ compiler no-such-compiler"
 
-# A machine with nothing but apt, played by small scripts: $dir/state is what it has installed.
+# A machine with only apt, simulated by scripts; $dir/state has its installed packages.
 mkdir "$dir/bin" "$dir/state"
 for tool in bash cut sed awk grep id env cmp cp sort tail basename mkdir; do
     ln -s "$(command -v $tool)" "$dir/bin/$tool"
@@ -71,23 +71,23 @@ deps() { PATH=$dir/bin UNAVAILABLE=$1 bash "$here/dev/deps.sh" 2>&1; }
 
 out=$(deps)
 check "a bare machine gets everything" test $? -eq 0
-check "what is installed is told" says "$out" "for fast matrix products"
+check "installed packages are reported" says "$out" "for fast matmuls"
 check "with one command" test "$(grep -c install "$dir/apt.log")" -eq 1
 check "and no update" test "$(grep -c update "$dir/apt.log")" -eq 0
 : >"$dir/apt.log"
-check "the second time nothing is done" says "$(deps)" "everything is here already"
+check "the second time nothing is done" says "$(deps)" "all packages are installed"
 check "the second time apt is not asked" test ! -s "$dir/apt.log"
 rm "$dir/state/libdnnl-dev" "$dir/state/libcli11-dev"
 out=$(deps libdnnl-dev)
 check "without an optional package the rest is installed" test $? -eq 0
-check "the feature lost is named" says "$out" "there will be no fast matrix products"
-check "only what is missing is asked for" silent_on "$(cat "$dir/apt.log")" "g++"
+check "the feature lost is named" says "$out" "there will be no fast matmuls"
+check "only missing packages are requested" silent_on "$(cat "$dir/apt.log")" "g++"
 rm "$dir/state/libcli11-dev"
 out=$(deps libcli11-dev)
 check "without a required package it fails" test $? -eq 1
 check "and says why" says "$out" "libcli11-dev could not be installed"
 
-# Its Python: the module venv copies it, pip only writes down what it is asked for.
+# Its Python: the module venv copies it, pip only logs its arguments.
 cat >"$dir/bin/python3" <<END
 #!$(command -v bash)
 case \$* in
@@ -100,15 +100,15 @@ esac
 END
 chmod +x "$dir/bin/python3"
 out=$(PIP_FAILS=yes deps)
-check "without a network the rest is there" test $? -eq 0
-check "what is lacking then is told" says "$out" "there is no network"
-check "and what for" says "$out" "warning: there will be no pictures"
+check "without a network the rest succeeds" test $? -eq 0
+check "the failure is reported" says "$out" "there is no network"
+check "and its consequence" says "$out" "warning: there will be no pictures"
 out=$(deps)
 check "the next time Python's packages are installed" says "$out" "installing requirements.txt into build/venv"
-check "those that are pinned" says "$(tail -1 "$dir/pip.log")" "-r $here/dev/requirements.txt"
+check "the pinned ones" says "$(tail -1 "$dir/pip.log")" "-r $here/dev/requirements.txt"
 : >"$dir/pip.log"
-check "and then no more" silent_on "$(deps)" "installing requirements.txt"
-check "nor is pip asked" test ! -s "$dir/pip.log"
+check "but only once" silent_on "$(deps)" "installing requirements.txt"
+check "and pip is not called again" test ! -s "$dir/pip.log"
 check "BUILD moves them" says "$(BUILD=other deps)" "into other/venv"
 rm "$dir/bin/apt-get"
 printf '#!%s\n' "$(command -v bash)" >"$dir/bin/dnf" && chmod +x "$dir/bin/dnf"

@@ -1,5 +1,5 @@
-// The tables of SentencePiece models: whole ones pass, damaged ones are found before the library
-// follows them.
+// Normalization tables of SentencePiece models: intact ones pass, damaged ones are rejected before
+// the library reads them.
 #include "dev/test/data_helpers.h"
 #include "gpt/data/charsmap.h"
 #include "gpt/data/tokenizer.h"
@@ -11,7 +11,7 @@ using namespace lns::test;
 
 namespace {
 
-// A model of nothing but a table of normalizations.
+// A model with only a normalization table.
 std::string model_of(const std::string& table) {
     auto field = [](int number, const std::string& bytes) {
         return std::string{char((number << 3) | 2), char((bytes.size() & 127) | 128),
@@ -29,8 +29,8 @@ struct Table {
     std::string strings = std::string("x\0y\0", 4);
     explicit Table(uint32_t value) {
         for (uint32_t i = 0; i < 256; i++) units[i] = (i ^ 1) & 255;
-        units[0] = 0;                                  // its children are in their own places
-        units[size_t('a')] = 'a' | 1u << 8 | 3u << 10; // has a value, 3 places from here
+        units[0] = 0;                                  // its children are at their byte values
+        units[size_t('a')] = 'a' | 1u << 8 | 3u << 10; // has a value, 3 units away
         units[size_t('a') ^ 3] = value | 1u << 31;
     }
     std::string text() const {
@@ -44,7 +44,7 @@ struct Table {
 
 } // namespace
 
-TEST(Charsmap, WholeTablesPass) {
+TEST(Charsmap, IntactTablesPass) {
     EXPECT_EQ(charsmap_fault(""), "");
     EXPECT_EQ(charsmap_fault(model_of("")), "");
     EXPECT_EQ(Table(2).fault(), "");
@@ -54,29 +54,29 @@ TEST(Charsmap, WholeTablesPass) {
 }
 
 TEST(Charsmap, DamageIsFound) {
-    EXPECT_TRUE(says(Table(4).fault(), {"behind the last"}));
-    EXPECT_TRUE(says(Table(0x7FFFFFFF).fault(), {"behind the last"}));
+    EXPECT_TRUE(says(Table(4).fault(), {"beyond the last"}));
+    EXPECT_TRUE(says(Table(0x7FFFFFFF).fault(), {"beyond the last"}));
     Table far(2);
     far.units[size_t('z')] = 'z' | 300u << 10;
-    EXPECT_TRUE(says(far.fault(), {"behind its end"}));
+    EXPECT_TRUE(says(far.fault(), {"beyond its end"}));
     far.units[size_t('z')] = 'z' | 1u << 9 | 1u << 10; // an offset in steps of 256
-    EXPECT_TRUE(says(far.fault(), {"behind its end"}));
+    EXPECT_TRUE(says(far.fault(), {"beyond its end"}));
     Table open(2);
     open.strings = "xyz";
-    EXPECT_TRUE(says(open.fault(), {"has no end"}));
+    EXPECT_TRUE(says(open.fault(), {"not terminated"}));
     for (uint32_t bytes : {0u, 1023u, 1028u, 4000u, ~3u}) {
         Table other(2);
         other.bytes = bytes;
         EXPECT_NE(other.fault(), "") << bytes;
     }
-    EXPECT_TRUE(says(charsmap_fault(model_of("abc")), {"cut"}));
+    EXPECT_TRUE(says(charsmap_fault(model_of("abc")), {"truncated"}));
 }
 
 #ifdef LNS_SENTENCEPIECE
 TEST(Charsmap, DamagedModelsAreRefused) {
     TemporaryDirectory dir;
     const std::string whole = read_bytes("dev/test/fixtures/tokenizers/folding.model");
-    // What is appended to a protocol buffer is merged into it: a piece of one byte 0, and a table.
+    // Data appended to a protocol buffer is merged into it: a piece of one zero byte, and a table.
     write_bytes(dir / "piece.model", whole + std::string("\x0a\x08\x0a\x01\0\x15\0\0\0\0", 10));
     write_bytes(dir / "table.model", whole + model_of(Table(4).text()));
     for (const char* name : {"piece.model", "table.model"})

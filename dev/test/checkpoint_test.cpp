@@ -21,7 +21,7 @@ TrainerState some_state() {
     return s;
 }
 
-// A saved checkpoint to spoil.
+// A saved checkpoint to damage.
 struct Saved {
     TemporaryDirectory dir;
     std::string path = dir / "step-000012";
@@ -34,20 +34,20 @@ struct Saved {
         Holder other(config);
         return error_of([&] { load_checkpoint(other, path); });
     }
-    // Writes model.safetensors again, as `change` leaves it.
+    // Rewrites model.safetensors after `change`.
     template <class Change> void rewrite(Change change) {
         std::vector<TensorOut> tensors;
         for (const Param& p : model.registry.params)
             tensors.push_back(param_tensor(model, Buffer::parameters, p, p.name));
         change(tensors);
         write_safetensors(path + "/model.safetensors", tensors);
-        fs::remove(path + "/checksums.json"); // which would refuse another file
+        fs::remove(path + "/checksums.json"); // it would not match
     }
 };
 
 } // namespace
 
-TEST(Checkpoint, GivesBackWhatWasSaved) {
+TEST(Checkpoint, RestoresWhatWasSaved) {
     for (const char* type : {"llama", "gpt2", "qwen2", "olmo", "olmo2"}) {
         TemporaryDirectory dir;
         Holder model(small(type, "sandwich+gpas")), other(model.config);
@@ -74,7 +74,7 @@ TEST(Checkpoint, GivesBackWhatWasSaved) {
     }
 }
 
-TEST(Checkpoint, Gpt2MatricesLieAsHuggingFaceHasThem) {
+TEST(Checkpoint, Gpt2MatricesHaveHuggingFacesLayout) {
     TemporaryDirectory dir;
     Holder model(small("gpt2"));
     model.initialize(5);
@@ -90,7 +90,7 @@ TEST(Checkpoint, Gpt2MatricesLieAsHuggingFaceHasThem) {
     EXPECT_EQ(file.at("transformer.wte.weight").shape, (std::vector<int64_t>{13, 8}));
 }
 
-TEST(Checkpoint, IsFoundByItsNameAndTheRuns) {
+TEST(Checkpoint, IsFoundByItsNameOrItsRuns) {
     Saved saved;
     EXPECT_EQ(find_checkpoint(saved.path), saved.path);
     EXPECT_EQ(find_checkpoint(saved.dir.path), saved.path);
@@ -127,7 +127,7 @@ TEST(Checkpoint, MissingExtraAndMisshapenTensors) {
     saved.rewrite([&](auto& tensors) {
         tensors.push_back(tensor_out({"model.layers.7.oh.weight", "F32", {1}, &one, 4}));
     });
-    EXPECT_TRUE(says(saved.load_error(), {"model.layers.7.oh.weight", "no parameter"}));
+    EXPECT_TRUE(says(saved.load_error(), {"model.layers.7.oh.weight", "not a parameter"}));
 
     saved.rewrite([&](auto& tensors) { tensors.erase(tensors.begin() + 2, tensors.begin() + 9); });
     EXPECT_TRUE(says(saved.load_error(), {"model.layers.0.self_attn.q_proj.weight'",
@@ -138,9 +138,9 @@ TEST(Checkpoint, MissingExtraAndMisshapenTensors) {
         for (const char* name : {"a", "b"})
             tensors.push_back(tensor_out({name, "F32", {1}, &one, 4}));
     });
-    EXPECT_TRUE(says(saved.load_error(), {"'a' and 'b' are no parameters"}));
+    EXPECT_TRUE(says(saved.load_error(), {"'a' and 'b' are not parameters"}));
 
-    // What Hugging Face files have beside the parameters is no error.
+    // Known tensors in Hugging Face files that are not parameters are ignored.
     saved.rewrite([&](auto& tensors) {
         tensors.push_back(
             tensor_out({"model.layers.0.self_attn.rotary_emb.inv_freq", "F32", {1}, &one, 4}));
@@ -151,7 +151,7 @@ TEST(Checkpoint, MissingExtraAndMisshapenTensors) {
     EXPECT_TRUE(says(saved.load_error(), {"no optimizer.safetensors", "--init-from"}));
 }
 
-TEST(Checkpoint, OfAnotherModelIsRefused) {
+TEST(Checkpoint, AnotherModelsIsRefused) {
     Saved saved;
     EXPECT_TRUE(says(saved.load_error(small("qwen2")), {saved.path, "another model", "llama"}));
     EXPECT_TRUE(says(saved.load_error(small("llama", "pre")), {"norm scheme", "lns", "pre"}));
@@ -215,7 +215,7 @@ TEST(Checkpoint, DamageIsNoticedWhereverItIs) {
             bytes[below(bytes.size())] ^= char(1 << below(8));
             write_bytes(file, bytes);
             const std::string error = saved.load_error();
-            // In checksums.json the names and the checksums matter, not the space between them.
+            // White space in checksums.json does not matter.
             if (error.empty() && file.ends_with("checksums.json")) continue;
             ASSERT_TRUE(says(error, {saved.path})) << file;
             ASSERT_NE(checkpoint_damage(saved.path), "") << file;
@@ -226,7 +226,7 @@ TEST(Checkpoint, DamageIsNoticedWhereverItIs) {
     EXPECT_EQ(checkpoint_damage(saved.path), "");
     EXPECT_EQ(saved.load_error(), "");
 
-    // A file of another checkpoint is damage too.
+    // A file from another checkpoint counts as damage.
     Holder other{small("llama")};
     other.initialize(2);
     save_checkpoint(saved.dir / "other", other, some_state(), nullptr);
@@ -237,7 +237,7 @@ TEST(Checkpoint, DamageIsNoticedWhereverItIs) {
     EXPECT_EQ(saved.load_error(), "");
 }
 
-TEST(Checkpoint, WhereOneIsDamagedTheNewestWholeOneIsNamed) {
+TEST(Checkpoint, ADamagedOneNamesTheNewestIntactOne) {
     Saved saved;
     for (int64_t step : {3, 5, 20}) {
         TrainerState state = some_state();
@@ -252,12 +252,12 @@ TEST(Checkpoint, WhereOneIsDamagedTheNewestWholeOneIsNamed) {
     for (const char* older : {"step-000003", "step-000005"})
         fs::resize_file(saved.dir / older + "/config.json", 5);
     EXPECT_TRUE(says(saved.load_error(), {damaged, "No earlier checkpoint", "is whole"}));
-    // Another model than asked for is no damage.
+    // A different model than requested is not damage.
     save_checkpoint(saved.path, saved.model, some_state(), nullptr);
     EXPECT_EQ(saved.load_error(small("qwen2")).find("whole"), std::string::npos);
 }
 
-TEST(Checkpoint, NumbersThatAreNotFiniteAreRefused) {
+TEST(Checkpoint, NonFiniteValuesAreRefused) {
     for (float bad : {NAN, INFINITY, -INFINITY}) {
         Saved saved;
         saved.model.held[0][saved.model.registry.params[1].offset + 3] = bad;
@@ -267,7 +267,7 @@ TEST(Checkpoint, NumbersThatAreNotFiniteAreRefused) {
     }
 }
 
-TEST(Checkpoint, AHeadBesideTiedEmbeddingsMustBeTheSame) {
+TEST(Checkpoint, AHeadWithTiedEmbeddingsMustEqualThem) {
     TemporaryDirectory dir;
     Holder model(small("gpt2")), other(model.config);
     ASSERT_TRUE(model.config.tied);
@@ -317,7 +317,7 @@ TEST(Checkpoint, WeightsFromSeveralFiles) {
     EXPECT_TRUE(says(saved.load_error(), {"index.json", "model-1.safetensors", "not there"}));
     index["weight_map"][params[0].name] = std::string(300, 'a');
     write_bytes(saved.path + "/model.safetensors.index.json", index.dump());
-    EXPECT_TRUE(says(saved.load_error(), {"cannot look at", "name too long"}));
+    EXPECT_TRUE(says(saved.load_error(), {"cannot access", "name too long"}));
     for (const char* text : {"{", "[]", "{\"weight_map\": {}}", "{\"weight_map\": {\"a\": 1}}",
                              "{\"weight_map\": {\"a\": \"../model.safetensors\"}}"}) {
         write_bytes(saved.path + "/model.safetensors.index.json", text);
@@ -345,7 +345,7 @@ TEST(Checkpoint, Gpt2FilesWithoutTheRootName) {
         EXPECT_EQ(other.held[0][p.offset + 1], model.held[0][p.offset + 1]) << p.name;
 }
 
-TEST(Checkpoint, SavingLeavesTheOldOneWhereItFails) {
+TEST(Checkpoint, AFailedSaveLeavesTheOldOne) {
     Saved saved;
     const std::string before = read_bytes(saved.path + "/model.safetensors");
     struct Broken : Holder {
@@ -359,6 +359,6 @@ TEST(Checkpoint, SavingLeavesTheOldOneWhereItFails) {
                      {"the device is gone"}));
     EXPECT_EQ(read_bytes(saved.path + "/model.safetensors"), before);
     EXPECT_EQ(saved.load_error(), "");
-    // nothing half-written is left
+    // no partial file remains
     EXPECT_EQ(std::distance(fs::directory_iterator(saved.dir.path), {}), 1);
 }

@@ -1,4 +1,4 @@
-// Bad input: a sentence, status 1, nothing lost.
+// Bad input gives a message and status 1, and loses nothing.
 #include "dev/test/program_helpers.h"
 
 #include "gpt/base/error.h"
@@ -17,14 +17,14 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// A directory with shards to train on.
+// A directory with training shards.
 struct Shards : TemporaryDirectory {
     std::string train = path + "/text_train_000000.bin", val = path + "/text_val_000000.bin";
     Shards() {
         write_shard(train, 1000);
         write_shard(val, 200);
     }
-    // That the arguments fail with such a sentence, and that no run directory is left.
+    // Expects the arguments to fail with such a message and to leave no run directory.
     testing::AssertionResult fails(const std::string& arguments,
                                    const std::vector<std::string>& parts) const {
         auto result = fails_with(
@@ -153,7 +153,7 @@ TEST(Program, ARunFindsItsDataFromOtherFolders) {
     write_shard(dir / "w[1]/d{2}/x[3]_train_000000.bin", 1000);
     write_shard(dir / "w[1]/d{2}/x[3]_val_000000.bin", 200);
     write_shard(dir / "x_val_000000.bin",
-                400); // what a pattern of the folders' names would not miss
+                400); // the folders' names as patterns would match this too
     const std::string program = fs::absolute("train_gpt").string();
     auto in = [&](const std::string& folder, const std::string& arguments) {
         return run("cd '" + dir / folder + "' && " + program + " " + arguments + " --threads 1");
@@ -199,7 +199,7 @@ TEST(BadInput, Shards) {
     EXPECT_TRUE(s.fails("--vocab 100", {"257", "100", "--vocab"}));
     write_shard(s.train, 1000, {});
     write_shard(s.val, 200, {});
-    EXPECT_TRUE(s.fails("--vocab 100", {s.train, "100"})); // a token beyond it
+    EXPECT_TRUE(s.fails("--vocab 100", {s.train, "100"})); // it has larger tokens
     write_shard(s.val, 16, {});
     EXPECT_TRUE(s.fails("", {"text_val_", "17"}));
     fs::remove(s.val);
@@ -267,7 +267,7 @@ TEST(BadInput, Checkpoints) {
 
 TEST(BadInput, TokenizersThatAreNotTheModels) {
     NEEDS_PROGRAM();
-    Shards s, other; // the same vocabulary, of other contents
+    Shards s, other; // the same vocabulary size with other tokens
     const TokenizerId made = {"gpt2", 257, 256, 1};
     write_shard(other.train, 1000, made);
     write_shard(other.val, 200, made);
@@ -287,16 +287,16 @@ TEST(BadInput, TokenizersThatAreNotTheModels) {
         f = train_gpt(small_model + "-x 1 --dry-run --init-from " + weights + " -i " + s.train);
         EXPECT_EQ(f.status, 0) << f.output;
     }
-    // Tokens of an unknown tokenizer are taken as the model's.
+    // Tokens of an unknown tokenizer are assumed to be the model's.
     write_shard(other.val, 200, {});
     EXPECT_EQ(train_gpt("eval " + hf + " --threads 1 -t 16 -j " + other.val).status, 0);
-    // A tokenizer that cannot be read may be another one.
+    // A tokenizer that cannot be read may be a different one.
     write_bytes(hf + "/tokenizer.json", R"({"model": {"type": "WordPiece", "vocab": {}}})");
     write_bytes(hf + "/tokenizer_config.json", "{}");
     EXPECT_TRUE(fails_with("eval " + hf + " --threads 1 -t 16 -j " + s.val,
                            {"cannot be compared", "WordPiece", "not supported yet"}));
 #ifdef LNS_SENTENCEPIECE
-    // Another's file in a checkpoint
+    // A foreign tokenizer in a checkpoint
     fs::copy_file("dev/test/fixtures/tokenizers/exact.model", checkpoint + "/tokenizer.model");
     for (const std::string& command : {"sample " + run, "export " + run + " " + s / "hf2"})
         EXPECT_TRUE(fails_with(command, {checkpoint, "sentencepiece", "is not the model's"}));

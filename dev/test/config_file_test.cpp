@@ -23,7 +23,7 @@ std::string error(std::string_view text) {
 
 } // namespace
 
-TEST(ConfigFile, TheWholeTextBehindTheEqualsSignIsTheValue) {
+TEST(ConfigFile, TheWholeTextAfterTheEqualsSignIsTheValue) {
     EXPECT_EQ(parsed("lr = 0,001\nsteps = 10 20"), "</lr=0,001></steps=10 20>");
     EXPECT_EQ(parsed("out=runs/lr=1e-3, wd=0.1\t \n"), "</out=runs/lr=1e-3, wd=0.1>");
     EXPECT_EQ(parsed("out = d # of today"), "</out=d # of today>");
@@ -52,7 +52,7 @@ TEST(ConfigFile, OtherLinesAreErrorsThatNameTheLine) {
     EXPECT_TRUE(says(error("{\"lr\": 0.1}"), {"line 1", "expected `long-name = value`"}));
 }
 
-TEST(ConfigFile, WhatIsNoTextIsRefused) {
+TEST(ConfigFile, FilesThatAreNotTextAreRefused) {
     EXPECT_TRUE(says(error(std::string_view("a = 1\nb = 2\0003", 13)),
                      {"line 2", "control", "'b = 2^@3', expected"}));
     EXPECT_TRUE(says(error("a = \x1B[31m"), {"line 1", "control"}));
@@ -61,11 +61,11 @@ TEST(ConfigFile, WhatIsNoTextIsRefused) {
     EXPECT_TRUE(says(error(std::string(10 << 20, 'x')), {"10485760 bytes", "at most"}));
     const std::string deep = error(std::string(1 << 20, '['));
     EXPECT_TRUE(says(deep, {"line 1", "not a section"}));
-    EXPECT_LT(deep.size(), 300u); // no message quotes all of it
+    EXPECT_LT(deep.size(), 300u); // messages shorten it
     EXPECT_EQ(parse_config_file("layers = " + std::string(100000, '['), "c").size(), 1u);
 }
 
-TEST(ConfigFile, WhatIsNoFileIsRefused) {
+TEST(ConfigFile, WhatIsNotAFileIsRefused) {
     TemporaryDirectory dir;
     auto fails = [&](const std::string& path) { return error_of([&] { read_config_file(path); }); };
     EXPECT_TRUE(says(fails(dir / "none"), {"--config", "none", "cannot be opened"}));

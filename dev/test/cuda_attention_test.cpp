@@ -1,4 +1,4 @@
-// Attention's kernels against its definition in double, forward and backward: all sizes of heads,
+// Attention by mma against its definition in double, forward and backward: all sizes of heads,
 // ragged lengths, shared keys and values, rotated and not, in every order of threads.
 #include <gtest/gtest.h>
 
@@ -8,7 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "train_gpt.cu"
+#include "dev/sim/sim.h"
+#include "gpt/cuda/attention.cuh"
 
 using lns::Error;
 using namespace lns::cuda;
@@ -47,9 +48,9 @@ using Doubles = std::vector<double>;
 struct Problem {
     AttentionShape a;
     bool rotated;
-    double spread = 1; // of q and k: how peaked the softmax is
+    double spread = 1; // of q and k: determines how peaked the softmax is
 
-    // Padding channels are 0, as the model's are.
+    // Padding channels are 0, as in the model.
     template <class S>
     std::vector<S> values(int64_t rows, int heads, uint32_t seed, int spread_heads = 0) const {
         std::mt19937 random(seed);
@@ -76,7 +77,7 @@ struct Expected {
     Doubles out, lse, dqkv;
 };
 
-// The definition, a query at a time.
+// The definition, one query at a time.
 template <class S>
 Expected expected(const Problem& p, const std::vector<S>& qkv, const std::vector<S>& dout) {
     const AttentionShape& a = p.a;
@@ -148,7 +149,7 @@ double norm(const Doubles& x, const Columns& columns) {
     return std::sqrt(sum);
 }
 
-// ‖x − expected‖ over ‖expected‖ or `at_least`.
+// ‖x − expected‖ / max(‖expected‖, at_least).
 template <class X>
 double error(const std::vector<X>& x, const Doubles& expected, const Columns& columns,
              double at_least = 0) {
@@ -175,10 +176,10 @@ Result<S> computed(const Problem& p, const std::vector<S>& qkv, const std::vecto
     const DeviceArray<S> out(a.rows() * a.q_width()), dqkv(a.rows() * a.row());
     const DeviceArray<float> lse(a.rows() * a.NH), delta(a.rows() * a.NH);
     const DeviceArray<CosSin> table(p.table());
-    attention_forward<S>(out.data, lse.data, in.data, a, nullptr);
+    mma_attention_forward<S>(out.data, lse.data, in.data, a, nullptr);
     if (a.first == 0)
-        attention_backward<S>(dqkv.data, gradient.data, out.data, in.data, lse.data,
-                              p.rotated ? table.data : nullptr, delta.data, a, nullptr);
+        mma_attention_backward<S>(dqkv.data, gradient.data, out.data, in.data, lse.data,
+                                  p.rotated ? table.data : nullptr, delta.data, a, nullptr);
     CUDA(cudaDeviceSynchronize());
     return {out.values(), dqkv.values(), lse.values()};
 }
@@ -218,7 +219,7 @@ const int head_sizes[][2] = {{8, 8}, {16, 16}, {48, 48}, {56, 52}, {64, 64}, {80
 const int heads[][2] = {{1, 1}, {4, 2}, {4, 1}};
 const int lengths[] = {1, 7, 64, 65, 130, 200};
 
-// Every length with every size of head, and the numbers of heads in turns.
+// Every length with every head size, cycling through the numbers of heads.
 template <class S> void check_all() {
     Worst worst;
     int n = 0;
@@ -237,9 +238,9 @@ template <class S> void check_all() {
 TEST(CudaAttention, IsItsDefinitionInBf16) { check_all<bf16>(); }
 TEST(CudaAttention, IsItsDefinitionInFloat) { check_all<float>(); }
 
-// Scores far apart, so that a row's reference moves often and most probabilities are 0, and of one
-// size, so that the gradient is a small difference.
-TEST(CudaAttention, IsExactWhereTheSoftmaxIsPeakedAndWhereItIsFlat) {
+// Scores far apart, so that the running maximum changes often and most probabilities are 0, and of
+// equal size, so that the gradient is a small difference.
+TEST(CudaAttention, IsExactForPeakedAndForFlatSoftmax) {
     for (double spread : {0.05, 4.0}) {
         Worst worst;
         check<bf16>({{1, 256, 2, 1, 64, 64}, false, spread}, worst);
@@ -284,11 +285,11 @@ TEST(CudaAttention, BeginsWhereItIsTold) {
     }
 }
 
-TEST(CudaAttention, SaysThatAHeadIsTooWide) {
+TEST(CudaAttention, RefusesAHeadThatIsTooWide) {
     const AttentionShape a = {1, 8, 1, 1, 136, 136};
     float* none = nullptr;
     try {
-        attention_forward<float>(none, none, none, a, nullptr);
+        mma_attention_forward<float>(none, none, none, a, nullptr);
         FAIL();
     } catch (const Error& error) {
         EXPECT_NE(std::string(error.what()).find("at most 128"), std::string::npos);

@@ -9,12 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "train_gpt.cu"
-
-#include "gpt/cuda/hopper.h"
-namespace lns::cuda {
+#include "dev/sim/sim.h"
 #include "gpt/cuda/attention_hopper.cuh"
-}
 
 namespace lns::cuda {
 namespace {
@@ -77,8 +73,8 @@ struct Expected {
     }
 };
 
-// The gradients of q, k and v, rows of `row` numbers as theirs, are added to dq, dk and dv, from
-// dout, rows of dout_row.
+// Adds the gradients of q, k and v to dq, dk and dv (with their row stride) from dout (rows of
+// dout_row).
 void add_gradients(double* dq, double* dk, double* dv, const Expected& forward, const bf16* q,
                    const bf16* k, const bf16* v, const bf16* dout, int T, int HS, int row,
                    int dout_row, double scale) {
@@ -101,7 +97,7 @@ void add_gradients(double* dq, double* dk, double* dv, const Expected& forward, 
     }
 }
 
-// The root of the mean square of x − y over that of y, of a part of each row.
+// rms(x − y) / rms(y) over a part of each row.
 double relative_error(const std::vector<bf16>& x, const std::vector<double>& y, int64_t row,
                       int from, int to) {
     double difference = 0, size = 0;
@@ -115,7 +111,7 @@ struct Case {
     int B, T, NH, KVH, HS;
 };
 
-// In any order of threads the same bits: the first time they are kept.
+// Checks for the same bits in every order of threads; the first result is kept.
 struct SameBits {
     std::vector<bf16> kept;
     void check(const std::vector<bf16>& got) {
@@ -236,7 +232,7 @@ TEST_F(HopperGpu, AttentionBackwardInEveryOrder) {
         check_backward({1, 200, 2, 1, 128}, false, &bits[1]);
     });
 }
-// The simulator finds what a GPU would hide: out (64, 64) = a bᵀ with a fault.
+// The simulator detects faults that a GPU would hide: out (64, 64) = a bᵀ with a fault.
 enum class Fault { none, not_awaited, bytes, no_fence, read_early, written_early, stride };
 
 template <Fault fault>
@@ -245,16 +241,16 @@ __global__ void faulty_kernel(float* out, const __grid_constant__ TensorMap a_ma
     SharedMemory shared;
     bf16* a = shared.take<bf16>(2 * 64 * 64);
     bf16* b = a + 64 * 64;
-    uint64_t* there = shared.take<uint64_t>(1);
+    uint64_t* full = shared.take<uint64_t>(1);
     if (threadIdx.x == 0) {
-        barrier_init(there, 1);
+        barrier_init(full, 1);
         barrier_init_done();
-        barrier_expect(there, (fault == Fault::bytes ? 3 : 2) * 64 * 64 * int(sizeof(bf16)));
-        copy_box(a, a_map, 0, 0, 0, 0, there);
-        copy_box(b, b_map, 0, 0, 0, 0, there);
+        barrier_expect(full, (fault == Fault::bytes ? 3 : 2) * 64 * 64 * int(sizeof(bf16)));
+        copy_box(a, a_map, 0, 0, 0, 0, full);
+        copy_box(b, b_map, 0, 0, 0, 0, full);
     }
     __syncthreads();
-    if (fault != Fault::not_awaited) barrier_wait(there, 0);
+    if (fault != Fault::not_awaited) barrier_wait(full, 0);
     uint64_t a_matrix = matrix(a), b_matrix = matrix(b);
     if (fault == Fault::stride) b_matrix ^= uint64_t(3 * 512 >> 4) << 32; // 512 for 1,024
     float s[32];
@@ -271,7 +267,7 @@ __global__ void faulty_kernel(float* out, const __grid_constant__ TensorMap a_ma
             column_of(n)] = s[n];
 }
 
-// "" where the product is right, else what is wrong.
+// "" if the product is right, else the error.
 template <Fault fault> std::string found() {
     const std::vector<bf16> a = random_numbers(64 * 64, 1, 1), b = random_numbers(64 * 64, 2, 1);
     const OnGpu<bf16> a_at(a), b_at(b);
@@ -321,7 +317,7 @@ TEST(HopperWork, EachTileOfEachHeadOnce) {
     }
 }
 
-TEST_F(HopperGpu, OthersAreRefused) {
+TEST_F(HopperGpu, OtherShapesAreRefused) {
     AttentionShape a = {};
     a.B = 1, a.T = 64, a.NH = a.KVH = 2, a.HS = a.channels = 48;
     EXPECT_FALSE(hopper_attention_forward(nullptr, nullptr, nullptr, a, nullptr));

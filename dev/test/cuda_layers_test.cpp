@@ -1,10 +1,11 @@
-// Products, q and k, activations, loss and optimizer of train_gpt.cu, run by the simulator, against
+// Matrices, q and k, activations, loss and AdamW of train_gpt.cu, run by the simulator, against
 // straightforward sums in double; in every order of threads, with the same bits.
 #include "train_gpt.cu"
 
 #include "dev/sim/sim.h"
 #include "gpt/base/files.h"
 #include "gpt/base/random.h"
+#include "gpt/cpu/bf16.h"
 
 #include <gtest/gtest.h>
 
@@ -17,7 +18,7 @@
 namespace lns::cuda {
 namespace {
 
-// What the device has is what the host gave, rounded to X.
+// The device's copy equals the host's, rounded to X.
 template <class X> struct OnDevice {
     X* data = nullptr;
     int64_t size = 0;
@@ -51,7 +52,7 @@ template <class X> struct OnDevice {
 
 using Doubles = std::vector<double>;
 
-// Normal numbers that X holds exactly.
+// Normally distributed numbers, rounded to X.
 template <class X> Doubles numbers(int64_t n, const char* name, double std = 1) {
     Doubles x(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; i++)
@@ -75,7 +76,7 @@ template <class X> void expect_near(const OnDevice<X>& got, const Doubles& wante
     EXPECT_LT(distance(got.read(), wanted), allowed);
 }
 
-// Runs body, which fills these anew, in every order of threads: the bits must be the same.
+// Runs body, which refills these, in every order of threads; the bits must be the same.
 template <class... X>
 void in_every_order(const std::function<void()>& body, const OnDevice<X>&... filled) {
     std::string first;
@@ -93,7 +94,7 @@ void in_every_order(const std::function<void()>& body, const OnDevice<X>&... fil
     });
 }
 
-// An environment variable for the time of a test.
+// Sets an environment variable during a test.
 struct Variable {
     std::string name;
     Variable(const char* name, const std::string& value) : name(name) {
@@ -102,7 +103,7 @@ struct Variable {
     ~Variable() { unsetenv(name.c_str()); }
 };
 
-// A name for a directory that is not there, and will be removed.
+// The name of a directory that does not exist yet and will be removed.
 struct Directory {
     std::string path =
         (std::filesystem::temp_directory_path() / cat("lns-cuda-test-", getpid())).string();
@@ -144,7 +145,7 @@ Doubles transpose(const Doubles& a, int64_t rows, int64_t columns) {
     return t;
 }
 
-// (rows, columns) with `row` elements from one row to the next; what lies between is `filling`.
+// (rows, columns) with a row stride of `row`; elements between rows are `filling`.
 Doubles widen(const Doubles& a, int64_t rows, int64_t columns, int64_t row, double filling) {
     Doubles wide(static_cast<size_t>(rows * row), filling);
     for (int64_t i = 0; i < rows; i++)
@@ -155,7 +156,7 @@ Doubles widen(const Doubles& a, int64_t rows, int64_t columns, int64_t row, doub
 template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
     SCOPED_TRACE(testing::Message() << rows << " rows, " << C << " to " << OC);
     Stream stream;
-    Products products(stream);
+    CublasLt cublas(stream);
     const int64_t out_row = OC + 16;
     const double near = tolerance<S>();
     const Doubles in = numbers<S>(rows * C, "in"), w = numbers<S>(OC * C, "w", 1 / std::sqrt(C)),
@@ -169,32 +170,28 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
         const Doubles wanted = product(in, w, rows, OC, C, biased ? bias : Doubles());
         const S* bias_or_none = biased ? bias_.in() : nullptr;
         OnDevice<S> out(widen(Doubles(rows * OC), rows, OC, out_row, 5));
-        linear_forward(products, out + 0, out_row, in_.in(), w_.in(), bias_or_none, rows, C, OC,
-                       stream);
+        matmul_forward(cublas, out + 0, out_row, in_.in(), w_.in(), bias_or_none, rows, C, OC);
         expect_near(out, widen(wanted, rows, OC, out_row, 5), near);
         OnDevice<float> unrounded(rows * OC);
-        linear_forward(products, unrounded + 0, OC, in_.in(), w_.in(), bias_or_none, rows, C, OC,
-                       stream);
+        matmul_forward(cublas, unrounded + 0, OC, in_.in(), w_.in(), bias_or_none, rows, C, OC);
         expect_near(unrounded, wanted, 3e-6);
 
         Doubles activated(wanted);
         for (double& x : activated) x = gelu(x);
         OnDevice<S> a(rows * OC), hidden(rows * OC);
-        linear_gelu_forward(products, a + 0, hidden + 0, in_.in(), w_.in(), bias_or_none, rows, C,
-                            OC, stream);
+        matmul_gelu_forward(cublas, a + 0, hidden + 0, in_.in(), w_.in(), bias_or_none, rows, C,
+                            OC);
         expect_near(a, activated, 2 * near);
         expect_near(hidden, wanted, near);
     }
     {
         const Doubles wanted = product(dout, transpose(w, OC, C), rows, C, OC);
         OnDevice<S> din(rows * C);
-        linear_backward_input(products, din + 0, dout_wide.in(), out_row, w_.in(), rows, C, OC,
-                              stream);
+        matmul_backward_input(cublas, din + 0, dout_wide.in(), out_row, w_.in(), rows, C, OC);
         expect_near(din, wanted, near);
         Doubles dhidden(wanted);
         for (size_t i = 0; i < in.size(); i++) dhidden[i] *= dgelu(in[i]);
-        linear_gelu_backward_input(products, din + 0, dout_.in(), in_.in(), w_.in(), rows, C, OC,
-                                   stream);
+        matmul_gelu_backward_input(cublas, din + 0, dout_.in(), in_.in(), w_.in(), rows, C, OC);
         expect_near(din, dhidden, 2 * near);
     }
     Doubles wanted = product(transpose(dout, rows, OC), transpose(in, rows, C), OC, C, rows);
@@ -203,15 +200,15 @@ template <class S, class G> void check_matrices(int64_t rows, int C, int OC) {
     for (int64_t i = 0; i < rows; i++)
         for (int j = 0; j < OC; j++) wanted_bias[j] += dout[i * OC + j];
     OnDevice<G> dw_(dw), dbias_(dbias);
-    OnDevice<float> scratch(linear_scratch(rows, OC));
-    linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows,
-                           C, OC, scratch + 0, stream);
+    OnDevice<float> scratch(matmul_scratch(rows, OC));
+    matmul_backward_weight(cublas, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(), rows, C,
+                           OC, scratch + 0);
     expect_near(dw_, wanted, tolerance<G>());
     in_every_order(
         [&] {
             dbias_.write(dbias);
-            linear_backward_weight(products, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
-                                   rows, C, OC, scratch + 0, stream);
+            matmul_backward_weight(cublas, dw_ + 0, dbias_ + 0, dout_wide.in(), out_row, in_.in(),
+                                   rows, C, OC, scratch + 0);
         },
         dbias_);
     expect_near(dbias_, wanted_bias, tolerance<G>());
@@ -236,7 +233,7 @@ TEST(CudaLayers, MatricesWithoutEpilogues) {
     check_all_matrices();
 }
 
-// What is measured on the way damages nothing, not even what a product is added to.
+// Tuning damages nothing, not even the output that a product is added to.
 TEST(CudaLayers, MeasuredMatrices) {
     const Directory cache;
     const Variable where("LNS_CACHE", cache.path);
@@ -246,21 +243,21 @@ TEST(CudaLayers, MeasuredMatrices) {
     check_matrices<bf16, float>(9, 24, 16);
 }
 
-// The head: V columns, `row` elements from one row to the next.
+// The head: V columns with a row stride of `row`.
 TEST(CudaLayers, MatrixOfOddWidth) {
     const Variable none("LNS_CACHE", "none");
     const int64_t rows = 7, C = 16, V = 97, row = 104;
     Stream stream;
-    Products products(stream);
+    CublasLt cublas(stream);
     const Doubles in = numbers<bf16>(rows * C, "in"), w = numbers<bf16>(V * C, "w");
     const OnDevice<bf16> in_(in), w_(w);
     OnDevice<float> out(widen(Doubles(rows * V), rows, V, row, 5));
-    linear_forward(products, out + 0, row, in_.in(), w_.in(), static_cast<const bf16*>(nullptr),
-                   rows, C, V, stream);
+    matmul_forward(cublas, out + 0, row, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
+                   C, V);
     expect_near(out, widen(product(in, w, rows, V, C), rows, V, row, 5), 3e-6);
 }
 
-// The same product by two Products gives the same bits, since the second reads what the first has
+// The same product by two CublasLt gives the same bits, since the second reads what the first has
 // measured; where the file has other things in it, they are replaced.
 TEST(CudaLayers, AlgorithmsAreRemembered) {
     namespace fs = std::filesystem;
@@ -270,10 +267,10 @@ TEST(CudaLayers, AlgorithmsAreRemembered) {
     const OnDevice<float> in(numbers<float>(rows * C, "in")), w(numbers<float>(OC * C, "w"));
     auto multiply = [&] {
         Stream stream;
-        Products products(stream);
+        CublasLt cublas(stream);
         OnDevice<float> out(rows * OC);
-        linear_forward(products, out + 0, OC, in.in(), w.in(), static_cast<const float*>(nullptr),
-                       rows, C, OC, stream);
+        matmul_forward(cublas, out + 0, OC, in.in(), w.in(), static_cast<const float*>(nullptr),
+                       rows, C, OC);
         return out.read();
     };
     auto lines = [](const std::string& text) { return std::count(text.begin(), text.end(), '\n'); };
@@ -295,7 +292,7 @@ TEST(CudaLayers, AlgorithmsAreRemembered) {
         EXPECT_EQ(lines(read_file(file)), 1);
         EXPECT_EQ(multiply(), again);
     }
-    // Where nothing can be remembered, cuBLASLt's guess has the same bits each time.
+    // Without a cache, cuBLASLt's heuristic gives the same bits each time.
     fs::remove_all(directory.path);
     write_file_atomic(directory.path, "a file where the directory should be");
     const Doubles guessed = multiply();
@@ -305,8 +302,8 @@ TEST(CudaLayers, AlgorithmsAreRemembered) {
     EXPECT_EQ(multiply(), guessed);
 }
 
-// Of two processes that measure the same, the second takes what the first has written.
-TEST(CudaLayers, CacheSettlesOnTheFirst) {
+// If two processes measure the same product, the second uses the first one's result.
+TEST(CudaLayers, CacheKeepsTheFirst) {
     const Directory directory;
     const Variable where("LNS_CACHE", directory.path);
     Cache one("test.txt"), other("test.txt");
@@ -326,7 +323,7 @@ TEST(CudaLayers, CacheSettlesOnTheFirst) {
     EXPECT_FALSE(std::filesystem::exists(directory.path));
 }
 
-// Under capture, where nothing can be measured, a product that is met for the first time works too.
+// During capture, when nothing can be measured, a new product works too.
 TEST(CudaLayers, ProductsAreCaptured) {
     const Variable none("LNS_CACHE", "none");
     const int64_t rows = 7, C = 16, OC = 24;
@@ -334,10 +331,10 @@ TEST(CudaLayers, ProductsAreCaptured) {
     const OnDevice<bf16> in_(in), w_(w);
     OnDevice<bf16> out(rows * OC);
     Stream stream;
-    Products products(stream);
+    CublasLt cublas(stream);
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    linear_forward(products, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr),
-                   rows, C, OC, stream);
+    matmul_forward(cublas, out + 0, OC, in_.in(), w_.in(), static_cast<const bf16*>(nullptr), rows,
+                   C, OC);
     cudaGraph_t graph;
     cudaGraphExec_t executable;
     CUDA(cudaStreamEndCapture(stream, &graph));
@@ -422,8 +419,9 @@ template <class S> void check_qk_forward(const QkCase& c) {
     in_every_order(
         [&] {
             out.write(qkv);
-            qk_forward(out + 0, c.norm ? raw + 0 : nullptr, stats + 0, q_weight_.in(),
-                       k_weight_.in(), eps, c.table ? table_.in() : nullptr, a, stream);
+            qk_forward<S, S>(out, out + int64_t(a.first) * a.row(), c.norm ? raw + 0 : nullptr,
+                             stats + 0, q_weight_.in(), k_weight_.in(), eps,
+                             c.table ? table_.in() : nullptr, a, stream);
         },
         out);
     expect_near(out, wanted, tolerance<S>());
@@ -471,7 +469,7 @@ template <class S, class G> void check_qk_norm_backward(const QkCase& c) {
                 dy[i] = rstd * (weight[i] * dy[i] - x[i] * rstd * dot / real);
         }
     OnDevice<S> out(dqkv);
-    // Of raw's padding nothing is read.
+    // raw's padding is not read.
     Doubles raw_of_any_padding = raw;
     for (size_t i = 0; i < raw.size(); i++)
         if (int(i) % a.HS >= a.channels) raw_of_any_padding[i] = NAN;
@@ -543,7 +541,7 @@ TEST(CudaLayers, Activations) {
             check_activations<bf16>(rows, H), check_activations<float>(rows, H);
 }
 
-// Activations far out are 0 or x, and never NaN.
+// Activations of large values are 0 or x, never NaN.
 TEST(CudaLayers, LargeActivations) {
     const Doubles h = {-1e30, -1e4, -100, -20, 20, 100, 1e4, 1e30};
     const OnDevice<float> h_(h), ones(Doubles(8, 1.0));
@@ -619,12 +617,12 @@ TEST(CudaLayers, Loss) {
         check_loss<bf16>(rows, 97, 128), check_loss<float>(rows, 8, 8);
     }
     check_loss<bf16>(3, 5003, 5008), check_loss<float>(3, 1, 8);
-    // One that does not fit shared memory, and one that leaves no room for a second block.
+    // A row that exceeds shared memory, and one that leaves no room for a second block.
     check_loss<float>(4, 59999, 60000), check_loss<float>(4, 39999, 40000);
     check_loss<bf16>(4, 119999, 120000);
 }
 
-TEST(CudaLayers, LossOfLogitsThatAreNotFinite) {
+TEST(CudaLayers, LossOfNonFiniteLogits) {
     Stream stream;
     const OnDevice<int> target(std::vector<int>{3});
     const OnDevice<float> scale(Doubles{1});
@@ -636,7 +634,7 @@ TEST(CudaLayers, LossOfLogitsThatAreNotFinite) {
         cross_entropy<float>(loss + 0, x + 0, true, target.in(), scale.in(), 1, 97, 104, stream);
         EXPECT_FALSE(std::isfinite(loss.read()[0]));
     }
-    // Where some probabilities are 0 there is a loss, large as it may be.
+    // The loss is finite, if large, when probabilities are 0.
     Doubles logits(104, -200.0);
     logits[7] = 300;
     OnDevice<float> x(logits);
@@ -678,7 +676,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     std::vector<uint32_t> decays(n / 8 / 32 + 1);
     for (int64_t i = 0; i < n / 8; i += 3) decays[i / 32] |= 1u << i % 32;
     const double norm = 50;
-    AdamWNumbers o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
+    AdamWStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
     const double scale = c.grad_clip < 0                         ? 0.25
                          : c.grad_clip > 0 && norm > c.grad_clip ? c.grad_clip / norm
                                                                  : 1;
@@ -687,12 +685,13 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     OnDevice<M> m_(m), v_(v);
     const OnDevice<G> g_(g);
     const OnDevice<uint32_t> decays_(decays);
-    const OnDevice<AdamWNumbers> o_(std::vector<AdamWNumbers>{o});
+    const OnDevice<AdamWStep> o_(std::vector<AdamWStep>{o});
     const OnDevice<double> norm_(Doubles{norm}), loss(Doubles{3}), bad(Doubles{NAN});
     Stream stream;
     auto step = [&](const double* norm, const double* loss) {
-        adamw(w_ + 0, c.with_master ? master + 0 : nullptr, g_.in(), m_ + 0, v_ + 0, decays_.in(),
-              o_.in(), norm, loss, c.stochastic, n, stream);
+        adamw_update(AdamWBuffers<S, M, G>{w_, c.with_master ? master + 0 : nullptr, g_, m_, v_,
+                                           decays_, o_, norm, loss, n},
+                     c.stochastic, stream);
     };
     step(norm_.in(), bad.in());
     step(bad.in(), loss.in());
@@ -727,7 +726,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
         }
         drift += (got_w[i] - x) / std::max(std::abs(x), 1e-3);
         if (!c.stochastic) continue;
-        // What the CPU draws from the same bits, but where the sums before differ by rounding.
+        // The same random rounding as on the CPU, except where the sums differ by rounding.
         const uint32_t random = lns::mix_bits(uint32_t(i) * 0x9E3779B9u + o.step);
         const uint16_t cpu = round_stochastically(float(m1), random);
         different += got_m[i] != double(std::bit_cast<float>(uint32_t(cpu) << 16));

@@ -1,5 +1,4 @@
-// What the data tests share: a fresh directory, whole files as strings, a subprocess's output, and
-// the sentence that an action fails with.
+// Test helpers: a temporary directory, files as strings, a subprocess's output, and error messages.
 #pragma once
 
 #include "gpt/base/error.h"
@@ -45,7 +44,7 @@ inline void write_bytes(const std::string& path, const std::string& bytes) {
     if (!out) fail("cannot write ", path);
 }
 
-// What the action's Error says, or "" if it does not fail.
+// The message of the action's Error, or "" if it does not fail.
 template <class Action> std::string error_of(Action action) {
     try {
         action();
@@ -55,7 +54,7 @@ template <class Action> std::string error_of(Action action) {
     return "";
 }
 
-// Whether a sentence contains all that it should.
+// Whether the sentence contains all parts.
 inline testing::AssertionResult says(const std::string& sentence,
                                      const std::vector<std::string>& parts) {
     for (const std::string& part : parts)

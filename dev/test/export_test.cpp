@@ -16,7 +16,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// A checkpoint of a model with random parameters, and what an export of it says and writes.
+// A checkpoint with random parameters, and its export.
 struct Exported {
     TemporaryDirectory dir;
     Holder model;
@@ -31,7 +31,7 @@ struct Exported {
     Exported(const std::string& model_type, const std::string& scheme)
         : Exported(small(model_type, scheme)) {}
 
-    std::string run() { // what it prints, or the sentence that it fails with
+    std::string run() { // its output, or its error message
         testing::internal::CaptureStdout();
         std::string error = error_of([&] { export_model(options); });
         std::string said = testing::internal::GetCapturedStdout();
@@ -43,7 +43,7 @@ struct Exported {
         return other;
     }
     json config() const { return json::parse(read_bytes(dir / "out/config.json")); }
-    // The parameter times factor(row), for every parameter; what is not in `other` is skipped.
+    // Expects every parameter times factor(row); parameters that are not in `other` are skipped.
     template <class Factor> void expect(const Holder& other, Factor factor) const {
         for (const Param& p : other.registry.params) {
             const Param* from = model.registry.find(p.name);
@@ -93,7 +93,7 @@ TEST(Export, RoundsToHalf) {
     EXPECT_EQ(round_to_half(1e-30f), 0);
 }
 
-TEST(Export, WhatNeedsNoFoldingIsTheSameToTheBit) {
+TEST(Export, WithoutFoldingTheBitsAreUnchanged) {
     for (auto [type, scheme] : std::vector<std::array<std::string, 2>>{{"llama", "pre"},
                                                                        {"llama", "lns-init"},
                                                                        {"llama", "mix:0"},
@@ -131,9 +131,9 @@ TEST(Export, LnsIsFoldedIntoTheNorms) {
     });
 }
 
-TEST(Export, LnsOfANormWithoutWeightsIsFoldedIntoTheMatricesBehindIt) {
+TEST(Export, LnsOfANormWithoutWeightsIsFoldedIntoTheNextMatrices) {
     Exported e("olmo", "lns+scaled-init");
-    EXPECT_TRUE(says(e.run(), {"folded into 5 of them"}));
+    EXPECT_TRUE(says(e.run(), {"folded into 5 tensors"}));
     e.expect(e.read(), [](const std::string& name, int64_t) {
         const bool behind = in(name, "q_proj") || in(name, "k_proj") || in(name, "v_proj") ||
                             in(name, "gate_proj") || in(name, "up_proj");
@@ -160,7 +160,7 @@ TEST(Export, GammaIsFoldedIntoTheRowsOfTheLastMatrix) {
     }
 }
 
-TEST(Export, WhatHasNoStockFormIsWrittenAsItIs) {
+TEST(Export, ModelsWithoutAStockFormAreUnchanged) {
     for (auto [type, scheme] : std::vector<std::array<std::string, 2>>{{"llama", "post"},
                                                                        {"llama", "deepnorm"},
                                                                        {"llama", "mix:1"},
@@ -220,7 +220,7 @@ TEST(Export, TypesAreRoundedToNearest) {
                 ASSERT_EQ(found, half ? round_to_half(x) : round_to_bf16(x));
             }
         }
-        // and again, from what is rounded already
+        // and again, from rounded values
         const Holder rounded = e.read();
         e.options.checkpoint = e.dir / "out";
         e.options.export_dir = e.dir / "again";
@@ -274,7 +274,7 @@ TEST(Export, TokenizerAndItsTokens) {
     auto config = json::parse(read_bytes(dir / "new/out/config.json"));
     EXPECT_EQ(config.at("eos_token_id"), 256);
     EXPECT_TRUE(config.at("pad_token_id").is_null());
-    // What another's config.json says is kept.
+    // Settings of a foreign config.json are kept.
     config["eos_token_id"] = {1, 2};
     config["pad_token_id"] = 3;
     write_bytes(dir / "new/out/config.json", config.dump());
@@ -289,7 +289,7 @@ TEST(Export, TokenizerAndItsTokens) {
 
 TEST(Export, BadInput) {
     Exported e("llama", "lns");
-    fs::create_directory(e.dir / "out"); // empty: taken
+    fs::create_directory(e.dir / "out"); // empty, so it is used
     EXPECT_TRUE(says(e.run(), {"wrote"}));
     EXPECT_TRUE(says(e.run(), {e.dir / "out", "not empty"}));
     e.options.export_dir = e.dir / "checkpoint/config.json";
@@ -303,14 +303,14 @@ TEST(Export, BadInput) {
     save_checkpoint(e.dir / "checkpoint", e.model, {}, nullptr);
     EXPECT_TRUE(says(e.run(), {"model.norm.weight", "70000", "65504", "bfloat16"}));
     EXPECT_FALSE(fs::exists(e.dir / "half"));
-    EXPECT_EQ(std::distance(fs::directory_iterator(e.dir.path), {}), 2); // nothing half-written
+    EXPECT_EQ(std::distance(fs::directory_iterator(e.dir.path), {}), 2); // no partial output
     fs::resize_file(e.dir / "checkpoint/model.safetensors", 1000);
     EXPECT_TRUE(says(e.run(), {"model.safetensors", "truncated"}));
     e.options.checkpoint = e.dir / "none";
     EXPECT_TRUE(says(e.run(), {"none"}));
 }
 
-// What Hugging Face's config.json files say, and what of it is refused.
+// Settings of Hugging Face's config.json files, supported and refused.
 TEST(Import, Config) {
     const json llama = json::parse(R"({"model_type": "llama", "hidden_size": 64, "vocab_size": 10,
         "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -375,7 +375,7 @@ TEST(Import, Config) {
     c = read({}, "olmo2");
     EXPECT_TRUE(c.qk_norm && c.scheme.name() == "olmo2");
 
-    // That of the first GPT-2.
+    // The original GPT-2's.
     c = config_from_json(
         R"({"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"],
         "attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256,

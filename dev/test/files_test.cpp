@@ -26,7 +26,7 @@ std::vector<std::string> listing(const std::string& dir) {
 }
 using Names = std::vector<std::string>;
 
-// Runs action in a child process, which may change its limits and mounts; its exit status.
+// The exit status of action in a child process, which may change its limits and mounts.
 template <class Action> int in_child(Action action) {
     std::fflush(nullptr);
     pid_t pid = fork();
@@ -46,7 +46,7 @@ template <class Action> int in_child(Action action) {
 
 } // namespace
 
-TEST(Files, AFileIsReadAsItWasWritten) {
+TEST(Files, AFileIsReadAsWritten) {
     TemporaryDirectory dir;
     std::string text("line\n\0\xff"s), large(3'000'001, 'x');
     write_file_atomic(dir / "a", text);
@@ -56,7 +56,7 @@ TEST(Files, AFileIsReadAsItWasWritten) {
     write_file_atomic(dir / "a", large);
     EXPECT_EQ(read_file(dir / "a"), large);
     EXPECT_EQ(listing(dir.path), Names{"a"});
-    EXPECT_FALSE(read_file("/proc/self/status").empty()); // a file that says it has no bytes
+    EXPECT_FALSE(read_file("/proc/self/status").empty()); // its size is reported as 0
 }
 
 TEST(Files, ErrorsNameTheFileAndTheReason) {
@@ -68,12 +68,12 @@ TEST(Files, ErrorsNameTheFileAndTheReason) {
                      {dir / "absent/a", "No such file or directory"}));
 }
 
-TEST(Files, WhatTheSystemDoesNotSayIsASentence) {
+TEST(Files, AnUnknownStatusIsAnError) {
     TemporaryDirectory dir;
     const std::string name = dir.path + "/" + std::string(300, 'a');
-    EXPECT_TRUE(says(error_of([&] { path_exists(name); }), {"cannot look at", "name too long"}));
-    EXPECT_TRUE(says(error_of([&] { is_directory_at(name); }), {"cannot look at"}));
-    EXPECT_TRUE(says(error_of([&] { is_regular_file_at(name); }), {"cannot look at"}));
+    EXPECT_TRUE(says(error_of([&] { path_exists(name); }), {"cannot access", "name too long"}));
+    EXPECT_TRUE(says(error_of([&] { is_directory_at(name); }), {"cannot access"}));
+    EXPECT_TRUE(says(error_of([&] { is_regular_file_at(name); }), {"cannot access"}));
     EXPECT_TRUE(says(error_of([&] { directory_entries(dir.path + "/none"); }),
                      {"cannot read the directory", "none"}));
     EXPECT_FALSE(path_exists(dir.path + "/none/file"));
@@ -106,7 +106,7 @@ TEST(Files, WithoutCommitNothingChanges) {
     EXPECT_EQ(listing(dir.path), Names{"a"});
 }
 
-TEST(Files, AFailedWriteIsASentence) {
+TEST(Files, AFailedWriteIsAnError) {
     int fd = open("/dev/full", O_WRONLY);
     if (fd < 0) GTEST_SKIP() << "no /dev/full here";
     EXPECT_TRUE(says(error_of([&] { write_all(fd, "x", 1, "/dev/full"); }),
@@ -157,7 +157,7 @@ TEST(Files, AFullDiskLeavesTheOldFilesAndNothingElse) {
     EXPECT_EQ(status, 0);
 }
 
-TEST(Files, ADirectoryAppearsWholeOrReplacesOne) {
+TEST(Files, ADirectoryAppearsCompleteOrReplacesOne) {
     TemporaryDirectory dir;
     for (std::string content : {"one", "other"}) {
         AtomicDirectory directory(dir / "d/");
@@ -173,7 +173,7 @@ TEST(Files, ADirectoryAppearsWholeOrReplacesOne) {
                      {dir / "absent/d", "No such file"}));
 }
 
-TEST(Files, OnlyWhatKilledProcessesLeftIsRemoved) {
+TEST(Files, OnlyRemainsOfKilledProcessesAreRemoved) {
     TemporaryDirectory dir;
     pid_t dead = fork();
     if (dead == 0) _exit(0);
@@ -186,7 +186,7 @@ TEST(Files, OnlyWhatKilledProcessesLeftIsRemoved) {
     fs::create_directories(dir / gone + "/sub");
     fs::create_directories(dir / old);
     remove_stale_temporaries(dir.path);
-    // What was moved aside for a successor that never came is put back.
+    // A directory that was moved aside is restored if its replacement never came.
     EXPECT_EQ(listing(dir.path), (Names{alive, gone + "x", ".x", "a.tmp-1", "step-000001"}));
     remove_stale_temporaries(dir.path, true);
     EXPECT_EQ(listing(dir.path), (Names{gone + "x", ".x", "a.tmp-1", "step-000001"}));
@@ -211,7 +211,7 @@ TEST(Files, LinksAreFollowedToTheirTargets) {
     EXPECT_TRUE(says(error_of([&] { write_file_atomic(dir / "circle", "x"); }), {"circle"}));
 }
 
-TEST(Files, FifosAndDevicesAreWrittenTo) {
+TEST(Files, FifosAndDevicesAreWrittenDirectly) {
     TemporaryDirectory dir;
     ASSERT_EQ(mkfifo((dir / "fifo").c_str(), 0666), 0);
     Fd reader(open((dir / "fifo").c_str(), O_RDONLY | O_NONBLOCK));
@@ -225,7 +225,7 @@ TEST(Files, FifosAndDevicesAreWrittenTo) {
     EXPECT_TRUE(fs::is_symlink(dir / "null"));
     EXPECT_TRUE(fs::is_character_file("/dev/null"));
     EXPECT_EQ(listing(dir.path), (Names{"fifo", "null"}));
-    EXPECT_EQ(0, in_child([&] { // a process's own descriptor: at its end, the file stays
+    EXPECT_EQ(0, in_child([&] { // a process's own descriptor: appends, and the file stays
                   Fd out(open((dir / "out").c_str(), O_WRONLY | O_CREAT | O_APPEND, 0666));
                   dup2(out.fd, STDOUT_FILENO);
                   write_all(STDOUT_FILENO, "a", 1, "out");
@@ -236,7 +236,7 @@ TEST(Files, FifosAndDevicesAreWrittenTo) {
     EXPECT_EQ(read_bytes(dir / "out"), "abc");
 }
 
-TEST(Files, ADirectoryReplacesNoFileAndNoLink) {
+TEST(Files, ADirectoryReplacesNeitherFilesNorLinks) {
     TemporaryDirectory dir;
     write_bytes(dir / "file", "mine");
     fs::create_directory(dir / "d");
@@ -261,7 +261,7 @@ TEST(Files, ATemporaryNameIsNeverOpenedThroughALink) {
     EXPECT_EQ(listing(dir.path), (Names{"a", "d", "victim"}));
 }
 
-TEST(Files, WhetherADirectoryCanBeWrittenIsFoundOutBefore) {
+TEST(Files, UnwritableDirectoriesAreFoundInAdvance) {
     TemporaryDirectory dir;
     check_writable(dir.path, 1);
     EXPECT_TRUE(listing(dir.path).empty());

@@ -1,4 +1,4 @@
-// Matrix products of every type, form and way, against their definition in double.
+// Matrix products of every type, shape and implementation, against their definition in double.
 #include <gtest/gtest.h>
 
 #include <array>
@@ -20,7 +20,7 @@ using namespace lns;
 
 namespace {
 
-template <class S> struct Aligned { // what pack() asks for
+template <class S> struct Aligned { // as pack() requires
     explicit Aligned(int64_t size) { data = (S*)scratch.get(size * int64_t(sizeof(S))); }
     Scratch scratch;
     S* data;
@@ -49,8 +49,8 @@ template <> const double epsilon<double> = std::ldexp(1, -53);
 template <> const double epsilon<float> = std::ldexp(1, -24);
 template <> const double epsilon<bf16> = std::ldexp(1, -8);
 
-// A sum of k products, in any order, is off by at most k · eps · Σ|a||b| (Higham, Accuracy and
-// Stability, 3.1; fused or rounded products alike), and its rounding to OUT by eps of OUT.
+// The error of a sum of k products in any order is at most k · eps · Σ|a||b| (Higham, Accuracy and
+// Stability, 3.1; with or without FMA), plus the rounding to OUT.
 template <class S, class OUT> double bound(int64_t k, double magnitude, double value) {
     const double sum = (k + 2) * epsilon<Sum<S>> * magnitude;
     return sum + epsilon<OUT> * (std::fabs(value) + sum) * (std::is_same_v<OUT, bf16> ? 1 : 0);
@@ -80,7 +80,7 @@ void check(const Form& f, int64_t m, int64_t n, int64_t k, Gemm product) {
     EXPECT_LE(worst, 1) << describe(f, m, n, k);
 }
 
-// Sizes around the blocks' (14, 16, 32), one of them often the whole of something.
+// Sizes around the block sizes (14, 16, 32), often an exact multiple.
 std::vector<std::array<int64_t, 3>> shapes() {
     std::vector<std::array<int64_t, 3>> out = {
         {1, 1, 1},     {1, 70, 33},   {70, 1, 31},   {15, 17, 1},  {31, 33, 64}, {32, 32, 32},
@@ -114,7 +114,7 @@ template <class OUT, class T, class P> auto gemm_by(const Kernel<T, P>& kernel) 
     };
 }
 
-// pack() of more than is used, and a's both strides.
+// pack() with unused rows and columns, and both strides of a.
 template <class S, class Size, class Pack, class Gemm>
 void check_packed(Size size, Pack pack_b, Gemm product) {
     for (auto [m, n, k] : shapes())
@@ -123,7 +123,7 @@ void check_packed(Size size, Pack pack_b, Gemm product) {
             const auto whole = random_values<S>(packed_k * packed_n, 5);
             Aligned<S> packed(size(packed_k, packed_n));
             const bool tb = form & 1;
-            // What lies beyond the first k rows and n columns must not matter.
+            // Elements beyond the first k rows and n columns must not matter.
             std::vector<S> b = whole;
             for (int64_t p = 0; p < packed_k; p++)
                 for (int64_t j = 0; j < packed_n; j++)
@@ -134,7 +134,7 @@ void check_packed(Size size, Pack pack_b, Gemm product) {
             check<S, Sum<S>>({(form & 2) != 0, tb, (form & 8) != 0, false}, m, n, k,
                              [&](bool ta, bool, int64_t m, int64_t n, int64_t k, const S* a,
                                  const S* bs, Sum<S>* out, bool accumulate, const Sum<S>*) {
-                                 // check() has its own b: take that.
+                                 // Use check()'s own b.
                                  std::vector<S> own = b;
                                  for (int64_t p = 0; p < k; p++)
                                      for (int64_t j = 0; j < n; j++)
@@ -176,7 +176,7 @@ template <class T, class P> void check_packed_by(const Kernel<T, P>& kernel) {
         });
 }
 
-// oneDNN's as well, which gemm() may not have chosen.
+// oneDNN's too, even if gemm() does not choose it.
 template <class S, class OUT> void check_onednn() {
     float one = 1;
     S a{one};
@@ -199,13 +199,13 @@ TEST(Gemm, IsTheProductInEveryType) {
     check_all<bf16, float>(public_gemm<bf16, float>());
 }
 
-TEST(Gemm, IsTheProductByEveryFloatKernel) {
+TEST(Gemm, IsTheProductWithEveryFloatKernel) {
     check_all<float, float>(gemm_by<float>(*float_kernel()));
     check_all<bf16, float>(gemm_by<float>(*widening_kernel()));
     check_all<bf16, bf16>(gemm_by<bf16>(*widening_kernel()));
 }
 
-TEST(Gemm, IsTheProductByEveryBf16Unit) {
+TEST(Gemm, IsTheProductWithEveryBf16Unit) {
     for (Bf16Unit unit : units)
         if (const auto* kernel = unit <= bf16_unit() ? bf16_kernel(unit) : nullptr) {
             SCOPED_TRACE(kernel->name);
@@ -214,7 +214,7 @@ TEST(Gemm, IsTheProductByEveryBf16Unit) {
         }
 }
 
-TEST(Gemm, IsTheProductByOneDnn) {
+TEST(Gemm, IsTheProductWithOneDnn) {
     check_onednn<float, float>();
     if (bf16_unit() == Bf16Unit::none) return;
     check_onednn<bf16, bf16>();
@@ -227,7 +227,7 @@ TEST(Gemm, PackedIsTheProductInEveryType) {
     check_public_packed<bf16>();
 }
 
-TEST(Gemm, PackedIsTheProductByEveryKernel) {
+TEST(Gemm, PackedIsTheProductWithEveryKernel) {
     check_packed_by(*float_kernel());
     check_packed_by(*widening_kernel());
     for (Bf16Unit unit : units)
@@ -239,7 +239,7 @@ TEST(Gemm, PackedIsTheProductByEveryKernel) {
 
 namespace {
 
-// Of every form, by 1 and by 2 threads.
+// Every shape, with 1 and 2 threads.
 template <class S, class OUT, class Gemm> void check_threads(Gemm product) {
     for (auto [m, n, k] : {std::array<int64_t, 3>{97, 130, 300}, {64, 48, 2100}, {520, 33, 70}})
         for (int form = 0; form < 4; form++) {
@@ -258,7 +258,7 @@ template <class S, class OUT, class Gemm> void check_threads(Gemm product) {
         }
 }
 
-// A row of a, or a column of b, that is not finite, stays in its row or column.
+// Non-finite values in a row of a or a column of b affect only that row or column.
 template <class S, class OUT, class Gemm> void check_containment(Gemm product) {
     for (int form = 0; form < 4; form++)
         for (float poison :
@@ -286,7 +286,7 @@ template <class S, class OUT, class Gemm> void check_bits(Gemm product) {
 
 } // namespace
 
-TEST(Gemm, TakesTheSameBitsByAnyNumberOfThreadsAndKeepsNansWhereTheyAre) {
+TEST(Gemm, ThreadsDoNotChangeBitsAndNansStayInTheirRows) {
     check_bits<double, double>(public_gemm<double, double>());
     check_bits<float, float>(public_gemm<float, float>());
     check_bits<bf16, bf16>(public_gemm<bf16, bf16>());

@@ -1,4 +1,4 @@
-// data/get.sh against a small server on loopback: whole, interrupted, resumed and wrong downloads.
+// data/get.sh with a small local server: complete, interrupted, resumed and wrong downloads.
 #include "dev/test/data_helpers.h"
 #include "gpt/data/loader.h"
 #include "gpt/data/tokenizer.h"
@@ -18,12 +18,12 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// Serves files by the last part of the path, one connection after the other, over HTTP/1.0.
+// Serves files by the last part of the path over HTTP/1.0, one connection at a time.
 struct Server {
-    std::map<std::string, std::string> files, headers; // headers: more of them, by file
-    std::map<std::string, size_t> stop_after;          // once: closes after so many bytes
+    std::map<std::string, std::string> files, headers; // headers: additional ones, by file
+    std::map<std::string, size_t> stop_after;          // once: closes after this many bytes
     bool ranges = true;
-    std::vector<std::string> requests; // name, and "name@from" where a range was asked for
+    std::vector<std::string> requests; // name, or "name@from" for a range
 
     Server() {
         listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -147,7 +147,7 @@ std::string without_separators(std::string text) {
     return text;
 }
 
-// An llm.c shard by hand.
+// A handmade llm.c shard.
 std::string ready_shard(int count) {
     std::string bytes(1024 + 2 * size_t(count), '\0');
     const int32_t words[] = {20240520, 1, count};
@@ -155,7 +155,7 @@ std::string ready_shard(int count) {
     return bytes;
 }
 
-// The file's SHA-256, as Hugging Face's answers name it.
+// The file's SHA-256 as in Hugging Face's headers.
 std::string linked_sum(const std::string& bytes) {
     TemporaryDirectory dir;
     write_bytes(dir / "x", bytes);
@@ -173,23 +173,23 @@ TEST_F(GetScript, FetchesAndTokenizes) {
     EXPECT_EQ(text("tinystories_train_*.bin"), without_separators(train));
     EXPECT_EQ(text("tinystories_val_*.bin"), without_separators(valid));
     EXPECT_TRUE(fs::exists(dir / "tinystories_tokenizer"));
-    // Again, nothing is asked for.
+    // A second time, nothing is requested.
     server.requests.clear();
     EXPECT_TRUE(says(got("tinystories '" + dir.path + "' --tokenizer bytes"), {"have "}));
     EXPECT_TRUE(server.requests.empty());
 }
 
-TEST_F(GetScript, GoesOnWhereItStopped) {
+TEST_F(GetScript, ResumesWhereItStopped) {
     std::string train = stories("a fox", 5000), valid = stories("a dog", 50);
     server.files = {{"TinyStoriesV2-GPT4-train.txt", train},
                     {"TinyStoriesV2-GPT4-valid.txt", valid}};
-    // In the middle of a run, by itself.
+    // It resumes automatically within a run.
     server.stop_after = {{"TinyStoriesV2-GPT4-train.txt", 70'000}};
     got("tinystories '" + dir.path + "' --tokenizer bytes");
     EXPECT_EQ(text("tinystories_train_*.bin"), without_separators(train));
     EXPECT_EQ(server.requests.back(), "TinyStoriesV2-GPT4-train.txt@70000");
 
-    // In another run, with a server that sends ranges and with one that sends all again.
+    // In another run, with servers that support ranges and that do not.
     for (bool ranges : {true, false}) {
         server.ranges = ranges;
         TemporaryDirectory other;
@@ -199,7 +199,7 @@ TEST_F(GetScript, GoesOnWhereItStopped) {
         EXPECT_FALSE(fs::exists(other / "TinyStoriesV2-GPT4-train.txt.part"));
     }
 
-    // All had come but the name; or more than there is.
+    // Complete except for the name; or longer than the file.
     server.ranges = true;
     for (const std::string& part : {train, train + "more"}) {
         TemporaryDirectory other;
@@ -209,7 +209,7 @@ TEST_F(GetScript, GoesOnWhereItStopped) {
     }
 }
 
-TEST_F(GetScript, RefusesWrongSums) {
+TEST_F(GetScript, RefusesWrongChecksums) {
     server.files = {{"input.txt", "First Citizen:\nNot the text that is expected.\n"}};
     EXPECT_TRUE(
         says(failed("tinyshakespeare '" + dir.path + "'"),
@@ -220,7 +220,7 @@ TEST_F(GetScript, RefusesWrongSums) {
                      {"tinyshakespeare.txt has the SHA-256"}));
     EXPECT_TRUE(fs::is_empty(dir.path));
 
-    // The sum that the server names: right, and wrong for a part of another file.
+    // The server's checksum: correct, and wrong after a part of another file.
     const std::string train = "TinyStoriesV2-GPT4-train.txt",
                       valid = "TinyStoriesV2-GPT4-valid.txt";
     server.files = {{train, stories("a fox", 5000)}, {valid, stories("a dog", 50)}};
@@ -258,7 +258,7 @@ TEST_F(GetScript, C4IsUnpacked) {
     EXPECT_EQ(padded.window(), 8);
     EXPECT_EQ(padded.size(), 24u); // three documents
     EXPECT_EQ(ShardSource(dir / "padded/c4_val_*.bin").window(), 8);
-    // A damaged file leaves no shards that look whole.
+    // A damaged file leaves no shards that look complete.
     std::string& damaged = server.files["c4-train.00001-of-01024.json.gz"];
     damaged.resize(damaged.size() / 2);
     EXPECT_TRUE(says(failed("c4 '" + dir / "damaged" + "' --files 2 --tokenizer bytes"),
@@ -278,7 +278,7 @@ TEST_F(GetScript, ReadyShardsAreChecked) {
         says(failed("fineweb-10B '" + dir.path + "' --tokenizer bytes"), {"cannot be had"}));
 }
 
-TEST_F(GetScript, MistakesAreSentences) {
+TEST_F(GetScript, MistakesAreErrors) {
     EXPECT_TRUE(
         says(failed("shakespeare"), {"no data set 'shakespeare', expected tinyshakespeare"}));
     EXPECT_TRUE(says(failed(""), {"Usage:"}));

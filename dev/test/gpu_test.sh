@@ -1,6 +1,6 @@
 #!/bin/bash
-# dev/gpu/*.sh and dev/bench/bench_gpu.py on a machine that only plays a GPU: what they run, when
-# they give up, what they tell.
+# dev/gpu/*.sh and dev/bench/bench_gpu.py on a fake GPU machine: what they run, when they give up,
+# what they report.
 # shellcheck source=dev/test/lib/checks.sh
 . "$(dirname "$0")/lib/checks.sh"
 command -v python3 >/dev/null || skip_all "dev/bench/bench_gpu.py is not tested: there is no python3 (make deps)"
@@ -13,7 +13,7 @@ play() { # FILE SCRIPT
 }
 play "$dir/bin/nvidia-smi" 'echo 9.0'
 play "$dir/bin/make" 'echo "$*" >>make.log'
-# A million tokens/s at 55% MFU, and no room for llama-350m. Checkpoints that say what they are of.
+# A million tokens/s at 55% MFU, and no memory for llama-350m. Checkpoints contain their step.
 # shellcheck disable=SC2016
 play train_gpt 'echo "$*" >>ours.log
 while [[ $1 ]]; do
@@ -50,11 +50,11 @@ PATH=$dir/bin:$PATH
 out=$(dev/gpu/check.sh "$dir/out" 2>&1)
 check "a failure is a failure" test $? -eq 1
 check "it builds for this GPU alone" says "$(cat make.log)" "CUDA_ARCH=sm_90a train_gpt test_gpt"
-check "what passes is told" says "$out" "ok    same-mixed-model"
+check "passed checks are reported" says "$out" "ok    same-mixed-model"
 check "bits that differ are found" says "$out" "FAIL  same-pure-model: exit status 1"
 check "a race is found" says "$out" "FAIL  racecheck-gpt2: exit status 9"
-check "the rest goes on" says "$out" "ok    initcheck-llama"
-check "the summary stands last" test "$(tail -1 <<<"$out")" = FAILED
+check "the rest continues" says "$out" "ok    initcheck-llama"
+check "the summary comes last" test "$(tail -1 <<<"$out")" = FAILED
 check "and in a file" says "$(cat "$dir/out/summary.txt")" "ok    train-cpu"
 play "$dir/bin/make" 'echo "error: no"; exit 2'
 out=$(dev/gpu/check.sh "$dir/out" 2>&1)
@@ -63,11 +63,11 @@ check "and its errors are shown" says "$out" "error: no"
 play "$dir/bin/make" ''
 play test_gpt 'sleep 60'
 out=$(bash -c '. dev/gpu/common.sh; begin "$1" 1; step slow 5 ./test_gpt; deadline=0; step late 5 true' - "$dir/out")
-check "what hangs is ended" says "$out" "FAIL  slow: not done after 5 s"
-check "what there is no time for is told" says "$out" "skip  late: no time left"
+check "a hanging check is killed" says "$out" "FAIL  slow: not done after 5 s"
+check "checks without time are reported" says "$out" "skip  late: no time left"
 
 out=$(BENCH_TORCH=$dir/bin/python dev/gpu/bench.sh "$dir/out" 10 2>&1)
-check "the benchmark ends well" test $? -eq 0
+check "the benchmark succeeds" test $? -eq 0
 check "its table is shown" says "$out" "2.00x"
 check "PyTorch's batch is halved until it fits" says "$out" "(32 sequences: more do not fit)"
 check "MFU is judged" grep -qE "MFU of llama-1b at 1024 +0.60 +0.550 +not met" <<<"$out"
@@ -75,8 +75,8 @@ check "attention is judged" grep -qE "attention forward of 1024 against SDPA +0.
 check "parts are judged" grep -qE "junction, of its limit +0.85 +0.900 +met" <<<"$out"
 check "profiles follow" says "$out" "ok    profile-llama-1b"
 out=$(dev/bench/bench_gpu.py --torch none --out "$dir/b.json" --only llama-350m,gpt2-124m:256 2>&1)
-check "what does not fit is told" says "$out" "there is no room"
+check "a model that does not fit is reported" says "$out" "there is no room"
 check "the paper's batch is timed" says "$(cat ours.log)" "-m gpt2-124m -t 256 -b 512"
-check "the whole is written" test "$(python3 -c "import json; print(len(json.load(open('$dir/b.json'))['cases']))")" = 8
+check "all cases are written" test "$(python3 -c "import json; print(len(json.load(open('$dir/b.json'))['cases']))")" = 8
 
 summary

@@ -1,4 +1,4 @@
-// A model for the tests of files: its parameters and moments without any computation.
+// A model for the tests of files.
 #pragma once
 
 #include <cstring>

@@ -11,14 +11,14 @@ std::string json_error(const std::string& text, size_t most = 1 << 20) {
 }
 } // namespace
 
-TEST(Json, IsReadAsItStands) {
+TEST(Json, IsReadExactly) {
     EXPECT_EQ(parse_json("{\"a\": [1, 2.5, \"é\", null]}", "x")["a"][2], "é");
     EXPECT_EQ(parse_ordered_json("{\"b\": 1, \"a\": 2}", "x").dump(), "{\"b\":1,\"a\":2}");
-    // The same key in different objects.
+    // The same key in different objects is allowed.
     EXPECT_EQ(json_error("[{\"a\": {\"a\": 1}}, {\"a\": 1}]"), "");
 }
 
-TEST(Json, WhatIsNoneIsASentence) {
+TEST(Json, InvalidJsonIsAnError) {
     const std::string zero("{}\0garbage", 10);
     for (const std::string& text :
          {std::string(""), std::string("{"), std::string("{\"a\": 1e999}"), std::string("[1,]"),
@@ -45,7 +45,7 @@ TEST(Json, DepthIsLimited) {
     EXPECT_TRUE(says(json_error(objects), {"x.json", "nests more than 64"}));
 }
 
-TEST(Json, AQuoteIsShort) {
+TEST(Json, QuotesAreShort) {
     EXPECT_EQ(quoted(parse_json("{\"a\":[1,\"b\"]}", "x")), "{\"a\":[1,\"b\"]}");
     nlohmann::json deep = 1;
     for (int i = 0; i < 10000; i++) deep = nlohmann::json::array({std::move(deep)});

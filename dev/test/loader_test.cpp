@@ -1,4 +1,5 @@
-// The loader: every window once an epoch, in an order that a seed fixes and a state restores.
+// The loader visits every window once per epoch, in an order determined by the seed, and resumes
+// from its state.
 #include "dev/test/data_helpers.h"
 #include "gpt/data/loader.h"
 
@@ -20,7 +21,7 @@ std::vector<int> counting(int n, int from = 0) {
 
 std::shared_ptr<TokenSource> memory(int n) { return std::make_shared<MemorySource>(counting(n)); }
 
-// First tokens of the next n windows, each checked to be T consecutive numbers and their
+// The first tokens of the next n windows, each checked to be T consecutive numbers and their
 // successors.
 std::vector<int> firsts(Loader& loader, int T, int n) {
     std::vector<int> result;
@@ -59,7 +60,7 @@ TEST(Loader, PermutationsArePermutations) {
         }
         EXPECT_EQ(seen.size(), n);
     }
-    // Beyond 32 bits, no two of a sample meet, and all stay inside.
+    // Beyond 32 bits, a sample has no duplicates and stays in range.
     std::set<uint64_t> seen;
     const uint64_t n = (uint64_t(1) << 40) + 12345;
     for (uint64_t i = n - 1000; i < n; i++) seen.insert(permute(i, n, 42, 3));
@@ -68,7 +69,7 @@ TEST(Loader, PermutationsArePermutations) {
 }
 
 TEST(Loader, PermutationsLookRandom) {
-    // Over seeds, each i lands everywhere alike: chi-squared of 16 cells, 15 degrees of freedom.
+    // Over seeds, each i is uniformly distributed: chi-squared of 16 cells, 15 degrees of freedom.
     const int draws = 16000;
     for (uint64_t i : {0, 7, 15}) {
         std::vector<int> count(16);
@@ -77,7 +78,7 @@ TEST(Loader, PermutationsLookRandom) {
         for (int c : count) chi += (c - draws / 16.0) * (c - draws / 16.0) / (draws / 16.0);
         EXPECT_LT(chi, 45) << "position " << i; // p < 1e-4
     }
-    // Neighbours do not stay neighbours.
+    // Neighbours are separated.
     int neighbours = 0;
     for (uint64_t i = 0; i + 1 < 1000; i++) {
         uint64_t a = permute(i, 1000, 1, 0), b = permute(i + 1, 1000, 1, 0);
@@ -105,7 +106,7 @@ TEST(Loader, AnEpochVisitsEveryWindowOnce) {
     EXPECT_EQ(second, in_order);
 }
 
-TEST(Loader, WithoutShufflingTheOrderIsTheTexts) {
+TEST(Loader, WithoutShufflingKeepsTheOrder) {
     Loader loader(memory(29), 7, 1, false);
     EXPECT_EQ(loader.windows_per_epoch(), 4u);
     EXPECT_EQ(firsts(loader, 7, 6), (std::vector<int>{0, 7, 14, 21, 0, 7}));
@@ -132,7 +133,7 @@ TEST(Loader, SavedAndRestoredExactly) {
                      {"window 30", "19 windows of 5"}));
 }
 
-TEST(Loader, RanksTogetherReadWhatOneReads) {
+TEST(Loader, RanksTogetherReadTheSameAsOne) {
     const int T = 5, B = 3, R = 4, steps = 17; // crosses epochs of 66 windows mid-step
     Loader one(memory(333), T, 9, true);
     std::vector<int> all = firsts(one, T, B * R * steps), together(all.size());
@@ -149,7 +150,7 @@ TEST(Loader, RanksTogetherReadWhatOneReads) {
     EXPECT_EQ(together, all);
 }
 
-TEST(Loader, BatchesAreWindowsSideBySide) {
+TEST(Loader, BatchesAreConsecutiveWindows) {
     Loader a(memory(333), 5, 9, true), b(memory(333), 5, 9, true);
     std::vector<int> inputs(20), targets(20), starts = firsts(a, 5, 4);
     b.next(4, inputs.data(), targets.data());
@@ -180,7 +181,7 @@ TEST(Loader, WindowsDoNotCrossShards) {
     std::sort(got.begin(), got.end());
     EXPECT_EQ(got, starts);
 
-    // Reading as such does cross.
+    // read itself crosses shards.
     std::vector<int> all(39);
     source->read(0, 39, all.data());
     EXPECT_EQ(all, counting(39));
@@ -196,7 +197,7 @@ TEST(Loader, EndlessSourcesGoInOrder) {
     EXPECT_EQ(loader.state(), (LoaderState{0, 14}));
 }
 
-TEST(Loader, TooShortIsASentence) {
+TEST(Loader, TooShortIsAnError) {
     EXPECT_TRUE(says(error_of([] { Loader(memory(64), 64, 1, true); }),
                      {"needs 65 tokens", "has 64 at most"}));
     EXPECT_EQ(error_of([] { Loader(memory(65), 64, 1, true); }), "");
@@ -211,10 +212,10 @@ TEST(Loader, DifferentTokenizersDoNotMix) {
     EXPECT_EQ(known.id().kind, "gpt2");
     write_shard(dir / "a_2.bin", {"gpt2", 50257, 50256, 2}, {1, 2});
     EXPECT_TRUE(says(error_of([&] { ShardSource(dir / "a_*.bin"); }),
-                     {"a_1.bin", "a_2.bin", "other contents"}));
+                     {"a_1.bin", "a_2.bin", "different contents"}));
 }
 
-TEST(Loader, TokensAreCheckedAtOnceOrWhenRead) {
+TEST(Loader, TokensAreCheckedAtOnceOrOnReading) {
     TemporaryDirectory dir;
     write_shard(dir / "a_0.bin", {}, {1, 2, 3, 4});
     write_shard(dir / "a_1.bin", {}, {1, 2, 9, 4});
@@ -239,7 +240,7 @@ TEST(Loader, ChecksumsAreComparedAtOnceOrInTheBackground) {
     write_bytes(dir / "a_1.bin", bytes);
     ShardSource at_once(dir / "a_*.bin");
     EXPECT_TRUE(says(error_of([&] { at_once.check_tokens(257); }), {"a_1.bin is damaged"}));
-    at_once.finish_checks(); // nothing is left to check
+    at_once.finish_checks(); // nothing remains to be checked
 
     ShardSource later(dir / "a_*.bin");
     later.checked_at_once = 20; // the first file only
@@ -256,7 +257,7 @@ TEST(Loader, ChecksumsAreComparedAtOnceOrInTheBackground) {
     whole.finish_checks();
     whole.read(19, 1, &token);
     EXPECT_EQ(token, 7);
-    { // one that is not needed any more is not waited for
+    { // destroying a source does not wait for its checks
         ShardSource left(dir / "a_*.bin");
         left.checked_at_once = 0;
         left.check_tokens(257);
@@ -273,11 +274,11 @@ TEST(Loader, APaddedDocumentIsAWindow) {
     std::vector<int> inputs(16), targets(16);
     loader.next(4, inputs.data(), targets.data());
     EXPECT_EQ(inputs, tokens);
-    // A document's own end is a target; padding and the next document are not.
+    // A document's end is a target; padding and the next document are not.
     EXPECT_EQ(targets, (std::vector<int>{2, 9, -1, -1, 4, 5, 9, -1, 9, -1, -1, -1, 8, 9, -1, -1}));
 
-    // As the paper's code has it: labels are the tokens, -100 where they are padding, and the model
-    // compares position t with label t + 1 (so the last has none).
+    // As in the paper's code: labels are the tokens, -100 for padding, and the model compares
+    // position t with label t + 1 (so the last has none).
     for (size_t w = 0; w < 4; w++) {
         bool ended = false;
         std::vector<int> expected;
@@ -303,7 +304,7 @@ TEST(Loader, APaddedDocumentIsAWindow) {
                          {cat("sequences of ", T), "--seq-len 4", "--pad-documents"}));
 }
 
-TEST(Loader, PaddedShardsKeepToThemselves) {
+TEST(Loader, PaddedShardsDoNotMixWithStreams) {
     TemporaryDirectory dir;
     const TokenizerId id{"x", 10, 9, 1};
     auto padded = [&](const std::string& name, const std::vector<int>& tokens, int window) {
@@ -317,7 +318,7 @@ TEST(Loader, PaddedShardsKeepToThemselves) {
     EXPECT_EQ(source->window(), 3);
     EXPECT_TRUE(says(source->describe(), {"documents padded to 3 tokens"}));
     Loader loader(source, 3, 1, false);
-    EXPECT_EQ(loader.windows_per_epoch(), 3u); // the last window of a shard is whole
+    EXPECT_EQ(loader.windows_per_epoch(), 3u); // the last window of a shard is complete
     std::vector<int> inputs(9), targets(9);
     loader.next(3, inputs.data(), targets.data());
     EXPECT_EQ(targets, (std::vector<int>{9, -1, -1, 3, 9, -1, 9, -1, -1}));

@@ -25,7 +25,7 @@ MappedFile map_file(const std::string& path) {
 
 } // namespace
 
-TEST(Mapped, AFileThatBecomesShorterIsAnErrorAndNoSignal) {
+TEST(Mapped, ATruncatedFileIsAnErrorInsteadOfASignal) {
     TemporaryDirectory dir;
     for (size_t left : {size_t(0), 2 * page, 3 * page - 1}) {
         write_bytes(dir / "a", std::string(3 * page, 'x'));
@@ -33,21 +33,21 @@ TEST(Mapped, AFileThatBecomesShorterIsAnErrorAndNoSignal) {
         EXPECT_EQ(file.size(), 3 * page);
         file.check();
         fs::resize_file(dir / "a", left);
-        // What is gone reads as zeros, the rest as it is.
+        // Missing pages read as zeros, the others are unchanged.
         EXPECT_EQ(file.data()[3 * page - 1], 0);
         if (left > 0) {
             EXPECT_EQ(file.data()[left - 1], 'x');
         }
         EXPECT_TRUE(says(error_of([&] { file.check(); }),
                          {dir / "a", cat("has ", left, " bytes now and had ", 3 * page)}));
-        // Grown again, it is another file: what was read in between was not believed.
-        if (left == 3 * page - 1) continue; // that needed no signal, so nothing remembers it
+        // check() still fails after the file grew again: bytes read in between were wrong.
+        if (left == 3 * page - 1) continue; // no signal, so no record of it
         write_bytes(dir / "a", std::string(3 * page, 'y'));
         EXPECT_TRUE(says(error_of([&] { file.check(); }), {dir / "a", "no longer be read"}));
     }
 }
 
-TEST(Mapped, AFileThatIsReplacedOrRemovedStaysAsItWas) {
+TEST(Mapped, AReplacedOrRemovedFileStaysReadable) {
     TemporaryDirectory dir;
     write_bytes(dir / "a", std::string(2 * page, 'x'));
     MappedFile first = map_file(dir / "a"), file = std::move(first);
@@ -62,8 +62,8 @@ TEST(Mapped, AnotherSigbusStillKills) {
     TemporaryDirectory dir;
     write_bytes(dir / "a", "x");
     MappedFile file = map_file(dir / "a");
-    EXPECT_DEATH(raise(SIGBUS), ""); // by the signal, or by the sanitizer that reports it
-    // A map that nobody guards.
+    EXPECT_DEATH(raise(SIGBUS), ""); // from the signal, or from the sanitizer
+    // An unguarded map.
     write_bytes(dir / "b", std::string(page, 'x'));
     Fd fd(open((dir / "b").c_str(), O_RDWR));
     auto* bytes = static_cast<volatile char*>(mmap(nullptr, page, PROT_READ, MAP_SHARED, fd.fd, 0));

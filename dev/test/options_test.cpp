@@ -66,7 +66,7 @@ TEST(Options, CountsAndPercents) {
     EXPECT_EQ(parse({"-x", "1e6"}).steps, 1000000);
     EXPECT_EQ(parse({"-x", "1000", "-u", "5%"}).warmup_steps(), 50);
     EXPECT_EQ(parse({"-x", "1000", "-u", "2k"}).warmup_steps(), 2000);
-    EXPECT_EQ(parse({"-x", "10", "-x", "20"}).steps, 20); // the last one counts
+    EXPECT_EQ(parse({"-x", "10", "-x", "20"}).steps, 20); // the last one wins
 }
 
 TEST(Options, ResumeTakesAnOptionalValue) {
@@ -138,7 +138,7 @@ TEST(Options, ConfigFile) {
     TemporaryDirectory dir;
     write_bytes(dir / "run.toml", "lr = 0.25\nnorm = \"lns\"\nval-tokens = \"2k\"\n");
     Options o = parse({"--config", dir / "run.toml", "-l", "0.5"});
-    EXPECT_EQ(o.lr, 0.5); // the command line is above the file
+    EXPECT_EQ(o.lr, 0.5); // the command line overrides the file
     EXPECT_EQ(o.norm, "lns");
     EXPECT_EQ(o.val_tokens, 2000);
     write_bytes(dir / "wrong.toml", "layrs = 3\n");
@@ -150,7 +150,7 @@ namespace {
 
 struct ConfigFile : TemporaryDirectory {
     std::string file = *this / "c.ini";
-    // Behind --config with this text.
+    // Parses --config with this text, then the arguments.
     Options parsed(const std::string& text, std::vector<std::string> words = {}) const {
         write_bytes(file, text);
         words.insert(words.begin(), {"--config", file});
@@ -211,7 +211,7 @@ TEST(Options, ConfigFileNamesAreChecked) {
     EXPECT_TRUE(says(config.error("lr = 1\n[a]\n--lr = 2"), {"line 3", "--lr", "line 1 already"}));
     EXPECT_TRUE(says(config.error("l = 1\nlr = 2"), {"line 2", "line 1 already"}));
     EXPECT_TRUE(
-        says(config.error("lr = x", {"-l", "1"}), {"line 1", "'x'"})); // checked all the same
+        says(config.error("lr = x", {"-l", "1"}), {"line 1", "'x'"})); // checked nevertheless
 }
 
 TEST(Options, ConfigFileIsUnderTheCommandLine) {
@@ -233,8 +233,8 @@ TEST(Options, ConfigFileOfCommands) {
                              "[sample]\nseed = 8\n[eval]\nval-tokens = 4k\nthreads = 2\n";
     Options o = config.parsed(text, {"sample", "c"});
     EXPECT_EQ(o.command, Options::Command::sample);
-    EXPECT_EQ(o.top_k, 5); // training's lines count where the command has the flag
-    EXPECT_EQ(o.seed, 8);  // and the command's own are above them
+    EXPECT_EQ(o.top_k, 5); // training's lines apply if the command has the flag
+    EXPECT_EQ(o.seed, 8);  // and the command's own override them
     EXPECT_EQ(o.threads, 0);
     EXPECT_EQ(o.out, "");
     EXPECT_FALSE(o.resume);
@@ -301,7 +301,7 @@ TEST(Options, AResumedRunTakesItsFlagsOver) {
     EXPECT_EQ(again.warmup_steps(), first.warmup_steps());
     EXPECT_TRUE(again.changes.empty());
 
-    // The same flags once more, written otherwise, change nothing.
+    // Repeating the flags in another notation changes nothing.
     again = parse({"-o", "r", "-y", "-n", "lns", "-l", "0.001", "-d", "64000"}, first.flags);
     EXPECT_EQ(again.flags, first.flags);
     EXPECT_TRUE(again.changes.empty());

@@ -10,7 +10,7 @@ using namespace lns::test;
 
 namespace {
 
-// A working directory of files and folders, and HOME in it.
+// A working directory with files and folders, and HOME inside it.
 struct Folder : TemporaryDirectory {
     std::string before = std::filesystem::current_path(),
                 home = getenv("HOME") ? getenv("HOME") : "";
@@ -82,7 +82,7 @@ TEST(Paths, NamesWithTheCharactersOfPatternsAreLiteral) {
     EXPECT_EQ(found(folder.path + "/d[1]/*_2.bin"), "<" + folder.path + "/d[1]/t_2.bin>");
 }
 
-TEST(Paths, ALiteralPatternMatchesThePathAlone) {
+TEST(Paths, ALiteralPatternMatchesOnlyThePath) {
     Folder folder({"d[1]/t_1.bin", "d1/t_1.bin", "q?/t_1.bin", "qq/t_1.bin"});
     EXPECT_EQ(found(literal_pattern("d[1]/t") + "_*.bin"), "<d[1]/t_1.bin>");
     EXPECT_EQ(found(literal_pattern("q?/t") + "_*.bin"), "<q?/t_1.bin>");

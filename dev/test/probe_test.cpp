@@ -1,5 +1,5 @@
-// Probes against models whose layers are known: identities, linear maps, closed forms, and finite
-// differences for the rest.
+// Layer diagnostics of models with known layers: identities, linear maps, closed forms, and finite
+// differences elsewhere.
 #include "dev/test/program_helpers.h"
 
 #ifndef TESTING
@@ -32,7 +32,7 @@ Config small_config(const std::string& arch, const std::string& scheme, int L, i
     return c;
 }
 
-// In double, so that finite differences are exact enough. A layer's own numbers are random.
+// In double, for accurate finite differences. Parameters are random.
 struct Fixture {
     CpuModel<double> model;
     std::vector<ProbeBatch> batches, others;
@@ -40,7 +40,8 @@ struct Fixture {
     explicit Fixture(const Config& c, int B = 3, int T = 5) : model(c, B, T, {}) {
         model.initialize(7);
         for (const Param& p : model.registry.params) {
-            // Numbers that are floats, as copies are; norms and γ away from where they start.
+            // Values representable in float, as in copies; norms and γ away from their initial
+            // values.
             Floats values(p.size());
             model.read(Buffer::parameters, p, values.data());
             if (p.shape.size() == 1 && p.name.find("gate") == std::string::npos)
@@ -194,7 +195,7 @@ std::pair<Doubles, Matrix> rms_norm(const Doubles& r, const Doubles& w, double s
     return {u, J};
 }
 
-// ∂r_ℓ/∂r_{ℓ−1} of a LLaMA layer for sequences of one token, whose attention sees that token alone:
+// ∂r_ℓ/∂r_{ℓ−1} of a LLaMA layer for sequences of one token, which attends only to itself:
 // (I + W_down M ∂u₂) (I + W_o W_v ∂u₁), M = ∂(silu(g) ⊙ h)/∂u₂ with g = W_gate u₂, h = W_up u₂.
 Matrix layer_jacobian(Fixture& f, int layer, const Doubles& r) {
     const Config& c = f.model.config;
@@ -263,7 +264,7 @@ TEST(Probe, JacobianOfALayerInClosedForm) {
     }
 }
 
-// Every scheme but GPAS's, whose stop() backpropagation alone knows.
+// Every scheme but GPAS, whose stop_gradient finite differences do not see.
 TEST(Probe, JacobianIsThatOfTheForwardPass) {
     std::vector<std::string> schemes = {"mix:1"};
     for (const SchemeRow& row : scheme_table()) schemes.push_back(row.name);
@@ -297,7 +298,7 @@ TEST(Probe, JacobianIsThatOfTheForwardPass) {
         }
 }
 
-TEST(Probe, RemovalIsAModelBuiltWithoutTheLayers) {
+TEST(Probe, RemovalEqualsAModelWithoutTheLayers) {
     const int L = 3;
     for (const char* arch : {"gpt2", "llama"})
         for (const char* scheme : {"pre", "post", "sandwich"}) {
@@ -336,11 +337,11 @@ TEST(Probe, RemovalIsAModelBuiltWithoutTheLayers) {
         }
 }
 
-TEST(Probe, VarianceAndAnglesAreThoseOfTheStreams) {
+TEST(Probe, VarianceAndAnglesAreThoseOfTheResiduals) {
     Fixture f(small_config("llama", "sandwich", 3));
     const int L = 3, C = 8;
     const Probes p = f.probe("variance,angular");
-    std::vector<Doubles> r(L + 1), attention(L), mlp(L); // of the tokens with a target
+    std::vector<Doubles> r(L + 1), attention(L), mlp(L); // tokens with a target
     std::vector<bool> last;
     for (const ProbeBatch& batch : f.batches) {
         auto keep = [&](Doubles& to, const Floats& x) {
@@ -427,7 +428,7 @@ TEST(Probe, GradientNormsAreThoseOfTheMeanLoss) {
             EXPECT_NEAR(g.mlp[l] / std::sqrt(mlp), 1, 1e-6);
             EXPECT_NEAR(g.norm[l] / std::sqrt(norm), 1, 1e-6);
         }
-        // ∂loss/∂r: the slope of the loss along the gradient is its norm. One batch, by itself.
+        // ∂loss/∂r: the loss's slope along the gradient is the gradient's norm. A single batch.
         f.batches.resize(1);
         const Probes one = f.probe("gradients");
         const ProbeBatch& b = f.batches[0];
@@ -452,14 +453,14 @@ TEST(Probe, GradientNormsAreThoseOfTheMeanLoss) {
     }
 }
 
-// RMSNorm is linear on tokens of one length, and so is the attention of sequences of one token: a
-// layer of these, without its MLP, is its own best linear fit.
+// RMSNorm is linear on tokens of equal norm, as is attention on sequences of one token: such a
+// layer, without its MLP, is its own best linear fit.
 TEST(Probe, ALinearLayerIsUselessAndAnotherIsNot) {
     Config c = small_config("llama", "pre", 1);
     Fixture f(c, 40, 1);
     for (auto* batches : {&f.batches, &f.others})
         for (ProbeBatch& b : *batches)
-            for (int i = 0; i < b.B; i++) b.inputs[i] = i; // every token of the vocabulary
+            for (int i = 0; i < b.B; i++) b.inputs[i] = i; // the whole vocabulary
     const Param& wte = *f.model.registry.find("model.embed_tokens.weight");
     Floats rows(wte.size());
     f.model.read(Buffer::parameters, wte, rows.data());
@@ -481,7 +482,7 @@ TEST(Probe, ALinearLayerIsUselessAndAnotherIsNot) {
 
     for (float& w : weights) w *= 20;
     f.model.write(Buffer::parameters, down, weights.data());
-    for (ProbeBatch& b : f.batches) // what the model itself says comes next
+    for (ProbeBatch& b : f.batches) // the model's own predictions
         for (int i = 0; i < b.B; i++) {
             Floats logits(40);
             f.model.logits(&b.inputs[i], 1, 1, true, logits.data());
@@ -492,7 +493,7 @@ TEST(Probe, ALinearLayerIsUselessAndAnotherIsNot) {
     EXPECT_EQ(p.usefulness->share, 1);
 }
 
-TEST(Probe, FitsRecoverWhatWasPlanted) {
+TEST(Probe, FitsRecoverKnownParameters) {
     std::vector<double> x, line, curve;
     for (int l = 1; l <= 24; l++) {
         x.push_back(l), line.push_back(3 - 0.25 * l), curve.push_back(std::log(l));
@@ -527,7 +528,7 @@ json read_json(const std::string& path) { return json::parse(read_bytes(path)); 
 
 } // namespace
 
-TEST(Probe, TheCommandWritesAndTells) {
+TEST(Probe, TheCommandWritesAndReports) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     write_shard(dir / "t_train_000000.bin", 900);
@@ -569,7 +570,7 @@ TEST(Probe, TheCommandWritesAndTells) {
     EXPECT_EQ(all["usefulness"]["linear_loss"].size(), 3u);
     EXPECT_EQ(all["permutation"].size(), 2u);
 
-    // eval agrees, the same command gives the same bits, and what was not asked for is null
+    // eval agrees, a repeated command gives the same bits, and diagnostics not requested are null
     f = train_gpt("eval " + run_dir + " --threads 1 --dtype float32 --val-tokens 160");
     double loss = 0;
     ASSERT_EQ(std::sscanf(f.output.c_str(), "loss %lf", &loss), 1) << f.output;
@@ -600,11 +601,11 @@ TEST(Probe, TheCommandWritesAndTells) {
     EXPECT_TRUE(fails_with(probe + "-j " + dir / "short.bin", {"short.bin", "17"}));
     std::filesystem::copy(run_dir + "/step-000003", dir / "alone",
                           std::filesystem::copy_options::recursive);
-    EXPECT_TRUE(fails_with("probe " + dir / "alone", {"of no run", "-o FILE"}));
+    EXPECT_TRUE(fails_with("probe " + dir / "alone", {"does not belong to a run", "-o FILE"}));
 }
 
-// Fewer tokens than --probe-tokens, fewer sequences than --batch, one sequence, documents padded to
-// the length of a window: all is measured that can be, and what is not says so.
+// Fewer tokens than --probe-tokens, fewer sequences than --batch, one sequence, padded documents:
+// everything possible is measured, and the rest is reported as missing.
 TEST(Probe, SmallValidationSets) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
@@ -614,7 +615,7 @@ TEST(Probe, SmallValidationSets) {
     ASSERT_EQ(f.status, 0) << f.output;
     const std::string probe = "probe " + dir / "run --threads 1 -o " + dir / "p.json ";
 
-    // So many sequences of 16 tokens; documents of so many tokens each, in windows of 16.
+    // Files of n sequences of 16 tokens; of documents of given lengths, in windows of 16.
     write_shard(dir / "1.bin", 17), write_shard(dir / "2.bin", 33), write_shard(dir / "5.bin", 90);
     auto write_documents = [&](const char* name, const std::vector<int>& lengths) {
         std::vector<int> tokens;
@@ -625,7 +626,7 @@ TEST(Probe, SmallValidationSets) {
         writer.close();
     };
     write_documents("documents.bin", {3, 12, 1, 7, 16});
-    write_documents("ends.bin", {9, 0, 0, 0}); // nothing to learn but from the first
+    write_documents("ends.bin", {9, 0, 0, 0}); // only the first has targets
     write_documents("late.bin", {0, 9, 4, 5});
     for (const std::string shard : {"1", "2", "5", "documents", "ends", "late"})
         for (const std::string batch : {"", "-b 2 "}) {
@@ -654,7 +655,7 @@ TEST(Probe, SmallValidationSets) {
     EXPECT_EQ(f.output.find("fit"), std::string::npos);
 }
 
-TEST(Probe, TrainingLooksAtNoMoreTokensThanItIsTold) {
+TEST(Probe, TrainingProbesOnlyTheGivenTokens) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     const std::string out = dir / "run", numbers = "--dtype float32 ";
@@ -673,7 +674,7 @@ TEST(Probe, TrainingLooksAtNoMoreTokensThanItIsTold) {
     }
 }
 
-TEST(Probe, TrainingIsTheSameToTheBitWithProbes) {
+TEST(Probe, ProbesDoNotChangeTraining) {
     NEEDS_PROGRAM();
     for (const std::string numbers :
          {"--dtype float32 ", "--dtype bf16 --master-weights no --moments bf16 "
@@ -704,7 +705,7 @@ TEST(Probe, TrainingIsTheSameToTheBitWithProbes) {
             EXPECT_EQ(probe["angular_distance"]["all_tokens"].size(), 1u);
             EXPECT_EQ(probe["angular_distance"]["all_tokens"][0].size(), 2u);
         }
-        // The last look is at the model that was saved.
+        // The last diagnostics are of the saved model.
         Finished f = train_gpt("probe " + dir / "b --threads 1 -b 2 --probe-tokens 32 --probes " +
                                "variance,gradients");
         ASSERT_EQ(f.status, 0) << f.output;

@@ -1,4 +1,4 @@
-// For tests that run ./train_gpt itself, as a user does, with a model that trains in an instant.
+// For tests that run ./train_gpt as a user does, with a model that trains in an instant.
 #pragma once
 
 #include "dev/test/data_helpers.h"
@@ -11,16 +11,16 @@ namespace lns::test {
 inline const std::string small_model =
     " --threads 1 --layers 2 --width 16 --heads 2 -b 2 -t 16 --val-tokens 64 -v 0 -s 0 -g 4 ";
 
-// These tests are of the program on a CPU, also where there is a GPU.
+// These tests run the program on the CPU even if there is a GPU.
 inline const bool no_gpu = setenv("CUDA_VISIBLE_DEVICES", "", 1) == 0;
 
 inline Finished train_gpt(const std::string& arguments) { return run("./train_gpt " + arguments); }
 
-// A sanitizer build makes the library's tests only.
+// Sanitizer builds have only the tests.
 #define NEEDS_PROGRAM()                                                                            \
     if (!std::filesystem::exists("train_gpt")) GTEST_SKIP() << "./train_gpt is not built"
 
-// Status 1, one sentence on stderr, and the parts in it.
+// Expects status 1 and one line on stderr with these parts.
 inline testing::AssertionResult fails_with(const std::string& arguments,
                                            const std::vector<std::string>& parts) {
     Finished f = train_gpt(arguments + " >/dev/null");
@@ -32,7 +32,7 @@ inline testing::AssertionResult fails_with(const std::string& arguments,
     return says(f.output, parts);
 }
 
-// n tokens, below 200, in which some follow from others.
+// n tokens below 200, partly predictable.
 inline void write_shard(const std::string& path, size_t n,
                         TokenizerId id = load_tokenizer("bytes")->id()) {
     std::vector<int> tokens(n);

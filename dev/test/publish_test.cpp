@@ -1,4 +1,4 @@
-// A set of files, replaced by a process that is killed at each of its system calls in turn.
+// Replaces a set of files by a process that is killed at each of its system calls in turn.
 #include "dev/test/data_helpers.h"
 #include "gpt/data/paths.h"
 #include "gpt/data/publish.h"
@@ -25,7 +25,7 @@ void write_set(
     set.publish();
 }
 
-// "old 3 1": what the names show, and how many of each kind; "nothing"
+// "old 3 1": the content of the files, and the number of each kind; or "nothing"
 std::string shown(const std::string& prefix) {
     std::string text, counts;
     auto add = [&](const std::string& more) {
@@ -51,8 +51,8 @@ bool all_plain(const std::string& dir) {
     return true;
 }
 
-// Runs the action in a child that is killed before its system call number n from when it calls its
-// argument on; false if it ended before that, -1 if it cannot be traced here.
+// Runs the action in a child that is killed before its n-th system call after it calls its
+// argument. false if it ended before, -1 if processes cannot be traced here.
 int killed_at(int n, const std::function<void(const std::function<void()>&)>& action) {
     const pid_t child = fork();
     if (child == 0) {
@@ -65,7 +65,7 @@ int killed_at(int n, const std::function<void(const std::function<void()>&)>& ac
     int status = 0;
     waitpid(child, &status, 0);
     if (WIFEXITED(status)) return -1;
-    for (int stops = 0; stops < 2 * n; stops++) { // one before and one behind each call
+    for (int stops = 0; stops < 2 * n; stops++) { // one before and one after each call
         ptrace(PTRACE_SYSCALL, child, nullptr, nullptr);
         waitpid(child, &status, 0);
         if (!WIFSTOPPED(status)) return 0;
@@ -75,7 +75,7 @@ int killed_at(int n, const std::function<void(const std::function<void()>&)>& ac
     return 1;
 }
 
-// Each step's state is synced, which a disk takes a second for.
+// Every step is synced, which takes a disk a second.
 struct MemoryForTemporaries {
     std::string before = std::getenv("TMPDIR") ? std::getenv("TMPDIR") : "";
     MemoryForTemporaries() {
@@ -121,16 +121,16 @@ TEST(Publish, AKillAtAnyStepLeavesOneSet) {
                 break;
             }
             steps += found == old;
-            // The next publisher tidies, whatever becomes of it.
+            // The next publisher cleans up, even if it fails.
             { PublishedSet next(prefix); }
-            ASSERT_EQ(shown(prefix), found) << "tidied after step " << n;
-            ASSERT_TRUE(all_plain(dir.path)) << "tidied after step " << n;
+            ASSERT_EQ(shown(prefix), found) << "cleaned up after step " << n;
+            ASSERT_TRUE(all_plain(dir.path)) << "cleaned up after step " << n;
         }
         EXPECT_GT(steps, 5);
     }
 }
 
-TEST(Publish, WhatIsNotPublishedLeavesNothing) {
+TEST(Publish, UnpublishedSetsLeaveNothing) {
     TemporaryDirectory dir;
     write_set(dir / "x", "old", 2, 1);
     {
@@ -160,13 +160,13 @@ TEST(Publish, OtherFilesStay) {
 }
 
 TEST(Publish, ASwitchedReaderSeesNoMixture) {
-    // A link of a set that is being published and lacks the file is no file.
+    // A dangling link of a set being published is ignored.
     TemporaryDirectory dir;
     write_bytes(dir / "x_train_000000.bin", "old");
     fs::create_symlink(".x.set/x_train_000001.bin", dir / "x_train_000001.bin");
     EXPECT_EQ(glob_paths(dir / "x_train_*.bin"),
               (std::vector<std::string>{dir / "x_train_000000.bin"}));
-    // Another's broken link is an error as before, not a file that is left out.
+    // Any other broken link is still an error.
     fs::create_symlink("nowhere", dir / "x_train_000002.bin");
     EXPECT_EQ(glob_paths(dir / "x_train_*.bin").size(), 2u);
 }

@@ -1,5 +1,5 @@
-// What ranks compare, how they share a step, and how they notice that one hangs. dev/test/ranks.sh
-// has the program's part.
+// What ranks compare, how they share a step, and how they detect a hang. dev/test/ranks.sh tests
+// the program.
 #include "gpt/base/ranks.h"
 
 #include <gtest/gtest.h>
@@ -81,7 +81,7 @@ TEST(Ranks, AdviceOnTheNumberOfRanksWorks) {
     EXPECT_TRUE(says(shape_error(shape_options(192, 4, true), 5),
                      {"12 sequences", "5 ranks cannot share", "start 4 (mpirun -np 4) or 6"}));
     EXPECT_TRUE(says(shape_error(shape_options(192, 4, true), 20), {"start 12 (mpirun -np 12)"}));
-    // With a -b of its own, what is advised must suit it too, or say that it must go.
+    // With an explicit -b, the advice must suit it, or say to drop it.
     EXPECT_TRUE(
         says(shape_error(shape_options(192, 4, true, true), 5), {"start 3 (mpirun -np 3)"}));
     EXPECT_EQ(step_shape(shape_options(192, 4, true, true), 3).batch, 4);
@@ -102,7 +102,7 @@ TEST(Ranks, AdviceOnTheBatchWorks) {
     EXPECT_EQ(step_shape(shape_options(0, 4, false), 3).tokens, 192);
 }
 
-TEST(Ranks, DataIsToldByItsContents) {
+TEST(Ranks, DataIsIdentifiedByItsContents) {
     std::vector<int> tokens(5000, 1);
     auto facts = [&] {
         auto source = std::make_shared<MemorySource>(tokens);
@@ -128,11 +128,11 @@ TEST(Watch, TheTimeoutIsSeconds) {
     EXPECT_EQ(rank_timeout(), 20);
 }
 
-// Rank 0 and rank 1 of two, in this process.
+// Ranks 0 and 1 of 2 in this process.
 struct Two {
     Watch zero{0, 2}, one{1, 2};
     Two() {
-        const MeetingPoint point = zero.open(1, true);
+        const Rendezvous point = zero.open(1, true);
         std::thread connects([&] { one.connect(point, true); });
         const std::vector<char> reached = zero.accept_all();
         connects.join();
@@ -153,9 +153,8 @@ TEST(WatchDeathTest, AStepThatTakesFarLongerEndsAllRanks) {
         }
         sleep(30);
     };
-    EXPECT_EXIT(
-        hang(), testing::ExitedWithCode(1),
-        "a step has taken .* does not come to its end on rank 0 .*All ranks end. Saved is x");
+    EXPECT_EXIT(hang(), testing::ExitedWithCode(1),
+                "a step has taken .* does not finish on rank 0 .*All ranks end. Saved is x");
 }
 
 TEST(WatchDeathTest, AFirstStepMayTakeLong) {
@@ -172,10 +171,10 @@ TEST(WatchDeathTest, AFirstStepMayTakeLong) {
     EXPECT_EXIT(work(), testing::ExitedWithCode(7), "");
 }
 
-TEST(WatchDeathTest, StrangersAreTurnedAway) {
+TEST(WatchDeathTest, StrangersAreRejected) {
     Watch zero(0, 2), stranger(1, 2);
-    const MeetingPoint point = zero.open(1, true);
-    MeetingPoint wrong = point;
+    const Rendezvous point = zero.open(1, true);
+    Rendezvous wrong = point;
     wrong.key++;
     Watch one(1, 2);
     std::thread connects([&] {

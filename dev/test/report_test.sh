@@ -29,21 +29,21 @@ check "table: the best comes first" says "$(sed -n 2p <<<"$out")" "lns-1    1.90
 check "table: a loss that is not finite" says "$out" "diverged: not finite at step 40"
 check "table: an end above the start" says "$out" "diverged: ended at 7.00, above its start"
 check "table: a log that stops short" says "$out" "not finished: at step 59 of 100"
-check "table: what compare.sh left" says "$out" "diverged: not finite after step 30"
+check "table: an outcome from compare.sh" says "$out" "diverged: not finite after step 30"
 make_run stuck deepnorm-published --final 4
 out=$(python3 scripts/table.py "$dir/pre-1" "$dir/stuck")
 check "table: stuck far above the others" says "$out" "stuck at 4.00, 2.00 above the best run here"
 out=$(python3 scripts/table.py "$dir/stuck")
-check "table: alone nothing says so" says "$out" "500  finished"
+check "table: not without other runs" says "$out" "500  finished"
 make_run large deepnorm-published --final 4 --steps 50
 out=$(python3 scripts/table.py "$dir/pre-1" "$dir/large")
-check "table: not beside a run of another length" says "$out" "4.0000       500  finished"
+check "table: nor with runs of another length" says "$out" "4.0000       500  finished"
 
 # TensorBoard's files
 out=$(python3 scripts/to_tensorboard.py "${runs[@]}" -o "$dir/tb")
-check "tensorboard: it ends well" test $? -eq 0
-check "tensorboard: the cut line is told" says "$out" "mix: 59 steps; its log's last line is cut short"
-check "tensorboard: what was written is what the log has" python3 - "$dir" <<'PYTHON'
+check "tensorboard: it succeeds" test $? -eq 0
+check "tensorboard: the truncated line is reported" says "$out" "mix: 59 steps; its log's last line is cut short"
+check "tensorboard: the events match the log" python3 - "$dir" <<'PYTHON'
 import json, struct, sys
 
 sys.path.insert(0, "scripts")
@@ -120,7 +120,7 @@ if [[ $(command -v python3) == */venv/bin/python3 ]]; then
     mkdir "$dir/first"
     printf '#!/bin/sh\nexec %s -S "$@"\n' "$(readlink -f "$(command -v python3)")" >"$dir/first/python3"
     chmod +x "$dir/first/python3"
-    check "report: whatever python3 comes first in PATH" env PATH="$dir/first:/usr/bin:/bin" \
+    check "report: with any python3 first in PATH" env PATH="$dir/first:/usr/bin:/bin" \
         scripts/report.py "$dir/pre-1" -o "$dir/first.html"
 fi
 report() { python3 scripts/report.py "$@" -o "$dir/report.html" 2>&1; }
@@ -150,7 +150,7 @@ PYTHON
 }
 
 out=$(report "${runs[@]}" --png "$dir/png")
-check "report: it ends well" test $? -eq 0
+check "report: it succeeds" test $? -eq 0
 text=$(page)
 check "report: mean and deviation over seeds, tokens to reach Pre-LN's" \
     says "$text" "lns|6.86 ± 0.24|1.9250 ± 0.0354|2|64k (0.64×)|100k|500||"
@@ -158,12 +158,12 @@ check "report: the reference" says "$text" "pre|7.78 ± 0.55|2.0500 ± 0.0707|2|
 check "report: a mark where the loss was not finite" says "$text" "0 of 1|not reached|40k|500|✗ diverged: not finite at step 40|"
 check "report: a mark where it ended above its start" says "$text" "✗ diverged: ended at 7.00"
 check "report: a run that stopped before a checkpoint" says "$text" "✗ diverged: not finite after step 30"
-check "report: what is not finished is not called diverged" says "$text" "500|not finished: at step 59 of 100|"
-check "report: who is ahead" says "$text" "Lowest perplexity: lns, 6.86 ± 0.24. That is 11.8% below pre."
-check "report: the cut log is noted" says "$text" "mix: the last line of log.jsonl is cut short"
+check "report: an unfinished run is not called diverged" says "$text" "500|not finished: at step 59 of 100|"
+check "report: the best run" says "$text" "Lowest perplexity: lns, 6.86 ± 0.24. That is 11.8% below pre."
+check "report: the truncated log is noted" says "$text" "mix: the last line of log.jsonl is cut short"
 check "report: and on the terminal" says "$out" "mix: the last line of log.jsonl is cut short"
 check "report: one tokenizer, no warning" silent_on "$text" "not comparable"
-check "report: the probes in numbers" says "$text" "pre|27.1×|ℓ^1.30 (R² 0.850)|e^(0.300 ℓ) (R² 1.000)|"
+check "report: diagnostics in numbers" says "$text" "pre|27.1×|ℓ^1.30 (R² 0.850)|e^(0.300 ℓ) (R² 1.000)|"
 # By their formulas: means over the deeper half, layers 7 … 12, of 0.4 f / (1 + f), f − 0.005, f.
 check "report: the deep half" says "$text" "|0.0392|0.104|0.109|25%|0.0544|"
 for what in "Variance by layer" "Power or exponential?" "Variance through training" "Gradient norms" \
@@ -175,13 +175,13 @@ check "report: every picture says what to look for" test \
     "$(grep -c '^<h3>' "$dir/report.html")" = "$(grep -c '^<p class=look>Look' "$dir/report.html")"
 check "report: PNGs of all pictures" test "$(find "$dir/png" -name '*.png' -size +5k | wc -l)" = \
     "$(sed -nE 's/.* ([0-9]+) pictures.*/\1/p' <<<"$out")"
-check "report: nothing from elsewhere" test -z "$(grep -oE 'https?:|//[a-z]|@import|<(script|link|iframe)|src=|href="[^#d]|url\([^#]' "$dir/report.html")"
+check "report: no external resources" test -z "$(grep -oE 'https?:|//[a-z]|@import|<(script|link|iframe)|src=|href="[^#d]|url\([^#]' "$dir/report.html")"
 check "report: it is small" test "$(stat -c %s "$dir/report.html")" -lt 1000000
 cp "$dir/report.html" "$dir/before.html"
 report "${runs[@]}" >/dev/null
 check "report: the same runs, the same bytes" cmp -s "$dir/report.html" "$dir/before.html"
 
-# Only what is there is shown.
+# Sections without data are omitted.
 report "$dir/lns-2" >/dev/null
 text=$(page)
 check "report: a run without probes" silent_on "$text" "Angular distance"
@@ -193,7 +193,7 @@ make_run of-pre-embed pre --final 1.5 --embed-std 0.632455532034
 report "$dir"/of-{pre,lns}-0.00{1,3} "$dir/of-pre-embed" >/dev/null
 text=$(page)
 check "report: the reference is of the usual flags" says "$text" "is 39.3% below pre lr 0.001."
-check "report: a variant by what is unusual" says "$text" "pre embed-std 0.632 lr 0.001|4.48|"
+check "report: a variant is named by its unusual flags" says "$text" "pre embed-std 0.632 lr 0.001|4.48|"
 check "report: no line averages a variant in" python3 - "$dir" <<'PYTHON'
 import sys
 
@@ -258,7 +258,7 @@ check "report: an empty log" fails_with "holds no whole step yet" report "$dir/e
 printf '{"step": 1, "lo' >"$dir/start/log.jsonl"
 check "report: cut in its first line" fails_with "its only line is cut short" report "$dir/start"
 printf '{"step": 1, "tokens": 8, "loss": "x"}\n{}\n' >"$dir/broken/log.jsonl"
-check "report: what is no log" fails_with "log.jsonl, line 1: expected an object of a step: \"loss\" is 'x'" report "$dir/broken"
+check "report: not a log" fails_with "log.jsonl, line 1: expected an object of a step: \"loss\" is 'x'" report "$dir/broken"
 printf '{"version": 2}' >"$dir/probe/probe.json"
 check "report: a probe of another version" fails_with "has version 2; this program reads version 1" report "$dir/probe"
 printf '{"version": 1, "layers": 3, "loss": 1, "removal": {"single": [1, 2]}}' >"$dir/probe/probe.json"

@@ -39,7 +39,7 @@ TEST(RunDirectory, ARunIsNeverOverwritten) {
     EXPECT_TRUE(says(error_of([&] { RunDirectory::create(path); }),
                      {path, "already holds a run", "-y", "-o"}));
     EXPECT_EQ(read_bytes(path + "/log.jsonl"), "{\"step\":1}\n");
-    fs::remove(path + "/log.jsonl"); // a checkpoint alone is as precious
+    fs::remove(path + "/log.jsonl"); // a checkpoint alone is protected too
     { make_checkpoint(RunDirectory::resume(path), 5); }
     fs::remove(path + "/log.jsonl");
     EXPECT_TRUE(says(error_of([&] { RunDirectory::create(path); }), {"already holds a run"}));
@@ -72,11 +72,11 @@ TEST(RunDirectory, TwoProcessesCannotShareOne) {
                          {dir / "a", cat("process ", other), "another run"}));
     close(end[1]);
     waitpid(other, nullptr, 0);
-    RunDirectory::resume(dir / "a"); // the kernel released it
+    RunDirectory::resume(dir / "a"); // the kernel released the lock
     close(ready[0]), close(ready[1]);
 }
 
-TEST(RunDirectory, LogLinesAreWholeAndThoseAfterAStepGo) {
+TEST(RunDirectory, LogLinesAreCompleteAndLaterOnesAreRemoved) {
     TemporaryDirectory dir;
     std::string path = dir / "a", log = path + "/log.jsonl";
     {
@@ -97,7 +97,7 @@ TEST(RunDirectory, LogLinesAreWholeAndThoseAfterAStepGo) {
     EXPECT_EQ(text.find("\"step\":20"), std::string::npos);
     EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 20);
 
-    // Damaged lines are kept aside, those of another time before them.
+    // Damaged lines are kept in another file, after earlier ones.
     const std::string deep = std::string(100000, '[') + "\n";
     const std::string bad = "nonsense\n\0\0\n[1]\n{\"step\":\"1\"}\n{\"a\":1,\"a\":2}\n"s + deep;
     write_bytes(log, "{\"step\":1}\n" + bad + "{\"step\":2}\n");
@@ -135,7 +135,7 @@ TEST(RunDirectory, NothingIsWrittenThroughALink) {
     write_bytes(dir / "a/lock", "a user's own file");
     EXPECT_TRUE(says(error_of([&] { RunDirectory::create(dir / "a"); }), {"not a run's lock"}));
     EXPECT_EQ(read_bytes(dir / "a/lock"), "a user's own file");
-    // A link to the directory itself is the user's choice.
+    // A link to the run directory itself is allowed.
     fs::create_directory(dir / "b");
     fs::create_directory_symlink("b", dir / "link");
     RunDirectory::create(dir / "link").append("{}");
@@ -143,13 +143,13 @@ TEST(RunDirectory, NothingIsWrittenThroughALink) {
     EXPECT_EQ(read_bytes(dir / "b/log.jsonl"), "{}\n");
 }
 
-TEST(RunDirectory, OneThatDisappearsIsToldAndMadeAgain) {
+TEST(RunDirectory, OneThatDisappearsIsReportedAndRecreated) {
     TemporaryDirectory dir;
     RunDirectory run = RunDirectory::create(dir / "runs/a");
     run.append("{\"step\":1}");
     EXPECT_EQ(run.mend(), "");
     fs::rename(dir / "runs", dir / "moved");
-    EXPECT_TRUE(says(run.mend(), {dir / "runs/a was removed, renamed", "made again"}));
+    EXPECT_TRUE(says(run.mend(), {dir / "runs/a was removed, renamed", "recreated"}));
     EXPECT_EQ(run.mend(), "");
     run.append("{\"step\":2}");
     EXPECT_EQ(read_bytes(dir / "runs/a/log.jsonl"), "{\"step\":2}\n");
@@ -157,13 +157,13 @@ TEST(RunDirectory, OneThatDisappearsIsToldAndMadeAgain) {
     EXPECT_TRUE(says(error_of([&] { RunDirectory::lock(dir / "runs/a"); }), {"another run"}));
 
     fs::remove(dir / "runs/a/log.jsonl");
-    EXPECT_TRUE(says(run.mend(), {"log.jsonl was removed", "made again"}));
+    EXPECT_TRUE(says(run.mend(), {"log.jsonl was removed", "recreated"}));
     fs::remove_all(dir / "runs");
     write_bytes(dir / "runs", "a file in its way");
-    EXPECT_TRUE(says(run.mend(), {"cannot be made again"}));
-    EXPECT_TRUE(says(error_of([&] { run.checkpoint_path(2); }), {"cannot be made again"}));
+    EXPECT_TRUE(says(run.mend(), {"cannot be recreated"}));
+    EXPECT_TRUE(says(error_of([&] { run.checkpoint_path(2); }), {"cannot be recreated"}));
     fs::remove(dir / "runs");
-    EXPECT_TRUE(says(run.mend(), {"made again, without"}));
+    EXPECT_TRUE(says(run.mend(), {"recreated without"}));
     make_checkpoint(run, 2);
     EXPECT_EQ(steps(run), Steps{2});
 }
@@ -186,7 +186,7 @@ TEST(RunDirectory, AFullDiskCutsNoLogLine) {
     EXPECT_EQ(read_bytes(dir / "a/log.jsonl"), "{\"step\":1}\n");
 }
 
-TEST(RunDirectory, EveryStartIsRecordedAsItCanBeRepeated) {
+TEST(RunDirectory, EveryStartIsRecordedForRepeating) {
     TemporaryDirectory dir;
     const char* first[] = {"./train_gpt",      "-n", "lns", "--prompt",
                            "it's $HOME \"x\"", "",   "-i",  "data/*.bin"};
@@ -202,7 +202,7 @@ TEST(RunDirectory, EveryStartIsRecordedAsItCanBeRepeated) {
     EXPECT_EQ(start["time"].get<std::string>().size(), 20u);
     for (const char* key : {"host", "version", "compiler", "flags", "features", "cpu", "process"})
         EXPECT_TRUE(start.contains(key)) << key;
-    // A shell reads the very words back.
+    // A shell parses the same words.
     Finished words = run("printf '%s|' " + start["command"].get<std::string>());
     EXPECT_EQ(words.output, "./train_gpt|-n|lns|--prompt|it's $HOME \"x\"||-i|data/*.bin|");
 
@@ -211,7 +211,7 @@ TEST(RunDirectory, EveryStartIsRecordedAsItCanBeRepeated) {
                      {"run.json", "not the record"}));
 }
 
-TEST(RunDirectory, CheckpointsAreFoundInOrderAndTheOldestGo) {
+TEST(RunDirectory, CheckpointsAreFoundInOrderAndTheOldestRemoved) {
     TemporaryDirectory dir;
     RunDirectory run = RunDirectory::create(dir / "a/");
     EXPECT_EQ(run.path(), dir / "a");
@@ -235,7 +235,7 @@ TEST(RunDirectory, CheckpointsAreFoundInOrderAndTheOldestGo) {
     EXPECT_TRUE(says(error_of([&] { latest_checkpoint(dir.path); }), {"holds no checkpoint"}));
 }
 
-TEST(RunDirectory, ANewRunGetsANameOfItsOwn) {
+TEST(RunDirectory, ANewRunGetsAUniqueName) {
     TemporaryDirectory dir;
     EXPECT_EQ(default_run_path(dir / "tiny-lns"), dir / "tiny-lns");
     fs::create_directories(dir / "tiny-lns");

@@ -18,7 +18,7 @@ std::string file_of(const std::string& header, const std::string& data) {
     return std::string(reinterpret_cast<const char*>(&length), 8) + header + data;
 }
 
-// What reading a file of these contents fails with.
+// The error of reading a file with these contents.
 std::string error_of_file(const std::string& bytes) {
     TemporaryDirectory dir;
     write_bytes(dir / "x.safetensors", bytes);
@@ -33,7 +33,7 @@ std::string error_of_header(const std::string& header, size_t data_bytes = 0) {
 
 } // namespace
 
-TEST(Safetensors, WhatIsWrittenIsRead) {
+TEST(Safetensors, ReadsWhatItWrites) {
     TemporaryDirectory dir;
     std::string path = dir / "a.safetensors";
     std::vector<float> weights = {1, -2.5f, 3e-40f, INFINITY, 5, 6};
@@ -54,7 +54,7 @@ TEST(Safetensors, WhatIsWrittenIsRead) {
     EXPECT_TRUE(file.at("step").shape.empty());
     EXPECT_EQ(file.find("absent"), nullptr);
     EXPECT_TRUE(says(error_of([&] { file.at("absent"); }), {path, "'absent'"}));
-    for (const TensorView& view : file.tensors()) // aligned, though the byte was written first
+    for (const TensorView& view : file.tensors()) // aligned, although the byte was written first
         EXPECT_EQ(reinterpret_cast<uintptr_t>(view.data) % dtype_bytes(view.dtype), 0u)
             << view.name;
 
@@ -69,11 +69,11 @@ TEST(Safetensors, WhatIsWrittenIsRead) {
                      {path, "'step'", "I64"}));
 }
 
-TEST(Safetensors, BytesAreThoseOfTheFormat) {
+TEST(Safetensors, BytesFollowTheFormat) {
     TemporaryDirectory dir;
     float one = 1;
     write_safetensors(dir / "a", std::vector<TensorView>{{"x", "F32", {1}, &one, 4}});
-    // Made by PyPI's xxhash: xxh3_64 of the data's xxh3_64, and of that of the description
+    // From PyPI's xxhash: xxh3_64 of the data's xxh3_64, and of that of the description
     // "1 x 3 F32 3 [1] 16 b89f318a5a242140 ".
     std::string header =
         R"({"__metadata__":{"xxh3":"fbca32f9f37ababc","xxh3:x":"b89f318a5a242140"},)"
@@ -84,7 +84,7 @@ TEST(Safetensors, BytesAreThoseOfTheFormat) {
     EXPECT_TRUE(Safetensors(dir / "a").tensors().empty());
 }
 
-TEST(Safetensors, ATensorMayBeMadeAsItIsWritten) {
+TEST(Safetensors, ATensorCanBeComputedWhileWriting) {
     TemporaryDirectory dir;
     float matrix[2][3] = {{1, 2, 3}, {4, 5, 6}};
     TensorOut transposed = {"t", "F32", {3, 2}, [&](const TensorSink& sink) {
@@ -102,10 +102,10 @@ TEST(Safetensors, ATensorMayBeMadeAsItIsWritten) {
     EXPECT_TRUE(
         says(error_of([&] { write_safetensors(dir / "a", std::vector<TensorOut>{transposed}); }),
              {"'t'", "[3, 3]", "36 bytes", "24"}));
-    EXPECT_EQ(Safetensors(dir / "a").tensors().size(), 1u); // the earlier file stands
+    EXPECT_EQ(Safetensors(dir / "a").tensors().size(), 1u); // the earlier file is unchanged
 }
 
-TEST(Safetensors, WhatCannotBeWrittenIsASentence) {
+TEST(Safetensors, FailedWritesAreErrors) {
     TemporaryDirectory dir;
     float x = 0;
     auto error = [&](std::vector<TensorView> tensors) {
@@ -138,7 +138,7 @@ TEST(Safetensors, HalfPrecisionBecomesFloat) {
               (std::vector<double>{1, -2, 0x1p-133, 0, INFINITY, 3.140625}));
 }
 
-TEST(Safetensors, OthersMayLeaveTensorsUnaligned) {
+TEST(Safetensors, ForeignTensorsMayBeUnaligned) {
     TemporaryDirectory dir;
     write_bytes(dir / "a", file_of(R"({"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]},)"
                                    R"("a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
@@ -147,10 +147,10 @@ TEST(Safetensors, OthersMayLeaveTensorsUnaligned) {
     float x = 0;
     file.read_f32(file.at("b"), &x);
     EXPECT_EQ(x, 1);
-    EXPECT_EQ(file.tensors()[0].name, "a"); // as they lie in the file
+    EXPECT_EQ(file.tensors()[0].name, "a"); // in file order
 }
 
-TEST(Safetensors, DamageIsASentenceThatNamesTheFile) {
+TEST(Safetensors, DamageIsAnErrorThatNamesTheFile) {
     EXPECT_TRUE(says(error_of([] { Safetensors file("/nonexistent/x"); }),
                      {"/nonexistent/x", "No such file"}));
     EXPECT_TRUE(says(error_of([] { Safetensors file("/tmp"); }), {"/tmp", "not a file"}));
@@ -161,8 +161,8 @@ TEST(Safetensors, DamageIsASentenceThatNamesTheFile) {
     EXPECT_TRUE(says(error_of_header("[]"), {"does not begin with '{'"}));
     EXPECT_TRUE(says(error_of_header("{\"x\""), {"not valid JSON"}));
     EXPECT_TRUE(says(error_of_header("{\"\xff\":{}}"), {"not valid JSON"}));
-    EXPECT_TRUE(says(error_of_header("{\"x\":3}"), {"'x'", "no object"}));
-    EXPECT_TRUE(says(error_of_header(R"({"__metadata__":{"k":3}})"), {"'k'", "no string"}));
+    EXPECT_TRUE(says(error_of_header("{\"x\":3}"), {"'x'", "not an object"}));
+    EXPECT_TRUE(says(error_of_header(R"({"__metadata__":{"k":3}})"), {"'k'", "not a string"}));
     EXPECT_EQ(error_of_header("{}"), "");
     EXPECT_TRUE(says(error_of_header("{}", 4), {"4 bytes of data", "account for 0"}));
 
@@ -211,9 +211,9 @@ TEST(Safetensors, DamageIsASentenceThatNamesTheFile) {
     EXPECT_TRUE(says(two(0, 4, 4, 8, 8, "a"), {"\"a\"", "twice"}));
 }
 
-// Damaged files are read or refused; under the sanitizers this also shows that nothing is touched
-// outside the file.
-TEST(Safetensors, NoDamageGoesBeyondASentence) {
+// Damaged files are read or refused; the sanitizers check that nothing outside the file is
+// accessed.
+TEST(Safetensors, AnyDamageIsAtMostAnError) {
     TemporaryDirectory dir;
     float w[6] = {1, 2, 3, 4, 5, 6};
     write_safetensors(dir / "good",
@@ -288,8 +288,8 @@ TEST(Safetensors, NoBitOfAFileCanFlipUnnoticed) {
     }
 }
 
-TEST(Safetensors, OthersMayWriteItAgain) {
-    // With the entries in another order, or without the metadata; not with other data.
+TEST(Safetensors, OthersMayRewriteTheFile) {
+    // The order of entries and the metadata do not matter; the data does.
     TemporaryDirectory dir;
     float w[2] = {1, 2};
     write_safetensors(dir / "a", std::vector<TensorView>{{"x", "F32", {2}, w, 8}});
@@ -314,8 +314,8 @@ TEST(Safetensors, OthersMayWriteItAgain) {
     EXPECT_FALSE(d.checksum());
 }
 
-TEST(Checksum, IsThatOfItsDefinition) {
-    // Made by PyPI's xxhash 4.1.0: bytes i mod 251, of 0, 5 and 600,000 bytes.
+TEST(Checksum, MatchesItsDefinition) {
+    // From PyPI's xxhash 4.1.0: 0, 5 and 600,000 bytes i mod 251.
     std::string bytes;
     for (int i = 0; i < 600000; i++) bytes += char(i % 251);
     EXPECT_EQ(checksum_text(checksum(bytes.substr(0, 0))), "2d06800538d394c2");

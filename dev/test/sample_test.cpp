@@ -26,7 +26,7 @@ void expect_candidates(const std::vector<Candidate>& found,
     }
 }
 
-// Knows V = 4 tokens; after token x comes (x + 1) mod 4, surely. Remembers what it was asked.
+// A model of 4 tokens that predicts (x + 1) mod 4 after x with certainty, and records its inputs.
 struct Counter : Model {
     std::vector<std::vector<int>> asked;
     Counter(const Config& c) : Model(c) {}
@@ -59,7 +59,7 @@ Config small() {
 
 TEST(Sample, Temperature) {
     expect_candidates(from({1, 0, 1, 0}), {{1, 0.4}, {3, 0.3}, {2, 0.2}, {0, 0.1}});
-    // at temperature ½ the probabilities go as their squares: 16, 9, 4, 1 of 30
+    // at temperature ½ probabilities are proportional to their squares: 16, 9, 4, 1 of 30
     expect_candidates(from({0.5, 0, 1, 0}),
                       {{1, 16 / 30.}, {3, 9 / 30.}, {2, 4 / 30.}, {0, 1 / 30.}});
     expect_candidates(from({0, 0, 1, 0}), {{1, 1}});
@@ -74,8 +74,8 @@ TEST(Sample, TopK) {
 TEST(Sample, TopP) {
     expect_candidates(from({1, 0, 0.69, 0}), {{1, 4 / 7.}, {3, 3 / 7.}});
     expect_candidates(from({1, 0, 0.71, 0}), {{1, 4 / 9.}, {3, 3 / 9.}, {2, 2 / 9.}});
-    expect_candidates(from({1, 0, 0.01, 0}), {{1, 1}}); // never nothing
-    // top-k first: of 4/7 and 3/7, the first is enough for one half
+    expect_candidates(from({1, 0, 0.01, 0}), {{1, 1}}); // never empty
+    // top-k first: of 4/7 and 3/7, the first suffices for one half
     expect_candidates(from({1, 2, 0.5, 0}), {{1, 1}});
 }
 
@@ -126,7 +126,7 @@ TEST(Sample, GenerateCropsTheContextAndStops) {
     EXPECT_THROW(generate(model, {}, 5, 4, {}), Error);
 }
 
-TEST(Sample, WhatTheTokenizerLacksIsNotDrawn) {
+TEST(Sample, TokensTheTokenizerLacksAreNotDrawn) {
     Counter model(small());
     for (int token : generate(model, {0}, 50, 4, {2, 0, 1, 0, 2})) EXPECT_LT(token, 2);
 }
@@ -136,7 +136,7 @@ TEST(Sample, TextIsTheDifferenceBetweenDecodings) {
     EXPECT_EQ(continuation(*bytes, {'a', ' '}, {'b'}), "b");
     EXPECT_EQ(continuation(*bytes, {256}, {'b', 256, 'c'}), "bc");
     EXPECT_EQ(continuation(*bytes, {}, {}), "");
-    // what the tokenizer does not have
+    // tokens that the tokenizer lacks
     EXPECT_EQ(continuation(*bytes, {'a', 999}, {257, 'b', -1}), "b");
 #ifdef LNS_SENTENCEPIECE
     const auto pieces = load_tokenizer("dev/test/fixtures/tokenizers/exact.model");
@@ -165,7 +165,7 @@ TEST(Sample, UnfinishedCharactersAreHeldBack) {
     EXPECT_EQ(whole_characters("a\U0001F642"), 5u);
     EXPECT_EQ(whole_characters("\xf0"), 0u);
     EXPECT_EQ(whole_characters("a\xff"), 1u);
-    EXPECT_EQ(whole_characters("a\x80\x80\x80\x80"), 5u); // nothing completes these
+    EXPECT_EQ(whole_characters("a\x80\x80\x80\x80"), 5u); // these cannot be completed
     EXPECT_EQ(whole_characters("a\uFFFD\uFFFD"), 1u);
     EXPECT_EQ(whole_characters("a\uFFFD\uFFFD\uFFFD\uFFFD"), 4u); // a character has 4 bytes
 }

@@ -22,7 +22,7 @@ TEST(Schedule, WarmupIsLinearFromTheFirstStep) {
 TEST(Schedule, MiddleAndEnd) {
     EXPECT_NEAR(learning_rate(schedule("cosine"), 55), 2 * (0.1 + 0.9 * 0.5), 1e-12);
     EXPECT_NEAR(learning_rate(schedule("linear"), 55), 2 * (0.1 + 0.9 * 0.5), 1e-12);
-    // a third of the way of a cosine: (1 + cos 60°) / 2 = 3/4
+    // a third of the cosine: (1 + cos 60°) / 2 = 3/4
     EXPECT_NEAR(learning_rate(schedule("cosine"), 40), 2 * (0.1 + 0.9 * 0.75), 1e-12);
     EXPECT_NEAR(learning_rate(schedule("wsd"), 80), 2, 1e-12);
     EXPECT_NEAR(learning_rate(schedule("wsd"), 85), 2 * (0.1 + 0.9 * 0.5), 1e-12); // 1 − √¼
@@ -43,7 +43,7 @@ TEST(Schedule, EdgeCases) {
         EXPECT_DOUBLE_EQ(learning_rate(schedule(kind.c_str(), 10, 10), 10), 2) << kind;
         EXPECT_DOUBLE_EQ(learning_rate(schedule(kind.c_str(), 10, 20), 10), 1) << kind;
     }
-    // a warmup that reaches into wsd's decay
+    // a warmup that overlaps wsd's decay
     Schedule s = schedule("wsd", 100, 90);
     EXPECT_DOUBLE_EQ(learning_rate(s, 90), 2);
     EXPECT_NEAR(learning_rate(s, 100), 0.2, 1e-12);

@@ -1,4 +1,4 @@
-// Shards: llm.c's layout byte for byte, and every way in which a file can be wrong.
+// Shards: llm.c's layout byte for byte, and everything that can be wrong with a file.
 #include "dev/test/data_helpers.h"
 #include "gpt/base/checksum.h"
 #include "gpt/data/paths.h"
@@ -14,7 +14,7 @@ using namespace lns::test;
 
 namespace {
 
-// The layout by hand, independently of gpt/data/shard.cpp: llm.c's dev/data/data_common.py.
+// The layout of llm.c's dev/data/data_common.py, independently of gpt/data/shard.cpp.
 template <class Token> std::string by_hand(std::vector<int32_t> words, std::vector<Token> tokens) {
     words.resize(256);
     std::string bytes(1024 + tokens.size() * sizeof(Token), '\0');
@@ -23,7 +23,7 @@ template <class Token> std::string by_hand(std::vector<int32_t> words, std::vect
     return bytes;
 }
 
-// The same with words 20 to 23, as ours have them.
+// The same with words 20 to 23, the checksums.
 template <class Token>
 std::string with_checksums(std::vector<int32_t> words, std::vector<Token> tokens) {
     std::string bytes = by_hand(words, tokens);
@@ -106,7 +106,7 @@ TEST(Shard, LargeFilesStreamThroughTheBuffer) {
     EXPECT_EQ(all_tokens(Shard(dir / "a.bin")), tokens);
 }
 
-TEST(Shard, RefusesWhatIsNoShard) {
+TEST(Shard, RefusesWhatIsNotAShard) {
     TemporaryDirectory dir;
     auto refused = [&](const std::string& bytes) {
         write_bytes(dir / "bad.bin", bytes);
@@ -191,11 +191,11 @@ TEST(Shard, AnUnfinishedFileLeavesNothing) {
         says(error_of([&] { ShardWriter(dir / "missing/a.bin", gpt2); }), {"No such file"}));
 }
 
-TEST(Shard, AFullDiskIsASentenceAndLeavesNothing) {
+TEST(Shard, AFullDiskIsAnErrorAndLeavesNothing) {
     TemporaryDirectory dir;
     write_shard(dir / "a.bin", gpt2, {1, 2, 3});
     std::string before = read_bytes(dir / "a.bin");
-    // A limit on the size of files stands in for a full disk: write(2) fails in the same place.
+    // A file size limit stands in for a full disk: write(2) fails in the same place.
     rlimit old;
     ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &old), 0);
     auto old_handler = std::signal(SIGXFSZ, SIG_IGN);
@@ -233,7 +233,7 @@ TEST(Shard, WindowsOfPaddedDocuments) {
     std::vector<int32_t> words = {20240520, 1, 6, 0x31534e4c, 257, 256, 7, 0, 0x65747962, 's'};
     words.resize(17);
     words[16] = 3;
-    // llm.c's readers look at the first three words alone.
+    // llm.c reads only the first three words.
     EXPECT_EQ(read_bytes(dir / "a.bin"), with_checksums<uint16_t>(words, {1, 256, 256, 2, 3, 256}));
     EXPECT_EQ(Shard(dir / "a.bin").window, 3);
     EXPECT_EQ(Shard(Shard(dir / "a.bin")).window, 3); // moved

@@ -13,7 +13,7 @@ using namespace lns::test;
 
 namespace {
 
-// What a child process that runs action ends with, and what it says on stderr.
+// The exit status and stderr of a child process that runs action.
 template <class Action> Finished in_child(Action action) {
     int ends[2];
     if (pipe(ends) != 0) fail("no pipe");
@@ -40,14 +40,14 @@ const auto a_second = std::chrono::milliseconds(1010);
 
 } // namespace
 
-TEST(Signals, TheFirstAsksForAStop) {
+TEST(Signals, TheFirstRequestsAStop) {
     for (int signal : stop_signals) {
         Finished f = in_child([&] {
             install_stop_handlers();
             enter(Stage::training);
             if (stop_requested()) _exit(1);
             raise(signal);
-            // The same wish once more: terminals, shells and launchers repeat it.
+            // Terminals, shells and launchers repeat signals.
             raise(signal == SIGINT ? SIGTERM : signal);
             _exit(stop_requested() ? 0 : 2);
         });
@@ -56,7 +56,7 @@ TEST(Signals, TheFirstAsksForAStop) {
     }
 }
 
-TEST(Signals, ALaterOneEndsAtOnceAndSaysSo) {
+TEST(Signals, ALaterOneEndsAtOnceWithAMessage) {
     Finished f = in_child([&] {
         install_stop_handlers();
         enter(Stage::training);
@@ -66,8 +66,9 @@ TEST(Signals, ALaterOneEndsAtOnceAndSaysSo) {
         raise(SIGINT);
     });
     EXPECT_EQ(f.status, 1);
-    EXPECT_EQ(f.output, "train_gpt: SIGINT, a second signal, ended it at once: nothing was saved "
-                        "since the last checkpoint\n");
+    EXPECT_EQ(f.output,
+              "train_gpt: SIGINT, a second signal, ended the run at once: nothing was saved "
+              "since the last checkpoint\n");
     f = in_child([&] {
         install_stop_handlers();
         enter(Stage::training);
@@ -80,7 +81,7 @@ TEST(Signals, ALaterOneEndsAtOnceAndSaysSo) {
     EXPECT_EQ(f.output, "");
 }
 
-TEST(Signals, BeforeTrainingNothingIsToBeSaved) {
+TEST(Signals, BeforeTrainingThereIsNothingToSave) {
     for (int signal : stop_signals) {
         Finished f = in_child([&] {
             install_stop_handlers();
@@ -91,7 +92,7 @@ TEST(Signals, BeforeTrainingNothingIsToBeSaved) {
     }
 }
 
-TEST(Signals, NohupIsKept) {
+TEST(Signals, NohupIsRespected) {
     Finished f = in_child([&] {
         std::signal(SIGHUP, SIG_IGN);
         std::signal(SIGINT, SIG_IGN); // as in a script's background jobs
@@ -111,9 +112,9 @@ TEST(Signals, OpenMpiAnnouncesTheEnd) {
             launched ? setenv("OMPI_COMM_WORLD_SIZE", "2", 1) : unsetenv("OMPI_COMM_WORLD_SIZE");
             install_stop_handlers();
             enter(Stage::training);
-            raise(SIGCONT); // from this process itself, not from its parent
+            raise(SIGCONT); // from this process, not its parent
             if (stop_requested()) _exit(1);
-            // A child of this one, to which this one is the launcher.
+            // A child of this process, which acts as its launcher.
             int ends[2];
             if (pipe(ends) != 0) _exit(3);
             const pid_t rank = fork();
@@ -135,7 +136,7 @@ TEST(Signals, OpenMpiAnnouncesTheEnd) {
     }
 }
 
-TEST(Signals, WritingFailsAndDoesNotKill) {
+TEST(Signals, WritingFailsInsteadOfKilling) {
     TemporaryDirectory dir;
     Finished f = in_child([&] {
         prepare_process();

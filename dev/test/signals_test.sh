@@ -1,7 +1,7 @@
 #!/bin/bash
-# What ends a run, or spoils its output: signals in every phase, closed pipes, limits, shards that
-# shrink, directories that disappear, links and FIFOs in the place of files. Each run is then
-# continued and compared with one that was never stopped.
+# What ends a run or corrupts its output: signals in every phase, closed pipes, limits, shards that
+# shrink, directories that disappear, links and FIFOs instead of files. Each run is then resumed
+# and compared with one that was never stopped.
 # shellcheck source=dev/test/lib/checks.sh
 . "$(dirname "$0")/lib/checks.sh"
 [[ -x ./train_gpt ]] || skip_all "signals and lost outputs are not tested: ./train_gpt is not built"
@@ -40,13 +40,13 @@ for signal in HUP INT TERM USR1 USR2 XCPU; do
     # shellcheck disable=SC2086
     begin $endless
     kill -$signal $pid
-    kill -$signal $pid 2>/dev/null # the same wish
+    kill -$signal $pid 2>/dev/null # repeated
     check "$signal: 130" ends_with 130
     check "$signal: the last step is saved" saved_last_step
     check "$signal: out_says how to go on" out_says "go on with:"
 done
 
-# A step of 2,000 micro-batches is given up, and done again to the same bits.
+# A step of 2,000 micro-batches is abandoned, and repeated with the same bits.
 long="$small -d 64000 -x 3"
 # shellcheck disable=SC2086
 "$program" $long -o whole >/dev/null 2>&1
@@ -54,9 +54,9 @@ long="$small -d 64000 -x 3"
 begin $long --save-every 0
 kill -TERM $pid
 check "between micro-batches: 130" ends_with 130
-check "between micro-batches: what was whole is saved" saved_last_step
-check "the given-up step is done again" "$program" -o run -y >/dev/null 2>&1
-check "to the same bits" cmp -s whole/step-000003/model.safetensors run/step-000003/model.safetensors
+check "between micro-batches: the last complete step is saved" saved_last_step
+check "the abandoned step is repeated" "$program" -o run -y >/dev/null 2>&1
+check "with the same bits" cmp -s whole/step-000003/model.safetensors run/step-000003/model.safetensors
 check "and moments" cmp -s whole/step-000003/optimizer.safetensors run/step-000003/optimizer.safetensors
 
 # In the first step, the start itself is saved.
@@ -70,7 +70,7 @@ kill -INT $pid
 check "in the first step: 130" ends_with 130
 check "in the first step: saved" test -d run/step-000000
 
-# A validation without end is given up.
+# An endless validation is abandoned.
 rm -rf run
 # shellcheck disable=SC2086
 "$program" ${small/--val-tokens 64 -v 0/--val-tokens 100M -v 1} -x 3 -o run >out 2>&1 &
@@ -81,7 +81,7 @@ kill -TERM $pid
 check "in a validation: 130" ends_with 130
 check "in a validation: saved" saved_last_step
 
-# A pipe whose reader went away, and a full disk.
+# A pipe whose reader ended, and a full disk.
 rm -rf run
 # shellcheck disable=SC2086
 (
@@ -109,7 +109,7 @@ if [[ -c /dev/full ]]; then
         # shellcheck disable=SC2086
         check "/dev/full: $command" full $command
     done
-    check "/dev/full: nothing is begun" test ! -e never
+    check "/dev/full: no run is started" test ! -e never
 else
     skip "a full output: there is no /dev/full"
 fi
@@ -144,9 +144,9 @@ for _ in $(seq 200); do
     out_says "WARNING: run was removed" && break
     sleep 0.05
 done
-check "a directory that is renamed is told at once" out_says "WARNING: run was removed, renamed or unmounted"
+check "a renamed directory is reported at once" out_says "WARNING: run was removed, renamed or unmounted"
 kill -TERM $pid
-check "and saved into all the same" ends_with 130
+check "but still written" ends_with 130
 check "under its name" test -n "$(ls -d run/step-* 2>/dev/null)"
 rm -rf moved
 
@@ -173,7 +173,7 @@ mkdir real
 ln -s real linked-run
 # shellcheck disable=SC2086
 check "-o a link to a directory" "$program" $small -x 1 -o linked-run >/dev/null
-check "which stays one" test -L linked-run -a -s real/log.jsonl
+check "which remains a link" test -L linked-run -a -s real/log.jsonl
 
 # A run is locked before anything in it is read.
 # shellcheck disable=SC2086

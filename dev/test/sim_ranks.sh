@@ -1,6 +1,6 @@
 #!/bin/bash
-# ./train_gpt_sim: two ranks with a simulated GPU each train as one does; so does one whose streams
-# do their work as late as they may, in another order of threads.
+# ./train_gpt_sim: two ranks with a simulated GPU each train like one; so does one whose streams run
+# as late as possible, with another order of threads.
 # shellcheck source=dev/test/lib/checks.sh
 . "$(dirname "$0")/lib/checks.sh"
 program=$PWD/train_gpt_sim
@@ -25,7 +25,7 @@ if command -v mpirun >/dev/null && "$program" --version 2>&1 | grep -q 'MPI [^n]
         -o "$dir/two" >"$dir/two.log" 2>&1
     check "two ranks train as one does" same "$(losses "$dir/two.log")" "$one"
 
-    # NCCL waits for a rank for ever: whoever watches it must end the others.
+    # NCCL waits for a rank forever: the watching thread must end the others.
     cat >"$dir/rank" <<'END'
 #!/bin/bash
 echo $$ >"$0-$OMPI_COMM_WORLD_RANK"
@@ -40,7 +40,7 @@ END
     wait $!
     check "a rank that hangs ends the other" [ $? != 0 ]
     check "in time" [ $((SECONDS - start)) -le 15 ]
-    check "with a sentence" grep -q 'train_gpt: rank 1 .* has not answered for 2 s' "$dir/hangs.log"
+    check "with a message" grep -q 'train_gpt: rank 1 .* has not answered for 2 s' "$dir/hangs.log"
 else
     ((skipped++))
     echo "SKIPPED: two ranks: there is no mpirun, or this build has no MPI"

@@ -1,5 +1,5 @@
-// The simulated GPU: that it computes what a GPU would, and that it finds what a GPU hides. Each
-// fault is planted in a kernel of its own.
+// The simulated GPU computes what a GPU would, and detects faults that a GPU hides. Each fault has
+// its own kernel.
 #include "gpt/cuda/cuda.h"
 
 #include <cublasLt.h>
@@ -26,10 +26,6 @@
 #endif
 #endif
 
-void lns::cuda::fail_call(const char* call, const char*, int, cudaError_t error) {
-    fail(call, ": ", cudaGetErrorName(error));
-}
-
 namespace lns::cuda {
 namespace {
 
@@ -55,7 +51,7 @@ template <class T> struct OnDevice {
     }
 };
 
-// What f throws; "" if nothing.
+// The message of f's exception, "" if there is none.
 template <class F> std::string error_of(F f) {
     try {
         f();
@@ -79,7 +75,7 @@ struct Variable {
 };
 
 // ---------------------------------------------------------------------------------------------
-// What a GPU does
+// Computation
 
 __global__ static void indices_kernel(int* out) {
     const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -245,7 +241,7 @@ TEST(Simulator, atomics_count) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Waiting in vain
+// Deadlocks
 
 __global__ static void at_a_shuffle_kernel(float* out) {
     if (threadIdx.x != 3)
@@ -317,7 +313,7 @@ TEST(Simulator, says_who_waits_in_vain_and_where) {
                         {"24 threads, the first (40, 0, 0), wait at __syncthreads",
                          "40 threads, the first (0, 0, 0), have finished"}));
     });
-    // And is as good as new afterwards.
+    // And works again afterwards.
     launch(indices_kernel, dim3(1), dim3(32), 0, no_stream, reinterpret_cast<int*>(out.data));
 }
 
@@ -334,7 +330,7 @@ TEST(Simulator, tells_of_one_block_if_many_fail) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Waiting for conditions, warpgroups and named barriers: what new instructions are made of
+// Waiting for conditions, warpgroups and named barriers, the basis of newer instructions
 
 struct Flags {
     bool ready = false;
@@ -381,7 +377,7 @@ TEST(Simulator, waits_for_conditions_and_warpgroups) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Races show when the order changes, and what has not arrived is NaN
+// Races show when the order changes, and data that has not arrived is NaN
 
 __global__ static void no_barrier_kernel(float* out) {
     SharedMemory shared;
@@ -501,7 +497,7 @@ TEST(Simulator, fresh_memory_is_not_a_number) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Beyond the end, and not aligned
+// Out of bounds, and misaligned
 
 __global__ static void writes_at_kernel(float* out, int64_t i) { out[i] = 1; }
 __global__ static void reads_at_kernel(float* out, int64_t i) { out[0] = out[i]; }
@@ -704,9 +700,9 @@ TEST(Simulator, work_is_done_late) {
     *seen = 0;
     launch(add_kernel, dim3(1), dim3(1), 0, a.handle, x.data, 2.0f);
     CUDA(cudaMemcpyAsync(seen, x, sizeof(float), cudaMemcpyDeviceToHost, a.handle));
-    EXPECT_EQ(*seen, 0); // nobody has waited
+    EXPECT_EQ(*seen, 0); // not synchronized yet
     CUDA(cudaStreamSynchronize(b.handle));
-    EXPECT_EQ(*seen, 0); // that was another stream
+    EXPECT_EQ(*seen, 0); // only another stream was synchronized
     CUDA(cudaStreamSynchronize(a.handle));
     EXPECT_EQ(*seen, 3);
 
@@ -739,7 +735,7 @@ TEST(Simulator, a_graph_records_and_repeats) {
     EXPECT_EQ(status, cudaStreamCaptureStatusActive);
     cudaGraph_t graph = nullptr;
     CUDA(cudaStreamEndCapture(a.handle, &graph));
-    EXPECT_EQ(x.values()[0], 1); // nothing has run
+    EXPECT_EQ(x.values()[0], 1); // nothing has run yet
 
     cudaGraphExec_t executable = nullptr;
     CUDA(cudaGraphInstantiate(&executable, graph));
@@ -943,7 +939,7 @@ TEST(SimulatedCublasLt, multiplies_in_every_way_that_it_knows) {
                             double sum = 2 * D.x[size_t(i + j * 32)];
                             for (int64_t l = 0; l < k; l++)
                                 if (i < m) sum += 0.5 * element(A, ta, i, l) * element(B, tb, l, j);
-                            if (i >= m) sum = D.x[size_t(i + j * 32)]; // what pads a column stays
+                            if (i >= m) sum = D.x[size_t(i + j * 32)]; // padding is unchanged
                             ASSERT_NEAR(found[size_t(i + j * 32)], sum,
                                         out == bf16_type ? 0.004 * std::fabs(sum) : 1e-4);
                         }
@@ -974,7 +970,7 @@ TEST(SimulatedCublasLt, algorithms_differ_in_the_last_bits) {
     EXPECT_EQ(results[0], results[1]);
     EXPECT_NE(results[0], results[2]);
     EXPECT_NE(results[0], results[4]);
-    EXPECT_NE(results[6], results[7]); // in place: whoever comes first
+    EXPECT_NE(results[6], results[7]); // in place: depends on the order
     EXPECT_EQ(reductions[6], uint32_t(CUBLASLT_REDUCTION_SCHEME_INPLACE));
 
     const uint32_t none = CUBLASLT_REDUCTION_SCHEME_NONE;
@@ -1063,7 +1059,7 @@ TEST(SimulatedCublasLt, refuses_what_cuBLASLt_would) {
         lt.set(CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(CUBLASLT_EPILOGUE_DEFAULT));
         EXPECT_FALSE(lt.algorithms(A, B, D, &status).empty());
     }
-    // An algorithm that was chosen for pointers aligned to 256 bytes.
+    // An algorithm chosen for pointers aligned to 256 bytes.
     Matrix moved(16, 8, 16, bf16_type, 3);
     void* begin = moved.device;
     moved.device = static_cast<char*>(begin) + 32;

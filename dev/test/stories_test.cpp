@@ -1,5 +1,5 @@
-// The embedded corpus: reproducible, clean English, and true: a checker that knows nothing of the
-// generator reads the text, resolves its pronouns, keeps its own books and compares the answers.
+// The built-in corpus is reproducible, clean English, and consistent: a checker that is independent
+// of the generator reads the text, resolves pronouns, tracks the world and compares the answers.
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
 #include "gpt/data/stories.h"
@@ -37,7 +37,7 @@ int number(const std::string& word) {
     return int(at - numbers.begin());
 }
 
-// The sentences after the title. A mark ends one if a capital or a quotation mark comes next.
+// The sentences after the title. Punctuation ends one if a capital or a quotation mark follows.
 std::vector<std::string> sentences(const std::string& text) {
     std::vector<std::string> all;
     std::string now;
@@ -63,8 +63,8 @@ std::vector<std::string> sentences(const std::string& text) {
     return all;
 }
 
-// The sentences with names in place of he, she, him, her, and "the ball" in place of it. That each
-// stands for one person or toy only is checked here.
+// The sentences with names instead of he, she, him, her, and "the ball" instead of it. Checks that
+// every pronoun is unambiguous.
 std::vector<std::string> resolve(const std::string& story) {
     std::vector<std::string> all;
     std::set<std::string> last, last_toys;
@@ -144,7 +144,7 @@ TEST(Stories, AreAFunctionOfSeedAndIndex) {
     EXPECT_NE(story(1, 0), story(1, 1));
     EXPECT_NE(story(1, 0), story(2, 0));
     EXPECT_NE(story(1, 0), story(1, uint64_t(1) << 40));
-    // If this changes, the corpus did, and losses are no longer comparable with earlier ones.
+    // If this changes, the corpus changed, and losses are not comparable with earlier ones.
     EXPECT_EQ(hash, 17145544490107995010u);
 }
 
@@ -180,12 +180,12 @@ TEST(Stories, AreCleanText) {
                 words.insert(word), word.clear();
     }
     EXPECT_GT(words.size(), 250u);
-    EXPECT_LT(words.size(), 600u); // what a small model can learn in minutes
+    EXPECT_LT(words.size(), 600u); // learnable by a small model in minutes
     EXPECT_GT(bytes / 3000, 300u);
     EXPECT_LT(bytes / 3000, 500u);
 }
 
-TEST(Stories, AreRarelyToldTwice) {
+TEST(Stories, RarelyRepeat) {
     std::set<std::string> different;
     for (const std::string& text : corpus(10000)) different.insert(text);
     EXPECT_GT(different.size(), 9900u);
@@ -297,7 +297,7 @@ TEST(Stories, HowManyAreLeftIsTrue) {
     std::string kind;
     int changes = 0, answers = 0;
     auto has = [&](const std::string& who, const std::string& n) {
-        if (count.emplace(who, number(n)).second) return; // the first that is told of someone
+        if (count.emplace(who, number(n)).second) return; // the first statement about someone
         EXPECT_EQ(count[who], number(n)) << "what " << who << " has";
     };
     auto change = [&](const std::string& who, int n) {
@@ -384,7 +384,7 @@ TEST(Stories, HowManyAreLeftIsTrue) {
 }
 
 TEST(Stories, TradesAreTrue) {
-    std::map<std::string, std::map<std::string, int>> count; // of each trader, of each kind
+    std::map<std::string, std::map<std::string, int>> count; // by trader and kind
     std::string seller, offered, asked;                      // the last offer, "three nuts"
     std::set<std::string> traders;
     int deals = 0, answers = 0;
@@ -448,7 +448,7 @@ TEST(Stories, TradesAreTrue) {
 }
 
 TEST(Stories, WhoIsWhereIsTrue) {
-    std::map<std::string, std::string> at, before, holder; // of people and toys; holder "": it lies
+    std::map<std::string, std::string> at, before, holder; // of people and toys; holder "": nobody
     int moves = 0, answers = 0;
     auto go = [&](const std::string& who, const std::string& place) {
         EXPECT_NE(at[who], place);
@@ -550,7 +550,7 @@ TEST(Stories, PronounsAreClear) {
     }
 }
 
-TEST(Stories, AreToldFast) {
+TEST(Stories, AreGeneratedFast) {
     size_t bytes = 0;
     auto start = std::chrono::steady_clock::now();
     for (uint64_t i = 0; i < 5000; i++) bytes += story(3, i).size();
@@ -558,7 +558,7 @@ TEST(Stories, AreToldFast) {
     EXPECT_GT(double(bytes) / seconds.count(), 5e6) << "bytes per second";
 }
 
-TEST(StorySource, IsStoriesWithEndOfTextBetween) {
+TEST(StorySource, IsStoriesSeparatedByEndOfText) {
     StorySource source(7);
     EXPECT_EQ(source.size(), TokenSource::endless);
     EXPECT_EQ(source.id().kind, "bytes");
@@ -589,7 +589,7 @@ TEST(StorySource, RandomAccessIsSequentialAccess) {
     for (uint64_t i = 0; i < 60; i++) {
         size_t n = 1 + random_below(700, 1, 0, 2 * i);
         size_t pos = i % 3 ? random_below(uint32_t(total - n), 1, 0, 2 * i + 1)
-                           : block * (1 + i % 5) - n / 2; // over the border of two blocks
+                           : block * (1 + i % 5) - n / 2; // across two blocks
         std::vector<int> some(n);
         random.read(pos, n, some.data());
         ASSERT_TRUE(std::equal(some.begin(), some.end(), &all[pos])) << n << " tokens at " << pos;
@@ -599,7 +599,7 @@ TEST(StorySource, RandomAccessIsSequentialAccess) {
     EXPECT_THROW(random.read(UINT64_MAX - 10, 11, far.data()), Error);
 }
 
-TEST(StorySource, SeedsTellDifferentStories) {
+TEST(StorySource, SeedsGiveDifferentStories) {
     StorySource one(1), two(2);
     std::set<std::string> told;
     for (uint64_t i = 0; i < 1000; i++) told.insert(story(1, i));

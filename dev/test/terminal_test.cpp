@@ -14,7 +14,7 @@ using namespace lns::test;
 
 namespace {
 
-// Sets a variable of the environment for as long as it lives.
+// Sets an environment variable for its lifetime.
 struct Environment {
     std::string name, before;
     bool was_set;
@@ -25,7 +25,7 @@ struct Environment {
     ~Environment() { was_set ? setenv(name.c_str(), before.c_str(), 1) : unsetenv(name.c_str()); }
 };
 
-// A terminal of 30 columns: what is written to out, and what its screen then shows.
+// A terminal of 30 columns: the output to it, and its screen.
 struct FakeTerminal {
     int master = posix_openpt(O_RDWR | O_NOCTTY);
     FILE* out = nullptr;
@@ -96,7 +96,7 @@ TEST(Terminal, NumbersForPeople) {
     EXPECT_EQ(format_duration(INFINITY), "?");
 }
 
-TEST(Terminal, CountsFromPeople) {
+TEST(Terminal, CountsAreParsed) {
     const std::pair<const char*, int64_t> good[] = {
         {"0", 0},          {"500", 500},        {"64k", 64000},
         {"64Ki", 65536},   {"10M", 10000000},   {"1.5B", 1500000000},
@@ -112,7 +112,7 @@ TEST(Terminal, CountsFromPeople) {
         EXPECT_TRUE(says(error_of([&] { parse_count(text); }), {text, "too large"})) << text;
 }
 
-TEST(Terminal, WidthsAndStrangeText) {
+TEST(Terminal, WidthsAndUnusualText) {
     EXPECT_EQ(display_width("abc"), 3);
     EXPECT_EQ(display_width("é█·"), 3);
     EXPECT_EQ(display_width("語🙂"), 4);
@@ -198,7 +198,7 @@ TEST(Terminal, ProgressIsPlainLinesInAFile) {
     EXPECT_EQ(terminal.written(), "a\r\n"); // the terminal itself adds the carriage return
 }
 
-TEST(Terminal, AnOutputThatIsLostIsNoticed) {
+TEST(Terminal, LostOutputIsNoticed) {
     FILE* full = fopen("/dev/full", "w");
     if (!full) GTEST_SKIP() << "no /dev/full here";
     {
@@ -206,7 +206,7 @@ TEST(Terminal, AnOutputThatIsLostIsNoticed) {
         EXPECT_EQ(progress.failure(), "");
         progress.update("a");
         EXPECT_TRUE(says(progress.failure(), {"standard output", "No space left on device"}));
-        progress.message("b"); // and nothing more is tried
+        progress.message("b"); // no further attempts
     }
     fclose(full);
 }

@@ -11,7 +11,7 @@ using namespace lns::test;
 
 namespace {
 
-// A root with the files of /proc and /sys that say which control groups a process is in.
+// A root with the files in /proc and /sys that describe a process's control groups.
 struct Root : TemporaryDirectory {
     Root(const std::string& groups, const std::string& mounts) {
         file("/proc/self/cgroup", groups);
@@ -41,7 +41,7 @@ TEST(Threads, QuotaOfVersion2) {
     EXPECT_EQ(root.cpus(), INFINITY);
     root.file("/sys/fs/cgroup/a/b/cpu.max", "400000 100000\n");
     EXPECT_EQ(root.cpus(), 4);
-    root.file("/sys/fs/cgroup/a/cpu.max", "150000 100000\n"); // the group around it has less
+    root.file("/sys/fs/cgroup/a/cpu.max", "150000 100000\n"); // the enclosing group has less
     EXPECT_EQ(root.cpus(), 1.5);
     root.file("/sys/fs/cgroup/cpu.max", "50000 100000\n");
     EXPECT_EQ(root.cpus(), 0.5);
@@ -62,7 +62,7 @@ TEST(Threads, QuotaOfVersion1) {
 }
 
 TEST(Threads, QuotaInAContainer) {
-    // Without a namespace of its own: the path begins where the mount does.
+    // Without its own namespace: the path begins at the mount's root.
     Root old("0::/docker/x\n", "30 23 0:26 /docker/x /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
     old.file("/sys/fs/cgroup/cpu.max", "200000 100000\n");
     EXPECT_EQ(old.cpus(), 2);
@@ -71,7 +71,7 @@ TEST(Threads, QuotaInAContainer) {
     EXPECT_EQ(outside.cpus(), 2);
 }
 
-TEST(Threads, DamagedFilesAreNoQuota) {
+TEST(Threads, DamagedFilesGiveNoQuota) {
     for (const char* text : {"", "\n", "many 100000", "100000", "100000 0", "-5 -5", "nan nan"}) {
         Root root("0::/\n", version2);
         root.file("/sys/fs/cgroup/cpu.max", text);
@@ -82,14 +82,14 @@ TEST(Threads, DamagedFilesAreNoQuota) {
     EXPECT_EQ(cgroup_cpus("/no/such/folder"), INFINITY);
 }
 
-TEST(Threads, VariablesOfOpenMP) {
+TEST(Threads, OpenMPVariables) {
     EXPECT_EQ(omp_threads("4"), 4);
     EXPECT_EQ(omp_threads(" 4 , 2"), 4);
     for (const char* wrong : {"", " ", "0", "-1", "many", "4x", ",2", "99999999999999999999"})
         EXPECT_EQ(omp_threads(wrong), 0) << wrong;
 }
 
-TEST(Threads, TheProgramsKeepToThem) {
+TEST(Threads, TheProgramsObeyThem) {
     NEEDS_PROGRAM();
     const std::string clean = "env -u OMP_THREAD_LIMIT -u OMP_NUM_THREADS ";
     const std::string one = "\n           1 thread\n", two = "\n           2 threads\n";

@@ -14,7 +14,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// LNS_TOKENIZE or the one that make builds. The sanitizers' build makes the tests alone.
+// LNS_TOKENIZE, or the one that make builds. Sanitizer builds have only the tests.
 struct TokenizeProgram : testing::Test {
     TemporaryDirectory dir;
     std::string program =
@@ -31,7 +31,7 @@ struct TokenizeProgram : testing::Test {
         return run("cd '" + dir.path + "' && '" + fs::absolute(program).string() + "' " +
                    arguments);
     }
-    // Runs and expects success.
+    // Runs it and expects success.
     std::string tokenized(const std::string& arguments) {
         Finished finished = tokenize(arguments);
         EXPECT_EQ(finished.status, 0) << finished.output;
@@ -66,7 +66,7 @@ std::vector<int> operator+(std::vector<int> a, const std::vector<int>& b) {
     return a;
 }
 
-// Lines of words, seeded, n bytes or a little more.
+// Lines of random words, n bytes or slightly more.
 std::string prose(size_t n, uint64_t seed = 1) {
     const char* words[] = {"the", "fox", "said", "it's", "12345", "naïve", "中文", "!", "--", "x"};
     std::string text;
@@ -80,7 +80,7 @@ std::string prose(size_t n, uint64_t seed = 1) {
 
 } // namespace
 
-TEST_F(TokenizeProgram, AFileIsOneDocumentAndItsEndIsForValidation) {
+TEST_F(TokenizeProgram, AFileIsOneDocumentWhoseEndIsForValidation) {
     std::string text;
     for (int i = 0; i < 1000; i++) text += cat("line ", i, "\n");
     write_bytes(dir / "text.txt", text);
@@ -98,11 +98,11 @@ TEST_F(TokenizeProgram, AFileIsOneDocumentAndItsEndIsForValidation) {
 
     tokenized("text.txt -o out --val-fraction 0");
     EXPECT_EQ(tokens("out_train_*.bin"), bytes_of(text) + std::vector<int>{256});
-    EXPECT_FALSE(fs::exists(dir / "out_val_000000.bin")); // it was of the run before
+    EXPECT_FALSE(fs::exists(dir / "out_val_000000.bin")); // it was from the previous run
 }
 
 TEST_F(TokenizeProgram, DocumentsEndAtSeparatorLines) {
-    // Not at a line that only begins or ends so, and at one without a newline at the end.
+    // Lines that only begin or end with it do not count; a last line without a newline does.
     std::string text =
         "one\ntwo\n<|end|>\nthree <|end|>\n<|end|> four\n\n<|end|>\r\n<|end|>\nfive\n<|end|>";
     write_bytes(dir / "text.txt", text);
@@ -127,20 +127,21 @@ TEST_F(TokenizeProgram, WholeDocumentsAreSpreadOverValidation) {
     for (size_t i = 0; i < val.size(); i += 16) {
         std::string document = load_tokenizer("bytes")->decode(&val[i], 16);
         int number = std::stoi(document.substr(9)) - 10000;
-        EXPECT_NEAR(number, int(i) / 16 * 10, 10); // all along the text
+        EXPECT_NEAR(number, int(i) / 16 * 10, 10); // spread over the text
     }
     write_bytes(dir / "two.txt", "one\n===\ntwo\n");
     tokenized("two.txt -o two --doc-separator === --val-fraction 0.01");
     EXPECT_EQ(tokens("two_val_*.bin"), bytes_of("two\n") + std::vector<int>{256});
 }
 
-TEST_F(TokenizeProgram, ShardsAreFullAndOldOnesGo) {
+TEST_F(TokenizeProgram, ShardsAreFullAndOldOnesAreRemoved) {
     std::string text = prose(10'000);
     write_bytes(dir / "text.txt", text);
     tokenized("text.txt -o out --val-fraction 0 --shard-tokens 1k");
     for (int i = 0; i < 9; i++)
         EXPECT_EQ(Shard(dir / cat("out_train_00000", i, ".bin")).tokens, 1000u);
-    EXPECT_EQ(Shard(dir / "out_train_000009.bin").tokens, 1001u); // end-of-text is not left alone
+    EXPECT_EQ(Shard(dir / "out_train_000009.bin").tokens,
+              1001u); // end-of-text is not alone in a shard
     EXPECT_EQ(tokens("out_train_*.bin"), bytes_of(text) + std::vector<int>{256});
 
     write_bytes(dir / "out_train_notes.bin", "mine");
@@ -165,7 +166,7 @@ TEST_F(TokenizeProgram, EndOfTextIsNotAloneInAShard) {
     }
 }
 
-// The tokens are those of the whole text at once, however it comes and is cut.
+// The tokens are those of the whole text, however it is delivered and cut.
 TEST_F(TokenizeProgram, TheTokensAreThoseOfTheWholeText) {
     std::string text = prose(1'200'000);
     write_bytes(dir / "text.txt", text);
@@ -186,7 +187,7 @@ TEST_F(TokenizeProgram, TheTokensAreThoseOfTheWholeText) {
         EXPECT_EQ(tokens("b_train_*.bin"), expected) << spec;
         tokenized(flags + "text.txt -o c --val-fraction 0.3");
         EXPECT_EQ(tokens("c_train_*.bin") + tokens("c_val_*.bin"), expected) << spec;
-        // A separator that never comes changes nothing; nor does a pipe in small pieces.
+        // A separator that never occurs changes nothing, nor does a pipe in small pieces.
         run("cd '" + dir.path + "' && dd if=text.txt bs=997 status=none | '" +
             fs::absolute(program).string() + "' -o d --doc-separator '#' --val-fraction 0" + flags);
         EXPECT_EQ(tokens("d_train_*.bin"), expected) << spec;
@@ -218,7 +219,7 @@ TEST_F(TokenizeProgram, APipeOfUnknownLengthIsSplitIntoBlocks) {
     EXPECT_EQ(tokens("file_train_*.bin"), tokens("pipe_train_*.bin"));
 }
 
-TEST_F(TokenizeProgram, TextWithNoPlaceToCut) {
+TEST_F(TokenizeProgram, TextWithoutAPlaceToCut) {
 #ifdef LNS_PCRE2
     std::string text(2'500'000, 'z');
     write_bytes(dir / "text.txt", text);
@@ -229,7 +230,7 @@ TEST_F(TokenizeProgram, TextWithNoPlaceToCut) {
 #endif
 }
 
-TEST_F(TokenizeProgram, BadInputIsASentence) {
+TEST_F(TokenizeProgram, BadInputIsAnError) {
     write_bytes(dir / "text.txt", "some text\n");
     write_bytes(dir / "empty.txt", "");
     EXPECT_TRUE(says(failed("text.txt"), {"tokenize: --out is required"}));
@@ -248,19 +249,19 @@ TEST_F(TokenizeProgram, BadInputIsASentence) {
     EXPECT_TRUE(
         says(failed("text.txt -o out --doc-separator \"$(printf 'a\\nb')\""), {"--doc-separator"}));
     fs::remove_all(dir / "dir");
-    EXPECT_EQ(names(), (std::vector<std::string>{"empty.txt", "text.txt"})); // nothing was left
+    EXPECT_EQ(names(), (std::vector<std::string>{"empty.txt", "text.txt"})); // nothing remains
     tokenized("text.txt -o out -q");
-    EXPECT_TRUE(says(failed("out_train_000000.bin -o again"), {"is a shard of tokens already"}));
+    EXPECT_TRUE(says(failed("out_train_000000.bin -o again"), {"is already a shard of tokens"}));
     run("gzip -k " + dir / "text.txt");
     EXPECT_TRUE(says(failed("text.txt.gz -o again"), {"is compressed", "gzip -dc"}));
 }
 
-TEST_F(TokenizeProgram, AFullDiskLeavesTheShardsOfBefore) {
+TEST_F(TokenizeProgram, AFullDiskLeavesEarlierShards) {
     write_bytes(dir / "small.txt", "some text\n");
     tokenized("small.txt -o out");
     std::string before = read_bytes(dir / "out_train_000000.bin");
     write_bytes(dir / "text.txt", prose(8'000'000));
-    // A limit on file sizes (in KiB) stands in for a full disk.
+    // A file size limit (in KiB) stands in for a full disk.
     Finished full = run("cd '" + dir.path + "' && ulimit -f 1000 && " +
                         fs::absolute(program).string() + " text.txt -o out --shard-tokens 1M");
     EXPECT_EQ(full.status, 1);
@@ -271,7 +272,7 @@ TEST_F(TokenizeProgram, AFullDiskLeavesTheShardsOfBefore) {
 }
 
 TEST_F(TokenizeProgram, CtrlCLeavesNothing) {
-    // It waits for more of the pipe when the signal comes.
+    // It is waiting for the pipe when the signal comes.
     Finished finished =
         run("cd '" + dir.path + "' && { yes 'some text' | head -c 9000000; sleep 1.2; } | " +
             "timeout --preserve-status -s INT 0.7 " + fs::absolute(program).string() +
@@ -290,7 +291,7 @@ TEST_F(TokenizeProgram, PadsAndCutsDocuments) {
     EXPECT_TRUE(says(summary, {"4 documents", "20 tokens of bytes", "windows of 5",
                                "50.0% of the documents are longer and cut",
                                "5.0% of the tokens are padding"}));
-    // The empty one is none; 12 tokens a shard are 2 windows.
+    // The empty document is dropped; 12 tokens per shard are 2 windows.
     EXPECT_TRUE(fs::exists(dir / "out_train_000001.bin"));
     const int e = 256;
     std::vector<int> expected = {'a', 'b', '\n', e, e, 'a', 'b', 'c', 'd', e};
@@ -314,7 +315,7 @@ TEST_F(TokenizeProgram, PadsAndCutsDocuments) {
     EXPECT_FALSE(fs::exists(dir / "bad_train_000000.bin"));
 }
 
-TEST_F(TokenizeProgram, WhatIsNoTextIsNamed) {
+TEST_F(TokenizeProgram, FilesThatAreNotTextAreNamed) {
     std::string wide;
     for (char c : std::string("hello world, this is text\n")) wide += {c, '\0'};
     std::string swapped;
@@ -337,7 +338,7 @@ TEST_F(TokenizeProgram, WhatIsNoTextIsNamed) {
         EXPECT_TRUE(says(failed("-o out <x.txt"), {"stdin is", what}));
     }
     EXPECT_EQ(names(), (std::vector<std::string>{"x.txt"}));
-    // A few zeros are told.
+    // A few zeros are reported.
     write_bytes(dir / "x.txt", prose(1000) + std::string(3, '\0') + prose(1000));
     EXPECT_TRUE(says(tokenized("x.txt -o out"), {"3 bytes of the input are 0"}));
 }
@@ -358,7 +359,7 @@ TEST_F(TokenizeProgram, MessagesHaveNoControlCharacters) {
 }
 
 #ifdef LNS_SENTENCEPIECE
-TEST_F(TokenizeProgram, DocumentsBeginWithBosWhereTheTokenizerSaysSo) {
+TEST_F(TokenizeProgram, DocumentsBeginWithBosIfTheTokenizerSaysSo) {
     fs::create_directory(dir / "model");
     fs::copy_file(fixtures + "/exact.model", dir / "model/tokenizer.model");
     write_bytes(dir / "model/tokenizer_config.json", R"({"add_bos_token": true})");
@@ -371,7 +372,7 @@ TEST_F(TokenizeProgram, DocumentsBeginWithBosWhereTheTokenizerSaysSo) {
 }
 #endif
 
-// Links, folders and devices under the set's names are not replaced.
+// Links, folders and devices with the set's names are not replaced.
 TEST_F(TokenizeProgram, OnlyPlainFilesAreReplaced) {
     write_bytes(dir / "text.txt", prose(1000));
     write_bytes(dir / "precious", "precious");
@@ -379,7 +380,7 @@ TEST_F(TokenizeProgram, OnlyPlainFilesAreReplaced) {
     EXPECT_TRUE(says(failed("text.txt -o out"), {"out_train_000000.bin is a symbolic link"}));
     fs::remove(dir / "out_train_000000.bin");
     run("mkfifo '" + dir / "out_val_000003.bin'");
-    EXPECT_TRUE(says(failed("text.txt -o out"), {"out_val_000003.bin is no regular file"}));
+    EXPECT_TRUE(says(failed("text.txt -o out"), {"out_val_000003.bin is not a regular file"}));
     fs::remove(dir / "out_val_000003.bin");
     fs::create_directory(dir / "elsewhere");
     fs::create_directory_symlink("elsewhere", dir / "out_tokenizer");
@@ -392,7 +393,7 @@ TEST_F(TokenizeProgram, OnlyPlainFilesAreReplaced) {
     tokenized("text.txt -o out");
 }
 
-// dev/test/publish_test.cpp kills at each of its steps; this is the program, killed as it renames.
+// dev/test/publish_test.cpp kills at every step; here the program is killed while it renames.
 TEST_F(TokenizeProgram, AKillLeavesOneSet) {
     write_bytes(dir / "A", std::string(8000, 'A'));
     write_bytes(dir / "B", std::string(6000, 'B'));
@@ -418,5 +419,5 @@ TEST_F(TokenizeProgram, AKillLeavesOneSet) {
     EXPECT_GT(kills, 0);
     tokenized(flags + "A");
     EXPECT_EQ(shown(), whole[0]);
-    for (const std::string& name : names()) EXPECT_NE(name[0], '.') << name; // tidied
+    for (const std::string& name : names()) EXPECT_NE(name[0], '.') << name; // cleaned up
 }

@@ -1,5 +1,5 @@
-// Tokenizers as Hugging Face's files describe them. The expected tokens are what `tokenizers` 0.23
-// makes of the same files.
+// Tokenizers described by Hugging Face's files. The expected tokens are those of `tokenizers` 0.23
+// with the same files.
 #include "dev/test/data_helpers.h"
 #include "gpt/base/json.h"
 #include "gpt/data/tokenizer.h"
@@ -18,7 +18,7 @@ const std::string lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:
 #ifdef LNS_PCRE2
 namespace {
 
-// GPT-2's names of bytes with the byte as id, one merge (" a", 256), and end-of-text (257).
+// GPT-2's characters for bytes, with the byte as id, one merge (" a", 256), and end-of-text (257).
 json byte_vocab() {
     json vocab;
     int next = 0x100;
@@ -77,7 +77,7 @@ std::vector<int> tokens_of(const Folder& folder, const std::string& text) {
     return folder.load()->encode(text);
 }
 
-// The same after a checkpoint has saved and loaded it.
+// The same, saved in a checkpoint and loaded.
 void expect_kept(const Folder& folder) {
     TemporaryDirectory saved;
     const auto before = folder.load();
@@ -91,7 +91,7 @@ void expect_kept(const Folder& folder) {
 
 } // namespace
 
-TEST(TokenizerFiles, TokenizerJsonIsTheSameAsItsPair) {
+TEST(TokenizerFiles, TokenizerJsonEqualsThePairOfFiles) {
     const Folder pair(nullptr), one(tokenizer_json());
     EXPECT_EQ(one.load()->id(), pair.load()->id());
     EXPECT_EQ(tokens_of(one, "b a"), (std::vector<int>{'b', 256}));
@@ -101,7 +101,7 @@ TEST(TokenizerFiles, TokenizerJsonIsTheSameAsItsPair) {
     json old = tokenizer_json();
     old["model"]["merges"] = json::array({"\u0120 a"});
     EXPECT_EQ(Folder(old).load()->id(), pair.load()->id());
-    // Where both are there, tokenizer.json decides.
+    // tokenizer.json has precedence.
     write_bytes(pair / "tokenizer.json", with_digits(true).dump());
     EXPECT_EQ(pair.load()->id(), Folder(with_digits(true)).load()->id());
 }
@@ -133,7 +133,7 @@ TEST(TokenizerFiles, DigitsAreSplitFirst) {
     EXPECT_NE(plain.load()->id().fingerprint, each.load()->id().fingerprint);
     EXPECT_NE(runs.load()->id().fingerprint, each.load()->id().fingerprint);
     expect_kept(each), expect_kept(runs);
-    // Parts of a text make the tokens of the whole.
+    // Encoding in parts gives the tokens of the whole.
     const auto tokenizer = each.load();
     const std::string text = "a 12 a\n\n1 a1a 3 \u00b2 a's 4's\n5";
     const std::vector<int> whole = tokenizer->encode(text);
@@ -164,7 +164,7 @@ TEST(TokenizerFiles, AddPrefixSpace) {
                      {"add_prefix_space false", "says otherwise"}));
     EXPECT_TRUE(says(Folder(nullptr, {{"add_prefix_space", "yes"}}).refused(),
                      {"add_prefix_space", "yes"}));
-    // null is as if left out
+    // null is ignored
     EXPECT_EQ(Folder(nullptr, {{"add_prefix_space", nullptr}}).load()->id(), plain.load()->id());
 }
 
@@ -190,7 +190,7 @@ TEST(TokenizerFiles, AVocabularyMayLackBytes) {
     json all = tokenizer_json();
     all["model"]["vocab"].erase("b");
     const Folder left_out(all);
-    // What is left out does not keep its neighbours apart.
+    // Dropped bytes do not separate their neighbours.
     EXPECT_EQ(tokens_of(left_out, "c ba"), (std::vector<int>{'c', 256}));
     EXPECT_EQ(tokens_of(left_out, "b"), (std::vector<int>{}));
     EXPECT_EQ(tokens_of(left_out, std::string(100, 'b')), (std::vector<int>{}));
@@ -206,7 +206,7 @@ TEST(TokenizerFiles, AVocabularyMayLackBytes) {
     EXPECT_EQ(tokens_of(Folder(all), "c bba"), (std::vector<int>{'c', ' ', '!', 'a'}));
     const std::vector<int> many = tokens_of(Folder(all), "c" + std::string(100, 'b') + "a");
     EXPECT_EQ(many, (std::vector<int>{'c', '!', 'a'}));
-    // End-of-text never comes from a text.
+    // encode never returns end-of-text.
     all["model"]["unk_token"] = "<|endoftext|>";
     EXPECT_EQ(tokens_of(Folder(all), "bcb"), (std::vector<int>{'c'}));
     all["model"]["unk_token"] = "<unk>";
@@ -220,7 +220,7 @@ TEST(TokenizerFiles, AddedTokens) {
     const Folder special(all);
     const auto tokenizer = special.load();
     EXPECT_EQ(tokenizer->vocab_size(), 301);
-    EXPECT_EQ(tokenizer->encode("<|im_start|>").size(), 12u); // characters, whatever the text says
+    EXPECT_EQ(tokenizer->encode("<|im_start|>").size(), 12u); // ordinary characters
     EXPECT_EQ(tokenizer->decode({'b', 300, 'c'}), "bc");
     EXPECT_FALSE(tokenizer->has(299)); // a gap
     EXPECT_FALSE(tokenizer->has(301));
@@ -243,7 +243,7 @@ TEST(TokenizerFiles, AddedTokens) {
     EXPECT_TRUE(says(Folder(all).refused(), {"<|endoftext|>", "257 and 300"}));
 }
 
-TEST(TokenizerFiles, WhatIsNotUnderstoodIsNamed) {
+TEST(TokenizerFiles, UnsupportedSettingsAreNamed) {
     struct Change {
         std::string at;
         json value;
@@ -277,7 +277,7 @@ TEST(TokenizerFiles, WhatIsNotUnderstoodIsNamed) {
     EXPECT_TRUE(says(Folder(digits).refused(), {"not supported yet", "add_prefix_space"}));
     EXPECT_TRUE(says(Folder(tokenizer_json(), {{"tokenizer_class", "RobertaTokenizer"}}).refused(),
                      {"RobertaTokenizer", "not supported yet"}));
-    // A part that is no part is a sentence too.
+    // Malformed parts are errors with a message.
     for (const char* at : {"/model", "/model/vocab", "/model/merges", "/added_tokens",
                            "/model/merges/0", "/post_processor", "/normalizer", "/decoder",
                            "/pre_tokenizer", "/pre_tokenizer/use_regex"})
@@ -298,7 +298,7 @@ TEST(TokenizerFiles, OtherKindsAreNamed) {
                      {"tekken.json", "not supported yet"}));
 }
 
-TEST(TokenizerFiles, AnLfsPointerIsCalledOne) {
+TEST(TokenizerFiles, LfsPointersAreRecognized) {
     for (const char* name :
          {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"}) {
         const Folder folder(nullptr);
@@ -323,7 +323,7 @@ struct ModelFolder : TemporaryDirectory {
 
 } // namespace
 
-TEST(TokenizerFiles, SentencePieceFollowsItsConfiguration) {
+TEST(TokenizerFiles, SentencePieceRespectsItsConfiguration) {
     const auto plain = load_tokenizer(fixtures + "exact.model");
     const std::vector<int> tokens = plain->encode("the fox");
     EXPECT_EQ(plain->encode_prompt("the fox"), tokens);
@@ -336,7 +336,7 @@ TEST(TokenizerFiles, SentencePieceFollowsItsConfiguration) {
         const auto tokenizer = load_tokenizer(folder.path);
         EXPECT_EQ(tokenizer->id(), plain->id());
         EXPECT_EQ(tokenizer->encode_prompt("the fox"), with_bos);
-        // The file itself, named, is followed by what lies beside it.
+        // If the file is named, its directory's other files are respected.
         EXPECT_EQ(load_tokenizer(folder / "tokenizer.model")->bos, 1);
         TemporaryDirectory saved;
         tokenizer->save(saved.path);

@@ -1,6 +1,5 @@
-// Tokenizers against encodings that others made: dev/test/fixtures/tokenizers/make.py says how.
-// With LNS_GPT2_DIR set to a directory with all of encoder.json and vocab.bpe, GPT-2's are checked
-// with those too.
+// Tokenizers against reference encodings, made by dev/test/fixtures/tokenizers/make.py. If
+// LNS_GPT2_DIR has the full encoder.json and vocab.bpe, they are used too.
 #include "dev/test/data_helpers.h"
 #include "gpt/base/random.h"
 #include "gpt/data/tokenizer.h"
@@ -117,7 +116,7 @@ const std::vector<Case> folding_cases = {
 };
 #endif
 
-// Text of odd pieces, most of them valid UTF-8.
+// Text of unusual pieces, most of them valid UTF-8.
 std::string odd_text(uint64_t i) {
     const std::string pieces[] = {"'s",
                                   "'t",
@@ -165,7 +164,7 @@ std::string odd_text(uint64_t i) {
     return text;
 }
 
-// Whether every prefix of a text is cut where encoding the two parts gives the whole's tokens.
+// Checks that cutting any prefix at safe_cut preserves the tokens of the whole.
 testing::AssertionResult cuts_are_exact(const Tokenizer& tokenizer, const std::string& text,
                                         int* cuts = nullptr) {
     std::vector<int> whole = tokenizer.encode(text);
@@ -190,14 +189,14 @@ void expect_same_after_saving(const Tokenizer& tokenizer, const std::string& tex
     auto again = load_tokenizer(dir / "saved");
     EXPECT_EQ(again->id(), tokenizer.id());
     EXPECT_EQ(again->encode(text), tokenizer.encode(text));
-    // Saving another kind over it replaces it.
+    // Saving another kind replaces it.
     load_tokenizer("bytes")->save(dir / "saved");
     EXPECT_EQ(load_tokenizer(dir / "saved")->id(), load_tokenizer("bytes")->id());
 }
 
 } // namespace
 
-TEST(Tokenizer, BytesAreThemselves) {
+TEST(Tokenizer, BytesEncodeToThemselves) {
     auto tokenizer = load_tokenizer("bytes");
     EXPECT_EQ(tokenizer->vocab_size(), 257);
     EXPECT_EQ(tokenizer->eot(), 256);
@@ -211,7 +210,7 @@ TEST(Tokenizer, BytesAreThemselves) {
     expect_same_after_saving(*tokenizer, "text");
 }
 
-TEST(Tokenizer, UnknownOnesAreSentences) {
+TEST(Tokenizer, UnknownOnesAreErrors) {
     EXPECT_TRUE(says(error_of([] { load_tokenizer("byte"); }),
                      {"no tokenizer 'byte'", "gpt2:DIR", "FILE.model"}));
     TemporaryDirectory dir;
@@ -219,7 +218,7 @@ TEST(Tokenizer, UnknownOnesAreSentences) {
 }
 
 #ifdef LNS_PCRE2
-TEST(Tokenizer, Gpt2EncodesAsTiktoken) {
+TEST(Tokenizer, Gpt2EncodesLikeTiktoken) {
     std::vector<std::string> dirs = {fixtures + "gpt2-subset"};
     if (const char* all = std::getenv("LNS_GPT2_DIR")) dirs.push_back(all);
     for (const std::string& dir : dirs) {
@@ -234,7 +233,7 @@ TEST(Tokenizer, Gpt2EncodesAsTiktoken) {
     }
 }
 
-TEST(Tokenizer, Gpt2GivesAnyBytesBack) {
+TEST(Tokenizer, Gpt2PreservesAllBytes) {
     auto tokenizer = load_tokenizer("gpt2:" + fixtures + "gpt2-subset");
     for (uint64_t i = 0; i < 500; i++)
         EXPECT_EQ(tokenizer->decode(tokenizer->encode(odd_text(i))), odd_text(i));
@@ -246,7 +245,7 @@ TEST(Tokenizer, Gpt2GivesAnyBytesBack) {
 }
 
 TEST(Tokenizer, Gpt2SplitsInvalidBytesAsSymbols) {
-    // As if U+FFFD stood there: "\xff" joins a space and other symbols, not letters.
+    // Like U+FFFD: "\xff" joins a space and other symbols, not letters.
     auto tokenizer = load_tokenizer("gpt2:" + fixtures + "gpt2-subset");
     std::vector<int> bytes = tokenizer->encode("\xff");
     ASSERT_EQ(bytes.size(), 1u);
@@ -263,7 +262,7 @@ TEST(Tokenizer, Gpt2CutsAreExact) {
     EXPECT_EQ(tokenizer->safe_cut("onetwo"), 0u);
     EXPECT_EQ(tokenizer->safe_cut("one  "), 3u);
     EXPECT_EQ(tokenizer->safe_cut("\u4e2d\u3002"), 3u);
-    EXPECT_EQ(tokenizer->safe_cut("\u4e2d\xe3\x80"), 0u); // not yet known what follows
+    EXPECT_EQ(tokenizer->safe_cut("\u4e2d\xe3\x80"), 0u); // the character is incomplete
 }
 
 TEST(Tokenizer, Gpt2IsTheSameOnManyThreads) {
@@ -280,19 +279,19 @@ TEST(Tokenizer, Gpt2IsTheSameOnManyThreads) {
     a.join(), b.join();
 }
 
-TEST(Tokenizer, Gpt2IsWhatItsFilesMean) {
+TEST(Tokenizer, Gpt2DependsOnlyOnItsFilesMeaning) {
     TemporaryDirectory dir;
     auto tokenizer = load_tokenizer("gpt2:" + fixtures + "gpt2-subset");
     expect_same_after_saving(*tokenizer, "It's what they've said");
 
-    // The same under Hugging Face's names, with CRLF line ends and other white space.
+    // The same with Hugging Face's names, CRLF line ends and other white space.
     std::string vocab = read_bytes(fixtures + "gpt2-subset/encoder.json"), crlf;
     for (char c : read_bytes(fixtures + "gpt2-subset/vocab.bpe"))
         crlf += c == '\n' ? "\r\n"s : ""s + c;
     write_bytes(dir / "vocab.json", "\n\n " + vocab);
     write_bytes(dir / "merges.txt", crlf);
     EXPECT_EQ(load_tokenizer("gpt2:" + dir.path)->id(), tokenizer->id());
-    // Another order of merges is another tokenizer.
+    // A different order of merges is a different tokenizer.
     std::string lines = read_bytes(fixtures + "gpt2-subset/vocab.bpe");
     size_t first = lines.find('\n') + 1, second = lines.find('\n', first) + 1,
            third = lines.find('\n', second) + 1;
@@ -343,7 +342,7 @@ TEST(Tokenizer, Gpt2SaysWhatIsMissing) {
 #endif
 
 #ifdef LNS_SENTENCEPIECE
-TEST(Tokenizer, SentencePieceEncodesAsItself) {
+TEST(Tokenizer, SentencePieceEncodesLikeTheLibrary) {
     for (const auto& [name, cases] :
          {std::pair{"exact.model", exact_cases}, {"folding.model", folding_cases}}) {
         auto tokenizer = load_tokenizer(fixtures + name);
@@ -353,7 +352,7 @@ TEST(Tokenizer, SentencePieceEncodesAsItself) {
     }
 }
 
-TEST(Tokenizer, SentencePieceGivesBackWhatItDoesNotFold) {
+TEST(Tokenizer, SentencePiecePreservesWhatItDoesNotFold) {
     auto exact = load_tokenizer(fixtures + "exact.model");
     for (const Case& c : exact_cases) EXPECT_EQ(exact->decode(c.tokens), c.text);
     auto folding = load_tokenizer(fixtures + "folding.model");
@@ -373,7 +372,7 @@ TEST(Tokenizer, SentencePieceCutsAreExact) {
         EXPECT_GT(cuts, 1000) << name;
         EXPECT_EQ(tokenizer->safe_cut("one\ntwo"), 3u);
         EXPECT_EQ(tokenizer->safe_cut("one two"), 0u);
-        // Long texts are encoded in parts within encode, too.
+        // encode itself splits long texts.
         std::string text;
         for (uint64_t i = 0; i < 2000; i++) text += odd_text(i);
         std::vector<int> whole = tokenizer->encode(text), parts;
@@ -395,7 +394,7 @@ TEST(Tokenizer, SentencePieceSavesItsModel) {
     expect_same_after_saving(*load_tokenizer(fixtures + "folding.model"), "Hello, world!");
 }
 
-TEST(Tokenizer, SentencePieceRefusesWhatIsNoModel) {
+TEST(Tokenizer, SentencePieceRefusesWhatIsNotAModel) {
     auto refused = [](const std::string& bytes) {
         TemporaryDirectory dir;
         write_bytes(dir / "x.model", bytes);
@@ -418,8 +417,8 @@ TEST(Tokenizer, SentencePieceSaysWhatIsMissing) {
 #endif
 
 #ifdef LNS_SENTENCEPIECE
-// Texts of the characters that normalization changes, cut where safe_cut allows it before it has
-// seen the rest.
+// Texts of characters that normalization changes, cut where safe_cut allows before the rest is
+// known.
 TEST(SentencePieceTokenizer, ATextCutInTwoGivesTheSameTokens) {
     const char* characters[] = {"a",      "b",        ",",      " ",      "\n",     "\n",
                                 "\t",     "\r",       "\x01",   "\x7f",   "\u2581", "\u2581",

@@ -20,7 +20,7 @@ std::vector<json> log_of(const std::string& run) {
     return lines;
 }
 
-// What does not depend on how fast the machine is.
+// The fields that do not depend on the machine's speed.
 std::vector<json> without_times(std::vector<json> lines) {
     for (json& line : lines)
         for (const char* key : {"tokens_per_s", "mfu", "seconds"}) line.erase(key);
@@ -40,7 +40,7 @@ void expect_same_checkpoint(const std::string& a, const std::string& b) {
 
 } // namespace
 
-TEST(Train, LearnsLogsAndTells) {
+TEST(Train, LearnsLogsAndReports) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     Finished f = train_gpt(small_model + "-n lns -x 20 -l 0.01 -v 10 -s 10 -o " + dir / "run");
@@ -63,7 +63,7 @@ TEST(Train, LearnsLogsAndTells) {
     EXPECT_EQ(log[1]["lr"], 0.01);
     EXPECT_NEAR(log[19]["lr"], 0.001, 1e-12);
 
-    // eval measures what training measured
+    // eval gives the loss from training
     f = train_gpt("eval " + dir / "run --threads 1");
     double loss = 0, perplexity = 0;
     long long tokens = 0;
@@ -75,7 +75,7 @@ TEST(Train, LearnsLogsAndTells) {
     EXPECT_NEAR(perplexity, std::exp(loss), 0.01);
     EXPECT_EQ(tokens, 64);
 
-    // sample repeats itself, begins with the prompt, and is as long as asked for
+    // sample is reproducible, begins with the prompt, and has the requested length
     const std::string sample = "sample " + dir / "run --prompt 'It was' -g 30 --ignore-eot";
     f = train_gpt(sample);
     EXPECT_EQ(f.status, 0);
@@ -86,7 +86,7 @@ TEST(Train, LearnsLogsAndTells) {
     EXPECT_GT(f.output.size(), 6 + 20u);
 }
 
-TEST(Train, AResumedRunIsTheSameToTheBit) {
+TEST(Train, AResumedRunHasTheSameBits) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     write_shard(dir / "t_train_000000.bin", 900); // 56 sequences: 30 steps of 4 see them twice
@@ -116,7 +116,7 @@ TEST(Train, AResumedRunIsTheSameToTheBit) {
     EXPECT_EQ(log_of(dir / "resumed").size(), 32u);
 }
 
-TEST(Train, ResumeKeepsAVocabularyLargerThanTheDatas) {
+TEST(Train, ResumeKeepsAVocabularyLargerThanTheData) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     ASSERT_RUNS(small_model + "--vocab 300 -x 0 -o " + dir / "first");
@@ -126,7 +126,7 @@ TEST(Train, ResumeKeepsAVocabularyLargerThanTheDatas) {
     EXPECT_EQ(checkpoint_config(dir / "run").vocab_size, 300);
 }
 
-TEST(Train, ResumeWhereNothingIsYetBegins) {
+TEST(Train, ResumeOfNothingStartsARun) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     Finished f = train_gpt(small_model + "-x 2 -y -o " + dir / "run");
@@ -134,7 +134,7 @@ TEST(Train, ResumeWhereNothingIsYetBegins) {
     EXPECT_TRUE(says(f.output, {"no checkpoint", "from the beginning", "step 2/2"}));
 }
 
-TEST(Train, ARunKilledBeforeItsFirstCheckpointBeginsAgainAsItWas) {
+TEST(Train, ARunKilledBeforeItsFirstCheckpointStartsOver) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     const std::string out = dir / "run";
@@ -146,7 +146,7 @@ TEST(Train, ARunKilledBeforeItsFirstCheckpointBeginsAgainAsItWas) {
     EXPECT_TRUE(says(f.output, {"2 layers, width 16", "post", "no checkpoint", "step 2/2"}));
     EXPECT_EQ(log_of(out).size(), 2u);
 
-    // What is left of a broken checkpoint is no reason to begin again.
+    // The remains of a broken checkpoint are no reason to start over.
     fs::remove(out + "/step-000002/config.json");
     EXPECT_TRUE(fails_with("-y -o " + out, {"step-000002", "config.json"}));
     EXPECT_EQ(log_of(out).size(), 2u);
@@ -182,8 +182,8 @@ TEST(Train, TheBitsDoNotDependOnTheThreads) {
     }
 }
 
-// bf16 with master weights follows float32; without them, small updates are lost.
-TEST(Train, LearnsInBf16AsInFloat32) {
+// bf16 with master weights tracks float32; without them, small updates are lost.
+TEST(Train, LearnsInBf16LikeInFloat32) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     auto loss = [&](const std::string& name, const std::string& numbers) {
@@ -236,7 +236,7 @@ TEST(Train, RanksAddUp) {
             EXPECT_NEAR(one[i]["val_loss"], two[i]["val_loss"], 1e-4);
         }
     }
-    // An error is told once, and ends both.
+    // An error is reported once, and ends both.
     f = run(mpirun + "-n pree");
     EXPECT_EQ(f.status, 1);
     EXPECT_EQ(f.output.find("'pree'"), f.output.rfind("'pree'")) << f.output;
@@ -266,14 +266,14 @@ TEST(Train, ASignalSavesAndSaysHowToGoOn) {
 TEST(Train, AFullDiskWhileTrainingLosesNothing) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
-    // A limit on the size of a file stands for the full disk: a checkpoint's files are larger.
+    // A file size limit stands in for a full disk: a checkpoint's files exceed it.
     auto limited = [&](const std::string& arguments) {
         return run("ulimit -f 32; ./train_gpt " + arguments + " -o " + dir / "run");
     };
     ASSERT_RUNS(small_model + "-x 4 -o " + dir / "run");
     const std::string before = read_bytes(dir / "run/step-000004/model.safetensors");
     Finished f = limited("-y -x 8 --save-every 2 --keep 1");
-    EXPECT_EQ(f.status, 1) << f.output; // the last one must be saved
+    EXPECT_EQ(f.status, 1) << f.output; // the final checkpoint must be saved
     EXPECT_TRUE(says(f.output, {"WARNING: no checkpoint at step 6", "training goes on",
                                 "saved is " + dir / "run/step-000004", "train_gpt: cannot write"}));
     EXPECT_EQ(read_bytes(dir / "run/step-000004/model.safetensors"), before);
@@ -291,10 +291,10 @@ TEST(Train, KeepsTheNewestCheckpoints) {
     EXPECT_TRUE(fs::exists(dir / "run/step-000009"));
 }
 
-TEST(Train, WhatIsNotFiniteStopsTheRun) {
+TEST(Train, NonFiniteValuesStopTheRun) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
-    // Every weight moves by 1e30 in the fourth step; a checkpoint stands at the second.
+    // Every weight moves by 1e30 in the fourth step; there is a checkpoint of the second.
     ASSERT_RUNS(small_model + "-n pre -x 3 --save-every 2 -o " + dir / "run");
     Finished f =
         train_gpt("-y -x 9 --save-every 1 --lr-schedule constant -u 0 -l 1e30 -o " + dir / "run");
@@ -329,7 +329,7 @@ TEST(Train, DryRunWritesNothing) {
                      {"20000 steps of 131072 tokens", "32 micro-batches", "bf16", "no clipping"}));
 }
 
-TEST(Train, DumpStateHoldsAPass) {
+TEST(Train, DumpStateWritesAPass) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
     const std::string file = dir / "state.safetensors";
@@ -345,7 +345,7 @@ TEST(Train, DumpStateHoldsAPass) {
     std::vector<float> values(2 * 16 * 257);
     state.read_f32(logits, values.data());
 
-    // the loss is the mean over the targets of what the logits say
+    // the loss is the mean over the targets, computed from the logits
     const int* targets = static_cast<const int*>(state.at("targets").data);
     double sum = 0;
     for (int i = 0; i < 32; i++) {
@@ -364,7 +364,7 @@ TEST(Train, DumpStateHoldsAPass) {
         EXPECT_EQ(state.at("grad." + p.name).shape, p.file_shape());
     }
 
-    // a run's first step sees the same
+    // a run's first step has the same loss
     ASSERT_RUNS(small_model + "--arch gpt2 -n lns -x 1 -o " + dir / "first");
     double squares = 0;
     for (const Param& p : registry.params) {
@@ -387,7 +387,7 @@ TEST(Train, DumpStateHoldsAPass) {
 TEST(Train, PaddingIsNotLearned) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
-    // The same documents, the padding behind their ends once end-of-text and once other tokens.
+    // The same documents, padded with end-of-text and with other tokens.
     for (int k = 0; k < 2; k++) {
         std::vector<int> tokens;
         for (int w = 0; w < 40; w++) {
@@ -408,7 +408,7 @@ TEST(Train, PaddingIsNotLearned) {
                                dir / cat("t", k, "_train_*.bin") + "' -o " + dir / cat("run", k));
         ASSERT_EQ(f.status, 0) << f.output;
         logs[k] = without_times(log_of(dir / cat("run", k)));
-        for (json& line : logs[k]) line.erase("residual_variance"); // padded positions have one too
+        for (json& line : logs[k]) line.erase("residual_variance"); // includes padded positions
     }
     EXPECT_EQ(logs[0], logs[1]);
 

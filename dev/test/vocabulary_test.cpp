@@ -1,5 +1,5 @@
-// The program data/vocabulary, run as a user runs it, on texts that its trainer cannot take as they
-// are.
+// The program data/vocabulary, run as a user runs it, on texts that the trainer does not accept
+// unchanged.
 #include "dev/test/data_helpers.h"
 #include "gpt/data/tokenizer.h"
 
@@ -12,7 +12,7 @@ namespace fs = std::filesystem;
 #ifdef LNS_SENTENCEPIECE
 namespace {
 
-// LNS_VOCABULARY or the one that make builds. The sanitizers' build makes the tests alone.
+// LNS_VOCABULARY, or the one that make builds. Sanitizer builds have only the tests.
 struct VocabularyProgram : testing::Test {
     TemporaryDirectory dir;
     std::string program =
@@ -29,7 +29,7 @@ struct VocabularyProgram : testing::Test {
         return run("cd '" + dir.path + "' && '" + fs::absolute(program).string() + "' " +
                    arguments + " -o v.model text.txt");
     }
-    // That it learns from the text, says so, and that the model has that piece.
+    // Expects it to learn from the text and report that, and the model to have the piece.
     testing::AssertionResult learns(const std::string& text, const std::vector<std::string>& parts,
                                     const std::string& piece = "he") {
         fs::remove(dir / "v.model");
@@ -54,7 +54,7 @@ struct VocabularyProgram : testing::Test {
 
 } // namespace
 
-TEST_F(VocabularyProgram, LongWordsAndLinesAreLearnedInParts) {
+TEST_F(VocabularyProgram, LongWordsAndLinesAreSplit) {
     for (int n : {60'000, 70'000, 200'000}) {
         std::string word;
         for (int i = 0; i < n; i++) word += char('a' + i % 8);
@@ -65,24 +65,24 @@ TEST_F(VocabularyProgram, LongWordsAndLinesAreLearnedInParts) {
     std::string line;
     while (line.size() < 1'400'000) line += "alphabeta ";
     EXPECT_TRUE(learns(line + "\n" + plain, {"1.4 MB in 301 lines", "1 line of more"}, "alpha"));
-    // Words of more than one byte a character, and one without a single ASCII byte.
+    // Words of several bytes per character, and one without any ASCII byte.
     std::string wide;
     for (int i = 0; i < 50'000; i++) wide += i % 2 ? "\u4e2d" : "\u6587";
     EXPECT_TRUE(learns(wide + "\n" + plain, {"1 word of more"}, "\u4e2d\u6587"));
-    // What is at the limit is whole.
+    // A word at the limit is not split.
     const Finished f = learn(std::string(1000, 'x') + "\n" + plain);
     EXPECT_EQ(f.output.find("in parts"), std::string::npos) << f.output;
     EXPECT_TRUE(learns(std::string(1001, 'x') + "\n" + plain, {"1 word of more"}));
 }
 
-TEST_F(VocabularyProgram, WhatTheTrainerCannotTakeIsASpace) {
+TEST_F(VocabularyProgram, UnacceptableBytesBecomeSpaces) {
     EXPECT_TRUE(learns(plain + std::string("a\0b\n", 4), {"1 byte taken for spaces"}));
     EXPECT_TRUE(learns(plain + "a\xff\xfe b\xc3\n", {"3 bytes taken for spaces"}));
     EXPECT_TRUE(learns(plain + "a\u2585b\n", {"3 bytes taken for spaces"}));
     EXPECT_TRUE(learns(plain + "a\u2581b \u2047\tc\r\n\ufeff", {"320 pieces"}));
 }
 
-TEST_F(VocabularyProgram, WhatIsNoTextIsNamed) {
+TEST_F(VocabularyProgram, FilesThatAreNotTextAreNamed) {
     std::string wide = "\xff\xfe";
     for (char c : plain) wide += {c, '\0'};
     EXPECT_TRUE(refuses(wide, {"text.txt is text in UTF-16LE", "iconv"}));
@@ -100,8 +100,8 @@ TEST_F(VocabularyProgram, WhatIsNoTextIsNamed) {
     EXPECT_EQ(f.output.find('\x1b'), std::string::npos);
 }
 
-TEST_F(VocabularyProgram, ItsOutputGoesThroughNoLink) {
-    // A temporary name that can be guessed was once opened through whatever stood there.
+TEST_F(VocabularyProgram, ItsOutputFollowsNoPredictableLink) {
+    // A predictable temporary name must not be opened through a link.
     write_bytes(dir / "precious", "precious");
     fs::create_symlink("precious", dir / "v.model.tmp");
     EXPECT_EQ(learn(plain).status, 0);

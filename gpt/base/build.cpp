@@ -36,7 +36,7 @@ const std::vector<int>& usable_cores() {
     return cores;
 }
 
-// Not getrusage's: on Linux its peak begins at the size of the program that started this one.
+// getrusage's peak starts at the parent's size on Linux, so read /proc.
 Resident resident_bytes() {
     Resident bytes;
     std::ifstream status("/proc/self/status");

@@ -1,4 +1,4 @@
-// What this program was built from and on what it runs, for the banner and the run's record.
+// The build and the machine, for the banner and the run record.
 #pragma once
 
 #include <cstdint>
@@ -17,17 +17,17 @@ struct BuildInfo {
 
 const BuildInfo& build_info();
 
-// Numbers of the cores that this process might use when it first asked; later it pins its threads.
+// The cores this process may use, read at the first call: pinning threads changes the mask later.
 const std::vector<int>& usable_cores();
 
-// Bytes of memory that this process holds, and has held at most; 0 where the system does not say.
+// This process's resident memory in bytes, now and at its peak; 0 if unknown.
 struct Resident {
     int64_t now = 0, peak = 0;
 };
 Resident resident_bytes();
 
-// "Intel(R) Xeon(R) Processor, 2 cores: AVX2 FMA AVX-512 AVX512-BF16 AMX-BF16": the cores are
-// those this process may use, the features those that matter to matrix products.
+// "Intel(R) Xeon(R) Processor, 2 cores: AVX2 FMA AVX-512 AVX512-BF16 AMX-BF16": the usable cores,
+// and the features that matter to matrix products.
 std::string cpu_features();
 
 } // namespace lns

@@ -20,14 +20,14 @@ std::string cache_directory() {
         const char* value = std::getenv(name);
         return std::string(value ? value : "");
     };
-    if (const std::string ours = variable("LNS_CACHE"); !ours.empty())
-        return ours == "none" ? "" : ours;
+    if (const std::string directory = variable("LNS_CACHE"); !directory.empty())
+        return directory == "none" ? "" : directory;
     if (const std::string xdg = variable("XDG_CACHE_HOME"); !xdg.empty()) return xdg + "/lns.cpp";
     if (const std::string home = variable("HOME"); !home.empty()) return home + "/.cache/lns.cpp";
     return "";
 }
 
-// "CHECKSUM\tKEY\tVALUE", without the end of the line.
+// "CHECKSUM\tKEY\tVALUE", without a newline.
 std::string line_of(const std::string& key, const std::string& value) {
     const std::string text = key + "\t" + value;
     char checksum[17];
@@ -37,10 +37,10 @@ std::string line_of(const std::string& key, const std::string& value) {
 
 } // namespace
 
-Cache::Cache(const std::string& name) {
+Cache::Cache(const std::string& file_name) {
     const std::string directory = cache_directory();
     if (directory.empty()) return;
-    path_ = directory + "/" + name;
+    path_ = directory + "/" + file_name;
     read();
 }
 
@@ -55,8 +55,8 @@ void Cache::read() {
     for (std::string line; std::getline(lines, line);) {
         const size_t key = line.find('\t') + 1, value = line.find('\t', key) + 1;
         if (key == 0 || value == 0) continue;
-        const std::string name = line.substr(key, value - 1 - key), what = line.substr(value);
-        if (line_of(name, what) == line) entries_[name] = what;
+        const std::string k = line.substr(key, value - 1 - key), v = line.substr(value);
+        if (line_of(k, v) == line) entries_[k] = v;
     }
 }
 
@@ -73,13 +73,13 @@ std::optional<std::string> Cache::settle(const std::string& key, const std::stri
             open((path_ + ".lock").c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666));
         if (!lock || flock(lock.fd, LOCK_EX) != 0) return std::nullopt;
         read();
-        const auto [entry, ours] = entries_.emplace(key, value);
-        if (!ours) return entry->second;
+        const auto [entry, inserted] = entries_.emplace(key, value);
+        if (!inserted) return entry->second;
         std::string text;
         for (const auto& [k, v] : entries_) text += line_of(k, v) + "\n";
         write_file_atomic(path_, text);
         return value;
-    } catch (const std::exception&) { // Error, or what std::filesystem throws
+    } catch (const std::exception&) { // Error or filesystem_error
         return std::nullopt;
     }
 }

@@ -1,7 +1,6 @@
-// What is costly to find out and holds until the machine changes, remembered from one run to the
-// next: keys and values, each one line of text, in a file of $LNS_CACHE, else of
-// $XDG_CACHE_HOME/lns.cpp, else of ~/.cache/lns.cpp. With LNS_CACHE=none nothing is remembered.
-// A file that cannot be read or written, or lines in it that are not ours, are as if not there.
+// A persistent cache of facts about the machine that are expensive to measure. Keys and values are
+// single lines of text, in a file in $LNS_CACHE, else $XDG_CACHE_HOME/lns.cpp, else
+// ~/.cache/lns.cpp. LNS_CACHE=none disables it. Inaccessible files and invalid lines are ignored.
 #pragma once
 
 #include <map>
@@ -12,15 +11,15 @@ namespace lns {
 
 class Cache {
   public:
-    explicit Cache(const std::string& name); // of the file
+    explicit Cache(const std::string& file_name);
 
-    const std::string* find(const std::string& key) const; // null if there is none
+    const std::string* find(const std::string& key) const; // null if absent
 
-    // The value that is remembered from now on: this one, or one that another process wrote
-    // meanwhile, so that all processes go on with the same. None if nothing can be remembered.
+    // Stores the value unless another process has stored one, and returns the stored one, so that
+    // all processes use the same. nullopt if the file cannot be written.
     std::optional<std::string> settle(const std::string& key, const std::string& value);
 
-    const std::string& path() const { return path_; } // "" if nothing shall be remembered
+    const std::string& path() const { return path_; } // "" if disabled
 
   private:
     std::string path_;

@@ -23,13 +23,13 @@ void Checksum::add(const void* data, size_t bytes) {
     const char* next = static_cast<const char*>(data);
     auto fill = [&](size_t n) {
         XXH3_64bits_update(&partial->state, next, n);
-        in_partial += n, next += n, bytes -= n;
-        if (in_partial < checksum_chunk) return;
+        partial_bytes += n, next += n, bytes -= n;
+        if (partial_bytes < checksum_chunk) return;
         chunks.push_back(XXH3_64bits_digest(&partial->state));
         XXH3_64bits_reset(&partial->state);
-        in_partial = 0;
+        partial_bytes = 0;
     };
-    if (in_partial > 0) fill(std::min(bytes, checksum_chunk - in_partial));
+    if (partial_bytes > 0) fill(std::min(bytes, checksum_chunk - partial_bytes));
     const int64_t whole = int64_t(bytes / checksum_chunk), before = int64_t(chunks.size());
     chunks.resize(size_t(before + whole));
 #pragma omp parallel for if (whole > 7)
@@ -42,7 +42,7 @@ void Checksum::add(const void* data, size_t bytes) {
 
 uint64_t Checksum::value() {
     std::vector<uint64_t> all = chunks;
-    if (in_partial > 0) all.push_back(XXH3_64bits_digest(&partial->state));
+    if (partial_bytes > 0) all.push_back(XXH3_64bits_digest(&partial->state));
     return checksum_of(all);
 }
 

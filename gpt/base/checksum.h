@@ -1,7 +1,6 @@
-// Checksums of what this program writes, compared when it is read: they find damage, not malice.
+// Checksums of the files this program writes. They detect damage, not tampering.
 // A checksum is the XXH3 (64 bits, https://github.com/Cyan4973/xxHash) of the little-endian XXH3s
-// of each 256 KiB of the data, so that all cores can share the work and a part is checked while it
-// is in the cache.
+// of the data's 256 KiB chunks, so that cores share the work and a chunk is hashed while cached.
 #pragma once
 
 #include <cstddef>
@@ -18,13 +17,13 @@ constexpr size_t checksum_chunk = size_t(256) << 10;
 uint64_t checksum(const void* data, size_t bytes);
 inline uint64_t checksum(std::string_view text) { return checksum(text.data(), text.size()); }
 
-// The same by parts: chunk_checksum of each chunk, then of all of them.
+// Its two steps: the checksum of a chunk, and that of all chunks' checksums.
 uint64_t chunk_checksum(const void* chunk, size_t bytes);
 inline uint64_t checksum_of(const std::vector<uint64_t>& chunks) {
     return chunk_checksum(chunks.data(), chunks.size() * sizeof(uint64_t));
 }
 
-// The same of data that comes piece by piece.
+// A streaming checksum.
 class Checksum {
   public:
     Checksum();
@@ -34,8 +33,8 @@ class Checksum {
 
   private:
     struct Partial;
-    std::unique_ptr<Partial> partial; // the chunk that is not full yet
-    size_t in_partial = 0;            // bytes
+    std::unique_ptr<Partial> partial; // the incomplete last chunk
+    size_t partial_bytes = 0;
     std::vector<uint64_t> chunks;
 };
 

@@ -1,4 +1,4 @@
-// Errors are sentences: what was found, what was expected, where, and what to do.
+// Errors are sentences for the user: what was found, what was expected, where, and what to do.
 #pragma once
 
 #include <sstream>
@@ -7,12 +7,12 @@
 
 namespace lns {
 
-// Anything that input, files or the machine can cause. main prints what() and exits 1.
+// An error caused by input, files or the machine. main prints what() and exits with 1.
 struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// The parts, written one after the other.
+// The parts, concatenated.
 template <class... Parts> std::string cat(const Parts&... parts) {
     std::ostringstream out;
     (out << ... << parts);

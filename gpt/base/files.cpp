@@ -48,15 +48,15 @@ void sync_path(const std::string& path, int flags) {
     sync(file.fd, path);
 }
 
-// What a chain of links ends in, which need not exist; "" of a process's own descriptors, such as
+// The target of a chain of links, which need not exist; "" for a process's own descriptors, such as
 // /dev/stdout.
 std::string link_target(const std::string& path) {
     fs::path at = path;
     std::error_code error;
     for (int links = 0; fs::is_symlink(fs::symlink_status(at, error)); links++) {
         if (at.string().rfind("/proc/", 0) == 0) return "";
-        if (links == 40) fail("cannot write ", path, ": its links go round in a circle");
-        at = at.parent_path() / fs::read_symlink(at, error); // an absolute one stands alone
+        if (links == 40) fail("cannot write ", path, ": its links form a circle");
+        at = at.parent_path() / fs::read_symlink(at, error); // an absolute one replaces it
         if (error) fail("cannot read the link ", at.string(), ": ", error.message());
     }
     return at.string();
@@ -77,7 +77,7 @@ fs::file_status status_of(const fs::path& path) {
     std::error_code error;
     const fs::file_status status = fs::status(path, error);
     if (status.type() == fs::file_type::none)
-        fail("cannot look at ", path.string(), ": ", error.message());
+        fail("cannot access ", path.string(), ": ", error.message());
     return status;
 }
 bool path_exists(const fs::path& path) { return fs::exists(status_of(path)); }
@@ -144,8 +144,8 @@ Fd create_file(const std::string& path) {
 void check_regular_or_absent(const std::string& path) {
     struct stat status;
     if (lstat(path.c_str(), &status) != 0 || S_ISREG(status.st_mode)) return;
-    fail(path, S_ISLNK(status.st_mode) ? " is a symbolic link" : " is no regular file",
-         ", and it would be written: remove it, or choose another place.");
+    fail(path, S_ISLNK(status.st_mode) ? " is a symbolic link" : " is not a regular file",
+         ", and is not replaced: remove it, or choose another name.");
 }
 
 AtomicFile::AtomicFile(const std::string& path) : path_(path) {
@@ -182,14 +182,14 @@ void AtomicFile::write(const void* data, size_t size) {
 
 bool AtomicFile::can_overwrite() const { return lseek(file_.fd, 0, SEEK_CUR) >= 0; }
 
-void AtomicFile::overwrite(uint64_t at, const void* data, size_t size) {
+void AtomicFile::overwrite(uint64_t offset, const void* data, size_t size) {
     flush();
     const char* next = static_cast<const char*>(data);
     while (size > 0) {
-        ssize_t n = pwrite(file_.fd, next, size, off_t(at));
+        ssize_t n = pwrite(file_.fd, next, size, off_t(offset));
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) fail("cannot write ", path_, ": ", reason(errno));
-        next += n, at += uint64_t(n), size -= size_t(n);
+        next += n, offset += uint64_t(n), size -= size_t(n);
     }
 }
 
@@ -216,7 +216,7 @@ AtomicDirectory::AtomicDirectory(const std::string& path)
     if (fs::exists(status) && !fs::is_directory(status))
         fail("cannot make the directory ", path_, ": it is ",
              fs::is_symlink(status) ? "a symbolic link" : "a file",
-             " already; name another, or the directory itself");
+             "; choose another name, or the directory itself");
     fs::remove_all(temporary_, error);
     if (mkdir(temporary_.c_str(), 0777) != 0)
         fail("cannot make the directory ", path_, ": ", reason(errno));
@@ -237,14 +237,14 @@ void AtomicDirectory::commit() {
     if (path_exists(path_)) {
         const char *from = temporary_.c_str(), *to = path_.c_str();
         if (renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) != 0) {
-            // A file system that cannot exchange: for a moment neither stands under the name.
+            // The file system cannot exchange: for a moment the name does not exist.
             std::string old = temporary_ + ".old";
             rename_checked(path_, old);
             rename_checked(temporary_, path_);
             temporary_ = old;
         }
         sync_path(parent_of(path_), O_DIRECTORY);
-        std::error_code error; // the new one stands: what is left of the old does no harm
+        std::error_code error; // remains of the old directory are harmless
         fs::remove_all(temporary_, error);
     } else {
         rename_checked(temporary_, path_);
@@ -272,8 +272,8 @@ void remove_stale_temporaries(const std::string& dir, bool all) {
         if (std::sscanf(name.c_str() + mark, ".tmp-%9d%n", &pid, &used) != 1 || pid <= 0) continue;
         std::string rest = name.substr(mark + used);
         if (!rest.empty() && rest != ".old") continue;
-        bool lives = pid != getpid() && (kill(pid, 0) == 0 || errno == EPERM);
-        if (lives && !all) continue;
+        bool alive = pid != getpid() && (kill(pid, 0) == 0 || errno == EPERM);
+        if (alive && !all) continue;
         fs::path target = entry.path().parent_path() / name.substr(1, mark - 1);
         if (rest == ".old" && !path_exists(target)) { // killed between the two renames
             fs::rename(entry.path(), target, error);
@@ -287,7 +287,7 @@ void check_writable(const std::string& dir, uint64_t bytes_needed) {
     struct stat status;
     if (stat(dir.c_str(), &status) != 0) fail("cannot write to ", dir, ": ", reason(errno));
     if (!S_ISDIR(status.st_mode))
-        fail(dir, " is a file, and a directory is needed here: choose another name.");
+        fail(dir, " is a file, expected a directory: choose another name.");
     std::string probe = temporary_name((fs::path(dir) / "write-check").string());
     {
         Fd file = create_file(probe);
@@ -295,7 +295,7 @@ void check_writable(const std::string& dir, uint64_t bytes_needed) {
     }
     unlink(probe.c_str());
     struct statvfs space;
-    if (statvfs(dir.c_str(), &space) != 0) return; // the file system does not say
+    if (statvfs(dir.c_str(), &space) != 0) return; // unknown
     uint64_t available = uint64_t(space.f_bavail) * space.f_frsize;
     if (available < bytes_needed)
         fail(dir, " has ", format_bytes(double(available)), " free and ",

@@ -1,7 +1,7 @@
-// Files as a trainer needs them: read whole, written whole or not at all. Nothing is lost silently:
-// every write, sync and close is checked, and a full disk is an Error that names the file.
-// What is being written lies beside its target as .NAME.tmp-PID until it is synced and renamed.
-// That name is never opened through a link.
+// Files that are read whole, and written whole or not at all. Nothing is lost silently: every
+// write, sync and close is checked, and a full disk is an Error that names the file.
+// A file is written as .NAME.tmp-PID beside its target, synced and renamed. Temporary files are
+// never opened through a link.
 #pragma once
 
 #include <cstdint>
@@ -27,35 +27,36 @@ struct Fd {
     explicit operator bool() const { return fd >= 0; }
 };
 
-// What stands under a path, links followed. Unlike std::filesystem's they throw an Error where the
-// system does not say: a name too long, a directory that may not be entered.
+// Like std::filesystem's, but they throw an Error if the system cannot tell: the name is too long,
+// a directory may not be entered.
 bool path_exists(const std::filesystem::path& path);
 bool is_directory_at(const std::filesystem::path& path);
 bool is_regular_file_at(const std::filesystem::path& path);
 std::vector<std::filesystem::directory_entry>
 directory_entries(const std::filesystem::path& directory);
 
-// How the files begin that Git LFS leaves in the place of those that it did not fetch.
-constexpr std::string_view lfs_pointer = "version https://git-lfs";
+// Whether the text is a Git LFS pointer, which stands for a large file that was not fetched.
+inline bool is_lfs_pointer(std::string_view text) {
+    return text.starts_with("version https://git-lfs");
+}
 
-// The whole file.
+// Reads the whole file.
 std::string read_file(const std::string& path);
 
-// Writes all of data or throws; path only names the file in the message.
+// Writes all of data or throws; path is for the message only.
 void write_all(int fd, const void* data, size_t size, const std::string& path);
 
-// A new file, open for writing. Anything that stands under the name is removed first, a link too.
+// Creates a file for writing. An existing file or link of that name is removed first.
 Fd create_file(const std::string& path);
 
-// Throws if anything but a regular file stands under the name: a link, a FIFO, a device.
+// Throws if the path exists but is not a regular file (a link, a FIFO, a device).
 void check_regular_or_absent(const std::string& path);
 
-// The file appears under its name with all of text, or is left as it was. A link's target is
-// written, not the link. FIFOs and devices that take characters are written to as they are; block
-// devices and sockets are refused.
+// Replaces the file's content, or leaves it unchanged on failure. Links are followed. FIFOs and
+// character devices are written to directly; block devices and sockets are refused.
 void write_file_atomic(const std::string& path, std::string_view text);
 
-// The same for a file written piece by piece: without commit() nothing changes.
+// The same in several writes. Without commit() nothing changes.
 class AtomicFile {
   public:
     explicit AtomicFile(const std::string& path);
@@ -64,24 +65,22 @@ class AtomicFile {
     AtomicFile& operator=(const AtomicFile&) = delete;
 
     void write(const void* data, size_t size); // buffered
-    // Writes over what was written before, at an offset from the beginning.
-    bool can_overwrite() const; // false of a pipe
-    void overwrite(uint64_t at, const void* data, size_t size);
+    bool can_overwrite() const;                // false for a pipe
+    void overwrite(uint64_t offset, const void* data, size_t size);
     void commit(); // syncs, renames, syncs the directory
 
   private:
-    std::string path_, temporary_, buffer_; // temporary_ is empty of what is written to directly
+    std::string path_, temporary_, buffer_; // temporary_ is empty if path_ is written directly
     Fd file_;
     void flush();
 };
 
-// A directory written under temporary(), which commit() syncs and renames to path. A directory
-// that already stands there is exchanged in the same instant and then removed; links and files are
-// refused.
+// A directory written as temporary(), which commit() syncs and renames to path. An existing
+// directory is exchanged atomically and then removed; links and files are refused.
 class AtomicDirectory {
   public:
     explicit AtomicDirectory(const std::string& path);
-    ~AtomicDirectory(); // removes what was not committed
+    ~AtomicDirectory(); // without commit() the temporary directory is removed
     AtomicDirectory(const AtomicDirectory&) = delete;
     AtomicDirectory& operator=(const AtomicDirectory&) = delete;
 
@@ -95,15 +94,15 @@ class AtomicDirectory {
 // .NAME.tmp-PID beside path.
 std::string temporary_name(const std::string& path);
 
-// Removes a file or a directory so that no half of it is ever seen under its name.
+// Removes a file or a directory, which is never partly visible under its name.
 void remove_atomic(const std::string& path);
 
-// Removes the temporaries in dir that killed processes left: those whose process no longer lives
-// or has our own PID, which a container gives out again; all = true, for who holds a lock on dir,
-// removes every one. Call it before writing anything.
+// Removes temporaries that killed processes left in dir: those whose process is dead or has our own
+// PID, since containers reuse PIDs; with all = true (if the caller holds a lock on dir) every one.
+// Call it before writing anything.
 void remove_stale_temporaries(const std::string& dir, bool all = false);
 
-// Throws unless dir is a directory in which bytes_needed can be written.
+// Throws unless dir is a writable directory with bytes_needed free.
 void check_writable(const std::string& dir, uint64_t bytes_needed = 0);
 
 } // namespace lns

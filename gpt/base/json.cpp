@@ -10,29 +10,28 @@
 namespace lns {
 namespace {
 
-constexpr size_t longest_quote = 80;
+constexpr size_t max_quote = 80;
 
-std::string shortened(const std::string& text, size_t most) {
-    if (text.size() <= most) return printable(text);
-    size_t end = most; // not inside a UTF-8 character
+std::string shortened(const std::string& text, size_t max) {
+    if (text.size() <= max) return printable(text);
+    size_t end = max; // not inside a UTF-8 character
     while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) end--;
     return printable(text.substr(0, end)) + "…";
 }
 
 template <class Json>
-Json parse(std::string_view text, const std::string& where, size_t most_bytes) {
-    if (text.size() > most_bytes)
-        fail(where, " has ", text.size(), " bytes; JSON of at most ", most_bytes, " is read here");
-    if (text.starts_with(lfs_pointer))
+Json parse(std::string_view text, const std::string& where, size_t max_bytes) {
+    if (text.size() > max_bytes)
+        fail(where, " has ", text.size(), " bytes, expected JSON of at most ", max_bytes);
+    if (is_lfs_pointer(text))
         fail(where, " is a Git LFS pointer, not the file itself: fetch it with git lfs pull");
-    if (text.find('\0') != text.npos) // where the parser would stop
+    if (text.find('\0') != text.npos) // the parser would stop there
         fail(where, " is not valid JSON: it has a zero byte at ", text.find('\0'));
     std::vector<std::set<std::string>> keys; // of the open objects
     auto check = [&](int depth, typename Json::parse_event_t event, Json& value) {
         using Event = typename Json::parse_event_t;
         if ((event == Event::object_start || event == Event::array_start) && depth >= json_depth)
-            fail(where, " nests more than ", json_depth,
-                 " arrays and objects in each other: it is damaged");
+            fail(where, " nests more than ", json_depth, " arrays and objects: it is damaged");
         if (event == Event::object_start) keys.emplace_back();
         if (event == Event::object_end) keys.pop_back();
         if (event == Event::key && !keys.back().insert(value.template get<std::string>()).second)
@@ -46,10 +45,9 @@ Json parse(std::string_view text, const std::string& where, size_t most_bytes) {
     }
 }
 
-// Writes value into out until it is long enough; the depth of what is built in memory is bounded
-// by whoever built it, that of the sentence by its length.
+// Appends value to out until it is long enough. Parsed values are at most json_depth deep.
 void quote(const nlohmann::json& value, std::string& out) {
-    if (out.size() > longest_quote) return;
+    if (out.size() > max_quote) return;
     if (!value.is_structured()) {
         out += value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
         return;
@@ -57,7 +55,7 @@ void quote(const nlohmann::json& value, std::string& out) {
     out += value.is_object() ? '{' : '[';
     bool first = true;
     for (auto item = value.begin(); item != value.end(); ++item) {
-        if (out.size() > longest_quote) break;
+        if (out.size() > max_quote) break;
         if (!std::exchange(first, false)) out += ',';
         if (value.is_object()) quote(nlohmann::json(item.key()), out), out += ':';
         quote(*item, out);
@@ -67,19 +65,19 @@ void quote(const nlohmann::json& value, std::string& out) {
 
 } // namespace
 
-nlohmann::json parse_json(std::string_view text, const std::string& where, size_t most_bytes) {
-    return parse<nlohmann::json>(text, where, most_bytes);
+nlohmann::json parse_json(std::string_view text, const std::string& where, size_t max_bytes) {
+    return parse<nlohmann::json>(text, where, max_bytes);
 }
 
 nlohmann::ordered_json parse_ordered_json(std::string_view text, const std::string& where,
-                                          size_t most_bytes) {
-    return parse<nlohmann::ordered_json>(text, where, most_bytes);
+                                          size_t max_bytes) {
+    return parse<nlohmann::ordered_json>(text, where, max_bytes);
 }
 
 std::string quoted(const nlohmann::json& value) {
     std::string text;
     quote(value, text);
-    return shortened(text, longest_quote);
+    return shortened(text, max_quote);
 }
 
 } // namespace lns

@@ -15,8 +15,8 @@
 
 namespace lns {
 
-// Guards form a list that only grows, so that the handler needs no lock; those of closed files
-// (begin 0) are used again.
+// Guards form a list that only grows, so that the handler needs no lock. Those of closed files
+// (begin 0) are reused.
 struct MappedFile::Guard {
     std::atomic<uintptr_t> begin = 0, end = 0;
     std::atomic<bool> broken = false;
@@ -26,8 +26,8 @@ struct MappedFile::Guard {
 namespace {
 
 std::atomic<MappedFile::Guard*> guards = nullptr;
-std::mutex guards_mutex; // of who opens and closes files
-struct sigaction earlier_action;
+std::mutex guards_mutex; // held to open or close a file, not in the handler
+struct sigaction previous_action;
 
 void on_bus_error(int, siginfo_t* info, void*) {
     const int error = errno;
@@ -43,17 +43,17 @@ void on_bus_error(int, siginfo_t* info, void*) {
         errno = error;
         return;
     }
-    sigaction(SIGBUS, &earlier_action, nullptr);
+    sigaction(SIGBUS, &previous_action, nullptr);
     raise(SIGBUS);
 }
 
-MappedFile::Guard* guard_of(void* map, size_t size) {
+MappedFile::Guard* acquire_guard(void* map, size_t size) {
     std::lock_guard lock(guards_mutex);
     static const bool installed = [] {
         struct sigaction action = {};
         action.sa_sigaction = on_bus_error;
         action.sa_flags = SA_SIGINFO;
-        return sigaction(SIGBUS, &action, &earlier_action) == 0;
+        return sigaction(SIGBUS, &action, &previous_action) == 0;
     }();
     (void)installed;
     MappedFile::Guard* guard = guards;
@@ -81,7 +81,7 @@ MappedFile::MappedFile(int fd, const std::string& path) : path_(path) {
     size_ = size_t(status.st_size);
     device_ = status.st_dev;
     inode_ = status.st_ino;
-    guard_ = guard_of(map_, size_);
+    guard_ = acquire_guard(map_, size_);
 }
 
 MappedFile::~MappedFile() {
@@ -101,17 +101,18 @@ void MappedFile::swap(MappedFile& other) noexcept {
 }
 
 void MappedFile::check() const {
-    // The rest of a file's last page reads as zeros without a signal. The file is looked at by its
-    // name: a descriptor a shard would be too many, and one renamed over it leaves ours whole.
+    // The rest of a file's last page reads as zeros without a signal, so compare the sizes. By
+    // name: a descriptor per shard would be too many, and a file renamed over this one does not
+    // harm it.
     struct stat status;
-    const bool ours =
+    const bool same =
         stat(path_.c_str(), &status) == 0 && status.st_dev == device_ && status.st_ino == inode_;
-    if (ours && size_t(status.st_size) < size_)
+    if (same && size_t(status.st_size) < size_)
         fail(path_, " became shorter while it was in use: it has ", status.st_size,
-             " bytes now and had ", size_, ". Put the whole file back");
+             " bytes now and had ", size_, ". Restore the file");
     if (guard_ && guard_->broken)
         fail(path_, " can no longer be read: it became shorter while it was in use, or its disk "
-                    "failed. Put the whole file back");
+                    "failed. Restore the file");
 }
 
 } // namespace lns

@@ -1,6 +1,6 @@
-// A file mapped into memory. Where its bytes cannot be had any more (it was made shorter, a disk or
-// a server failed) the kernel sends SIGBUS; here zeros take their place, and check() throws. So
-// whoever used bytes of the map calls check() before believing them.
+// A memory-mapped file. When its bytes can no longer be read (it was truncated, a disk or a server
+// failed) the kernel sends SIGBUS; the handler maps zeros instead, and check() throws. So call
+// check() after reading bytes and before trusting them.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace lns {
 class MappedFile {
   public:
     MappedFile() = default;
-    // Maps the regular file that is open as fd, which may be closed then.
+    // Maps the regular file open as fd, which may then be closed.
     MappedFile(int fd, const std::string& path);
     MappedFile(MappedFile&& other) noexcept { swap(other); }
     MappedFile& operator=(MappedFile&& other) noexcept {
@@ -23,10 +23,10 @@ class MappedFile {
 
     const unsigned char* data() const { return static_cast<const unsigned char*>(map_); }
     size_t size() const { return size_; }
-    // Throws if bytes that were used since the file was opened may not be the file's.
+    // Throws if bytes read so far may not be the file's.
     void check() const;
 
-    struct Guard; // what the signal's handler knows of a map
+    struct Guard; // a map, as the signal handler knows it
 
   private:
     std::string path_;

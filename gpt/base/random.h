@@ -1,5 +1,5 @@
-// Counter-based random numbers: number i of a stream is a pure function of (seed, stream, i), so
-// what is drawn does not depend on how many threads draw it or in which order.
+// Counter-based random numbers: number i of a stream is a pure function of (seed, stream, i), and
+// does not depend on the threads that draw it or their order.
 // Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 #pragma once
 
@@ -23,7 +23,7 @@ inline std::array<uint32_t, 4> philox(uint64_t key, uint64_t high, uint64_t low)
     return c;
 }
 
-// 64-bit FNV-1a: names a stream by a string, fingerprints a file.
+// 64-bit FNV-1a, to name streams and fingerprint files.
 inline uint64_t fnv1a(std::string_view bytes, uint64_t hash = 0xcbf29ce484222325) {
     for (unsigned char byte : bytes) hash = (hash ^ byte) * 0x100000001b3;
     return hash;
@@ -31,7 +31,7 @@ inline uint64_t fnv1a(std::string_view bytes, uint64_t hash = 0xcbf29ce484222325
 
 // 32 bits that depend on every bit of x, in a few instructions that vectorize (an integer hash with
 // the constants of Wellons' hash-prospector).
-inline uint32_t mix_bits(uint32_t x) {
+constexpr uint32_t mix_bits(uint32_t x) {
     x = (x ^ x >> 16) * 0x21f0aaadu;
     x = (x ^ x >> 15) * 0xd35a2d97u;
     return x ^ x >> 15;
@@ -53,7 +53,7 @@ inline uint32_t random_below(uint32_t n, uint64_t seed, uint64_t stream, uint64_
     return uint32_t((unsigned __int128)(random_bits(seed, stream, i)) * n >> 64);
 }
 
-// Standard normal, by Box and Muller's transform of one Philox block.
+// Standard normal, by the Box-Muller transform of one Philox block.
 inline double random_normal(uint64_t seed, uint64_t stream, uint64_t i) {
     std::array<uint32_t, 4> c = philox(seed, stream, i);
     double u = (double(uint64_t(c[0]) << 32 | c[1]) + 0.5) * 0x1p-64;

@@ -17,14 +17,13 @@ namespace lns {
 
 namespace {
 
-// What launchers tell the processes that they start: Open MPI, MPICH and Intel MPI, PMIx, Slurm.
-// An interactive Slurm shell sets SLURM_NTASKS without being one of several processes, so a step's
-// own variable is looked at instead.
+// The number of processes, from the environment that launchers set: Open MPI, MPICH and Intel MPI,
+// PMIx, Slurm. SLURM_NTASKS will not do: an interactive shell, a single process, has it too.
 int launched_size() {
     for (const char* name :
          {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"})
         if (const char* value = std::getenv(name)) return std::max(1, std::atoi(value));
-    return std::getenv("PMIX_RANK") ? 2 : 1; // how many, PMIx does not say
+    return std::getenv("PMIX_RANK") ? 2 : 1; // PMIx does not give the number
 }
 
 } // namespace
@@ -33,44 +32,46 @@ int launched_size() {
 
 namespace {
 
-bool mpi_is_up() {
+bool mpi_is_running() {
     int initialized = 0, finalized = 0;
     MPI_Initialized(&initialized);
     MPI_Finalized(&finalized);
     return initialized && !finalized;
 }
 
-// While a rank waits for the others in a collective.
-struct Waits {
+// Marks this rank as waiting for the others in a collective.
+struct Waiting {
     Watch* watch;
-    explicit Waits(Watch* watch) : watch(watch) {
+    explicit Waiting(Watch* watch) : watch(watch) {
         if (watch) watch->waiting = true;
     }
-    ~Waits() {
+    ~Waiting() {
         if (watch) watch->waiting = false;
     }
 };
 
-// Connects all ranks, and says if some could not be. here: rank 0 is on this machine.
-std::unique_ptr<Watch> watch_over(const Ranks& ranks, bool here) {
+// Connects all ranks, and notes unreachable ones. same_host: rank 0 is on this machine.
+std::unique_ptr<Watch> start_watch(const Ranks& ranks, bool same_host) {
     const double timeout = rank_timeout();
     auto watch = std::make_unique<Watch>(ranks.rank, ranks.size);
-    MeetingPoint point;
-    if (ranks.first() && timeout > 0) point = watch->open(timeout, ranks.local_size == ranks.size);
-    ranks.broadcast(&point, sizeof point);
-    if (point.timeout == 0) return nullptr;
-    std::vector<char> reached(size_t(ranks.size), 0);
+    Rendezvous rendezvous;
+    if (ranks.first() && timeout > 0)
+        rendezvous = watch->open(timeout, ranks.local_size == ranks.size);
+    ranks.broadcast(&rendezvous, sizeof rendezvous);
+    if (rendezvous.timeout == 0) return nullptr;
+    std::vector<char> connected(size_t(ranks.size), 0);
     if (ranks.first())
-        reached = watch->accept_all();
+        connected = watch->accept_all();
     else
-        watch->connect(point, here);
-    ranks.broadcast(reached.data(), ranks.size);
-    if (const auto lost = std::count(reached.begin(), reached.end(), 0); ranks.first() && lost > 0)
+        watch->connect(rendezvous, same_host);
+    ranks.broadcast(connected.data(), ranks.size);
+    if (const auto lost = std::count(connected.begin(), connected.end(), 0);
+        ranks.first() && lost > 0)
         std::fprintf(stderr,
-                     "note: %d of %d ranks cannot be reached over TCP (a firewall?): should one of "
-                     "them hang, nothing will notice\n",
+                     "note: %d of %d ranks cannot be reached over TCP (a firewall?): if one of "
+                     "them hangs, the others will wait forever\n",
                      int(lost), ranks.size);
-    watch->start(reached);
+    watch->start(connected);
     return watch;
 }
 
@@ -82,23 +83,23 @@ Ranks::Ranks() {
     MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &size);
-    MPI_Comm local; // of the ranks that share memory
+    MPI_Comm local; // the ranks that share memory
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &local);
     MPI_Comm_rank(local, &local_rank);
     MPI_Comm_size(local, &local_size);
-    int lowest = rank; // of the ranks on this machine
+    int lowest = rank; // on this machine
     MPI_Bcast(&lowest, 1, MPI_INT, 0, local);
     MPI_Comm_free(&local);
-    if (size > 1) watch = watch_over(*this, lowest == 0);
+    if (size > 1) watch = start_watch(*this, lowest == 0);
 }
 
 Ranks::~Ranks() {
     if (watch) watch->leave();
-    if (mpi_is_up()) MPI_Finalize();
+    if (mpi_is_running()) MPI_Finalize();
 }
 
 void Ranks::sum(float* values, int64_t n) const {
-    Waits waits(watch.get());
+    Waiting waiting(watch.get());
     const int64_t chunk = int64_t(1) << 28; // MPI counts are int
     for (int64_t i = 0; size > 1 && i < n; i += chunk)
         MPI_Allreduce(MPI_IN_PLACE, values + i, int(std::min(chunk, n - i)), MPI_FLOAT, MPI_SUM,
@@ -106,23 +107,23 @@ void Ranks::sum(float* values, int64_t n) const {
 }
 
 void Ranks::sum(double* values, int n) const {
-    Waits waits(watch.get());
+    Waiting waiting(watch.get());
     if (size > 1) MPI_Allreduce(MPI_IN_PLACE, values, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
 }
 
 void Ranks::broadcast(void* data, int bytes) const {
-    Waits waits(watch.get());
+    Waiting waiting(watch.get());
     if (size > 1) MPI_Bcast(data, bytes, MPI_BYTE, 0, MPI_COMM_WORLD);
 }
 
 void Ranks::barrier() const {
-    Waits waits(watch.get());
+    Waiting waiting(watch.get());
     if (size > 1) MPI_Barrier(MPI_COMM_WORLD);
 }
 
 std::vector<std::string> Ranks::gather(const std::string& mine) const {
     if (size == 1) return {mine};
-    Waits waits(watch.get());
+    Waiting waiting(watch.get());
     const int length = int(mine.size());
     std::vector<int> lengths(size_t(size), 0), starts(size_t(size), 0);
     MPI_Allgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD);
@@ -138,7 +139,7 @@ std::vector<std::string> Ranks::gather(const std::string& mine) const {
 
 void Ranks::abort(int exit_code) const {
     if (watch) watch->leave();
-    if (size > 1 && mpi_is_up()) MPI_Abort(MPI_COMM_WORLD, exit_code);
+    if (size > 1 && mpi_is_running()) MPI_Abort(MPI_COMM_WORLD, exit_code);
     std::_Exit(exit_code);
 }
 
@@ -146,8 +147,8 @@ void Ranks::abort(int exit_code) const {
 
 Ranks::Ranks() {
     if (launched_size() > 1)
-        fail("this process is one of several that a launcher started together, but this build has "
-             "no MPI: run `make deps train_gpt`, or start it without mpirun");
+        fail("a launcher started several processes, but this build has no MPI: run `make deps "
+             "train_gpt`, or start it without mpirun");
 }
 Ranks::~Ranks() {}
 void Ranks::sum(float*, int64_t) const {}
@@ -177,9 +178,9 @@ Ranks::Steady::~Steady() {
     if (watch) watch->end_steady();
 }
 
-std::string differences(const std::vector<Facts>& of_ranks) {
-    const size_t most = 3; // that a sentence names
-    // Of long values, from the word on where they differ.
+std::string differences(const std::vector<Facts>& facts) {
+    const size_t max_named = 3;
+    // Long values are shown from the first word that differs.
     auto shown = [](const std::string& value, const std::string& other) {
         size_t from = 0;
         if (std::max(value.size(), other.size()) > 100) {
@@ -196,21 +197,21 @@ std::string differences(const std::vector<Facts>& of_ranks) {
                        const std::string& first) {
         if (std::find(found.begin(), found.end(), name) != found.end()) return;
         found.push_back(name);
-        if (found.size() > most)
+        if (found.size() > max_named)
             more++;
         else
             text += cat(text.empty() ? "" : "; ", "rank ", rank, " has ", name, " ",
                         shown(its, first), " and rank 0 has ", shown(first, its));
     };
-    const std::map<std::string, std::string> first(of_ranks[0].begin(), of_ranks[0].end());
-    for (size_t rank = 1; rank < of_ranks.size(); rank++) {
-        const std::map<std::string, std::string> its(of_ranks[rank].begin(), of_ranks[rank].end());
-        for (const auto& [name, value] : of_ranks[0]) {
+    const std::map<std::string, std::string> first(facts[0].begin(), facts[0].end());
+    for (size_t rank = 1; rank < facts.size(); rank++) {
+        const std::map<std::string, std::string> its(facts[rank].begin(), facts[rank].end());
+        for (const auto& [name, value] : facts[0]) {
             const auto same = its.find(name);
             if (same == its.end() || same->second != value)
                 differs(rank, name, same == its.end() ? "" : same->second, value);
         }
-        for (const auto& [name, value] : of_ranks[rank])
+        for (const auto& [name, value] : facts[rank])
             if (!first.count(name)) differs(rank, name, value, "");
     }
     return text + (more ? cat("; and ", more, " more") : "");

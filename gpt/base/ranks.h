@@ -1,7 +1,7 @@
-// Data parallelism: the processes that train one model together, each on its own part of the batch.
-// One process when not launched by mpirun (or srun, …), and then every sum is the number itself.
+// Data parallelism: processes (ranks) that train one model, each on its part of the batch. Without
+// mpirun (or srun, …) there is one rank, and every sum is its own value.
 //
-// Every rank calls these in the same order. One that never comes ends them all (gpt/base/watch.h).
+// All ranks must call the collectives in the same order. If one hangs, all end (gpt/base/watch.h).
 #pragma once
 
 #include <cstdint>
@@ -14,17 +14,16 @@ namespace lns {
 
 class Watch;
 
-// What must be the same on all ranks: names, as a sentence has them behind "rank 1 has", and
-// values.
+// Names and values that must agree on all ranks. A name follows "rank 1 has" in messages.
 using Facts = std::vector<std::pair<std::string, std::string>>;
 
-// "rank 1 has --lr 0.1 and rank 0 has 0.003", of all that differ; "" if nothing does. The first
-// facts are rank 0's.
-std::string differences(const std::vector<Facts>& of_ranks);
+// "rank 1 has --lr 0.1 and rank 0 has 0.003" for each difference, "" if there is none. facts[r] are
+// those of rank r.
+std::string differences(const std::vector<Facts>& facts);
 
 struct Ranks {
     int rank = 0, size = 1;
-    int local_rank = 0, local_size = 1; // of those on this machine
+    int local_rank = 0, local_size = 1; // among the ranks on this machine
 
     // Joins the launcher's processes. Throws if there are several and this build has no MPI.
     Ranks();
@@ -33,23 +32,23 @@ struct Ranks {
     Ranks& operator=(const Ranks&) = delete;
 
     bool first() const { return rank == 0; }
-    void sum(float* values, int64_t n) const; // in place, over all ranks
+    void sum(float* values, int64_t n) const; // in place
     void sum(double* values, int n) const;
     double sum(double value) const;
-    void broadcast(void* data, int bytes) const; // of rank 0, to all
+    void broadcast(void* data, int bytes) const; // from rank 0
     bool any(bool value) const;                  // true on every rank if true on one
     void barrier() const;
-    std::vector<std::string> gather(const std::string& mine) const; // of each rank, on every rank
-    // Throws on every rank, and says what differs, unless all have the same facts.
+    std::vector<std::string> gather(const std::string& mine) const; // all ranks', by rank
+    // Throws the differences on every rank unless all have the same facts.
     void compare(const Facts& mine) const;
-    // Ends every rank's process at once, for an error that the others do not know of.
+    // Ends all ranks' processes at once, after an error on this rank only.
     [[noreturn]] void abort(int exit_code) const;
 
-    // From rank 0: what to do when a rank is lost, "saved is …; go on with: …".
+    // On rank 0: sets the advice for when a rank is lost, such as "saved is …; go on with: …".
     void advise(const std::string& text) const;
 
-    // Around work that takes every rank about as long each time, such as a step: one that takes far
-    // longer than any before it hangs, and ends all ranks.
+    // Encloses work that takes about the same time on every call, such as a step. If it takes far
+    // longer than ever before, a rank hangs, and all ranks end.
     struct Steady {
         Steady(const Ranks& ranks, const char* what);
         ~Steady();
@@ -61,7 +60,7 @@ struct Ranks {
     };
 
   private:
-    std::unique_ptr<Watch> watch; // null: one rank, or not watched
+    std::unique_ptr<Watch> watch; // null if there is one rank or LNS_RANK_TIMEOUT is 0
 };
 
 } // namespace lns

@@ -19,28 +19,25 @@ namespace {
 
 std::atomic<Stage> stage = Stage::starting;
 std::atomic<int64_t> first_signal = 0; // nanoseconds since the machine started; 0: none yet
-std::atomic<bool> launcher_ends = false;
+std::atomic<bool> launcher_stopping = false;
 static_assert(std::atomic<Stage>::is_always_lock_free && std::atomic<int64_t>::is_always_lock_free);
 
-struct Named {
+struct NamedSignal {
     int signal;
     const char* name;
 };
-constexpr Named stop_signals[] = {{SIGHUP, "SIGHUP"},   {SIGINT, "SIGINT"},   {SIGTERM, "SIGTERM"},
-                                  {SIGUSR1, "SIGUSR1"}, {SIGUSR2, "SIGUSR2"}, {SIGXCPU, "SIGXCPU"}};
+constexpr NamedSignal stop_signals[] = {{SIGHUP, "SIGHUP"},   {SIGINT, "SIGINT"},
+                                        {SIGTERM, "SIGTERM"}, {SIGUSR1, "SIGUSR1"},
+                                        {SIGUSR2, "SIGUSR2"}, {SIGXCPU, "SIGXCPU"}};
 
-// What may run in a signal's handler: no allocation, no stdio.
-void say(const char* text) {
-    if (write(STDERR_FILENO, text, strlen(text)) < 0) {
-        // There is nobody to tell.
-    }
-}
+// Async-signal-safe: no allocation, no stdio.
+void print(const char* text) { (void)!write(STDERR_FILENO, text, strlen(text)); }
 
-[[noreturn]] void end_at_once(int signal, const char* how) {
-    say("train_gpt: ");
-    for (const Named& s : stop_signals)
-        if (s.signal == signal) say(s.name);
-    say(how);
+[[noreturn]] void exit_now(int signal, const char* reason) {
+    print("train_gpt: ");
+    for (const NamedSignal& s : stop_signals)
+        if (s.signal == signal) print(s.name);
+    print(reason);
     _exit(1);
 }
 
@@ -52,21 +49,21 @@ void on_stop(int signal) {
     int64_t first = 0;
     const bool is_first = first_signal.compare_exchange_strong(first, now);
     if (stage == Stage::starting)
-        end_at_once(signal, " ended it before its first step: there was nothing to save\n");
-    // Terminals, shells and launchers send the same wish several times. The kernel repeats SIGXCPU
-    // every second.
+        exit_now(signal, " ended the run before its first step: there was nothing to save\n");
+    // Terminals, shells and launchers may repeat a signal at once; the kernel repeats SIGXCPU every
+    // second.
     if (!is_first && now - first >= 1'000'000'000 && signal != SIGXCPU) {
         if (stage == Stage::saved) _exit(130);
-        end_at_once(signal, ", a second signal, ended it at once: nothing was saved since the last "
-                            "checkpoint\n");
+        exit_now(signal, ", a second signal, ended the run at once: nothing was saved since the "
+                         "last checkpoint\n");
     }
     errno = error;
 }
 
-// What Open MPI's daemon, a rank's parent, sends when mpirun is to end: a second before SIGTERM,
-// and two before SIGKILL.
+// SIGCONT. Open MPI's daemon, the parent of a rank, sends it when mpirun is stopped, a second
+// before SIGTERM and two before SIGKILL.
 void on_continue(int, siginfo_t* info, void*) {
-    if (stage == Stage::training && info->si_pid == getppid()) launcher_ends = true;
+    if (stage == Stage::training && info->si_pid == getppid()) launcher_stopping = true;
 }
 
 } // namespace
@@ -74,8 +71,8 @@ void on_continue(int, siginfo_t* info, void*) {
 void prepare_process() {
     for (int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
         if (fcntl(fd, F_GETFD) >= 0 || errno != EBADF) continue;
-        // It gets the lowest free number, which is this. Not for writing: a lost output is an
-        // error.
+        // open returns the lowest free descriptor, which is this one. stdout is opened for reading,
+        // so that writing to it fails.
         (void)!open("/dev/null", fd == STDERR_FILENO ? O_WRONLY : O_RDONLY);
     }
     std::signal(SIGPIPE, SIG_IGN);
@@ -83,15 +80,15 @@ void prepare_process() {
 }
 
 void install_stop_handlers() {
-    struct sigaction action = {}, earlier = {};
+    struct sigaction action = {}, previous = {};
     action.sa_handler = on_stop;
     action.sa_flags = SA_RESTART;
-    for (const Named& s : stop_signals) {
-        // nohup has a run outlive its terminal. SIGINT is ignored in every background job of a
-        // script, where `kill -INT` is still meant.
-        const bool kept = s.signal == SIGHUP && sigaction(SIGHUP, nullptr, &earlier) == 0 &&
-                          earlier.sa_handler == SIG_IGN;
-        if (!kept) sigaction(s.signal, &action, nullptr);
+    for (const NamedSignal& s : stop_signals) {
+        // nohup ignores SIGHUP, and it stays ignored. SIGINT does not: it is ignored in background
+        // jobs of scripts, where `kill -INT` still has to work.
+        const bool ignored = s.signal == SIGHUP && sigaction(SIGHUP, nullptr, &previous) == 0 &&
+                             previous.sa_handler == SIG_IGN;
+        if (!ignored) sigaction(s.signal, &action, nullptr);
     }
     if (std::getenv("OMPI_COMM_WORLD_SIZE")) {
         action.sa_sigaction = on_continue;
@@ -101,23 +98,23 @@ void install_stop_handlers() {
 }
 
 void remove_stop_handlers() {
-    for (const Named& s : stop_signals) std::signal(s.signal, SIG_DFL);
+    for (const NamedSignal& s : stop_signals) std::signal(s.signal, SIG_DFL);
     std::signal(SIGCONT, SIG_DFL);
 }
 
 void enter(Stage next) { stage = next; }
 
-bool stop_requested() { return first_signal != 0 || launcher_ends; }
+bool stop_requested() { return first_signal != 0 || launcher_stopping; }
 
-std::string output_failed(int error) {
+std::string output_error(int error) {
     return cat("cannot write to the standard output: ",
-               error ? std::strerror(error) : "a part of it was lost");
+               error ? std::strerror(error) : "some of it was lost");
 }
 
 void check_output() {
     errno = 0;
     std::cout.flush();
-    if (std::fflush(stdout) != 0 || std::ferror(stdout) || !std::cout) fail(output_failed(errno));
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) || !std::cout) fail(output_error(errno));
 }
 
 int output_status(const char* program) {

@@ -1,33 +1,31 @@
-// Signals. While a run trains, HUP, INT, TERM, USR1, USR2 and XCPU ask it to stop: it saves and
-// exits with 130, which always means saved. PIPE and XFSZ become errors of writing, and what was
-// printed is known to have arrived.
+// Signals, and output that is lost. During training, HUP, INT, TERM, USR1, USR2 and XCPU make a run
+// save and exit with 130, which always means saved. PIPE and XFSZ become write errors.
 #pragma once
 
 #include <string>
 
 namespace lns {
 
-// To be called first by main. A closed standard descriptor is opened again, so that no file gets
-// its number and what is printed; writing to it still fails.
+// Call this first in main. It reopens closed standard descriptors, so that no file gets their
+// number and receives output; writing to them still fails.
 void prepare_process();
 
-// What the stop signals do now.
+// The effect of the stop signals.
 enum class Stage {
-    starting, // end the process, status 1: nothing is there to save
-    training, // the first makes stop_requested() true; one a second later ends the process, status
-              // 1
-    saved,    // nothing: the process is about to end
+    starting, // the process exits with 1: there is nothing to save
+    training, // stop_requested() becomes true; another one after a second exits with 1
+    saved,    // none: the process is about to exit
 };
-void install_stop_handlers(); // of Stage::starting
+void install_stop_handlers(); // in Stage::starting
 void enter(Stage stage);
-void remove_stop_handlers(); // the signals end the process again, with no word
+void remove_stop_handlers(); // restores the default actions
 bool stop_requested();
 
-// The sentence for an errno of the standard output.
-std::string output_failed(int error);
-// Throws if what was printed on the standard output did not get there.
+// The message for an errno of standard output.
+std::string output_error(int error);
+// Flushes standard output, and throws if output was lost.
 void check_output();
-// For a program's end: 0, or 1 where check_output throws, which is told on stderr.
+// A program's exit status: 0, or 1 with a message if output was lost.
 int output_status(const char* program);
 
 } // namespace lns

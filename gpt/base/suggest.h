@@ -1,4 +1,4 @@
-// "did you mean": the known names nearest to an unknown one.
+// "Did you mean": the known names nearest to an unknown one.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace lns {
 
-// The fewest insertions, deletions, substitutions and swaps of neighbours from a to b.
+// The number of insertions, deletions, substitutions and swaps of neighbours from a to b.
 inline int edit_distance(const std::string& a, const std::string& b) {
     std::vector<std::vector<int>> d(a.size() + 1, std::vector<int>(b.size() + 1));
     for (size_t i = 0; i <= a.size(); i++)
@@ -24,7 +24,7 @@ inline int edit_distance(const std::string& a, const std::string& b) {
     return d[a.size()][b.size()];
 }
 
-// " Did you mean 'x' or 'y'?" for names that are near, else "".
+// " Did you mean 'x' or 'y'?", or "" if no known name is near.
 inline std::string did_you_mean(const std::string& name, const std::vector<std::string>& known) {
     std::vector<std::pair<int, std::string>> near;
     for (const std::string& candidate : known) {

@@ -20,7 +20,7 @@ std::string three_digits(double value) {
     return format_number(value < 9.995 ? "%.2f" : value < 99.95 ? "%.1f" : "%.0f", value);
 }
 
-// The code point at text[i], and its length in bytes; length 0 where it is not valid UTF-8.
+// The code point at text[i] and its length in bytes; length 0 if it is not valid UTF-8.
 struct CodePoint {
     uint32_t value;
     int length;
@@ -53,7 +53,7 @@ int width_of(uint32_t c) {
     return wide ? 2 : 1;
 }
 
-// The longest beginning of text that fills at most `columns`.
+// The longest prefix of text that fits into `columns`.
 std::string fit(std::string_view text, int columns) {
     size_t i = 0;
     for (int used = 0; i < text.size();) {
@@ -181,7 +181,7 @@ std::string printable(std::string_view text) {
             out += "\xEF\xBF\xBD";
         } else if (c.value == 0x7F || (c.value < 0x20 && c.value != '\n' && c.value != '\t')) {
             out += {'^', char(c.value ^ 0x40)};
-        } else if (c.value >= 0x80 && c.value < 0xA0) { // terminals obey these too
+        } else if (c.value >= 0x80 && c.value < 0xA0) { // C1 control characters
             out += "\xEF\xBF\xBD";
         } else {
             out += text.substr(i, c.length);
@@ -321,11 +321,11 @@ void Progress::flush() {
 
 std::string Progress::failure() const {
     std::lock_guard lock(mutex_);
-    return error_ ? output_failed(error_) : "";
+    return error_ ? output_error(error_) : "";
 }
 
 void Progress::draw(const std::string& line) {
-    // The last column stays free: some terminals wrap when it is filled.
+    // The last column stays empty: some terminals wrap when it is filled.
     std::string fitted = fit(line, terminal_width(out_) - 1);
     int rest = std::max(0, display_width(line_) - display_width(fitted));
     std::fprintf(out_, "\r%s%*s%s", fitted.c_str(), rest, "", std::string(rest, '\b').c_str());

@@ -1,6 +1,6 @@
-// What a person sees: a progress line, tables, bars, numbers for humans.
-// Nothing here writes escape codes: the progress line is redrawn with a carriage return, and where
-// the output is no terminal (or TERM=dumb) it becomes plain lines, at growing intervals.
+// Output for people: a progress line, tables, bars, readable numbers.
+// No escape codes: the progress line is redrawn with a carriage return, and if the output is not a
+// terminal (or TERM=dumb) it becomes plain lines, at growing intervals.
 #pragma once
 
 #include <chrono>
@@ -13,10 +13,10 @@
 
 namespace lns {
 
-// One number as printf's format has it, with what the format says around it.
+// One number in printf's format.
 std::string format_number(const char* format, double value);
 
-// 1234567 -> 1.23M; below 1000 as it is. K, M, B, T are powers of 1000.
+// 1234567 -> 1.23M; below 1000 unchanged. K, M, B, T are powers of 1000.
 std::string format_count(double count);
 // 1536 -> 1.50 KiB. Powers of 1024.
 std::string format_bytes(double bytes);
@@ -24,29 +24,29 @@ std::string format_bytes(double bytes);
 std::string format_flops(double flops);
 // 12.3s, 3m20s, 1h02m, 2d03h.
 std::string format_duration(double seconds);
-// "64k" = 64,000, "10M", "1.5B", "1e6", "64Ki" = 65,536; what is not a whole count throws, naming
-// the option or field that it was given for.
+// "64k" = 64,000, "10M", "1.5B", "1e6", "64Ki" = 65,536. Throws if it is not a whole number; the
+// message names `what`, the option or field.
 int64_t parse_count(const std::string& text, const std::string& what = "a count");
 
-// Columns on the screen of UTF-8 text.
+// The width of UTF-8 text in terminal columns.
 int display_width(std::string_view text);
-// Text from a model or a file as a terminal may show it: invalid UTF-8 becomes U+FFFD, control
-// characters but newline and tab become ^X.
+// Text from a model or a file, made safe for a terminal: invalid UTF-8 becomes U+FFFD, control
+// characters other than newline and tab become ^X.
 std::string printable(std::string_view text);
-// The same for a message, which is one line: newline and tab too become ^X, and of a very long text
-// the middle is left out.
+// The same for a message of one line: newline and tab become ^X too, and the middle of very long
+// text is omitted.
 std::string one_line(std::string_view text);
 bool is_utf8(std::string_view text);
 bool locale_is_utf8();
-// A terminal on which a line can be redrawn.
+// Whether out is a terminal that can redraw a line.
 bool is_interactive(FILE* out);
-// COLUMNS, or the terminal's, or 80.
+// COLUMNS, else the terminal's width, else 80.
 int terminal_width(FILE* out);
 
-// A bar of at most width columns, full at max, in eighths of a column where the locale is UTF-8.
+// A bar of at most width columns, full at max, in eighths of a column if the locale is UTF-8.
 std::string bar(double value, double max, int width);
 
-// Aligned columns; one whose cells all begin like numbers stands to the right.
+// Aligned columns; numeric columns are right-aligned.
 struct Table {
     std::vector<std::string> headers;
     std::vector<std::vector<std::string>> rows;
@@ -54,7 +54,7 @@ struct Table {
     void print(FILE* out = stdout) const;
 };
 
-// One line that tells how far things are, printable() as all that is shown. Threads may share it.
+// A progress line, thread-safe. All text is made printable().
 class Progress {
   public:
     explicit Progress(FILE* out = stdout);
@@ -62,16 +62,16 @@ class Progress {
     Progress(const Progress&) = delete;
     Progress& operator=(const Progress&) = delete;
 
-    // True when update() would show something: ask before composing an expensive line.
+    // Whether update() would show the line: check before composing an expensive one.
     bool due() const;
-    // Shows the line now if it is due; now = true shows it in any case.
+    // Shows the line if it is due, or if now is true.
     void update(const std::string& line, bool now = false);
-    // Prints text (a newline is added where it lacks one) above the progress line.
+    // Prints text above the progress line, and a newline if it does not end in one.
     void message(const std::string& text);
-    // Leaves the last line standing and moves below it.
+    // Keeps the last line and moves below it.
     void finish();
-    // Why a line could not be written, as a sentence; "" if all were. A terminal that was closed is
-    // no failure: whoever leaves a run behind on purpose does that.
+    // Why a line could not be written; "" if all were. A closed terminal is not a failure: users
+    // close it to leave a run in the background.
     std::string failure() const;
 
   private:

@@ -28,7 +28,7 @@ bool contains(const std::vector<std::string>& words, const std::string& word) {
     return std::find(words.begin(), words.end(), word) != words.end();
 }
 
-// Numbers at the start of a file; "max" is infinity.
+// The first two numbers of a file; "max" is infinity.
 std::vector<double> numbers_in(const std::string& path) {
     std::ifstream file(path);
     std::vector<double> numbers;
@@ -37,7 +37,7 @@ std::vector<double> numbers_in(const std::string& path) {
     return numbers;
 }
 
-// The quota of one group, at this folder.
+// The quota of the group in this folder.
 double quota_of(const std::string& folder, bool version2) {
     std::vector<double> numbers =
         numbers_in(folder + (version2 ? "/cpu.max" : "/cpu.cfs_quota_us"));
@@ -47,7 +47,7 @@ double quota_of(const std::string& folder, bool version2) {
     return limited ? numbers[0] / numbers[1] : infinity;
 }
 
-// Where a hierarchy of control groups is mounted, and which part of it.
+// Where a hierarchy of control groups is mounted, and which part of it is.
 struct Mount {
     std::string folder, root;
     bool version2;
@@ -68,7 +68,7 @@ std::vector<Mount> cgroup_mounts(const std::string& root) {
     return mounts;
 }
 
-// The group of this process in a hierarchy, "" if it is in none.
+// This process's group in a hierarchy, "" if it has none.
 std::string cgroup_path(const std::string& root, bool version2) {
     std::ifstream file(root + "/proc/self/cgroup");
     for (std::string line; std::getline(file, line);) {
@@ -82,7 +82,7 @@ std::string cgroup_path(const std::string& root, bool version2) {
     return "";
 }
 
-// A variable of OpenMP; 0: not set.
+// An OpenMP variable; 0 if it is not set or invalid.
 int omp_variable(const char* name) {
     const char* value = std::getenv(name);
     if (!value || !*value) return 0;
@@ -100,7 +100,7 @@ double cgroup_cpus(const std::string& root) {
     for (const Mount& mount : cgroup_mounts(root)) {
         std::string path = cgroup_path(root, mount.version2);
         if (path.empty()) continue;
-        // A container sees a part of the hierarchy, and its own path may begin outside of it.
+        // A container sees a part of the hierarchy, and its own path may begin outside it.
         if (mount.root != "/")
             path = path.starts_with(mount.root) ? path.substr(mount.root.size()) : "";
         if (path.find("/..") != std::string::npos) path = "";

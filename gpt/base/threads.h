@@ -5,17 +5,17 @@
 
 namespace lns {
 
-// CPUs that the control groups of this process give it (cpu.max of version 2, cpu.cfs_quota_us of
-// version 1), the smallest quota of all that enclose it; infinity without one. `root` stands before
-// /proc and /sys.
+// The CPU quota of this process's control groups (cpu.max in version 2, cpu.cfs_quota_us in version
+// 1), the smallest of all enclosing groups; infinity if there is none. `root` precedes /proc and
+// /sys.
 double cgroup_cpus(const std::string& root = "");
 
-// The first number of OMP_NUM_THREADS or OMP_THREAD_LIMIT, as "4" or "4,2"; 0 if it is not one.
+// The first number of OMP_NUM_THREADS or OMP_THREAD_LIMIT, such as "4" or "4,2"; 0 if invalid.
 int omp_threads(const std::string& value);
 
-// The usable cores, no more than the control group's quota (rounded down: threads that wait for
-// each other stall when one has used up its share), OMP_NUM_THREADS and OMP_THREAD_LIMIT. At least
-// 1. Says once on stderr that it ignores a variable that is no number.
+// The number of usable cores, limited by the control group's quota (rounded down: threads that wait
+// for each other stall when the quota is used up), OMP_NUM_THREADS and OMP_THREAD_LIMIT; at least
+// 1. Notes invalid variables on stderr, once.
 int default_threads();
 
 } // namespace lns

@@ -1,10 +1,9 @@
-// Whether the other ranks are still alive. MPI and NCCL wait for a rank for ever, so a thread of
-// each rank keeps a connection of its own (TCP, IPv4): every rank beats to rank 0, and rank 0 to
-// every rank. A rank whose process ends without a word, or that is silent for the timeout, ends all
-// others with a sentence that says how to go on. So does a step that takes far longer than any
-// before it: its process beats, and its GPU hangs.
+// Detects ranks that died or hang. MPI and NCCL wait forever, so a thread of each rank keeps a TCP
+// connection (IPv4) for heartbeats: every rank to rank 0, and rank 0 to every rank. If a rank ends
+// unannounced, or is silent for the timeout, all others end with a message that says how to go on.
+// So they do if a step takes far longer than any before: heartbeats continue while a GPU hangs.
 //
-// Time counts only while this process runs itself: ranks that were all stopped together, or slept
+// Time counts only while this process itself runs: ranks that were suspended together, or slept
 // with their laptop, go on.
 #pragma once
 
@@ -18,17 +17,16 @@
 
 namespace lns {
 
-// Seconds of silence that end a run: LNS_RANK_TIMEOUT, or 20; 0: nobody watches. Throws if the
-// variable is no such number.
+// The timeout in seconds: LNS_RANK_TIMEOUT, or 20; 0 disables watching. Throws if it is invalid.
 double rank_timeout();
 
-// Where rank 0 is reached: plain bytes, for rank 0 to broadcast.
-struct MeetingPoint {
-    double timeout = 0; // of all ranks
-    uint64_t key = 0;   // of this start, so that strangers are turned away
+// How to reach rank 0: plain bytes that rank 0 broadcasts.
+struct Rendezvous {
+    double timeout = 0; // the same on all ranks
+    uint64_t key = 0;   // random, to reject other connections
     uint32_t addresses[8] = {};
     int count = 0;
-    uint16_t port = 0; // 0: there is no network to meet on
+    uint16_t port = 0; // 0: no network
 };
 
 class Watch {
@@ -38,23 +36,23 @@ class Watch {
     Watch(const Watch&) = delete;
     Watch& operator=(const Watch&) = delete;
 
-    // On rank 0. all_here: the ranks are on this machine, and no other need reach it.
-    MeetingPoint open(double timeout, bool all_here);
-    // On rank 0, after the broadcast: takes the others' connections. One byte a rank: 1 if it came
-    // within ten seconds.
+    // On rank 0: listens. same_host: all ranks are on this machine, so loopback suffices.
+    Rendezvous open(double timeout, bool same_host);
+    // On rank 0, after the broadcast: accepts connections for up to ten seconds. Returns for each
+    // rank whether it connected.
     std::vector<char> accept_all();
-    // On the other ranks. here: rank 0 is on this machine.
-    void connect(const MeetingPoint& point, bool here);
-    // On every rank, when all know who was reached: begins to watch those.
-    void start(const std::vector<char>& reached);
+    // On the other ranks. same_host: rank 0 is on this machine.
+    void connect(const Rendezvous& rendezvous, bool same_host);
+    // On every rank: starts to watch the connected ones.
+    void start(const std::vector<char>& connected);
 
-    // From rank 0 to all: what a rank that finds another gone tells the user to do.
+    // On rank 0: sets the advice that any rank prints when it loses another.
     void advise(const std::string& text);
-    // This rank is about to end as it should.
+    // Announces that this rank ends normally.
     void leave();
 
-    std::atomic<bool> waiting{false}; // in a collective, for the others
-    // Around work that takes about as long each time, the first apart.
+    std::atomic<bool> waiting{false}; // for the other ranks, in a collective
+    // Enclose work that takes about the same time on every call, except the first.
     void begin_steady(const std::string& what);
     void end_steady();
 
@@ -63,19 +61,19 @@ class Watch {
         int fd = -1, rank = 0;
         std::string name; // "rank 1 (process 123 on HOST)"
         std::string received;
-        double silent = 0; // seconds
-        bool left = false, waits = false;
-        bool deaf = false; // its end of the connection is full: it is sent no more
+        double silence = 0; // seconds since its last message
+        bool left = false, waiting = false;
+        bool blocked = false; // it no longer reads, and is sent nothing more
     };
 
     void run();
-    void hear(Peer& peer);
+    void receive(Peer& peer);
     void send(Peer& peer, const std::string& bytes);
     void check_steady(double elapsed);
-    [[noreturn]] void end(const std::string& sentence);
+    [[noreturn]] void fail_all(const std::string& reason);
     [[noreturn]] void quit();
-    void pass_on_the_end();
-    void tell_of_the_stop();
+    void broadcast_end();
+    void print_stop_advice();
 
     int rank, size;
     double timeout = 0;
@@ -84,10 +82,10 @@ class Watch {
     std::vector<Peer> peers;
     std::thread thread;
 
-    std::mutex mutex; // of all below, and of sending
+    std::mutex mutex; // guards sending, and everything below
     std::string advice;
     bool leaving = false, stopping = false;
-    std::string steady; // what is being done; "": nothing
+    std::string steady; // the steady work under way, or ""
     double spent = 0, began = 0;
     std::map<std::string, double> longest;
 };

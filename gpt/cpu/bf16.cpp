@@ -24,10 +24,10 @@ Bf16Unit unit_of_cpu() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Bf16Unit::none;
     const bool amx = (d >> 22 & 1) && (d >> 24 & 1); // AMX-BF16, AMX-TILE
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw"))
-        return Bf16Unit::none; // that also says whether the system saves the registers
+        return Bf16Unit::none; // also if the system does not save the registers
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return Bf16Unit::none;
 #if defined(__linux__)
-    // Linux gives a process AMX's 8 KiB of registers only where it asks for them.
+    // Linux grants AMX's 8 KiB of registers only on request.
     const long request_permission = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE
     if (amx && syscall(SYS_arch_prctl, request_permission, tile_data) == 0) return Bf16Unit::amx;
 #else
@@ -46,7 +46,7 @@ Bf16Unit allowed_unit() {
     if (word == "none") return Bf16Unit::none;
     if (word == "avx512") return Bf16Unit::avx512;
     if (word == "amx") return Bf16Unit::amx;
-    fail("LNS_BF16 is '", word, "': it may be none, avx512 or amx");
+    fail("LNS_BF16 is '", word, "', expected none, avx512 or amx");
 }
 
 } // namespace

@@ -1,5 +1,5 @@
-// bfloat16: the sign and exponent of float32 and the first 7 bits of its fraction. With the leading
-// 1 that makes 8 significant bits, so rounding to nearest is off by at most 1/256.
+// bfloat16: the upper half of a float32, with the sign, the exponent and 7 bits of the fraction.
+// With the implicit leading 1 these are 8 significant bits: the relative error is at most 1/256.
 #pragma once
 
 #include <bit>
@@ -7,7 +7,7 @@
 
 namespace lns {
 
-// To nearest, halves to even; infinities stay, NaN stays NaN. Without branches: loops vectorize.
+// Rounds to nearest even; keeps infinities and NaN. Branchless, so that loops vectorize.
 inline uint16_t round_to_bf16(float x) {
     const uint32_t u = std::bit_cast<uint32_t>(x);
     const uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
@@ -15,8 +15,8 @@ inline uint16_t round_to_bf16(float x) {
     return uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded);
 }
 
-// In loops over arrays assign floats, x[i] = value: compilers make vectors of that, and not of
-// copies of whole structs as in x[i] = bf16(value).
+// In loops over arrays write x[i] = value, which compilers vectorize, and not x[i] = bf16(value),
+// which copies structs.
 struct bf16 {
     uint16_t bits;
 
@@ -29,18 +29,18 @@ struct bf16 {
     operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
 };
 
-// Up or down with the probabilities that make the mean exact. random: 16 random bits. Where there
-// is nothing to round (infinities, NaN) the bits below are dropped.
+// Rounds up or down so that the expected value is x. random: 16 random bits. Infinities and NaN are
+// truncated.
 inline uint16_t round_stochastically(float x, uint32_t random) {
     const uint32_t u = std::bit_cast<uint32_t>(x);
-    const uint32_t finite = (u & 0x7F800000) == 0x7F800000 ? 0 : random & 0xFFFF;
-    return uint16_t((u + finite) >> 16);
+    const uint32_t noise = (u & 0x7F800000) == 0x7F800000 ? 0 : random & 0xFFFF;
+    return uint16_t((u + noise) >> 16);
 }
 
-// What this CPU has for matrix products of bf16. LNS_BF16=none, avx512 or amx in the environment
-// lowers it (never raises it), to try on one machine what another does.
+// The CPU's unit for bf16 matmuls. LNS_BF16=none, avx512 or amx in the environment lowers it (never
+// raises it), to try out what other machines do.
 enum class Bf16Unit {
-    none,   // products are taken in float32
+    none,   // computed in float32
     avx512, // VDPBF16PS of AVX512-BF16
     amx,    // TDPBF16PS of AMX-BF16
 };

@@ -25,7 +25,7 @@ void* Scratch::get(int64_t bytes) {
         bytes += bytes / 4;
         data = ::operator new(size_t(bytes), std::align_val_t(alignment));
 #if defined(__linux__)
-        // Pages of 2 MiB, where the system gives them: fewer misses of the address translation.
+        // Huge pages cause fewer TLB misses.
         if (bytes >= alignment) madvise(data, size_t(bytes), MADV_HUGEPAGE);
 #endif
         size = bytes;
@@ -37,7 +37,7 @@ Scratch::~Scratch() { ::operator delete(data, std::align_val_t(alignment)); }
 
 namespace {
 
-int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 int threads_to_use() {
 #ifdef _OPENMP
@@ -47,34 +47,34 @@ int threads_to_use() {
 #endif
 }
 
-// A packed b of k rows and n columns: for each `depth` of its rows, all panels of that depth.
+// The layout of a packed b (k, n): depth by depth, all panels of that depth.
 template <class T, class P> struct PackedB {
     const Kernel<T, P>& kernel;
     int64_t k, n;
 
-    int64_t panels() const { return blocks(n, kernel.columns); }
-    int64_t depths() const { return blocks(k, kernel.depth_of(k)); }
+    int64_t panels() const { return ceil_div(n, kernel.columns); }
+    int64_t depths() const { return ceil_div(k, kernel.depth_of(k)); }
     int64_t size() const { return kernel.padded(k) * panels() * kernel.columns; }
     int64_t at(int64_t depth, int64_t panel) const {
         const int64_t p = depth * kernel.depth_of(k);
         const int64_t rows = std::min(kernel.depth_of(k), kernel.padded(k) - p);
         return (p * panels() + rows * panel) * kernel.columns;
     }
-    // Panels j0 to j1 of a depth. Where b's columns are adjacent, its rows are read across.
+    // Packs panels j0 to j1 of a depth. If b's columns are adjacent, goes along its rows.
     void pack(P* packed, int64_t depth, int64_t j0, int64_t j1, const T* b, int64_t b_row,
               int64_t b_column) const {
         const int64_t k0 = depth * kernel.depth_of(k), kd = std::min(kernel.depth_of(k), k - k0);
-        const int64_t most = b_column == 1 ? 32 : kd, Q = kernel.columns;
-        for (int64_t p = 0; p < kd; p += most)
+        const int64_t slice = b_column == 1 ? 32 : kd, Q = kernel.columns;
+        for (int64_t p = 0; p < kd; p += slice)
             for (int64_t j = j0; j < j1; j++)
-                kernel.pack_b(packed + at(depth, j) + p * Q, std::min(most, kd - p),
+                kernel.pack_b(packed + at(depth, j) + p * Q, std::min(slice, kd - p),
                               std::min(Q, n - j * Q), b + (k0 + p) * b_row + j * Q * b_column,
                               b_row, b_column);
     }
 };
 
-// What every task of one product reads.
-template <class T, class P, class OUT> struct Product {
+// The arguments of a matmul, shared by its threads.
+template <class T, class P, class OUT> struct Matmul {
     const Kernel<T, P>& kernel;
     int64_t m, n, k;
     const T* a;
@@ -87,13 +87,14 @@ template <class T, class P, class OUT> struct Product {
     const OUT* bias;
 };
 
-// The column of blocks at rows i to i + m and columns j to j + n of out, its panels yet unsaid.
+// The column of blocks at rows i to i + m and columns j to j + n of out. The caller sets the
+// panels.
 template <class T, class P, class OUT>
-BlockColumn<P> block_column(const Product<T, P, OUT>& x, int64_t i, int64_t m, int64_t j,
+BlockColumn<P> block_column(const Matmul<T, P, OUT>& x, int64_t i, int64_t m, int64_t j,
                             int64_t n) {
     BlockColumn<P> column{};
     column.m = m, column.n = n;
-    column.count = blocks(m, x.kernel.rows);
+    column.count = ceil_div(m, x.kernel.rows);
     column.out_row = x.out_row;
     column.accumulate = x.accumulate;
     OUT* out = x.out + i * x.out_row + j;
@@ -105,49 +106,52 @@ BlockColumn<P> block_column(const Product<T, P, OUT>& x, int64_t i, int64_t m, i
     return column;
 }
 
-// Rows i0 to i1 of a product, by one thread. Their block of a stays in the second cache while b's
-// panels pass.
+// Computes rows i0 to i1 on one thread. Their block of a stays in the L2 cache while b's panels
+// stream past.
 template <class T, class P, class OUT>
-void multiply_rows(const Product<T, P, OUT>& x, int64_t i0, int64_t i1) {
-    static thread_local Scratch panel_memory, sum_memory;
+void multiply_rows(const Matmul<T, P, OUT>& x, int64_t i0, int64_t i1) {
+    static thread_local Scratch panel_memory, accumulator_memory;
     const Kernel<T, P>& kernel = x.kernel;
-    const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = blocks(i1 - i0, R);
-    const int64_t depth = kernel.depth_of(x.k), depths = blocks(x.k, depth);
-    // Sums in float may wait in out itself.
+    const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = ceil_div(i1 - i0, R);
+    const int64_t depth = kernel.depth_of(x.k), depths = ceil_div(x.k, depth);
+    // A float out serves as its own accumulators.
     const bool in_out = std::is_same_v<OUT, float>;
     P* panels = (P*)panel_memory.get(row_blocks * R * depth * int64_t(sizeof(P)));
-    float* sums =
-        in_out || depths == 1
-            ? nullptr
-            : (float*)sum_memory.get(row_blocks * R * blocks(x.n, Q) * Q * int64_t(sizeof(float)));
+    float* accumulators = in_out || depths == 1
+                              ? nullptr
+                              : (float*)accumulator_memory.get(row_blocks * R * ceil_div(x.n, Q) *
+                                                               Q * int64_t(sizeof(float)));
     for (int64_t d = 0; d < depths; d++) {
         const int64_t p0 = d * depth, kd = std::min(depth, x.k - p0), padded = kernel.padded(kd);
-        // Where a's columns are adjacent in memory, all panels are packed from one stretch of it.
-        const int64_t most = x.a_column == 1 ? kd : 32;
-        for (int64_t p = 0; p < kd; p += most)
+        // If a's columns are adjacent, a panel is packed at once, else slice by slice with others.
+        const int64_t slice = x.a_column == 1 ? kd : 32;
+        for (int64_t p = 0; p < kd; p += slice)
             for (int64_t ib = 0; ib < row_blocks; ib++) {
                 const int64_t i = i0 + ib * R;
                 kernel.pack_a(panels + (ib * padded + p) * R, std::min(R, i1 - i),
-                              std::min(most, kd - p), x.a + i * x.a_row + (p0 + p) * x.a_column,
+                              std::min(slice, kd - p), x.a + i * x.a_row + (p0 + p) * x.a_column,
                               x.a_row, x.a_column);
             }
         for (int64_t j = 0; j < x.n; j += Q) {
             BlockColumn<P> column = block_column(x, i0, i1 - i0, j, std::min(Q, x.n - j));
             column.k = padded;
-            column.a = panels, column.a_panel = padded * R;
+            column.a = panels, column.a_panel_stride = padded * R;
             column.b = x.packed + x.layout.at(d, j / Q);
-            column.last = in_out || d == depths - 1;
+            column.last_depth = in_out || d == depths - 1;
             if (in_out && d > 0) column.accumulate = true;
-            column.add = !in_out && d > 0;
-            if (sums) column.sums = sums + j * row_blocks * R, column.sums_block = R * Q;
+            column.accumulators_valid = !in_out && d > 0;
+            if (accumulators)
+                column.accumulators = accumulators + j * row_blocks * R,
+                column.accumulator_stride = R * Q;
             kernel.multiply(column);
         }
     }
 }
 
-// A product of few blocks and many k, as weights' gradients in small models are: parts of k, their
-// number given by the shape alone, are summed apart by the threads and then added in their order.
-const int64_t few_sums = 32 << 10, part_of_k = 256, most_parts = 16;
+// Split-K for small outputs and large k, such as weight gradients of small models: threads sum
+// separate parts of k, which are then added in order. The shape alone determines the parts, so that
+// results do not depend on the number of threads.
+const int64_t max_split_outputs = 32 << 10, min_split_k = 256, max_splits = 16;
 
 template <class T, class P, class OUT>
 void split_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed, int64_t m,
@@ -156,8 +160,8 @@ void split_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed
     static thread_local Scratch partial_memory;
     const int64_t a_row = a_transposed ? 1 : k, a_column = a_transposed ? m : 1;
     const int64_t b_row = b_transposed ? 1 : n, b_column = b_transposed ? k : 1;
-    const int64_t part = kernel.padded(blocks(k, std::min(most_parts, k / part_of_k)));
-    const int64_t parts = blocks(k, part);
+    const int64_t part = kernel.padded(ceil_div(k, std::min(max_splits, k / min_split_k)));
+    const int64_t parts = ceil_div(k, part);
     float* partial = (float*)partial_memory.get(parts * m * n * int64_t(sizeof(float)));
 #pragma omp parallel num_threads(threads_to_use())
     {
@@ -170,11 +174,10 @@ void split_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed
             P* packed = (P*)packed_memory.get(layout.size() * int64_t(sizeof(P)));
             for (int64_t d = 0; d < layout.depths(); d++)
                 layout.pack(packed, d, 0, layout.panels(), b + p * b_row, b_row, b_column);
-            const Product<T, P, float> product{
-                kernel, m,        n,      kp,     a + p * a_column,
-                a_row,  a_column, layout, packed, partial + i * m * n,
-                n,      false,    nullptr};
-            multiply_rows(product, 0, m);
+            const Matmul<T, P, float> matmul{kernel, m,        n,      kp,     a + p * a_column,
+                                             a_row,  a_column, layout, packed, partial + i * m * n,
+                                             n,      false,    nullptr};
+            multiply_rows(matmul, 0, m);
         }
         kernel.end();
 #pragma omp for
@@ -193,26 +196,26 @@ void split_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed
 
 } // namespace
 
-// Columns are taken in parts: a part's packed b should stay in the third cache, but a is packed
-// anew for each.
+// Limits the packed part of b: it should stay in the L3 cache, but a is repacked for each part.
 static int64_t packed_bytes(int64_t m, int64_t k, int64_t bytes) {
     const int64_t mib = int64_t(1) << 20;
     return std::clamp(m * k * bytes / 2, 8 * mib, 64 * mib);
 }
 
-// A thread's block of a: it stays in the second cache.
+// A thread's block of a, which stays in the L2 cache.
 static const int64_t block_bytes = int64_t(768) << 10;
 
 int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t element_bytes, int threads) {
     const int64_t b = std::min(n * k * element_bytes, packed_bytes(m, k, element_bytes));
-    return (b + std::min(m * k * element_bytes, threads * block_bytes)) * 5 / 4; // as get() grows
+    return (b + std::min(m * k * element_bytes, threads * block_bytes)) * 5 /
+           4; // Scratch::get()'s reserve
 }
 
 template <class T, class P, class OUT>
 void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed, int64_t m,
                  int64_t n, int64_t k, const T* a, const T* b, OUT* out, bool accumulate,
                  const OUT* bias) {
-    if (m * n <= few_sums && k >= 4 * part_of_k) {
+    if (m * n <= max_split_outputs && k >= 4 * min_split_k) {
         split_gemm(kernel, a_transposed, b_transposed, m, n, k, a, b, out, accumulate, bias);
         return;
     }
@@ -221,31 +224,31 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
     const int threads = threads_to_use();
     const int64_t R = kernel.rows, Q = kernel.columns;
     const int64_t bytes = int64_t(sizeof(P));
-    const int64_t parts = blocks(n * kernel.padded(k) * bytes, packed_bytes(m, k, bytes));
-    const int64_t most = blocks(blocks(n, parts), Q) * Q;
-    for (int64_t n0 = 0; n0 < n; n0 += most) {
-        const int64_t part = std::min(most, n - n0);
+    const int64_t parts = ceil_div(n * kernel.padded(k) * bytes, packed_bytes(m, k, bytes));
+    const int64_t max_columns = ceil_div(ceil_div(n, parts), Q) * Q;
+    for (int64_t n0 = 0; n0 < n; n0 += max_columns) {
+        const int64_t part = std::min(max_columns, n - n0);
         const PackedB<T, P> layout{kernel, k, part};
         P* packed = (P*)packed_memory.get(layout.size() * int64_t(sizeof(P)));
-        const Product<T, P, OUT> product{kernel,
-                                         m,
-                                         part,
-                                         k,
-                                         a,
-                                         a_transposed ? 1 : k,
-                                         a_transposed ? m : 1,
-                                         layout,
-                                         packed,
-                                         out + n0,
-                                         n,
-                                         accumulate,
-                                         bias ? bias + n0 : nullptr};
-        const int64_t most_rows =
+        const Matmul<T, P, OUT> matmul{kernel,
+                                       m,
+                                       part,
+                                       k,
+                                       a,
+                                       a_transposed ? 1 : k,
+                                       a_transposed ? m : 1,
+                                       layout,
+                                       packed,
+                                       out + n0,
+                                       n,
+                                       accumulate,
+                                       bias ? bias + n0 : nullptr};
+        const int64_t max_rows =
             std::max<int64_t>(R, block_bytes / int64_t(sizeof(P)) / kernel.depth_of(k));
-        const int64_t rounds = blocks(blocks(m, most_rows), threads);
-        const int64_t task = blocks(blocks(m, rounds * threads), R) * R;
+        const int64_t rounds = ceil_div(ceil_div(m, max_rows), threads);
+        const int64_t task = ceil_div(ceil_div(m, rounds * threads), R) * R;
         const int64_t panels = layout.panels(), group = 8;
-        const int64_t groups = blocks(panels, group), pieces = groups * layout.depths();
+        const int64_t groups = ceil_div(panels, group), pieces = groups * layout.depths();
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for
@@ -260,7 +263,7 @@ void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transpose
                 for (int64_t round = 0; round < rounds; round++) {
                     const int64_t i = (thread * rounds + round) * task;
                     const int64_t end = std::min(m, i + task);
-                    if (i < m) multiply_rows(product, i, end);
+                    if (i < m) multiply_rows(matmul, i, end);
                 }
             kernel.end();
         }
@@ -285,50 +288,51 @@ template <class T, class P>
 void kernel_packed_gemm(const Kernel<T, P>& kernel, int64_t m, int64_t n, int64_t k, const T* a,
                         int64_t a_row, int64_t a_column, const P* packed, int64_t packed_k,
                         int64_t packed_n, float* c, int64_t c_row, bool accumulate) {
-    static thread_local Scratch panel_memory, sum_memory, tail_memory;
+    static thread_local Scratch panel_memory, accumulator_memory, tail_memory;
     const PackedB<T, P> layout{kernel, packed_k, packed_n};
-    const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = blocks(m, R);
+    const int64_t R = kernel.rows, Q = kernel.columns, row_blocks = ceil_div(m, R);
     const int64_t depth = kernel.depth_of(packed_k);
     const int64_t padded_k = kernel.padded(k);
     P* panels = (P*)panel_memory.get(row_blocks * R * padded_k * int64_t(sizeof(P)));
-    float* sums = (float*)sum_memory.get(row_blocks * R * Q * int64_t(sizeof(float)));
+    float* accumulators =
+        (float*)accumulator_memory.get(row_blocks * R * Q * int64_t(sizeof(float)));
 
-    // Where b's next rows lie in the same step as its last, that step is copied without them.
+    // If k < packed_k ends within a step, that step is copied with the rows beyond k zeroed.
     const int64_t whole = k / kernel.step * kernel.step, rest = k < packed_k ? k - whole : 0;
     P* tail = nullptr;
     if (rest) {
         const int64_t d = whole / depth, size = kernel.step * Q;
-        tail = (P*)tail_memory.get(blocks(n, Q) * size * int64_t(sizeof(P)));
-        for (int64_t j = 0; j < blocks(n, Q); j++) {
+        tail = (P*)tail_memory.get(ceil_div(n, Q) * size * int64_t(sizeof(P)));
+        for (int64_t j = 0; j < ceil_div(n, Q); j++) {
             const P* from = packed + layout.at(d, j) + (whole - d * depth) * Q;
             P* to = tail + j * size;
             std::copy(from, from + size, to);
-            // As gemm_bf16.cpp packs them; the other kernels' steps are of one row.
+            // The layout is gemm_bf16.cpp's; steps of other kernels have one row.
             for (int64_t p = rest; p < kernel.step; p++)
                 for (int64_t q = 0; q < Q; q++)
                     to[q / 16 * kernel.step * 16 + p / 2 * 32 + q % 16 * 2 + p % 2] = P(0);
         }
     }
-    const Product<T, P, float> product{kernel, m,      n, k,     a,          a_row,  a_column,
-                                       layout, packed, c, c_row, accumulate, nullptr};
+    const Matmul<T, P, float> matmul{kernel, m,      n, k,     a,          a_row,  a_column,
+                                     layout, packed, c, c_row, accumulate, nullptr};
     kernel.begin();
     for (int64_t i = 0; i < m; i += R)
         kernel.pack_a(panels + i * padded_k, std::min(R, m - i), k, a + i * a_row, a_row, a_column);
     for (int64_t j = 0; j < n; j += Q) {
-        BlockColumn<P> column = block_column(product, 0, m, j, std::min(Q, n - j));
-        column.sums = sums, column.sums_block = R * Q;
-        column.a_panel = padded_k * R;
+        BlockColumn<P> column = block_column(matmul, 0, m, j, std::min(Q, n - j));
+        column.accumulators = accumulators, column.accumulator_stride = R * Q;
+        column.a_panel_stride = padded_k * R;
         const int64_t end = tail ? whole : padded_k;
-        for (int64_t p = 0; p < end; p += depth, column.add = true) {
+        for (int64_t p = 0; p < end; p += depth, column.accumulators_valid = true) {
             column.k = std::min(depth, end - p);
             column.a = panels + p * R, column.b = packed + layout.at(p / depth, j / Q);
-            column.last = p + depth >= end && !tail;
+            column.last_depth = p + depth >= end && !tail;
             kernel.multiply(column);
         }
         if (tail) {
             column.k = kernel.step;
             column.a = panels + whole * R, column.b = tail + j * kernel.step;
-            column.last = true;
+            column.last_depth = true;
             kernel.multiply(column);
         }
     }

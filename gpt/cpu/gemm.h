@@ -1,18 +1,18 @@
-// Matrix products, row-major. gemm() uses all threads, packed_gemm() the one that calls it. The
-// same operands give the same bits by any number of threads, and no row or column of an operand
-// reaches results that are not its own, whatever it holds. Products of bf16 are summed in float.
+// Row-major matmuls. gemm() uses all threads, packed_gemm() the calling one. Results do not depend
+// on the number of threads, and each depends only on its own row of a and column of b, whatever
+// else the operands hold. Accumulators of bf16 are float.
 //
-// Which way gemm() takes, and where the kernels were measured beside oneDNN 2.6.3, how much faster
-// they are, on one thread (a Xeon with AMX, 2048 rows, 768 and 3072 columns; forward, gradient of
+// The implementations that gemm() chooses from, with the kernels' speedup over oneDNN 2.6.3 where
+// measured (one thread of a Xeon with AMX, 2048 rows, 768 and 3072 columns; forward, gradient of
 // the input, of the weights):
 //   double                          plain loops, below: the reference
 //   bf16 with AMX                   gemm_bf16.cpp          1.15-1.7, 1.2-1.5, 1.4-1.7
-//   bf16 with AVX512-BF16           oneDNN; without it gemm_bf16.cpp
-//   bf16 without                    gemm_float.cpp, widened while packing
+//   bf16 with AVX512-BF16           oneDNN; in builds without it gemm_bf16.cpp
+//   bf16 on other CPUs              gemm_float.cpp, widening while packing
 //   float, built for AVX-512, b not transposed and at least 256 columns
 //                                   gemm_float.cpp              -, 1.0-2.5, 0.95-2.7
-//   float otherwise                 oneDNN; without it gemm_float.cpp
-// packed_gemm() is never oneDNN's.
+//   other float                     oneDNN; in builds without it gemm_float.cpp
+// packed_gemm() never uses oneDNN.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@
 
 namespace lns {
 
-// The widest vector registers of the CPU that this is compiled for. The compilers' vector types
-// (GCC's and Clang's) keep the tiles below in registers, on any CPU.
+// The target CPU's widest vector registers. GCC's and Clang's vector types keep the tiles below in
+// registers on any CPU.
 #if defined(__AVX512F__)
 const int vector_bytes = 64, tile_rows = 8;
 #elif defined(__AVX__)
@@ -34,7 +34,7 @@ const int vector_bytes = 32, tile_rows = 4;
 const int vector_bytes = 16, tile_rows = 4;
 #endif
 
-// One tile of MR rows and N vectors of Bytes: c += or = Σ_p a(i, p) · b(p, ·).
+// One tile of MR rows and N vectors of Bytes: c = Σ_p a(i, p) · b(p, ·), or c += it.
 template <int MR, int N, int Bytes, class S>
 inline void gemm_tile(int64_t k, const S* a, int64_t a_row, int64_t a_column, const S* b,
                       int64_t b_row, S* c, int64_t c_row, bool accumulate) {
@@ -67,8 +67,8 @@ inline void gemm_columns(int64_t m, int64_t k, const S* a, int64_t a_row, int64_
                                accumulate);
 }
 
-// c (m, n) = a (m, k) · b (k, n), or c += …, by one thread. Strides are in elements: a(i, p) is
-// a[i·a_row + p·a_column], so a may be a transposed matrix; b's and c's columns are adjacent.
+// c (m, n) = or += a (m, k) · b (k, n), on one thread. Strides are in elements: a(i, p) is
+// a[i·a_row + p·a_column], so a may be transposed; columns of b and c are adjacent.
 template <class S>
 void small_gemm(int64_t m, int64_t n, int64_t k, const S* a, int64_t a_row, int64_t a_column,
                 const S* b, int64_t b_row, S* c, int64_t c_row, bool accumulate) {
@@ -84,8 +84,9 @@ void small_gemm(int64_t m, int64_t n, int64_t k, const S* a, int64_t a_row, int6
     columns.template operator()<1, sizeof(S)>();
 }
 
-// out (m, n) = op(a) · op(b) + bias, or out += …; op(a) is (m, k), stored (k, m) if a_transposed;
-// op(b) is (k, n), stored (n, k) if b_transposed. bias: (n), or null; not with accumulate.
+// out (m, n) = op(a) · op(b) + bias, or out += op(a) · op(b) if accumulate, without bias. op(a) is
+// (m, k), stored (k, m) if a_transposed; op(b) is (k, n), stored (n, k) if b_transposed. bias: (n)
+// or null.
 template <class S>
 void plain_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const S* a,
                 const S* b, S* out, bool accumulate, const S* bias) {
@@ -96,7 +97,7 @@ void plain_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int6
         std::vector<S> panel(b_transposed ? depth * columns : 0);
 #pragma omp for
         for (int64_t block = 0; block < row_blocks * column_blocks; block++) {
-            // Neighbouring blocks share their columns, and so the panel of b.
+            // Consecutive blocks share columns of b.
             const int64_t i0 = block % row_blocks * rows, j0 = block / row_blocks * columns;
             const int64_t mb = std::min(rows, m - i0), nb = std::min(columns, n - j0);
             S* c = out + i0 * n + j0;
@@ -119,8 +120,7 @@ void plain_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int6
     }
 }
 
-// About how many bytes the kernels keep from one product to the next, once they have computed one
-// of this shape, of numbers of so many bytes.
+// Approximate bytes of scratch memory that the kernels keep after a matmul of this shape.
 int64_t gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t element_bytes, int threads);
 
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const double* a,
@@ -132,20 +132,20 @@ void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k,
 void gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const bf16* a,
           const bf16* b, float* out, bool accumulate, const float* bias = nullptr);
 
-// Products that one thread takes by itself, for use inside a parallel region: b is packed once and
-// multiplied by many a. S is double, float or bf16; bf16 is summed in float.
+// Single-threaded matmuls for parallel regions: b is packed once and multiplied by many a. S is
+// double, float or bf16; accumulators of bf16 are float.
 template <class S> using Sum = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// How many S pack() writes.
+// The number of S that pack() writes.
 template <class S> int64_t packed_size(int64_t k, int64_t n);
 
-// b(p, j) = b[p·b_row + j·b_column], p < k, j < n. packed is 64-byte aligned.
+// Packs b(p, j) = b[p·b_row + j·b_column], p < k, j < n. packed must be 64-byte aligned.
 template <class S>
 void pack(S* packed, int64_t k, int64_t n, const S* b, int64_t b_row, int64_t b_column);
 
-// c (m, n) = or += a (m, k) · b's first k rows and n columns; packed_k and packed_n are the sizes
-// that pack() was given. a(i, p) = a[i·a_row + p·a_column], one of these strides being 1; c's rows
-// are c_row apart, its columns adjacent.
+// c (m, n) = or += a (m, k) · the first k rows and n columns of b, which pack() was given with
+// packed_k rows and packed_n columns. a(i, p) = a[i·a_row + p·a_column], where one stride is 1; c's
+// rows are c_row apart, its columns adjacent.
 template <class S>
 void packed_gemm(int64_t m, int64_t n, int64_t k, const S* a, int64_t a_row, int64_t a_column,
                  const S* packed, int64_t packed_k, int64_t packed_n, Sum<S>* c, int64_t c_row,

@@ -1,15 +1,15 @@
-// Blocks of products in bf16, by AMX's tiles or AVX512-BF16's dot products of pairs. Compiled for
-// these whatever CPU the build is for; bf16_unit() says at run time whether the CPU has them.
+// bf16 matmul kernels for AMX tiles and for AVX512-BF16's dot products of pairs. Compiled in every
+// x86-64 build; bf16_unit() tells at run time whether the CPU supports them.
 //
-// Both instructions sum pairs of k: b's panel holds b(2q, j) and b(2q + 1, j) side by side. In each
-// step of 32 k's a panel of a is two tiles of 16 rows of 32 k's, a panel of b two tiles of 16 pairs
-// of 16 columns; a tile has 1 KiB. Products are exact and summed in float; numbers below 2^-126
-// count as 0 (Intel, Software Developer's Manual, TDPBF16PS).
+// Both instructions sum pairs of k: b's panel holds b(2q, j) and b(2q + 1, j) side by side. Per
+// step of 32 k's, a panel of a is two tiles of 16 rows of 32 k's, and a panel of b two tiles of 16
+// pairs of 16 columns; a tile has 1 KiB. Products are exact and summed in float; subnormals count
+// as 0 (Intel, Software Developer's Manual, TDPBF16PS).
 #include "gpt/cpu/gemm_kernel.h"
 
 #if defined(__x86_64__)
 #if !defined(__clang__)
-// g++ 12 warns of the registers that its own headers leave undefined on purpose (GCC bug 105593).
+// g++ 12 warns of registers that its own headers leave undefined on purpose (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -20,7 +20,7 @@ namespace lns {
 
 #if defined(__x86_64__)
 
-// On every function that uses them or is inlined into one that does.
+// For every function that uses these instructions or is inlined into one that does.
 #define LNS_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prfchw")))
 #define LNS_AMX                                                                                    \
     __attribute__((                                                                                \
@@ -34,14 +34,14 @@ LNS_AVX512 inline __mmask32 first(int64_t count) {
     return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
 }
 
-// 16 x 16 of 32 bits.
+// Transposes 16 x 16 values of 32 bits.
 LNS_AVX512 inline void transpose(__m512i (&r)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4) { // r[i + c]: column c of each 4 x 4, of rows i to i + 3
+    for (int i = 0; i < 16; i += 4) { // r[i + c]: column c of each 4 x 4 block in rows i to i + 3
         r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
         r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
         r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
@@ -61,7 +61,7 @@ LNS_AVX512 inline void transpose(__m512i (&r)[16]) {
     }
 }
 
-// Rows x and y of 32 numbers as pairs (x, y): the first 16 and the last 16.
+// Interleaves rows x and y of 32 values as pairs (x, y): the first 16 and the last 16.
 LNS_AVX512 inline void pair(__m512i x, __m512i y, __m512i& low, __m512i& high) {
     const __m512i from_low =
         _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
@@ -134,7 +134,7 @@ LNS_AVX512 inline __m512 widen(__m256i x) {
 LNS_AVX512 inline __m512 widen_low(__m512i x) { return widen(_mm512_castsi512_si256(x)); }
 LNS_AVX512 inline __m512 widen_high(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1)); }
 
-// Row i at the last depth; y0 and y1 are its sums over all depths.
+// Stores row i after the last depth; y0 and y1 are its sums over all depths.
 LNS_AVX512 inline void store_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask, __m512 y0,
                                  __m512 y1) {
     const __mmask16 low = __mmask16(mask), high = __mmask16(mask >> 16);
@@ -156,24 +156,26 @@ LNS_AVX512 inline void store_row(const BlockColumn<bf16>& x, int64_t i, __mmask3
     }
 }
 
-// Row i at any depth; y0 and y1 are its sums over this depth.
-LNS_AVX512 inline void join_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask, __m512 y0,
-                                __m512 y1) {
-    float* sums = nullptr; // of a product of one depth, which needs none
-    if (x.sums) sums = x.sums + i / block_rows * x.sums_block + i % block_rows * block_columns;
-    if (x.add) y0 = _mm512_add_ps(_mm512_load_ps(sums), y0);
-    if (x.add) y1 = _mm512_add_ps(_mm512_load_ps(sums + 16), y1);
-    if (x.last) {
+// Adds to row i its sums y0 and y1 over one depth, and stores it after the last.
+LNS_AVX512 inline void accumulate_row(const BlockColumn<bf16>& x, int64_t i, __mmask32 mask,
+                                      __m512 y0, __m512 y1) {
+    float* accumulators = nullptr; // stays null if there is only one depth
+    if (x.accumulators)
+        accumulators =
+            x.accumulators + i / block_rows * x.accumulator_stride + i % block_rows * block_columns;
+    if (x.accumulators_valid) y0 = _mm512_add_ps(_mm512_load_ps(accumulators), y0);
+    if (x.accumulators_valid) y1 = _mm512_add_ps(_mm512_load_ps(accumulators + 16), y1);
+    if (x.last_depth) {
         store_row(x, i, mask, y0, y1);
     } else {
-        _mm512_store_ps(sums, y0);
-        _mm512_store_ps(sums + 16, y1);
+        _mm512_store_ps(accumulators, y0);
+        _mm512_store_ps(accumulators + 16, y1);
     }
 }
 
 template <int M>
 LNS_AVX512 inline void dot_rows(const BlockColumn<bf16>& x, int64_t block, int64_t i0) {
-    const bf16 *a = x.a + block * x.a_panel + i0 * step, *b = x.b;
+    const bf16 *a = x.a + block * x.a_panel_stride + i0 * step, *b = x.b;
     __m512 sum[M][2];
     for (int i = 0; i < M; i++)
         for (int q = 0; q < 2; q++) sum[i][q] = _mm512_setzero_ps();
@@ -190,8 +192,8 @@ LNS_AVX512 inline void dot_rows(const BlockColumn<bf16>& x, int64_t block, int64
             }
         }
     for (int i = 0; i < M; i++)
-        if (!x.last || block * block_rows + i0 + i < x.m)
-            join_row(x, block * block_rows + i0 + i, first(x.n), sum[i][0], sum[i][1]);
+        if (!x.last_depth || block * block_rows + i0 + i < x.m)
+            accumulate_row(x, block * block_rows + i0 + i, first(x.n), sum[i][0], sum[i][1]);
 }
 
 LNS_AVX512 void dot(const BlockColumn<bf16>& x) {
@@ -212,44 +214,44 @@ struct alignas(64) TileShapes { // Intel, Software Developer's Manual, LDTILECFG
 };
 const TileShapes tile_shapes;
 
-// Tiles 0 to 3 are the block's quarters, 4 and 5 a's rows, 6 and 7 b's columns. Blocks whose sums
-// join others, or are stored by rows, take turns in two buffers: while the tiles multiply one
-// block, the other units join the one before it, a few rows at each step.
+// Tiles 0 to 3 are the block's quarters, 4 and 5 a's rows, 6 and 7 b's columns. Blocks that cannot
+// be stored directly from the tiles alternate between two buffers: while the tiles multiply one
+// block, the vector units accumulate or store the previous one, a few rows at each step.
 LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
     alignas(64) float buffers[2][block_rows * block_columns];
     const int64_t steps = x.k / step;
     const int64_t slice = (block_rows + steps - 1) / steps;
     const __mmask32 mask = first(x.n);
-    // Whole blocks of sums that join nothing are stored by the tiles themselves.
-    const bool straight =
-        !x.add &&
-        (!x.last || (x.out_float && !x.accumulate && !x.bias_float && x.n == block_columns));
+    // Whether full blocks can be stored directly from the tiles.
+    const bool direct =
+        !x.accumulators_valid &&
+        (!x.last_depth || (x.out_float && !x.accumulate && !x.bias_float && x.n == block_columns));
     for (int64_t i = 0; i < x.count; i++) {
-        const bf16 *a = x.a + i * x.a_panel, *b = x.b;
+        const bf16 *a = x.a + i * x.a_panel_stride, *b = x.b;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        float* c = x.sums + i * x.sums_block;
+        float* c = x.accumulators + i * x.accumulator_stride;
         int64_t row = block_columns;
-        const bool whole = !x.last || (i + 1) * block_rows <= x.m;
-        if (!straight || !whole)
+        const bool full = !x.last_depth || (i + 1) * block_rows <= x.m;
+        if (!direct || !full)
             c = buffers[i % 2];
-        else if (x.last)
+        else if (x.last_depth)
             c = x.out_float + i * block_rows * x.out_row, row = x.out_row;
-        int64_t joined = (i - 1) * block_rows;
-        const int64_t joined_end = i > 0 && !straight ? joined + block_rows : joined;
-        // The lines that this block will be stored to are on their way meanwhile. To the second
-        // cache: rows that are a multiple of 4 KiB apart would push each other out of the first.
-        int64_t wanted = i * block_rows;
-        const int64_t wanted_end = x.last ? std::min(x.m, wanted + block_rows) : wanted;
+        int64_t previous = (i - 1) * block_rows;
+        const int64_t previous_end = i > 0 && !direct ? previous + block_rows : previous;
+        // Prefetch this block's output into the L2 cache: rows a multiple of 4 KiB apart would
+        // evict each other from L1.
+        int64_t fetched = i * block_rows;
+        const int64_t fetched_end = x.last_depth ? std::min(x.m, fetched + block_rows) : fetched;
         for (int64_t s = 0; s < steps; s++, a += 2 * tile, b += 2 * tile) {
-            for (int64_t end = std::min(wanted_end, wanted + slice); wanted < end; wanted++) {
+            for (int64_t end = std::min(fetched_end, fetched + slice); fetched < end; fetched++) {
                 if (x.out_bf16)
-                    _mm_prefetch(x.out_bf16 + wanted * x.out_row, _MM_HINT_T1);
+                    _mm_prefetch(x.out_bf16 + fetched * x.out_row, _MM_HINT_T1);
                 else {
-                    _mm_prefetch(x.out_float + wanted * x.out_row, _MM_HINT_T1);
-                    _mm_prefetch(x.out_float + wanted * x.out_row + 16, _MM_HINT_T1);
+                    _mm_prefetch(x.out_float + fetched * x.out_row, _MM_HINT_T1);
+                    _mm_prefetch(x.out_float + fetched * x.out_row + 16, _MM_HINT_T1);
                 }
             }
             _tile_loadd(4, a, 64);
@@ -260,9 +262,10 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
-            for (int64_t end = std::min(joined_end, joined + slice); joined < end; joined++) {
-                const float* y = buffers[(i + 1) % 2] + joined % block_rows * block_columns;
-                join_row(x, joined, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
+            for (int64_t end = std::min(previous_end, previous + slice); previous < end;
+                 previous++) {
+                const float* y = buffers[(i + 1) % 2] + previous % block_rows * block_columns;
+                accumulate_row(x, previous, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
             }
         }
         _tile_stored(0, c, row * 4);
@@ -270,15 +273,15 @@ LNS_AMX void multiply_tiles(const BlockColumn<bf16>& x) {
         _tile_stored(2, c + 16 * row, row * 4);
         _tile_stored(3, c + 16 * row + 16, row * 4);
     }
-    const int64_t end = x.last ? x.m : x.count * block_rows;
-    if (!straight || end % block_rows != 0)
+    const int64_t end = x.last_depth ? x.m : x.count * block_rows;
+    if (!direct || end % block_rows != 0)
         for (int64_t i = (x.count - 1) * block_rows; i < end; i++) {
             const float* y = buffers[(x.count + 1) % 2] + i % block_rows * block_columns;
-            join_row(x, i, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
+            accumulate_row(x, i, mask, _mm512_load_ps(y), _mm512_load_ps(y + 16));
         }
 }
 
-// Not _tile_loadconfig: g++ 12 does not see that it reads memory, and drops the stores before it.
+// g++ 12 misses that _tile_loadconfig reads memory, and would drop the stores before it.
 LNS_AMX void begin_tiles() { asm volatile("ldtilecfg %0" ::"m"(tile_shapes)); }
 LNS_AMX void end_tiles() { _tile_release(); }
 

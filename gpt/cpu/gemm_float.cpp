@@ -1,5 +1,5 @@
-// Blocks of products in float32, by the compilers' vector types: any CPU. Also for bf16, widened
-// while packing, where the CPU multiplies no bf16.
+// float32 matmul kernels in the compilers' vector types, for any CPU. They also serve bf16, widened
+// while packing, on CPUs without a bf16 unit.
 #include "gpt/cpu/gemm_kernel.h"
 
 namespace lns {
@@ -20,8 +20,8 @@ typedef float Unaligned
     __attribute__((vector_size(vector_bytes), aligned(sizeof(float)), may_alias));
 const int width = vector_bytes / int(sizeof(float)), block_columns = block_vectors * width;
 
-// c = start + a · b; start may be null. Rows of start and c are so many floats apart. Each part of
-// k is summed from zero in registers.
+// c = start + a · b; start may be null. start_row and c_row are strides. Each part of k is summed
+// from zero in registers.
 void multiply_block(int64_t k, const float* a, const float* b, const float* start,
                     int64_t start_row, float* c, int64_t c_row) {
     for (; k > 0; k -= sum_part, start = c, start_row = c_row) {
@@ -43,18 +43,19 @@ void multiply_block(int64_t k, const float* a, const float* b, const float* star
 void multiply(const BlockColumn<float>& x) {
     alignas(64) float block[block_rows * block_columns];
     for (int64_t i = 0; i < x.count; i++) {
-        const float* a = x.a + i * x.a_panel;
-        float* sums = x.sums + i * x.sums_block;
-        const float* before = x.add ? sums : nullptr;
-        if (x.last) // the lines that the next block will be stored to, to the second cache
+        const float* a = x.a + i * x.a_panel_stride;
+        float* accumulators = x.accumulators + i * x.accumulator_stride;
+        const float* before = x.accumulators_valid ? accumulators : nullptr;
+        if (x.last_depth) // prefetch the next block's output into the L2 cache
             for (int64_t r = (i + 1) * block_rows; r < std::min(x.m, (i + 2) * block_rows); r++)
                 for (int j = 0; j < block_columns; j += 16)
                     __builtin_prefetch(x.out_float ? (const char*)(x.out_float + r * x.out_row + j)
                                                    : (const char*)(x.out_bf16 + r * x.out_row + j),
                                        0, 2);
-        if (!x.last) {
-            multiply_block(x.k, a, x.b, before, block_columns, sums, block_columns);
-        } else if (x.out_float && !x.add && x.n == block_columns && (i + 1) * block_rows <= x.m) {
+        if (!x.last_depth) {
+            multiply_block(x.k, a, x.b, before, block_columns, accumulators, block_columns);
+        } else if (x.out_float && !x.accumulators_valid && x.n == block_columns &&
+                   (i + 1) * block_rows <= x.m) {
             float* out = x.out_float + i * block_rows * x.out_row;
             const float* start = x.accumulate ? out : x.bias_float;
             multiply_block(x.k, a, x.b, start, x.accumulate ? x.out_row : 0, out, x.out_row);
@@ -72,7 +73,7 @@ template <class T> inline Four four(const T* x) {
     return Four{float(x[0]), float(x[1]), float(x[2]), float(x[3])};
 }
 
-// panel(p, j) = x[j·stride + p] for j < count, p < k; the panel's rows are W long. By 4 x 4.
+// panel(p, j) = x[j·stride + p] for j < count, p < k, in tiles of 4 x 4; the panel has W columns.
 template <int W, class T>
 void pack_transposed(float* panel, int64_t count, int64_t k, const T* x, int64_t stride) {
     int64_t j = 0;

@@ -1,11 +1,10 @@
-// How blocks of a product are computed on this CPU: internal to gemm*.cpp and their test.
+// The matmul kernels of this CPU: internal to gemm*.cpp and their test.
 //
-// A product is taken in blocks of `rows` x `columns` of c, over at most `depth` k's at a time:
-//   panels  `rows` rows of a, or `columns` columns of b, over one depth, packed in the order in
-//           which multiply() reads them; k padded with zeros to a multiple of `step`
-//   sums    `rows` x `columns` floats, row by row, for each block that awaits further depths
-// Rows and columns that lie beyond the matrix are zeros in the panels, so that what they hold
-// reaches no number that is stored.
+// A matmul is computed in blocks of `rows` x `columns` of c, over at most `depth` k's at a time:
+//   panels        `rows` rows of a, or `columns` columns of b, over one depth, packed in the order
+//                 in which multiply() reads them; k is padded with zeros to a multiple of `step`
+//   accumulators  `rows` x `columns` floats, row-major, for each block with further depths to come
+// Rows and columns beyond the matrix are zero in the panels and are not stored.
 #pragma once
 
 #include <algorithm>
@@ -18,24 +17,25 @@
 
 namespace lns {
 
-// Every kernel sums parts of k from zero and adds what came before at their ends: so many k's in
-// float, a depth in bf16. The error of a sum over K grows as √(part + K/part), that of one chain
-// of additions, each rounded at the size of the whole sum, as √K.
+// Kernels sum parts of k separately, from zero, and then add them up: parts of this length in
+// float, of a depth in bf16. The rounding error of a sum over K grows as √(part + K/part), and
+// without parts as √K.
 const int64_t sum_part = 256;
 
-// `count` panels of a times one of b: a column of blocks, over one depth.
+// A column of blocks over one depth: `count` panels of a times one panel of b.
 template <class P> struct BlockColumn {
     int64_t k; // a multiple of step
     const P* a;
-    int64_t a_panel; // from one panel of a to the next
+    int64_t a_panel_stride; // stride between panels
     int64_t count;
     const P* b;
-    float* sums; // of the earlier depths if add; the sums with this depth's, unless it is the last
-    int64_t sums_block; // from one block's to the next
-    bool add, last;
+    float* accumulators;        // read if valid, written unless last_depth
+    int64_t accumulator_stride; // stride between blocks
+    bool accumulators_valid;    // not the first depth
+    bool last_depth;            // the last depth
 
-    // At the last depth: m rows and n columns of out = the sums + bias, or out += the sums. Of
-    // out_float and out_bf16 one is null; bias, of the same type, may be.
+    // At the last depth: m rows and n columns of out = accumulators + bias, or out += accumulators.
+    // One of out_float and out_bf16 is null. bias has the same type and may be null.
     int64_t m, n, out_row;
     float* out_float;
     const float* bias_float;
@@ -44,7 +44,7 @@ template <class P> struct BlockColumn {
     bool accumulate;
 };
 
-// T: what a and b are stored as. P: what they are packed as.
+// T: the type that a and b are stored in. P: the type that they are packed in.
 template <class T, class P> struct Kernel {
     const char* name;
     int rows, columns, step, depth;
@@ -52,26 +52,25 @@ template <class T, class P> struct Kernel {
     void (*pack_a)(P* panel, int64_t m, int64_t k, const T* a, int64_t a_row, int64_t a_column);
     void (*pack_b)(P* panel, int64_t k, int64_t n, const T* b, int64_t b_row, int64_t b_column);
     void (*multiply)(const BlockColumn<P>& x);
-    // Around a thread's calls of multiply(): AMX's registers are given their shape, and let go.
+    // Called around a thread's calls of multiply(): configure and release AMX's tiles.
     void (*begin)();
     void (*end)();
 
     int64_t padded(int64_t k) const { return (k + step - 1) / step * step; }
-    // The depth that all but the last of k's parts have.
+    // The length of all parts of k but the last.
     int64_t depth_of(int64_t k) const {
         const int64_t parts = (k + depth - 1) / depth;
         return padded((k + parts - 1) / parts);
     }
 };
 
-// The fastest that CPU and build have, whatever oneDNN may do; by unit for bf16. Null where the
-// CPU lacks the unit.
+// The fastest kernels of this CPU and build; for bf16, those of a unit, or null for Bf16Unit::none.
 const Kernel<float, float>* float_kernel();
 const Kernel<bf16, float>* widening_kernel();
 const Kernel<bf16, bf16>* bf16_kernel(Bf16Unit unit);
 
-// The kernels' products for all threads, and oneDNN's; what gemm() chooses from. oneDNN's are
-// false, and nothing done, in builds without it.
+// The multithreaded matmuls that gemm() chooses from. In builds without oneDNN, onednn_gemm() does
+// nothing and returns false.
 template <class T, class P, class OUT>
 void kernel_gemm(const Kernel<T, P>& kernel, bool a_transposed, bool b_transposed, int64_t m,
                  int64_t n, int64_t k, const T* a, const T* b, OUT* out, bool accumulate,
@@ -80,7 +79,7 @@ template <class T, class OUT>
 bool onednn_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int64_t k, const T* a,
                  const T* b, OUT* out, bool accumulate, const OUT* bias);
 
-// packed_gemm() by a given kernel; packed as kernel_pack() left it, kernel_packed_size() P's.
+// packed_size(), pack() and packed_gemm() with a given kernel; sizes in elements of P.
 template <class T, class P>
 int64_t kernel_packed_size(const Kernel<T, P>& kernel, int64_t k, int64_t n);
 template <class T, class P>
@@ -91,7 +90,7 @@ void kernel_packed_gemm(const Kernel<T, P>& kernel, int64_t m, int64_t n, int64_
                         int64_t a_row, int64_t a_column, const P* packed, int64_t packed_k,
                         int64_t packed_n, float* c, int64_t c_row, bool accumulate);
 
-// Memory that only grows and is not cleared, 64-byte aligned. One per thread and use.
+// Uninitialized memory that only grows; aligned for any vector. One per thread and use.
 struct Scratch {
     void* get(int64_t bytes);
     ~Scratch();
@@ -100,12 +99,12 @@ struct Scratch {
     int64_t size = 0;
 };
 
-// What ends block i at the last depth, where a kernel has no faster way.
+// Stores block i after the last depth, for kernels without a faster way.
 template <class P, class OUT>
-inline void store_block(const BlockColumn<P>& x, const float* sums, int64_t i, int64_t rows,
+inline void store_block(const BlockColumn<P>& x, const float* accumulators, int64_t i, int64_t rows,
                         int64_t columns, OUT* out, const OUT* bias) {
     for (int64_t r = 0; r < std::min(rows, x.m - i * rows); r++) {
-        const float* sum = sums + r * columns;
+        const float* sum = accumulators + r * columns;
         OUT* y = out + (i * rows + r) * x.out_row;
         if (x.accumulate)
             for (int64_t j = 0; j < x.n; j++) y[j] = OUT(float(y[j]) + sum[j]);
@@ -117,12 +116,12 @@ inline void store_block(const BlockColumn<P>& x, const float* sums, int64_t i, i
 }
 
 template <class P>
-inline void store_block(const BlockColumn<P>& x, const float* sums, int64_t i, int64_t rows,
+inline void store_block(const BlockColumn<P>& x, const float* accumulators, int64_t i, int64_t rows,
                         int64_t columns) {
     if (x.out_bf16)
-        store_block(x, sums, i, rows, columns, x.out_bf16, x.bias_bf16);
+        store_block(x, accumulators, i, rows, columns, x.out_bf16, x.bias_bf16);
     else
-        store_block(x, sums, i, rows, columns, x.out_float, x.bias_float);
+        store_block(x, accumulators, i, rows, columns, x.out_float, x.bias_float);
 }
 
 } // namespace lns

@@ -1,5 +1,5 @@
-// oneDNN's matrix products. A primitive takes milliseconds to make (it compiles code), so each is
-// made once for its shape and kept for the life of the process.
+// oneDNN's matmuls. Making a primitive takes milliseconds (it compiles code), so each shape's is
+// made once and kept.
 #include "gpt/cpu/gemm_kernel.h"
 
 #ifdef LNS_ONEDNN
@@ -73,8 +73,8 @@ bool onednn_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int
                  const T* b, OUT* out, bool accumulate, const OUT* bias) {
     static std::map<Shape, Matmul> matmuls;
     static dnnl::stream stream(engine());
-    static std::mutex one_at_a_time; // a primitive's scratchpad is its own
-    const std::lock_guard lock(one_at_a_time);
+    static std::mutex mutex; // a primitive owns its scratchpad
+    const std::lock_guard lock(mutex);
     const Shape shape{a_transposed, b_transposed, m, n, k, accumulate, bias != nullptr};
     try {
         auto it = matmuls.find(shape);
@@ -87,8 +87,8 @@ bool onednn_gemm(bool a_transposed, bool b_transposed, int64_t m, int64_t n, int
         matmul.primitive.execute(stream, matmul.arguments);
         stream.wait();
     } catch (const dnnl::error& error) {
-        fail("oneDNN failed on a matrix product of ", m, " x ", k, " and ", k, " x ", n, ": ",
-             error.what(), ". Build with ONEDNN=0 to do without it.");
+        fail("oneDNN failed on a matmul of ", m, " x ", k, " and ", k, " x ", n, ": ", error.what(),
+             ". Build with ONEDNN=0 to avoid oneDNN.");
     }
     return true;
 }

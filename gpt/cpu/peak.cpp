@@ -1,13 +1,13 @@
 #include "gpt/cpu/peak.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <sstream>
 #include <unistd.h>
 
+#include "gpt/base/clock.h"
 #include "gpt/base/random.h"
 #include "gpt/cpu/bf16.h"
 
@@ -22,7 +22,7 @@ namespace lns {
 
 namespace {
 
-// One register's floats; GCC and Clang turn the arithmetic into the machine's instructions.
+// A vector register, as a vector type of GCC and Clang.
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
 #elif defined(__AVX__)
@@ -33,14 +33,14 @@ constexpr int vector_bytes = 16;
 typedef float Vector __attribute__((vector_size(vector_bytes)));
 constexpr int floats = vector_bytes / int(sizeof(float));
 
-// Work in registers: that many rounds of it, and a result that is used, so that none is dropped.
+// A loop of arithmetic in registers. Its result is used, so that compilers keep the loop.
 struct Work {
     float (*run)(int64_t rounds);
-    double flops; // of a round
+    double flops; // per round
 };
 
-// Twelve chains of dependent multiply-adds: enough to fill two units of 4 to 5 cycles' latency,
-// few enough for 16 registers. Clang would halve the registers on CPUs that it thinks prefer that.
+// Twelve chains of dependent multiply-adds: enough to fill two units with latencies of 4 to 5
+// cycles, few enough for 16 registers. The attribute keeps Clang from using half-width registers.
 #if defined(__clang__) && defined(__x86_64__)
 __attribute__((min_vector_width(512)))
 #endif
@@ -59,7 +59,7 @@ float multiply_adds(int64_t rounds) {
 }
 
 #if defined(__x86_64__)
-// The same chains of VDPBF16PS, each adding 2 products to each of 16 floats.
+// Twelve chains of VDPBF16PS, each adding 2 products to each of 16 floats.
 __attribute__((target("avx512f,avx512bf16"))) float dot_products(int64_t rounds) {
     __m512 r[12];
     for (int i = 0; i < 12; i++) r[i] = _mm512_set1_ps(float(i));
@@ -73,9 +73,9 @@ __attribute__((target("avx512f,avx512bf16"))) float dot_products(int64_t rounds)
     return sum;
 }
 
-// As a matrix product uses the 8 tiles: 4 sums of 16 x 16 floats, to which the 2 x 2 products of
-// 16 x 32 by 32 x 16 are added. Of numbers as matrices have them: of zeros or ones a Xeon of 2024
-// multiplies a quarter more, since it then needs less power.
+// The 8 tiles as in a matmul: 4 accumulators of 16 x 16 floats for the 2 x 2 products of 16 x 32 by
+// 32 x 16 tiles. Operands are random, as in models: with zeros or ones a Xeon of 2024 draws less
+// power and runs a quarter faster.
 __attribute__((target("amx-tile,amx-bf16"))) float tile_products(int64_t rounds) {
     struct alignas(64) {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -86,8 +86,8 @@ __attribute__((target("amx-tile,amx-bf16"))) float tile_products(int64_t rounds)
     alignas(64) float sum[16 * 16];
     for (int i = 0; i < 4 * 16 * 32; i++) // uniform in (-1, 1)
         operands[i / 512][i % 512] = float(mix_bits(uint32_t(i + 1))) * 0x1p-31f - 1.0f;
-    asm volatile("" ::"r"(operands) : "memory"); // GCC 12 does not see that _tile_loadd reads
-    // Not _tile_loadconfig: GCC 12 then drops the stores that fill the configuration.
+    asm volatile("" ::"r"(operands) : "memory"); // GCC 12 misses that _tile_loadd reads memory
+    // With _tile_loadconfig, GCC 12 drops the stores that fill the configuration.
     asm volatile("ldtilecfg %0" ::"m"(config));
     _tile_zero(0);
     _tile_zero(1);
@@ -109,11 +109,6 @@ __attribute__((target("amx-tile,amx-bf16"))) float tile_products(int64_t rounds)
 }
 #endif
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
 double measured_flops(const Work& work, int threads) {
     volatile float sink = 0;
     auto seconds_of = [&](int64_t rounds) {
@@ -128,7 +123,7 @@ double measured_flops(const Work& work, int threads) {
     };
 
     int64_t rounds = 1 << 14;
-    double seconds = seconds_of(rounds); // starts the threads
+    double seconds = seconds_of(rounds); // also starts the threads
     while ((seconds = seconds_of(rounds)) < 0.01 && rounds < (int64_t(1) << 32)) rounds *= 2;
     for (int i = 0; i < 4; i++) seconds = std::min(seconds, seconds_of(rounds));
     return double(threads) * double(rounds) * work.flops / seconds;
@@ -143,7 +138,7 @@ float read_all(Vector* x, int64_t n) {
 }
 
 float write_all(Vector* x, int64_t n) {
-    volatile float value = 0.999f; // its bytes differ, so this is no memset
+    volatile float value = 0.999f; // its bytes differ, so that compilers do not call memset
     const Vector v = Vector{} + value;
     for (int64_t i = 0; i < n; i++) x[i] = v;
     return x[n - 1][0];
@@ -177,9 +172,9 @@ double measured_bf16_flops(int threads) {
 }
 
 double data_sheet_bf16_flops(const std::string& gpu) {
-    // Where a data sheet gives products with sparsity, half of that. Of two rows that fit, the
-    // first: what has a longer name stands before. Boards that are slower than their names' row
-    // (Max-Q, laptops) and parts of a GPU (MIG) are not known.
+    // Half of the data sheet's figure if that assumes sparsity. The first matching row counts, so
+    // longer names come first. Slower boards of the same name (Max-Q, laptops) and parts of a GPU
+    // (MIG) are unknown.
     struct Row {
         const char* words;
         double tflops;
@@ -227,7 +222,7 @@ Bandwidth measured_bandwidth(int threads, int64_t bytes) {
 #ifdef _SC_PHYS_PAGES
     bytes = std::min(bytes, int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE) / 8);
 #endif
-    const int64_t part = bytes / threads / 4096 * 4096; // of a thread
+    const int64_t part = bytes / threads / 4096 * 4096; // per thread
     if (part < 4096) return {};
     std::unique_ptr<void, decltype(&std::free)> memory(
         std::aligned_alloc(4096, size_t(part) * size_t(threads)), std::free);
@@ -250,7 +245,7 @@ Bandwidth measured_bandwidth(int threads, int64_t bytes) {
         return best;
     };
     Bandwidth result;
-    result.write = rate(write_all, 1); // first: a page that was never written is not in memory
+    result.write = rate(write_all, 1); // first, since pages are allocated when first written
     result.read = rate(read_all, 1);
     result.update = rate(update_all, 2);
     return result;

@@ -1,71 +1,76 @@
-// Attention on Hopper GPUs (H100, H200), after FlashAttention-3 (arXiv 2407.08608), but with
-// gradients that do not depend on the order of blocks. train_gpt.cu includes it behind
-// AttentionShape.
+// Causal attention on Hopper GPUs (H100, H200), after FlashAttention-3 (arXiv 2407.08608), but with
+// gradients that do not depend on the order of blocks.
 //
-// A block has 3 warpgroups. The last one copies tiles of q, k, v and dO to shared memory (TMA),
-// ahead of their use. The other two compute, 64 rows of a tile each, all products by wgmma: while
-// one's products run the other computes its exponentials.
+// A block has 3 warpgroups. The last one, the producer, copies tiles of q, k, v and dO to shared
+// memory (TMA) ahead of their use. The other two, the consumers, compute 64 rows of a tile each,
+// all products by wgmma: while one's products run, the other computes its exponentials.
 #pragma once
 
+// defines: AttentionShape, CosSin, Work; bf16, warp, OnlineSoftmax, quad_sum, …
+#include "gpt/cuda/attention.cuh"
+// defines: TensorMap, copy_box, barrier_wait, wgmma, …
+#include "gpt/cuda/hopper.h"
+
+namespace lns::cuda {
 namespace hopper {
 
-const int box_size = 64;           // rows and channels that one copy brings
-const int block_rows = 128;        // of a block's own tiles, 64 for each computing warpgroup
+const int box_size = 64;           // rows and channels of one copy
+const int block_rows = 128;        // of a block's own tiles, 64 for each consumer
 const int block_threads = 3 * 128; // of a block
-const int copying = 2;             // the number of the warpgroup that copies
-const float log2_e = 1.44269504f, ln_2 = 0.693147181f;
+const int producer = 2;            // the index of that warpgroup
 
-// A tile (rows, HS) in shared memory is HS / 64 boxes behind each other, each (rows, 64): where
-// channel c begins in the box of its own, as wgmma's descriptors count, in bytes.
+// A tile (rows, HS) in shared memory is HS / 64 consecutive boxes (rows, 64). The offset of channel
+// c in bytes, as wgmma's descriptors count.
 __device__ constexpr int channel_offset(int rows, int c) {
     return (c / box_size * box_size * rows + c % box_size) * int(sizeof(bf16));
 }
 
-// Tiles of one kind, one after the other, in `stages` places of shared memory: those ahead arrive
-// while earlier ones are in use. Tile i is brought by copy(i), in use by a warp from await(i) to
-// release(i), and both go through all i in order.
+// A sequence of tiles in `stages` buffers of shared memory: some arrive while earlier ones are in
+// use. The producer calls copy(i); a consumer warp uses tile i from await(i) to release(i). Both
+// handle all i in order. A buffer's `full` barrier ends a phase when the tile has arrived, `empty`
+// when all consumers have released it.
 template <int rows, int HS, int stages> struct TileRing {
     static constexpr int size = rows * HS, memory = stages * size, barriers = 2 * stages;
     bf16* tiles;
-    uint64_t *there, *free;
+    uint64_t *full, *empty;
 
-    // Takes its memory from what is left.
+    // Allocates from the remaining memory.
     __device__ TileRing(bf16*& tiles_left, uint64_t*& barriers_left)
-        : tiles(tiles_left), there(barriers_left), free(barriers_left + stages) {
+        : tiles(tiles_left), full(barriers_left), empty(barriers_left + stages) {
         tiles_left += memory, barriers_left += barriers;
     }
-    // By one thread. `arrivals` before a tile is there, beside its bytes'.
+    // Called by one thread. `arrivals`: threads that must arrive before a tile is full.
     __device__ void init(int arrivals = 1) {
         for (int i = 0; i < stages; i++)
-            barrier_init(&there[i], arrivals), barrier_init(&free[i], 8); // computing warps
+            barrier_init(&full[i], arrivals), barrier_init(&empty[i], 8); // consumer warps
     }
-    __device__ void await_free(int i) { barrier_wait(&free[i % stages], i / stages - 1); }
-    // Rows t … of a head of sequence b; beyond T they are 0.
+    __device__ void await_empty(int i) { barrier_wait(&empty[i % stages], i / stages - 1); }
+    // Copies rows t … of a head of sequence b; rows beyond T are 0.
     __device__ void copy(int i, const TensorMap& heads, int head, int t, int b) {
         const int at = i % stages;
-        await_free(i);
-        barrier_expect(&there[at], size * int(sizeof(bf16)));
+        await_empty(i);
+        barrier_expect(&full[at], size * int(sizeof(bf16)));
 #pragma unroll
         for (int c = 0; c < HS; c += box_size)
 #pragma unroll
             for (int row = 0; row < rows; row += box_size)
                 copy_box(tiles + at * size + c * rows + row * box_size, heads, c, head, t + row, b,
-                         &there[at]);
+                         &full[at]);
     }
     __device__ const bf16* await(int i) {
-        barrier_wait(&there[i % stages], i / stages);
+        barrier_wait(&full[i % stages], i / stages);
         return tiles + i % stages * size;
     }
     __device__ void release(int i) {
         __syncwarp();
-        if (threadIdx.x % warp == 0) barrier_arrive(&free[i % stages]);
+        if (threadIdx.x % warp == 0) barrier_arrive(&empty[i % stages]);
     }
 };
 
-// s (64, N) = a bᵀ, of 64 rows of a tile with a_rows, from `a` on, and a whole tile with N rows; a
-// group.
+// Starts s (64, N) = a bᵀ, with 64 rows of a tile of a_rows, from `a` on, and a whole tile of N
+// rows; a wgmma group.
 template <int HS, int a_rows, int N>
-__device__ inline void multiply_tiles(float (&s)[N / 2], const bf16* a, const bf16* b) {
+__device__ inline void start_scores(float (&s)[N / 2], const bf16* a, const bf16* b) {
     const uint64_t a_matrix = matrix(a), b_matrix = matrix(b);
     wgmma_fence(s);
 #pragma unroll
@@ -75,9 +80,9 @@ __device__ inline void multiply_tiles(float (&s)[N / 2], const bf16* a, const bf
     wgmma_commit();
 }
 
-// o (64, HS) += p (64, N) · b, of a tile with N rows; a group.
+// Starts o (64, HS) += p (64, N) · b, with a tile of N rows; a wgmma group.
 template <int HS, int N>
-__device__ inline void add_product(float (&o)[HS / 2], uint32_t (&p)[N / 16][4], const bf16* b) {
+__device__ inline void start_product(float (&o)[HS / 2], uint32_t (&p)[N / 16][4], const bf16* b) {
     const uint64_t b_matrix = matrix(b, channel_offset(N, box_size));
     wgmma_fence(o, p);
 #pragma unroll
@@ -86,28 +91,19 @@ __device__ inline void add_product(float (&o)[HS / 2], uint32_t (&p)[N / 16][4],
     wgmma_commit();
 }
 
-// The sums of one product as the first operand of another, in bf16.
+// Rounds the accumulator of one product to bf16, as the first operand of another.
 template <int N>
 __device__ inline void pack_tile(uint32_t (&p)[N / 16][4], const float (&s)[N / 2]) {
 #pragma unroll
     for (int i = 0; i < N / 4; i++) p[i / 4][i % 4] = pack_bf16(s[2 * i], s[2 * i + 1]);
 }
 
-// Where in a tile a lane's n-th sum stands: in its first row or the one 8 further, in this column.
+// The position of a lane's n-th accumulator in a tile: in the lane's first row or its second, 8
+// further; and its column.
 __device__ inline int second_row(int n) { return n / 2 % 2; }
 __device__ inline int column_of(int n) { return n / 4 * 8 + threadIdx.x % 4 * 2 + n % 2; }
 
-// Of the 4 lanes that share a row.
-__device__ inline float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-__device__ inline float row_sum(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
-
-// What lane j of 4 has in w[i], lane i has in w[j] afterwards.
+// Exchanges w[i] of lane j with w[j] of lane i, of each 4 lanes.
 __device__ inline void transpose_words(uint32_t (&w)[4]) {
     const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
 #pragma unroll
@@ -122,7 +118,7 @@ __device__ inline void transpose_words(uint32_t (&w)[4]) {
     }
 }
 
-// A lane's part of sums (64, HS): rows t and t + 8 of those below T, which are `stride` apart.
+// Stores a lane's part of an accumulator (64, HS): rows t and t + 8, if below T, `stride` apart.
 template <int HS>
 __device__ inline void store_rows(bf16* rows, int64_t stride, const float (&o)[HS / 2], int t,
                                   int T) {
@@ -145,50 +141,36 @@ __device__ inline void store_rows(bf16* rows, int64_t stride, const float (&o)[H
     }
 }
 
-// The softmax of a lane's two rows over the tiles so far: the largest score, and this lane's part
-// of the sum of 2^(scale · (score − largest)).
-struct OnlineSoftmax {
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+// The softmax of a lane's two rows, `sum` being this lane's share.
+struct RowsSoftmax {
+    OnlineSoftmax rows[2];
 
-    // s becomes 2^(scale · (s − largest)); `shrink` is by what all that came before it must be
-    // multiplied since the largest has grown.
-    template <int N> __device__ void add(float (&s)[N], float (&shrink)[2], float scale) {
+    // Turns the scores s into exponentials; `rescale` is the factor by which earlier sums shrink.
+    template <int N> __device__ void add(float (&s)[N], float (&rescale)[2], float scale) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float top = largest[r];
+            OnlineSoftmax& row = rows[r];
+            float top = row.largest;
 #pragma unroll
             for (int n = 2 * r; n < N; n += 4) top = fmaxf(top, fmaxf(s[n], s[n + 1]));
-            top = row_max(top);
-            shrink[r] = fast_exp2(scale * (largest[r] - top));
-            largest[r] = top, sum[r] *= shrink[r];
+            rescale[r] = row.raise(quad_max(top), scale);
 #pragma unroll
             for (int n = 2 * r; n < N; n += 4) {
-                s[n] = fast_exp2(scale * s[n] - scale * top);
-                s[n + 1] = fast_exp2(scale * s[n + 1] - scale * top);
-                sum[r] += s[n] + s[n + 1];
+                s[n] = row.exponential(s[n], scale);
+                s[n + 1] = row.exponential(s[n + 1], scale);
+                row.sum += s[n] + s[n + 1];
             }
         }
     }
 };
 
-// The n-th piece of work, a tile of a head: heavy tiles first (tile 0 is the heaviest), but only so
-// many heads at once that what their tiles share stays in the L2 cache.
-struct Work {
-    int head, tile; // head: of B · heads
-
-    __device__ Work(int n, int heads, int tiles, int heads_at_once) {
-        const int begin = n / (heads_at_once * tiles) * heads_at_once; // the first of these heads
-        const int size = min(heads_at_once, heads - begin), rest = n - begin * tiles;
-        head = begin + rest % size, tile = rest / size;
-    }
-};
 inline int most_heads(const AttentionShape& a) {
     const int64_t cache = 32 << 20, each = int64_t(a.T) * a.HS * 2 * int(sizeof(bf16));
     return int(std::clamp<int64_t>(cache / each, 8, 1 << 12));
 }
 
 template <int HS> struct ForwardTiles {
-    static const int keys = 128; // at once
+    static const int keys = 128; // of a tile
     using Own = TileRing<block_rows, HS, 1>;
     using Others = TileRing<keys, HS, 2>;
     static const int memory = Own::memory + 2 * Others::memory;
@@ -215,20 +197,20 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
         }
         __syncthreads();
 
-        // Blocks stay and take one tile of queries after the other: the next one's data come while
-        // this one's are in use. Every other round in reverse, so that all have as much to do.
+        // Persistent blocks: a block takes one tile of queries after the other, and copies the next
+        // one's data ahead. Every second round is in reverse, which balances the work.
         const int rows = (a.T + block_rows - 1) / block_rows, all = a.B * a.NH * rows;
         auto work_of = [&](int round) {
             return round * int(gridDim.x) +
                    (round % 2 == 0 ? int(blockIdx.x) : int(gridDim.x) - 1 - int(blockIdx.x));
         };
-        // From lane 0, so that the compiler sees that it is the same in all of a warp.
+        // From lane 0, so that the compiler knows it to be uniform in a warp.
         const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
         int tile = 0; // of keys, counted over all rounds
 
-        if (warpgroup == copying) {
+        if (warpgroup == producer) {
             release_registers<24>();
-            if (threadIdx.x == copying * 128) {
+            if (threadIdx.x == producer * 128) {
 #pragma unroll 1
                 for (int round = 0; work_of(round) < all; round++) {
                     const Work work(work_of(round), a.B * a.NH, rows, heads_at_once);
@@ -246,10 +228,10 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
             take_registers<240>();
             const int lane = threadIdx.x % warp, row = threadIdx.x / warp * 16 + lane / 4;
             const float scale = a.scale() * log2_e;
-            float o[HS / 2], s[keys / 2], shrink[2];
+            float o[HS / 2], s[keys / 2], rescale[2];
             uint32_t p[keys / 16][4];
 
-            // The two warpgroups' products of a tile are enqueued in turns, first 0's.
+            // The two consumers enqueue their products of a tile in turns, 0 first.
             auto await_turn = [&] {
                 if (warpgroup == 1 || tile > 0) named_barrier_wait(1 + warpgroup, 2 * 128);
             };
@@ -262,15 +244,15 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
                 const Work work(work_of(round), a.B * a.NH, rows, heads_at_once);
                 const int t0 = (rows - 1 - work.tile) * block_rows, b = work.head / a.NH,
                           h = work.head % a.NH;
-                const int t = t0 + row; // this lane's rows are t and t + 8
+                const int t = t0 + row; // this lane's rows: t and t + 8
                 const bool last = work_of(round + 1) >= all;
-                OnlineSoftmax softmax;
+                RowsSoftmax softmax;
 
-                // From the queries' own keys, some of which come after them, back to the first.
+                // From the queries' own keys, which need the causal mask, back to the first.
                 const bf16* const q = q_tile.await(round) + warpgroup * 64 * box_size;
                 const bf16* k = k_tiles.await(tile);
                 await_turn();
-                multiply_tiles<HS, block_rows, keys>(s, q, k);
+                start_scores<HS, block_rows, keys>(s, q, k);
                 pass_turn(last && t0 == 0);
 #pragma unroll
                 for (int n = 0; n < HS / 2; n++) o[n] = 0;
@@ -280,29 +262,29 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
 #pragma unroll
                 for (int n = 0; n < keys / 2; n++)
                     if (column_of(n) > row + 8 * second_row(n)) s[n] = -INFINITY;
-                softmax.add(s, shrink, scale);
+                softmax.add(s, rescale, scale);
                 pack_tile<keys>(p, s);
 
-                // While scores of the next tile are computed, so is what this one's add to o.
+                // The next tile's scores overlap with this one's product with v.
 #pragma unroll 1
                 for (int to_go = t0 / keys; to_go > 0; to_go--, tile++) {
                     k = k_tiles.await(tile);
                     await_turn();
-                    multiply_tiles<HS, block_rows, keys>(s, q, k);
-                    add_product<HS, keys>(o, p, v_tiles.await(tile - 1));
+                    start_scores<HS, block_rows, keys>(s, q, k);
+                    start_product<HS, keys>(o, p, v_tiles.await(tile - 1));
                     pass_turn(last && to_go == 1);
                     wgmma_wait<1>(s);
                     k_tiles.release(tile);
                     if (to_go == 1) q_tile.release(round);
-                    softmax.add(s, shrink, scale);
+                    softmax.add(s, rescale, scale);
                     wgmma_wait<0>(o);
                     v_tiles.release(tile - 1);
 #pragma unroll
-                    for (int n = 0; n < HS / 2; n++) o[n] *= shrink[second_row(n)];
+                    for (int n = 0; n < HS / 2; n++) o[n] *= rescale[second_row(n)];
                     pack_tile<keys>(p, s);
                 }
-                add_product<HS, keys>(o, p, v_tiles.await(tile - 1));
-                const float sum[2] = {row_sum(softmax.sum[0]), row_sum(softmax.sum[1])};
+                start_product<HS, keys>(o, p, v_tiles.await(tile - 1));
+                const float sum[2] = {quad_sum(softmax.rows[0].sum), quad_sum(softmax.rows[1].sum)};
                 const float inverse[2] = {1 / sum[0], 1 / sum[1]};
                 wgmma_wait<0>(o);
                 v_tiles.release(tile - 1);
@@ -315,13 +297,13 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
                 for (int r = 0; r < 2; r++)
                     if (lane % 4 == 0 && t + 8 * r < a.T)
                         lse[int64_t(work.head) * a.T + t + 8 * r] =
-                            (scale * softmax.largest[r] + fast_log2(sum[r])) * ln_2;
+                            softmax.rows[r].log_sum(sum[r], scale);
             }
         }
     }
 }
 
-// Heads of an array (B, T, heads, HS), for copies of boxes.
+// The heads of an array (B, T, heads, HS).
 inline TensorMap heads_map(const bf16* array, int heads, const AttentionShape& a) {
     const uint64_t head = a.HS * sizeof(bf16), row = head * heads;
     return tensor_map(array, {uint64_t(a.HS), uint64_t(heads), uint64_t(a.T), uint64_t(a.B)},
@@ -346,9 +328,9 @@ bool launch_forward(bf16* out, float* lse, const bf16* qkv, const AttentionShape
     return true;
 }
 
-// The backward pass is two kernels with the same tiles: own ones of 128 rows, which stay, and two
-// rings of 64 rows. One owns queries (q and dO) and goes over keys (k and v), the other owns keys
-// and goes over queries. Each computes the scores and their gradient again.
+// The backward pass is two kernels with the same tiles: own tiles of 128 rows, which stay, and two
+// rings of 64 rows. One owns queries (q and dO) and loops over keys (k and v), the other owns keys
+// and loops over queries. Each recomputes the scores and their gradient.
 template <int HS> struct BackwardTiles {
     static const int others = 64, stages = 3;
     using Own = TileRing<block_rows, HS, 1>;
@@ -357,7 +339,7 @@ template <int HS> struct BackwardTiles {
     static const int barriers = 2 * Own::barriers + 2 * Others::barriers;
     static size_t shared() {
         return shared_bytes<bf16>(memory) + shared_bytes<uint64_t>(barriers) +
-               2 * shared_bytes<float>(stages * others); // of the queries: lse and delta
+               2 * shared_bytes<float>(stages * others); // the queries' lse and delta
     }
 };
 
@@ -374,19 +356,17 @@ __global__ static void output_dot_kernel(float* delta, const bf16* dout, const b
 #pragma unroll
         for (int c = 0; c < 8; c++) sum += x[c] * y[c];
     }
-#pragma unroll
-    for (int offset = HS / 16; offset > 0; offset /= 2)
-        sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+    sum = warp_sum<HS / 8>(sum);
     if (inside && i % (HS / 8) == 0) {
         const int64_t row = at / a.NH;
         delta[(row / a.T * a.NH + at % a.NH) * a.T + row % a.T] = sum;
     }
 }
 
-// The gradient of a lane's part of (64, HS), rows t and t + 8, by what was rotated to it: turned
-// back. A lane has both channels of each pair.
+// Applies the inverse rotation to a lane's part of (64, HS), rows t and t + 8. A lane has both
+// channels of each pair.
 template <int HS>
-__device__ inline void turn_back(float (&d)[HS / 2], const CosSin* table, int t, int T) {
+__device__ inline void rotate_back(float (&d)[HS / 2], const CosSin* table, int t, int T) {
 #pragma unroll
     for (int n = 0; n < HS / 4; n++) {
         const int row = t + 8 * second_row(n);
@@ -398,7 +378,7 @@ __device__ inline void turn_back(float (&d)[HS / 2], const CosSin* table, int t,
     }
 }
 
-// dq of 128 queries: dS = P ⊙ (dO Vᵀ − delta), dQ = dS K · scale.
+// dQ of 128 queries: dS = P ⊙ (dO Vᵀ − delta), dQ = dS K · scale.
 template <int HS>
 __global__ static void __launch_bounds__(hopper_instructions ? block_threads : warp, 1)
     dq_kernel(bf16* dqkv, const float* lse, const float* delta, const CosSin* table,
@@ -423,12 +403,12 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
         const Work work(blockIdx.x, a.B * a.NH, rows, heads_at_once);
         const int t0 = (rows - 1 - work.tile) * block_rows;
         const int b = work.head / a.NH, h = work.head % a.NH, kv = h / (a.NH / a.KVH);
-        const int tiles = t0 / keys + block_rows / keys; // of keys, back to the first
+        const int tiles = t0 / keys + block_rows / keys; // of keys, from the last to the first
         const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
 
-        if (warpgroup == copying) {
+        if (warpgroup == producer) {
             release_registers<24>();
-            if (threadIdx.x == copying * 128) {
+            if (threadIdx.x == producer * 128) {
                 q_tile.copy(0, heads, h, t0, b);
                 dout_tile.copy(0, dout_heads, h, t0, b);
 #pragma unroll 1
@@ -454,7 +434,7 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
 
             const bf16* const q = q_tile.await(0) + warpgroup * 64 * box_size;
             const bf16* const dout = dout_tile.await(0) + warpgroup * 64 * box_size;
-            // Warpgroup 0's queries are before the first tile's keys.
+            // All of the first tile's keys are masked for consumer 0.
             const int begin = 1 - warpgroup;
             for (int i = 0; i < begin; i++) {
                 k_tiles.await(i), k_tiles.release(i);
@@ -463,8 +443,8 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
 #pragma unroll 1
             for (int i = begin; i < tiles; i++) {
                 const bf16* k = k_tiles.await(i);
-                multiply_tiles<HS, block_rows, keys>(s, q, k);
-                multiply_tiles<HS, block_rows, keys>(ds, dout, v_tiles.await(i));
+                start_scores<HS, block_rows, keys>(s, q, k);
+                start_scores<HS, block_rows, keys>(ds, dout, v_tiles.await(i));
                 wgmma_wait<1>(s);
                 if (i > begin) k_tiles.release(i - 1);
                 if (i == begin) {
@@ -481,20 +461,20 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
 #pragma unroll
                 for (int n = 0; n < keys / 2; n++) s[n] *= ds[n] - my_delta[second_row(n)];
                 pack_tile<keys>(packed, s);
-                add_product<HS, keys>(dq, packed, k);
+                start_product<HS, keys>(dq, packed, k);
             }
             wgmma_wait<0>(dq);
 
 #pragma unroll
             for (int n = 0; n < HS / 2; n++) dq[n] *= a.scale();
-            if (table) turn_back<HS>(dq, table, t, a.T);
+            if (table) rotate_back<HS>(dq, table, t, a.T);
             store_rows<HS>(dqkv + int64_t(b) * a.T * a.row() + h * HS, a.row(), dq, t, a.T);
         }
     }
 }
 
-// dk and dv of 128 keys, from all queries of all heads that share them: dV = Pᵀ dO, dK = dSᵀ Q ·
-// scale. Scores are transposed here, a row is a key: so Pᵀ and dSᵀ are operands as they are.
+// dK and dV of 128 keys, from all queries of all heads that share them: dV = Pᵀ dO, dK = dSᵀ Q ·
+// scale. Scores are transposed here: a row is a key, so Pᵀ and dSᵀ are operands as they are.
 template <int HS>
 __global__ static void __launch_bounds__(hopper_instructions ? block_threads : warp, 1)
     dkv_kernel(bf16* dqkv, const float* lse, const float* delta, const CosSin* table,
@@ -513,23 +493,23 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
         if (threadIdx.x == 0) {
             prefetch(heads), prefetch(dout_heads);
             k_tile.init(), v_tile.init(), dout_tiles.init();
-            q_tiles.init(1 + warp); // a warp brings lse and delta
+            q_tiles.init(1 + warp); // a producer warp writes lse and delta
             barrier_init_done();
         }
         __syncthreads();
 
         const int rows = (a.T + block_rows - 1) / block_rows;
         const Work work(blockIdx.x, a.B * a.KVH, rows, heads_at_once);
-        const int t0 = work.tile * block_rows; // the first keys have most to do
+        const int t0 = work.tile * block_rows; // the first keys have the most work
         const int b = work.head / a.KVH, kv = work.head % a.KVH, group = a.NH / a.KVH;
         const int first = t0 / queries,
                   each = (a.T + queries - 1) / queries - first; // tiles of a head
         const int tiles = group * each;
         const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
 
-        if (warpgroup == copying) {
+        if (warpgroup == producer) {
             release_registers<24>();
-            if (threadIdx.x == copying * 128) {
+            if (threadIdx.x == producer * 128) {
                 k_tile.copy(0, heads, a.NH + kv, t0, b);
                 v_tile.copy(0, heads, a.NH + a.KVH + kv, t0, b);
 #pragma unroll 1
@@ -538,19 +518,19 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
                     q_tiles.copy(i, heads, h, t, b);
                     dout_tiles.copy(i, dout_heads, h, t, b);
                 }
-            } else if (threadIdx.x / warp == copying * 4 + 1) {
+            } else if (threadIdx.x / warp == producer * 4 + 1) {
 #pragma unroll 1
                 for (int i = 0; i < tiles; i++) {
                     const int h = kv * group + i / each, at = i % Tiles::stages;
-                    q_tiles.await_free(i);
+                    q_tiles.await_empty(i);
                     for (int n = threadIdx.x % warp; n < queries; n += warp) {
                         const int t = (first + i % each) * queries + n;
                         const int64_t from = (int64_t(b) * a.NH + h) * a.T + t;
-                        // Beyond the last query probabilities are 0.
+                        // Probabilities beyond the last query are 0.
                         lses[at * queries + n] = t < a.T ? lse[from] * log2_e : INFINITY;
                         deltas[at * queries + n] = t < a.T ? delta[from] : 0;
                     }
-                    barrier_arrive(&q_tiles.there[at]);
+                    barrier_arrive(&q_tiles.full[at]);
                 }
             }
         } else {
@@ -562,7 +542,7 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
 
             const bf16* const k = k_tile.await(0) + warpgroup * 64 * box_size;
             const bf16* const v = v_tile.await(0) + warpgroup * 64 * box_size;
-            int in_use = -1; // the tile whose products may still run
+            int in_use = -1; // the tile whose products may still be running
             auto release = [&](int i) {
                 if (i >= 0) q_tiles.release(i), dout_tiles.release(i);
             };
@@ -571,12 +551,12 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
             for (int i = 0; i < tiles; i++, column = column + 1 < each ? column + 1 : 0) {
                 const bf16* q = q_tiles.await(i);
                 const bf16* dout = dout_tiles.await(i);
-                if (column < warpgroup) { // these queries are before warpgroup 1's keys
+                if (column < warpgroup) { // all masked for consumer 1
                     release(i);
                     continue;
                 }
-                multiply_tiles<HS, block_rows, queries>(s, k, q);
-                multiply_tiles<HS, block_rows, queries>(ds, v, dout);
+                start_scores<HS, block_rows, queries>(s, k, q);
+                start_scores<HS, block_rows, queries>(ds, v, dout);
                 wgmma_wait<1>(s);
                 release(in_use);
                 in_use = i;
@@ -593,19 +573,19 @@ __global__ static void __launch_bounds__(hopper_instructions ? block_threads : w
                 for (int n = 0; n < queries / 2; n++)
                     s[n] = fast_exp2(scale * s[n] - my_lse[column_of(n)]);
                 pack_tile<queries>(p_packed, s);
-                add_product<HS, queries>(dv, p_packed, dout);
+                start_product<HS, queries>(dv, p_packed, dout);
                 wgmma_wait<1>(ds);
 #pragma unroll
                 for (int n = 0; n < queries / 2; n++) s[n] *= ds[n] - my_delta[column_of(n)];
                 pack_tile<queries>(ds_packed, s);
-                add_product<HS, queries>(dk, ds_packed, q);
-                wgmma_wait<1>(dv); // its operand's registers are needed
+                start_product<HS, queries>(dk, ds_packed, q);
+                wgmma_wait<1>(dv); // to reuse its operand's registers
             }
             wgmma_wait<0>(dk);
 
 #pragma unroll
             for (int n = 0; n < HS / 2; n++) dk[n] *= a.scale();
-            if (table) turn_back<HS>(dk, table, t, a.T);
+            if (table) rotate_back<HS>(dk, table, t, a.T);
             bf16* const to = dqkv + int64_t(b) * a.T * a.row() + (a.NH + kv) * HS;
             store_rows<HS>(to, a.row(), dk, t, a.T);
             store_rows<HS>(to + a.KVH * HS, a.row(), dv, t, a.T);
@@ -633,8 +613,8 @@ bool launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* 
 
 } // namespace hopper
 
-// As attention_forward; false, and nothing done, where it is not for this GPU or shape: heads of 64
-// or 128 channels, from position 0 on.
+// As attention_forward of train_gpt.cu. Returns false, and does nothing, if this GPU or shape is
+// not supported: heads have 64 or 128 channels, and positions start at 0.
 inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
                                      const AttentionShape& a, cudaStream_t stream) {
     if (a.first != 0) return false;
@@ -643,8 +623,8 @@ inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
     return false;
 }
 
-// As attention_backward; false, and nothing done, where it is not for this GPU or shape: as the
-// forward pass, and rotated heads have no padding.
+// As attention_backward of train_gpt.cu. Supports what the forward pass does, if rotated heads have
+// no padding.
 inline bool hopper_attention_backward(bf16* dqkv, const bf16* dout, const bf16* out,
                                       const bf16* qkv, const float* lse, const CosSin* table,
                                       float* delta, const AttentionShape& a, cudaStream_t stream) {
@@ -655,3 +635,5 @@ inline bool hopper_attention_backward(bf16* dqkv, const bf16* dout, const bf16* 
         return hopper::launch_backward<128>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
     return false;
 }
+
+} // namespace lns::cuda

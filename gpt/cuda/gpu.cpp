@@ -1,4 +1,4 @@
-// Of a build without CUDA.
+// gpt/cuda/gpu.h in a build without CUDA.
 #ifndef LNS_CUDA
 
 #include "gpt/cuda/gpu.h"

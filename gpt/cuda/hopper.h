@@ -1,7 +1,7 @@
-// Hopper's own instructions (sm_90a), each behind a thin wrapper like those of gpt/cuda/cuda.h:
-// copies by the tensor memory accelerator (TMA), barriers in shared memory that count what it has
-// brought, and products of 4 warps together (wgmma). PTX ISA 9.0 where a section is named. Under
-// the simulator dev/sim/hopper.h defines them.
+// Thin wrappers of Hopper's own instructions (sm_90a), as those of gpt/cuda/cuda.h: copies by the
+// tensor memory accelerator (TMA), barriers in shared memory that count the bytes copied, and
+// products by 4 warps together (wgmma). Sections are those of PTX ISA 9.0. For the simulator
+// dev/sim/hopper.h defines the same names.
 #pragma once
 
 #include <type_traits>
@@ -17,15 +17,15 @@
 
 namespace lns::cuda {
 
-// Whether the code that is being compiled may use them: other architectures get kernels that are
-// empty and allow one warp, which is how the host knows them.
+// Whether the architecture being compiled for has them. On others these kernels are empty and allow
+// one warp, by which the host recognizes them.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool hopper_instructions = true;
 #else
 constexpr bool hopper_instructions = false;
 #endif
 
-// Whether this GPU is a Hopper and this build has the kernel's code for it.
+// Whether this GPU is a Hopper and this build has the kernel for it.
 template <class Kernel> bool has_hopper_code(Kernel* kernel) {
     int device = 0, major = 0, minor = 0;
     CUDA(cudaGetDevice(&device));
@@ -37,17 +37,17 @@ template <class Kernel> bool has_hopper_code(Kernel* kernel) {
     return code.maxThreadsPerBlock > 32;
 }
 
-// ---- Tensor maps: what TMA must know of an array, encoded by the driver
+// ---- Tensor maps: TMA's descriptors of arrays, encoded by the driver
 
 using TensorMap = CUtensorMap; // a kernel takes it as const __grid_constant__ TensorMap
 
-// Of bf16 (sizes[3], sizes[2], sizes[1], sizes[0]), where the innermost is contiguous and the
-// others are `strides` bytes apart, multiples of 16. A copy brings `box` of it, as rows of box[0]
-// numbers, which must be 128 bytes: with their 16-byte units swizzled (unit u of row r stands at u
-// ^ r % 8).
+// Of an array of bf16 (sizes[3], sizes[2], sizes[1], sizes[0]), where the innermost dimension is
+// contiguous and the others are `strides` bytes apart, multiples of 16. A copy transfers a `box`,
+// as rows of box[0] elements, which must be 128 bytes, with their 16-byte units swizzled: unit u of
+// row r is stored at u ^ r % 8.
 inline TensorMap tensor_map(const __nv_bfloat16* array, const uint64_t (&sizes)[4],
                             const uint64_t (&strides)[3], const uint32_t (&box)[4]) {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] { // so that we need no libcuda
+    static const PFN_cuTensorMapEncodeTiled_v12000 encode = [] { // without linking to libcuda
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result;
         CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
@@ -65,7 +65,7 @@ inline TensorMap tensor_map(const __nv_bfloat16* array, const uint64_t (&sizes)[
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
         fail("cuTensorMapEncodeTiled refused an array of ", sizes[0], " × ", sizes[1], " × ",
-             sizes[2], " × ", sizes[3], " numbers: error ", int(result),
+             sizes[2], " × ", sizes[3], " elements: error ", int(result),
              ". This is a bug: please report it");
     return map;
 }
@@ -74,15 +74,15 @@ __device__ inline void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// ---- Barriers in shared memory (mbarrier, 9.7.13.15). A phase ends when `arrivals` threads have
-// arrived and all expected bytes have come; phases count from 0.
+// ---- Barriers in shared memory (mbarrier, 9.7.13.15). A phase ends when `arrivals` threads and
+// all expected bytes have arrived; phases count from 0.
 
 __device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                  "r"(arrivals)
                  : "memory");
 }
-// By the thread that initialized barriers, before a __syncthreads: TMA sees them too.
+// Called by the initializing thread before a __syncthreads: makes the barriers visible to TMA.
 __device__ inline void barrier_init_done() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -91,15 +91,15 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                  : "memory");
 }
-// Arrives, and the phase waits for so many bytes of copies.
+// Arrives, and makes the phase expect this many bytes of copies.
 __device__ inline void barrier_expect(uint64_t* barrier, int bytes) {
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
         "r"(bytes)
         : "memory");
 }
-// Until the phase of this number has ended. It must be the current one or the one before: only its
-// parity is looked at, so phase -1 has ended from the start.
+// Waits until the phase has ended. It must be the current one or the previous: only its parity is
+// compared, so phase -1 has ended from the start.
 __device__ inline void barrier_wait(uint64_t* barrier, int phase) {
     asm volatile("{\n.reg .pred done;\n"
                  "again:\n"
@@ -109,9 +109,9 @@ __device__ inline void barrier_wait(uint64_t* barrier, int phase) {
                  : "memory");
 }
 
-// A box of the map's array, whose first number has these coordinates (innermost first), to shared
-// memory, aligned to 1,024 bytes; what lies beyond the array is 0. One thread asks for it; the
-// barrier counts all the box's bytes when they are there.
+// Starts to copy a box of the map's array, at these coordinates (innermost first), to shared
+// memory, aligned to 1,024 bytes; elements beyond the array are 0. Called by one thread; the box's
+// bytes arrive at the barrier.
 __device__ inline void copy_box(void* shared, const TensorMap& map, int c0, int c1, int c2, int c3,
                                 uint64_t* barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -120,9 +120,9 @@ __device__ inline void copy_box(void* shared, const TensorMap& map, int c0, int 
                  : "memory");
 }
 
-// ---- Warps of different tasks
+// ---- Warp specialization
 
-// The registers of each thread of a warpgroup from here on; all 4 warps call it.
+// Sets the number of registers of each thread of a warpgroup; all 4 warps call it.
 template <int registers> __device__ inline void release_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
@@ -138,23 +138,23 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- wgmma (9.7.15): products of a warpgroup, 4 warps from a multiple of 4 on, which run on their
-// own from wgmma_commit to wgmma_wait; meanwhile their sums and registers are not to be touched.
+// ---- wgmma (9.7.15): asynchronous products of a warpgroup, 4 warps from a multiple of 4 on.
+// Between wgmma_commit and wgmma_wait their accumulators and operand registers must not be touched.
 
-// A matrix in shared memory as copy_box leaves it: rows of 64 numbers, swizzled, the first aligned
-// to 1,024 bytes (matrix descriptor, 9.7.15.5.1.2.2). As an operand its rows are either
-// - the other dimension, K along them: `next` is not used; the next 16 of K are 32 bytes further;
-// - or K itself, the other dimension along them (transposed, "MN-major"): `next` bytes to the
-//   next 64 numbers of a row; the next 16 of K are 2,048 bytes further.
+// The descriptor (9.7.15.5.1.2.2) of a matrix in shared memory as copy_box writes it: rows of 64
+// elements, swizzled, the first aligned to 1,024 bytes. As an operand
+// - either K runs along the rows: `next` is unused, and K + 16 is 32 bytes further;
+// - or the rows are K (transposed, "MN-major"): the next 64 elements of a row are `next` bytes
+//   further, and K + 16 is 2,048 bytes further.
 __device__ inline uint64_t matrix(const void* shared, int next = 16) {
     return uint64_t((shared_address(shared) & 0x3FFFF) >> 4) | uint64_t(next >> 4) << 16 |
            uint64_t(1024 >> 4) << 32 | // to the next 8 rows
            uint64_t(1) << 62;          // 128-byte swizzle
 }
-// The same matrix from `bytes` further on.
+// The descriptor `bytes` further on.
 __device__ inline uint64_t advanced(uint64_t matrix, int bytes) { return matrix + (bytes >> 4); }
 
-// The compiler does not know that wgmma's sums come later: it must take them as changed here.
+// The compiler does not know that wgmma writes its accumulators later: this marks them as written.
 template <class X, int N> __device__ inline void changed(X (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++)
@@ -166,25 +166,26 @@ template <class X, int N> __device__ inline void changed(X (&x)[N]) {
             asm volatile("" : "+r"(x[i])::"memory");
 }
 
-// Before the first wgmma that reads or adds to these registers since they were written.
+// Required between writing these registers and the first wgmma that reads or accumulates to them.
 template <class... Registers> __device__ inline void wgmma_fence(Registers&... registers) {
     (changed(registers), ...);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-// The products since the last call are a group.
+// Closes a group: the products since the last call.
 __device__ inline void wgmma_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until all but the last N groups are done; `sums` are theirs.
-template <int N, class... Sums> __device__ inline void wgmma_wait(Sums&... sums) {
+// Waits until all but the last N groups are done, whose accumulators are given.
+template <int N, class... Accumulators>
+__device__ inline void wgmma_wait(Accumulators&... accumulators) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-    (changed(sums), ...);
+    (changed(accumulators), ...);
 }
 
-// d (64, 2·N) = a (64, 16) · b (16, 2·N), or d += where `add`. Of d each warp holds 16 rows: lane i
-// holds of rows i/4 (d[4n], d[4n + 1]) and i/4 + 8 (d[4n + 2], d[4n + 3]) the columns 8n + 2(i%4)
-// and the next; a in registers as mma's (9.7.15.5.1.1.1). wgmma: a and b with K along their rows;
-// wgmma_transposed: b's rows are K.
+// d (64, 2·N) = a (64, 16) · b (16, 2·N), or d += with `add`, N floats a lane. Each warp has 16
+// rows of d: lane i holds columns 8n + 2(i%4) and the next of rows i/4 (d[4n], d[4n + 1]) and i/4 +
+// 8 (d[4n + 2], d[4n + 3]). wgmma: K runs along the rows of a and b; wgmma_transposed: a is in
+// registers as mma's (9.7.15.5.1.1.1), and b's rows are K.
 __device__ inline void wgmma(float (&d)[32], uint64_t a, uint64_t b, bool add) {
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "

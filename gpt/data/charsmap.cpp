@@ -7,7 +7,8 @@
 namespace lns {
 namespace {
 
-// The fields of a protocol buffer that have bytes: calls take(number, bytes). False if it is cut.
+// Calls take(number, bytes) for each length-delimited field of a protocol buffer. False if it is
+// truncated.
 template <class Take> bool each_field(std::string_view data, const Take& take) {
     auto varint = [&](uint64_t& value) {
         value = 0;
@@ -49,7 +50,7 @@ template <class Take> bool each_field(std::string_view data, const Take& take) {
 std::string table_fault(std::string_view table) {
     if (table.empty()) return "";
     uint32_t trie_bytes = 0;
-    if (table.size() <= sizeof trie_bytes) return "it is cut";
+    if (table.size() <= sizeof trie_bytes) return "it is truncated";
     std::memcpy(&trie_bytes, table.data(), sizeof trie_bytes);
     table.remove_prefix(sizeof trie_bytes);
     if (trie_bytes % 4 != 0 || trie_bytes == 0 || trie_bytes >= table.size())
@@ -57,17 +58,17 @@ std::string table_fault(std::string_view table) {
     std::vector<uint32_t> units(trie_bytes / 4);
     std::memcpy(units.data(), table.data(), trie_bytes);
     const std::string_view strings = table.substr(trie_bytes);
-    if (strings.back() != '\0') return "its last string has no end";
+    if (strings.back() != '\0') return "its last string is not terminated";
 
     constexpr uint32_t is_value = 1u << 31, has_value = 1u << 8;
     for (size_t i = 0; i < units.size(); i++) {
         const uint32_t unit = units[i];
-        if (i > 0 && (unit & is_value)) continue; // no byte leads there
-        // The values of the next byte are the children's places relative to this one.
+        if (i > 0 && (unit & is_value)) continue; // not a node
+        // The next byte is added to this offset by exclusive or.
         const size_t children = i ^ (size_t(unit >> 10) << ((unit & 1u << 9) >> 6));
-        if ((children | 255) >= units.size()) return "its trie points behind its end";
+        if ((children | 255) >= units.size()) return "its trie points beyond its end";
         if ((unit & has_value) && (units[children] & ~is_value) >= strings.size())
-            return "its trie names a string behind the last";
+            return "its trie points beyond the last string";
     }
     return "";
 }

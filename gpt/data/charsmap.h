@@ -1,6 +1,6 @@
-// The table by which a SentencePiece model normalizes text: a trie of byte strings, as Darts-clone
-// lays it out, whose values are places among strings that end with a 0. The library follows both
-// unchecked, so a damaged model would read beyond them.
+// The normalization table of a SentencePiece model: a trie of byte strings in Darts-clone's layout,
+// whose values are offsets of zero-terminated strings. The library checks neither, so a damaged
+// model would make it read out of bounds.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace lns {
 
-// What is wrong with the tables of a model (the bytes of its file), or "".
+// What is wrong with the tables of a model (the bytes of its file), or "" if nothing is.
 std::string charsmap_fault(std::string_view model);
 
 } // namespace lns

@@ -11,11 +11,11 @@ namespace lns {
 
 namespace {
 
-std::string windows_of(int length) {
+std::string window_kind(int length) {
     return length ? cat("documents padded to ", length, " tokens") : "one stream of tokens";
 }
 
-// Which files stand under these names now.
+// Devices and inodes.
 std::vector<std::pair<dev_t, ino_t>> identities(const std::vector<std::string>& paths) {
     std::vector<std::pair<dev_t, ino_t>> found;
     for (const std::string& path : paths) {
@@ -44,7 +44,7 @@ ShardSource::ShardSource(const std::string& pattern) : pattern(pattern) {
         if (unchanged()) return;
         if (tries_left == 0)
             fail("the shards of '", pattern,
-                 "' are replaced again and again: start when data/tokenize has ended");
+                 "' keep being replaced: wait until data/tokenize has finished");
     }
 }
 
@@ -52,23 +52,23 @@ void ShardSource::open(const std::vector<std::string>& paths) {
     shards.clear(), ends.clear();
     tokenizer = {};
     uint64_t end = 0;
-    std::string named; // the first that names its tokenizer
+    std::string named; // the first shard with a known tokenizer
     for (const std::string& path : paths) {
         const Shard& shard = shards.emplace_back(path);
         ends.push_back(end += shard.tokens);
         if (shard.window != shards[0].window)
-            fail("the shards of '", pattern, "' do not go together: ", shards[0].path, " has ",
-                 windows_of(shards[0].window), ", ", path, " has ", windows_of(shard.window),
-                 ". Name those of one kind only");
+            fail("the shards of '", pattern, "' are of different kinds: ", shards[0].path, " has ",
+                 window_kind(shards[0].window), ", ", path, " has ", window_kind(shard.window),
+                 ". Name shards of one kind only");
         if (!shard.id.vocab_size) continue;
         if (tokenizer.vocab_size && shard.id != tokenizer)
             fail("the shards of '", pattern, "' were made with different tokenizers: ", named,
                  " with ", tokenizer.kind, " of ", tokenizer.vocab_size, " tokens, ", path,
                  " with ", shard.id.kind, " of ", shard.id.vocab_size,
                  shard.id.kind == tokenizer.kind && shard.id.vocab_size == tokenizer.vocab_size
-                     ? " but other contents"
+                     ? " but different contents"
                      : "",
-                 ". Name those of one only");
+                 ". Name shards of one only");
         if (!tokenizer.vocab_size) tokenizer = shard.id, named = path;
     }
 }
@@ -76,7 +76,8 @@ void ShardSource::open(const std::vector<std::string>& paths) {
 void ShardSource::read(uint64_t pos, size_t n, int* out) {
     size_t s = size_t(std::upper_bound(ends.begin(), ends.end(), pos) - ends.begin());
     if (n > size() || pos > size() - n)
-        fail("tokens ", pos, " to ", pos + n, " are asked of '", pattern, "', which has ", size());
+        fail("cannot read tokens ", pos, " to ", pos + n, " of '", pattern, "', which has ",
+             size());
     if (checker && checker->failed) std::rethrow_exception(checker->failure);
     while (n > 0) {
         const Shard& shard = shards[s];
@@ -92,8 +93,8 @@ void ShardSource::read(uint64_t pos, size_t n, int* out) {
 
 std::string ShardSource::describe() const {
     return cat(shards.size(), shards.size() == 1 ? " shard, " : " shards, ", size(), " tokens (",
-               tokenizer.vocab_size ? tokenizer.kind : "tokenizer not named", ") of ", pattern,
-               window() ? ", " + windows_of(window()) : "");
+               tokenizer.vocab_size ? tokenizer.kind : "unknown tokenizer", ") of ", pattern,
+               window() ? ", " + window_kind(window()) : "");
 }
 
 std::vector<uint64_t> ShardSource::parts() const {
@@ -110,7 +111,7 @@ void ShardSource::check_tokens(int vocab) {
         const Shard& shard = shards[checked];
         bytes += shard.tokens * uint64_t(shard.token_bytes);
         if (bytes > checked_at_once) break;
-        shard.check_checksum(); // damaged tokens need not be beyond the vocabulary
+        shard.check_checksum(); // damaged tokens may still be below vocab
         shard.check_tokens(vocab);
     }
     if (checker || checked == shards.size()) return;
@@ -139,7 +140,7 @@ ShardSource::Checker::~Checker() {
 
 void MemorySource::read(uint64_t pos, size_t n, int* out) {
     if (n > size() || pos > size() - n)
-        fail("tokens ", pos, " to ", pos + n, " are asked of ", describe());
+        fail("cannot read tokens ", pos, " to ", pos + n, " of ", describe());
     std::copy_n(tokens.begin() + std::ptrdiff_t(pos), n, out);
 }
 
@@ -154,7 +155,7 @@ void MemorySource::check_tokens(int vocab) {
 
 uint64_t permute(uint64_t i, uint64_t n, uint64_t seed, uint64_t epoch) {
     if (n <= 1) return 0;
-    int half = 4; // a Feistel network of very few bits reaches few permutations
+    int half = 4; // a Feistel network of fewer bits yields few permutations
     while (half < 32 && n > uint64_t(1) << (2 * half)) half++;
     const uint64_t mask = (uint64_t(1) << half) - 1;
     const uint64_t stream = fnv1a("loader.order") + epoch;
@@ -171,10 +172,10 @@ uint64_t permute(uint64_t i, uint64_t n, uint64_t seed, uint64_t epoch) {
 
 Loader::Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool shuffle)
     : source(std::move(source)), T(T), seed(seed), shuffle(shuffle) {
-    if (T < 1) fail("a sequence length of ", T, " is asked for, expected at least 1");
+    if (T < 1) fail("the sequence length is ", T, ", expected at least 1");
     const int padded = this->source->window();
     if (padded && padded != T)
-        fail("sequences of ", T, " tokens are asked for, but ", this->source->describe(),
+        fail("the sequence length is ", T, ", but the data is ", this->source->describe(),
              ". Use --seq-len ", padded, ", or tokenize with another --pad-documents or without");
     if (padded) document_end = this->source->id().eot;
     buffer.resize(size_t(T) + (padded ? 0 : 1));
@@ -193,7 +194,7 @@ Loader::Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool s
         if (length > 0) windows += (padded ? length : length - 1) / uint64_t(T);
     }
     if (windows == 0)
-        fail("a sequence of ", T, " needs ", uint64_t(T) + 1, " tokens in one piece, but ",
+        fail("a sequence of ", T, " needs ", uint64_t(T) + 1, " tokens of one shard, but ",
              this->source->describe(), " has ", longest,
              " at most. Use a shorter --seq-len or more text");
 }
@@ -213,7 +214,7 @@ void Loader::next(int B, int* inputs, int* targets) {
         std::copy(buffer.begin() + 1, buffer.end(), to);
         if (source->window()) {
             auto end = std::find(buffer.begin(), buffer.end(), document_end);
-            // The end itself is the last target, at the place before it.
+            // The last target is the end itself, one position earlier.
             std::fill(to + std::clamp<std::ptrdiff_t>(end - buffer.begin(), 0, T - 1), to + T, -1);
         }
         skip(1);
@@ -222,7 +223,7 @@ void Loader::next(int B, int* inputs, int* targets) {
 
 void Loader::skip(uint64_t n) {
     at.epoch += n / windows;
-    at.index += n % windows; // both below 2^63 but for endless sources, which never come that far
+    at.index += n % windows; // cannot overflow: only endless sources have 2^63 windows or more
     if (at.index >= windows) at.epoch++, at.index -= windows;
 }
 
@@ -230,8 +231,7 @@ void Loader::restore(LoaderState state) {
     if (state.index >= windows)
         fail("the saved position is window ", state.index, " of an epoch, but ", source->describe(),
              " has ", windows, " windows of ", T,
-             " tokens. Resume with the data and the sequence "
-             "length that the run began with");
+             " tokens. Resume with the data and the sequence length that the run began with");
     at = state;
 }
 

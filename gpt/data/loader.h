@@ -1,11 +1,11 @@
-// From tokens to batches: windows of T+1 tokens, in a shuffled order that needs no memory.
+// From tokens to batches: windows of T+1 tokens, shuffled without storing a permutation.
 //
-// A source's parts (its shards) are each cut into windows that start T apart and hold T+1 tokens,
-// the last being only a target. No window crosses two parts; a part's tail that fills no window is
-// not used. An epoch visits every window once, in an order that depends on (seed, epoch) only.
+// Each part of a source (a shard) is cut into windows of T+1 tokens that start T apart; the last
+// token is a target only. Windows do not cross parts, and a part's incomplete last window is
+// dropped. An epoch visits every window once, in an order that depends only on (seed, epoch).
 //
-// Padded documents are windows already: T is their length, a window is one document, and neither
-// the padding nor the next document is a target. So T inputs have at most T - 1 targets.
+// Padded documents are windows of T tokens, one document each. Neither the padding nor the next
+// document is a target, so T inputs have at most T - 1 targets.
 #pragma once
 
 #include "gpt/data/shard.h"
@@ -25,19 +25,19 @@ struct TokenSource {
     virtual void read(uint64_t pos, size_t n, int* out) = 0;
     virtual TokenizerId id() const = 0;
     virtual std::string describe() const = 0;
-    // Lengths of the parts, in order, that a window must not cross. They add up to size().
+    // The lengths of the parts, which windows do not cross. They add up to size().
     virtual std::vector<uint64_t> parts() const { return {size()}; }
-    // The length of the windows that hold a document each; 0: there are none, any may be cut.
+    // The length of padded documents; 0: one stream of tokens.
     virtual int window() const { return 0; }
-    // Throws if a token is not below vocab; what is too long to check now is checked when read.
+    // Throws if a token is not below vocab; large sources check on reading instead.
     virtual void check_tokens(int vocab) { (void)vocab; }
-    // Waits for checks that go on in the background, and throws what they found.
+    // Waits for background checks, and throws their error.
     virtual void finish_checks() {}
 };
 
-// All shards that match a pattern, one after the other. Shards that name different tokenizers are
-// an error, as are some with padded documents among others. A set that is replaced while it is
-// opened is opened again, so that it never holds some of the old one.
+// All shards that match a pattern, concatenated. Different tokenizers are an error, as is a mixture
+// of padded documents and streams. A set that is replaced while it is opened is opened again, so
+// that old and new shards never mix.
 struct ShardSource : TokenSource {
     explicit ShardSource(const std::string& pattern);
     uint64_t size() const override { return ends.back(); }
@@ -46,8 +46,8 @@ struct ShardSource : TokenSource {
     std::string describe() const override;
     std::vector<uint64_t> parts() const override;
     int window() const override { return shards[0].window; }
-    // Checks whole files up to checked_at_once bytes in all, checksums too. Of the others it checks
-    // every read, and in the background the checksums, each once; read() throws what that found.
+    // Checks the first checked_at_once bytes of files at once, checksums included. Others are
+    // checked on every read, and their checksums in the background; read() throws its error.
     void check_tokens(int vocab) override;
     void finish_checks() override;
 
@@ -58,18 +58,18 @@ struct ShardSource : TokenSource {
   private:
     std::vector<uint64_t> ends; // position after each shard's last token
     TokenizerId tokenizer;
-    int vocab = 0; // 0: not checked
+    int vocab = 0; // for checks on reading; 0: none
     struct Checker {
         std::atomic<bool> stop = false, failed = false;
-        std::exception_ptr failure; // to be looked at when failed
+        std::exception_ptr failure; // valid once failed
         std::thread thread;
         ~Checker();
     };
-    std::unique_ptr<Checker> checker; // null: no shard awaits its check
+    std::unique_ptr<Checker> checker; // null if all shards are checked
     void open(const std::vector<std::string>& paths);
 };
 
-// Tokens in memory, for tests and for overfitting a batch.
+// Tokens in memory, for tests and --overfit-batch.
 struct MemorySource : TokenSource {
     explicit MemorySource(std::vector<int> tokens, TokenizerId id = {}, int window = 0)
         : tokens(std::move(tokens)), tokenizer(std::move(id)), padded(window) {}
@@ -82,10 +82,10 @@ struct MemorySource : TokenSource {
 
     std::vector<int> tokens;
     TokenizerId tokenizer;
-    int padded; // the length of windows that hold a document each, or 0
+    int padded; // window()
 };
 
-// Windows given out so far: `epoch` whole rounds and `index` windows of the next.
+// Windows consumed so far: `epoch` full epochs and `index` windows of the next.
 struct LoaderState {
     uint64_t epoch = 0, index = 0;
     bool operator==(const LoaderState&) const = default;
@@ -96,19 +96,19 @@ struct LoaderState {
 uint64_t permute(uint64_t i, uint64_t n, uint64_t seed, uint64_t epoch);
 
 struct Loader {
-    // shuffle false: the windows in order, as for validation. Endless sources always go in order.
-    // Throws if the source has no window of T+1 tokens.
+    // Without shuffle, as for validation, and for endless sources windows come in order. Throws if
+    // the source has no window of T+1 tokens.
     Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool shuffle);
 
-    // The next B windows: inputs (B,T), targets (B,T), where targets[b][t] follows inputs[b][t], or
-    // is -1 if what follows is padding or another document.
+    // The next B windows: inputs (B,T) and targets (B,T). targets[b][t] follows inputs[b][t]; it is
+    // -1 if that is padding or another document.
     void next(int B, int* inputs, int* targets);
-    // Passes over windows in O(1). Rank r of R: skip(r*B), next(B), skip((R-1-r)*B).
+    // Skips windows in O(1). Rank r of R: skip(r*B), next(B), skip((R-1-r)*B).
     void skip(uint64_t windows);
 
     LoaderState state() const { return at; }
     void restore(LoaderState state);
-    uint64_t windows_per_epoch() const { return windows; } // TokenSource::endless if it is
+    uint64_t windows_per_epoch() const { return windows; } // or endless
 
     std::shared_ptr<TokenSource> source;
 
@@ -118,10 +118,10 @@ struct Loader {
     uint64_t seed;
     bool shuffle;
     uint64_t windows = 0;
-    std::vector<uint64_t> part_starts, part_windows; // tokens, windows before each part
+    std::vector<uint64_t> part_starts, part_windows; // tokens and windows before each part
     LoaderState at;
-    int document_end = -1;   // of padded documents: the token that ends and pads them
-    std::vector<int> buffer; // one window, T+1; T of padded documents
+    int document_end = -1;   // the token that ends and pads documents, if they are padded
+    std::vector<int> buffer; // one window: T+1 tokens, or T of a padded document
 };
 
 } // namespace lns

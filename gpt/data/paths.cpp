@@ -30,7 +30,7 @@ std::string escaped(std::string_view text, std::string_view special) {
     return out;
 }
 
-// glob(3) overflows the stack on thousands of nested braces, and {a,b}{a,b}... doubles each time.
+// glob(3) overflows the stack on thousands of nested braces, and {a,b}{a,b}... is exponential.
 void check_size(const std::string& pattern) {
     constexpr size_t most_bytes = 4096, most_braces = 16;
     if (pattern.size() > most_bytes)
@@ -40,7 +40,7 @@ void check_size(const std::string& pattern) {
         fail("the pattern '", pattern, "' has more than ", most_braces, " braces");
 }
 
-// The pattern with as many of its folders as exist under their own names taken literally.
+// Escapes the leading folders of the pattern that exist literally.
 std::string with_literal_folders(const std::string& pattern) {
     size_t literal = 0;
     for (size_t at = pattern.find('/', 1); at != std::string::npos;
@@ -67,9 +67,9 @@ std::vector<std::string> find_paths(const std::string& pattern) {
     if (exists(path)) return {path};
     check_size(path);
     std::vector<std::string> paths = matches(with_literal_folders(path));
-    // Names with brackets that only * and ? tell apart: "a[1]_train_*.bin".
+    // Names with literal brackets: "a[1]_train_*.bin".
     if (paths.empty()) paths = matches(escaped(path, "[]{}"));
-    paths.erase(std::remove_if(paths.begin(), paths.end(), is_link_to_nothing), paths.end());
+    paths.erase(std::remove_if(paths.begin(), paths.end(), is_dangling_member), paths.end());
     std::sort(paths.begin(), paths.end());
     return paths;
 }
@@ -84,7 +84,7 @@ std::string expand_home(const std::string& path) {
     if (!home || !*home) {
         const passwd* entry = user.empty() ? getpwuid(getuid()) : getpwnam(user.c_str());
         if (!entry)
-            fail("'", path, "' begins with a home folder, and there is no ",
+            fail("'", path, "' begins with a home folder, but there is no ",
                  user.empty() ? "HOME in the environment" : "user '" + user + "'",
                  ": write the path in full, or ./", path, " for a name that begins with ~");
         home = entry->pw_dir;

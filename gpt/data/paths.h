@@ -1,4 +1,4 @@
-// Paths as users write them: ~ for a home folder, and patterns that name several files.
+// Paths as users write them: ~ for a home folder, and patterns for several files.
 #pragma once
 
 #include <string>
@@ -6,21 +6,17 @@
 
 namespace lns {
 
-// "~/x" and "~user/x" with the home folder in full; every other path as it is. Throws where there
-// is no such user.
+// Expands "~/x" and "~user/x"; other paths are unchanged. Throws if there is no such user.
 std::string expand_home(const std::string& path);
-// The same of a --tokenizer: "~/x" and "gpt2:~/x".
+// The same for --tokenizer: "~/x" and "gpt2:~/x".
 std::string expand_home_in_tokenizer(const std::string& spec);
 
-// The pattern that matches this path and no other: for a path that was found and becomes part of
-// a pattern.
+// A pattern that matches only this path: escapes its special characters.
 std::string literal_pattern(const std::string& path);
 
-// The files that a shell pattern (* ? [ab] {a,b} ~) names, sorted. What exists under the name
-// itself comes first, also among the pattern's folders: in "d[1]/*.bin" d[1] is a folder of that
-// name if there is one. No match is an error.
+// The files that match a shell pattern (* ? [ab] {a,b} ~), sorted. A file or folder of the literal
+// name has precedence: in "d[1]/*.bin" d[1] is the folder d[1] if it exists. No match is an error.
 std::vector<std::string> glob_paths(const std::string& pattern);
-// Whether there is any.
 bool matches_any(const std::string& pattern);
 
 } // namespace lns

@@ -23,7 +23,7 @@ bool is_link(const std::string& path) {
     return fs::is_symlink(fs::symlink_status(path, error));
 }
 
-bool exists_itself(const std::string& path) {
+bool exists_nofollow(const std::string& path) {
     std::error_code error;
     return fs::exists(fs::symlink_status(path, error));
 }
@@ -39,7 +39,7 @@ void make_directory(const std::string& path) {
              ". Choose a place that can be written with --out");
 }
 
-// A directory may still list what a killed publisher was just removing: then once more.
+// Retries: a directory may still list what a killed publisher was removing.
 void remove_all(const std::string& path) {
     std::error_code error;
     for (int tries = 0; tries < 3; tries++) {
@@ -54,7 +54,7 @@ void sync_directory(const std::string& path) {
     if (directory) fsync(directory.fd); // some file systems cannot
 }
 
-// The files of a folder under their own names in another; false if the file system has no links.
+// Hard-links the files of a folder into a new one; false if the file system has no links.
 bool link_files(const std::string& from, const std::string& to) {
     make_directory(to);
     for (const auto& entry : directory_entries(from)) {
@@ -64,10 +64,10 @@ bool link_files(const std::string& from, const std::string& to) {
     return true;
 }
 
-// `path`, a link or nothing, becomes what stands at `from`; of a folder by way of an exchange, so
-// that the name is never without one.
-void put_in_place(const std::string& from, const std::string& path) {
-    if (fs::is_directory(fs::symlink_status(from)) && exists_itself(path)) {
+// Moves `from` to `path`, which is a link or absent. Folders are exchanged, so that the name always
+// exists.
+void move_to(const std::string& from, const std::string& path) {
+    if (fs::is_directory(fs::symlink_status(from)) && exists_nofollow(path)) {
         if (renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, path.c_str(), RENAME_EXCHANGE) == 0) return;
         remove_all(path);
     }
@@ -76,7 +76,7 @@ void put_in_place(const std::string& from, const std::string& path) {
 
 } // namespace
 
-bool is_link_to_nothing(const std::string& path) {
+bool is_dangling_member(const std::string& path) {
     std::error_code error;
     const std::string target = fs::read_symlink(path, error).string();
     return !error && target.rfind('.', 0) == 0 && target.find(".set/") != std::string::npos &&
@@ -89,7 +89,7 @@ PublishedSet::PublishedSet(const std::string& prefix) {
     name_ = path.filename().string();
     take_lock();
     try {
-        tidy();
+        clean_up();
         check_names();
         make_directory(new_dir());
     } catch (...) {
@@ -101,14 +101,14 @@ PublishedSet::PublishedSet(const std::string& prefix) {
 
 PublishedSet::~PublishedSet() {
     try {
-        tidy();
-    } catch (const std::exception&) { // the next publisher tries again
+        clean_up();
+    } catch (const std::exception&) { // the next publisher cleans up
     }
     unlink(at(name_ + ".lock").c_str());
     close(lock_);
 }
 
-// Only one process at a time may write under a prefix.
+// Only one process at a time may publish a prefix.
 void PublishedSet::take_lock() {
     const std::string path = at(name_ + ".lock");
     while (true) {
@@ -127,7 +127,7 @@ void PublishedSet::take_lock() {
             fail("another tokenize is writing ", at(name_),
                  "_*. Wait for it, or choose another "
                  "--out");
-    } // whoever had it removed it
+    } // the previous owner removed the file
 }
 
 std::string PublishedSet::path(const std::string& kind, size_t number) const {
@@ -154,7 +154,7 @@ bool PublishedSet::is_member(const std::string& file) const {
     return false;
 }
 
-bool PublishedSet::is_through_switch(const std::string& file) const {
+bool PublishedSet::is_switch_link(const std::string& file) const {
     std::error_code error;
     return fs::read_symlink(at(file), error).string() == "." + name_ + ".set/" + file;
 }
@@ -176,14 +176,14 @@ void PublishedSet::check_names() const {
             fail(at(file), " is ",
                  fs::is_symlink(status)     ? "a symbolic link"
                  : fs::is_directory(status) ? "a directory"
-                 : folder                   ? "no directory"
-                                            : "no regular file",
-                 ", which is not replaced. Remove it, or choose another --out");
+                 : folder                   ? "not a directory"
+                                            : "not a regular file",
+                 ", and is not replaced. Remove it, or choose another --out");
     }
 }
 
-// The name becomes a link through the switch. What it showed, if anything, is there already.
-void PublishedSet::show_through_switch(const std::string& file) {
+// Makes the name a link through the switch, which already has the file, if any.
+void PublishedSet::link_to_switch(const std::string& file) {
     const std::string link = at("." + name_ + ".set-link"), target = "." + name_ + ".set/" + file;
     if (symlink(target.c_str(), link.c_str()) != 0)
         fail("cannot make the link ", link, ": ", std::strerror(errno));
@@ -197,11 +197,11 @@ void PublishedSet::show_through_switch(const std::string& file) {
 
 int PublishedSet::publish() {
     const std::vector<std::string> before = members(folder_), after = members(new_dir());
-    check_names(); // they may have changed in the meantime
+    check_names(); // again: they may have changed meanwhile
     sync_directory(new_dir());
-    int gone = 0;
+    int removed = 0;
     for (const std::string& file : before)
-        gone +=
+        removed +=
             file != name_ + "_tokenizer" && !std::binary_search(after.begin(), after.end(), file);
 
     bool links = true;
@@ -215,42 +215,42 @@ int PublishedSet::publish() {
     links = links && symlink(old_target.c_str(), switch_path().c_str()) == 0;
     if (!links) {
         rename_one_by_one(after);
-        return gone;
+        return removed;
     }
-    for (const std::string& file : before) show_through_switch(file);
+    for (const std::string& file : before) link_to_switch(file);
     for (const std::string& file : after)
-        if (!exists_itself(at(file))) show_through_switch(file);
+        if (!exists_nofollow(at(file))) link_to_switch(file);
     sync_directory(folder_);
 
     const std::string next = at("." + name_ + ".set-link");
     if (symlink(new_target.c_str(), next.c_str()) != 0)
         fail("cannot make the link ", next, ": ", std::strerror(errno));
-    rename_to(next, switch_path()); // from here on the names show the new set
+    rename_to(next, switch_path()); // now the names refer to the new set
     sync_directory(folder_);
-    tidy();
-    return gone;
+    clean_up();
+    return removed;
 }
 
 void PublishedSet::rename_one_by_one(const std::vector<std::string>& files) {
     for (const std::string& file : members(folder_))
         if (!std::binary_search(files.begin(), files.end(), file)) remove_all(at(file));
-    for (const std::string& file : files) put_in_place(new_dir() + "/" + file, at(file));
+    for (const std::string& file : files) move_to(new_dir() + "/" + file, at(file));
     remove_all(old_dir());
     remove_all(new_dir());
     sync_directory(folder_);
 }
 
-// The names become plain files of the set on show, and nothing else is left.
-void PublishedSet::tidy() {
+// Makes the names plain files of the current set, and removes everything else.
+void PublishedSet::clean_up() {
     if (is_link(switch_path())) {
         for (const std::string& file : members(folder_))
-            if (is_through_switch(file) && is_link_to_nothing(at(file))) unlink(at(file).c_str());
+            if (is_switch_link(file) && is_dangling_member(at(file))) unlink(at(file).c_str());
         for (const std::string& file : members(switch_path()))
-            if (is_through_switch(file) || !exists_itself(at(file)))
-                put_in_place(switch_path() + "/" + file, at(file));
+            if (is_switch_link(file) || !exists_nofollow(at(file)))
+                move_to(switch_path() + "/" + file, at(file));
         sync_directory(folder_);
     }
-    // The switch first: what it points to is only needed while a name is a link through it.
+    // The switch first: its targets are only needed while names are links through it.
     for (const std::string& path :
          {switch_path(), at("." + name_ + ".set-link"), old_dir(), new_dir()})
         remove_all(path);

@@ -15,7 +15,7 @@
 
 namespace lns {
 
-static_assert(std::endian::native == std::endian::little, "shards are read as they lie on disk");
+static_assert(std::endian::native == std::endian::little, "shards are little-endian");
 
 namespace {
 
@@ -30,38 +30,37 @@ int32_t tag_word() {
     return word;
 }
 
-uint64_t two_words(const int32_t* header, size_t word) {
+uint64_t get_u64(const int32_t* header, size_t word) {
     return uint64_t(uint32_t(header[word + 1])) << 32 | uint32_t(header[word]);
 }
-void put_two_words(int32_t* header, size_t word, uint64_t value) {
+void put_u64(int32_t* header, size_t word, uint64_t value) {
     header[word] = int32_t(uint32_t(value));
     header[word + 1] = int32_t(uint32_t(value >> 32));
 }
 
 uint64_t header_checksum(std::vector<int32_t> header) {
-    put_two_words(header.data(), checksum_word + 2, 0);
+    put_u64(header.data(), checksum_word + 2, 0);
     return checksum(header.data(), header_bytes);
 }
 
-// What a file that is no shard might be, to end the error's sentence.
+// The end of an error message: what a file that is not a shard might be.
 std::string guess(const unsigned char* start, size_t n) {
     int32_t magic = 0;
     std::memcpy(&magic, start, std::min<size_t>(n, 4));
     int32_t swapped = int32_t(__builtin_bswap32(uint32_t(magic)));
     if (swapped == magic16 || swapped == magic32)
-        return "The bytes are swapped: it was written on a big-endian machine; make it again";
-    if (magic == 20240401)
-        return "That is llm.c's older format with a different header; make it again with "
+        return "The bytes are swapped: it was written on a big-endian machine; make it again with "
                "data/tokenize";
+    if (magic == 20240401) return "That is llm.c's older format; make it again with data/tokenize";
     bool text = std::none_of(start, start + n, [](unsigned char c) {
         return c < 0x20 && c != '\t' && c != '\n' && c != '\r' && c != '\f';
     });
-    if (text) return "It looks like text: make shards of it with data/tokenize -o PREFIX FILE";
+    if (text) return "It looks like text: tokenize it with data/tokenize -o PREFIX FILE";
     return "Make it with data/tokenize";
 }
 
 template <class Token> uint64_t first_bad(const Token* tokens, uint64_t n, uint32_t vocab) {
-    // Blocks without an early exit, so that the compiler makes vectors of them.
+    // Blocks without an early exit, so that the compiler vectorizes them.
     for (uint64_t start = 0; start < n; start += 4096) {
         uint64_t end = std::min(n, start + 4096);
         Token largest = 0;
@@ -76,7 +75,7 @@ template <class Token> uint64_t first_bad(const Token* tokens, uint64_t n, uint3
 } // namespace
 
 Shard::Shard(const std::string& path) : path(path) {
-    Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)); // a pipe would block
+    Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)); // do not block on a pipe
     if (!fd)
         fail("cannot open the shard ", path, ": ", std::strerror(errno),
              ". Shards are made with data/tokenize");
@@ -105,7 +104,8 @@ Shard::Shard(const std::string& path) : path(path) {
         fail(path, " has version ", header[1], ", expected ", version, " after the magic ",
              header[0], ". Make it again with data/tokenize");
     if (header[2] < 0)
-        fail(path, " says that it has ", header[2], " tokens. Make it again with data/tokenize");
+        fail(path, " has a damaged header: ", header[2],
+             " tokens. Make it again with data/tokenize");
     tokens = uint64_t(header[2]);
     uint64_t expected = header_bytes + tokens * uint64_t(token_bytes);
     if (size != expected)
@@ -114,19 +114,19 @@ Shard::Shard(const std::string& path) : path(path) {
              " bytes. ",
              size < expected ? "Fetch it again, or make it again with data/tokenize"
                              : "Make it again with data/tokenize");
-    // Both are 0 in llm.c's files, and in our earlier ones.
-    const uint64_t tokens_sum = two_words(header.data(), checksum_word);
-    const uint64_t header_sum = two_words(header.data(), checksum_word + 2);
+    // Both are 0 in files from llm.c and from our earlier versions.
+    const uint64_t tokens_sum = get_u64(header.data(), checksum_word);
+    const uint64_t header_sum = get_u64(header.data(), checksum_word + 2);
     if (tokens_sum || header_sum) {
         if (header_sum != header_checksum(header))
-            fail(path, " has a damaged header: it does not have the checksum that it was written "
-                       "with. Make it again with data/tokenize");
+            fail(path, " has a damaged header: its checksum does not match. Make it again with "
+                       "data/tokenize");
         checksum = tokens_sum;
     }
     if (header[3] == tag_word()) {
         id.vocab_size = header[4];
         id.eot = header[5];
-        id.fingerprint = two_words(header.data(), 6);
+        id.fingerprint = get_u64(header.data(), 6);
         const char* kind = reinterpret_cast<const char*>(&header[kind_word]);
         id.kind.assign(kind, strnlen(kind, kind_bytes));
         if (id.vocab_size <= 0 || id.eot < -1 || id.eot >= id.vocab_size)
@@ -142,14 +142,14 @@ Shard::Shard(const std::string& path) : path(path) {
 
 void Shard::read(uint64_t pos, size_t n, int* out) const {
     if (pos > tokens || n > tokens - pos)
-        fail("tokens ", pos, " to ", pos + n, " are asked of ", path, ", which has ", tokens);
+        fail("cannot read tokens ", pos, " to ", pos + n, " of ", path, ", which has ", tokens);
     const unsigned char* start = file.data() + header_bytes + pos * uint64_t(token_bytes);
     if (token_bytes == 2) {
         const uint16_t* from = reinterpret_cast<const uint16_t*>(start);
         for (size_t i = 0; i < n; i++) out[i] = from[i];
     } else {
         const uint32_t* from = reinterpret_cast<const uint32_t*>(start);
-        // One beyond int (damage) is kept beyond every vocabulary.
+        // Values beyond int (damage) must stay beyond every vocabulary.
         for (size_t i = 0; i < n; i++) out[i] = int(std::min<uint32_t>(from[i], INT32_MAX));
     }
     file.check();
@@ -171,7 +171,7 @@ void Shard::check_tokens(int vocab) const {
 
 void Shard::check_checksum(const std::function<bool()>& stop) const {
     if (!checksum) return;
-    // Small pieces are one thread's work: training has the others.
+    // In the background, small pieces: one thread, which leaves the others to training.
     const size_t piece = (stop ? 4 : 64) * checksum_chunk;
     const uint64_t bytes = tokens * uint64_t(token_bytes);
     Checksum sum;
@@ -181,8 +181,8 @@ void Shard::check_checksum(const std::function<bool()>& stop) const {
     }
     file.check();
     if (sum.value() != *checksum)
-        fail(path, " is damaged: its tokens do not have the checksum that they were written with. "
-                   "Make it again with data/tokenize, or put a whole copy there");
+        fail(path, " is damaged: the checksum of its tokens does not match. Make it again with "
+                   "data/tokenize, or replace it by an intact copy");
 }
 
 void Shard::bad_token(uint64_t pos, uint32_t token, int vocab) const {
@@ -200,7 +200,7 @@ ShardWriter::ShardWriter(const std::string& path, const TokenizerId& id, int win
       window(window) {
     if (window != 0 && (window < 2 || id.eot < 0))
         fail("documents cannot be padded to ", window, " tokens with the end-of-text ", id.eot,
-             ": a window of 2 or more and a tokenizer that has an end-of-text are needed");
+             ": padding needs a window of 2 or more and a tokenizer with an end-of-text");
     if (id.kind.size() >= kind_bytes)
         fail("the tokenizer's kind '", id.kind, "' does not fit a shard's header (", kind_bytes - 1,
              " characters)");
@@ -275,12 +275,12 @@ void ShardWriter::finish() {
         header[3] = tag_word();
         header[4] = id.vocab_size;
         header[5] = id.eot;
-        put_two_words(header.data(), 6, id.fingerprint);
+        put_u64(header.data(), 6, id.fingerprint);
         std::memcpy(&header[kind_word], id.kind.data(), id.kind.size());
         header[window_word] = window;
     }
-    put_two_words(header.data(), checksum_word, checksum.value());
-    put_two_words(header.data(), checksum_word + 2, header_checksum(header));
+    put_u64(header.data(), checksum_word, checksum.value());
+    put_u64(header.data(), checksum_word + 2, header_checksum(header));
     ssize_t n = pwrite(file, header.data(), header_bytes, 0);
     if (n != ssize_t(header_bytes)) write_failed(n < 0 ? errno : ENOSPC);
     if (fsync(file) != 0) write_failed(errno);
@@ -295,7 +295,7 @@ void ShardWriter::publish() {
     if (rename(temporary.c_str(), path.c_str()) != 0)
         fail("cannot rename ", temporary, " to ", path, ": ", std::strerror(errno));
     published = true;
-    // The name is on the disk when its directory is.
+    // Sync the directory, which has the name.
     size_t slash = path.rfind('/');
     std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
     int directory = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);

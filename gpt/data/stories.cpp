@@ -46,7 +46,7 @@ constexpr std::string_view adjectives[] = {"red",   "blue", "green", "yellow", "
                                            "white", "old",  "new",   "big",    "little"};
 constexpr int colours = 6; // the first adjectives
 
-// Where a toy may be hidden, and where a child may.
+// Hiding places of toys (nooks) and of children (lairs).
 constexpr std::string_view nooks[] = {"in the box",       "in the basket",   "in the drawer",
                                       "in the bag",       "in the pot",      "under the bed",
                                       "under the pillow", "on the shelf",    "behind the door",
@@ -76,8 +76,8 @@ struct Toy {
     std::string_view adjective, noun;
 };
 
-// What the fields of a pattern stand for: people a, b, c; toys x, y; places p, q; counts n, m;
-// kinds k, l; words v, w.
+// Values for the fields of a pattern: people a, b, c; toys x, y; places p, q; counts n, m; kinds
+// k, l; words v, w.
 struct Slots {
     int a = -1, b = -1, c = -1;
     int x = -1, y = -1;
@@ -95,33 +95,33 @@ std::string counted(int n, const Kind& kind) {
     return std::string(numbers[n]) + " " + (n == 1 ? kind.one : kind.many);
 }
 
-// The world of one story and the text told of it so far. Sentences are patterns with fields in
-// braces; a pattern may hold several sentences with '|' between them, and one that begins with '~'
-// is told only of an a and a b of different sexes.
+// The world of one story and its text so far. Sentences are patterns with fields in braces; a
+// pattern may have several sentences, separated by '|', and one that begins with '~' is used only
+// if a and b are of different sexes.
 //
-//   {a}     he or she where that can only be a, mostly, else the name; as the subject
+//   {a}     as the subject: usually he or she if unambiguous, else the name
 //   {a.o}   the same as the object (him, her); {a.n} always the name; {a.s} Tom's
-//   {a.he} {a.him} {a.his}   always the pronoun, if a was named before in this very sentence
-//   {a.has} all that a holds; {all} all names
-//   {x} the ball, or it where that can only be x; {x.n} the ball; {x.a} a red ball; {x.noun} ball
+//   {a.he} {a.him} {a.his}   always the pronoun, if a was named earlier in this sentence
+//   {a.has} everything a has; {all} all names
+//   {x} the ball, or it if unambiguous; {x.n} the ball; {x.a} a red ball; {x.noun} ball
 //   {p} the garden, {p.in} in the garden
 //   {n} three, {n.k} three apples, {n.more} three more apples, {n.was} was or were
 //   {k} apples, {k.one} an apple
 //
-// Draws happen in the order of the text, never as two operands of one expression, whose order C++
-// leaves open.
+// Random numbers are drawn in the order of the text, never in two operands of one expression, whose
+// order C++ does not specify.
 struct Teller {
     uint64_t seed = 0, index = 0, drawn = 0;
-    std::vector<Person> cast; // the elder who asks is the last, and no member of {all}
+    std::vector<Person> cast; // the last is the elder who asks, who is not in {all}
     std::vector<Toy> toys_here;
-    bool full_names = false;                      // "the red ball", where two toys share a noun
+    bool full_names = false;                      // "the red ball", if two toys share a noun
     std::array<int, 4> holder = {-1, -1, -1, -1}; // of each toy; -1: nobody
     std::vector<Kind> kinds_here;
     std::string text;
-    // Who (by bit) and which toys were named in the last sentence and so far in this one.
+    // Bit masks of the people and toys named in the previous sentence and so far in this one.
     uint32_t last = 0, now = 0, last_toys = 0, now_toys = 0;
     bool capital = true, quoted = false;
-    bool dated = false; // the weather told the day
+    bool dated = false; // the weather's sentence named a day
 
     int below(int n) { return int(random_below(uint32_t(n), seed, index, drawn++)); }
     int from(int low, int high) { return low + below(high - low + 1); }
@@ -130,11 +130,11 @@ struct Teller {
     std::string_view one_of(std::initializer_list<std::string_view> words) {
         return words.begin()[below(int(words.size()))];
     }
-    int other(int a, int n) { // of 0 .. n-1, not a
+    int other(int a, int n) { // in 0 .. n-1, but not a
         int b = below(n - 1);
         return b + (b >= a);
     }
-    // m different ones of 0 .. n-1, in random order.
+    // m distinct numbers in 0 .. n-1, in random order.
     std::vector<int> some(int m, int n) {
         std::vector<int> all(n);
         for (int i = 0; i < n; i++) all[i] = i;
@@ -328,7 +328,7 @@ struct Teller {
         }
     }
 
-    // One of the patterns, as the next sentence.
+    // Appends one of the patterns as the next sentence.
     void say(std::initializer_list<std::string_view> patterns, const Slots& s = {}) {
         size_t i = size_t(below(int(patterns.size())));
         bool mixed = s.a >= 0 && s.b >= 0 && cast[s.a].she != cast[s.b].she;
@@ -383,8 +383,8 @@ struct Teller {
             {.p = p, .v = one_day});
     }
 
-    // A question and its answer, without their marks. `about` (by bit): the people who would not
-    // give this answer, as it speaks of them.
+    // A question and its answer, without punctuation. `about`: a bit mask of the people the answer
+    // is about, who do not give it.
     void ask(std::string_view question, std::string_view answer, const Slots& s, uint32_t about) {
         paragraph();
         uint32_t others = ((1u << people()) - 1) & ~about;
@@ -420,7 +420,7 @@ void passing(Teller& t) {
     int people = t.people(), toys = t.from(1, 3);
     t.bring_toys(toys);
     std::array<int, 4> first = {}, giver = {-1, -1, -1, -1};
-    std::array<std::string_view, 4> lies = {}; // where a toy without a holder lies
+    std::array<std::string_view, 4> lies = {}; // places of toys without a holder
     for (int x = 0; x < toys; x++) first[x] = t.holder[x] = t.below(people);
     int p = t.below(std::size(places));
 
@@ -447,7 +447,7 @@ void passing(Teller& t) {
             continue;
         }
         int b = t.other(a, people), what = t.below(100), y = t.below(toys);
-        if (b == giver[x]) b = t.other(a, people); // seldom straight back
+        if (b == giver[x]) b = t.other(a, people); // rarely straight back
         giver[x] = a;
         Slots s = {.a = a, .b = b, .x = x, .y = y};
         if (what < 20 && t.holder[y] == b) {
@@ -504,7 +504,7 @@ void passing(Teller& t) {
     }
 }
 
-// Some are eaten, found, lost and given.
+// Things are eaten, found, lost and given.
 void counting(Teller& t) {
     t.call(t.from(1, 3));
     t.bring_kinds(1);
@@ -585,7 +585,7 @@ void trading(Teller& t) {
     t.call(2);
     t.bring_kinds(2);
     int p = t.below(std::size(places));
-    int has[2][2] = {{t.from(4, 10), 0}, {0, t.from(4, 10)}}; // of each trader, of each kind
+    int has[2][2] = {{t.from(4, 10), 0}, {0, t.from(4, 10)}}; // by trader and kind
     t.title({"The Trade", "{k} for {l}", "{a.n} and {b.n}"}, {.a = 0, .b = 1});
     t.weather();
     t.say({"{a.n} had {n.k}, and {b.n} had {m.l}.", "{a.n} had {n.k}.|{b.n} had {m.l}."},
@@ -628,7 +628,7 @@ void trading(Teller& t) {
               {.a = 1 - a, .n = has[1 - a][k], .k = k}, 1u << (1 - a));
 }
 
-// One box with things of two colours, that go in and out.
+// Things of two colours go in and out of a box.
 void boxes(Teller& t) {
     t.call(t.from(1, 3));
     int people = t.people();
@@ -673,7 +673,7 @@ void boxes(Teller& t) {
               {.k = k, .l = 1 - k}, 0);
 }
 
-// People go from place to place and carry toys with them.
+// People walk from place to place and carry toys.
 void walking(Teller& t) {
     t.call(t.from(2, 3));
     int people = t.people(), toys = t.from(1, 2);
@@ -738,7 +738,7 @@ void walking(Teller& t) {
           t.holder[x] < 0 ? 0 : 1u << t.holder[x]);
 }
 
-// A toy is put somewhere and moved while its owner is away.
+// A toy is put away, and moved while its owner is absent.
 void hiding(Teller& t) {
     t.call(t.from(2, 3));
     int people = t.people();
@@ -802,7 +802,7 @@ void seeking(Teller& t) {
     t.call(t.from(3, 4));
     int people = t.people();
     std::vector<int> lair =
-        t.some(people + 1, std::size(lairs)); // of hider i; 0 and the last: empty
+        t.some(people + 1, std::size(lairs)); // hider i's; the first and the last are empty
     t.title({"Hide and Seek", "Where Is {b.n}", "{a.n} Counts to Ten"}, {.a = 0, .b = 1});
     t.weather();
     t.say({"{all} played hide and seek.", t.dated ? "{all} wanted to play hide and seek."
@@ -847,7 +847,7 @@ void seeking(Teller& t) {
         t.ask("Who was found last", "{a.n} was found last", {.a = final}, 1u << final);
 }
 
-// Who has more, and then again.
+// Who has more, twice.
 void comparing(Teller& t) {
     t.call(t.from(2, 3));
     t.bring_kinds(1);
@@ -924,7 +924,7 @@ void ordering(Teller& t) {
     t.call(t.from(3, 4));
     const Scale& scale = t.pick(scales);
     int people = t.people(), p = t.below(std::size(places));
-    std::vector<int> order = t.some(people, people); // the tallest first
+    std::vector<int> order = t.some(people, people); // tallest first
     t.title({"Who Is the {w}", "The {w}"}, {.w = scale.most});
     t.weather();
     t.meet(p);
@@ -997,9 +997,9 @@ void owners(Teller& t) {
         t.ask("What did {a.n} have", "{a.n} had {x.a}", {.a = a, .x = a}, 1u << a);
 }
 
-// To get one thing, first get another: the wishes are granted in the opposite order.
+// To get one thing, first get another: the wishes are granted in reverse order.
 void quest(Teller& t) {
-    int depth = t.from(1, 3); // how many others are asked
+    int depth = t.from(1, 3); // the number of others asked
     t.call(depth + 1);
     t.bring_toys(depth + 1);
     for (int i = 0; i < depth; i++) t.holder[i] = i + 1;
@@ -1039,7 +1039,7 @@ void quest(Teller& t) {
     }
 }
 
-// What was done on which day.
+// Who did what on which day.
 void week(Teller& t) {
     static constexpr std::string_view days[] = {"Monday", "Tuesday",  "Wednesday", "Thursday",
                                                 "Friday", "Saturday", "Sunday"};
@@ -1089,7 +1089,7 @@ void week(Teller& t) {
 } // namespace
 
 std::string story(uint64_t seed, uint64_t index) {
-    // Of the streams of a run's seed, none other is drawn here.
+    // A key that no other stream of the run's seed uses.
     Teller t;
     t.seed = seed ^ fnv1a("stories"), t.index = index;
     t.text.reserve(1024);
@@ -1124,7 +1124,7 @@ std::shared_ptr<const StorySource::Block> StorySource::block(uint64_t number) {
 
 void StorySource::read(uint64_t pos, size_t n, int* out) {
     if (n > endless - pos)
-        fail("tokens from ", pos, " on are asked of ", describe(), ", whose last is number ",
+        fail("cannot read tokens from ", pos, " of ", describe(), ", whose last is token ",
              endless - 1);
     while (n > 0) {
         std::shared_ptr<const Block> source = block(pos / block_tokens);
@@ -1135,14 +1135,14 @@ void StorySource::read(uint64_t pos, size_t n, int* out) {
 }
 
 std::string StorySource::describe() const {
-    return cat("the embedded stories of seed ", seed, " (synthetic, endless, bytes)");
+    return cat("the built-in stories of seed ", seed, " (synthetic, endless, bytes)");
 }
 
 void StorySource::check_tokens(int vocab) {
     if (vocab < tokenizer.vocab_size)
         fail(describe(), " need a vocabulary of ", tokenizer.vocab_size,
              " (256 bytes and end-of-text), but the model's is ", vocab,
-             ". Use a larger --vocab, or train on shards");
+             ". Increase --vocab, or train on shards");
 }
 
 } // namespace lns

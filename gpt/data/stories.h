@@ -1,6 +1,6 @@
-// The embedded corpus: short English stories, synthetic, seeded and endless. Each is told from a
-// small simulated world (who holds what, how many are left, who is where), so its sentences follow
-// from earlier ones, near and far, and the questions at its end have one right answer.
+// The built-in corpus: synthetic short stories in English, seeded and endless. Each tells what
+// happens in a small simulated world (who has what, how many are left, who is where), so sentences
+// depend on earlier ones, near and far, and the questions at the end have one right answer.
 #pragma once
 
 #include "gpt/data/loader.h"
@@ -12,14 +12,14 @@
 
 namespace lns {
 
-// Story `index` of `seed`: a title, a few paragraphs, a newline at the end; ASCII, 100 to 900
-// bytes. A pure function, the same with every compiler.
+// Story `index` of `seed`: a title, a few paragraphs and a final newline; ASCII, 100 to 900 bytes.
+// A pure function, the same with every compiler.
 std::string story(uint64_t seed, uint64_t index);
 
 // The stories of a seed as tokens of the bytes tokenizer, each followed by end-of-text. Token p is
-// token p % block_tokens of block p / block_tokens; block j is the stories from index
-// j * block_tokens on, the last cut where the block is full. So any position is found without
-// what comes before it, and no story is told twice. read may be called from many threads.
+// token p % block_tokens of block p / block_tokens; block j has the stories from index
+// j * block_tokens on, the last one truncated. So any position can be read without the preceding
+// ones, and no story repeats. read is thread-safe.
 struct StorySource : TokenSource {
     static constexpr size_t block_tokens = 65536;
 
@@ -37,7 +37,7 @@ struct StorySource : TokenSource {
     std::shared_ptr<const Block> block(uint64_t number);
 
     TokenizerId tokenizer;
-    std::mutex mutex; // of the cache
+    std::mutex mutex; // guards the cache
     std::array<std::pair<uint64_t, std::shared_ptr<const Block>>, 4> cache;
     size_t oldest = 0;
 };

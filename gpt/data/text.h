@@ -1,4 +1,4 @@
-// What a file that should be text may be instead.
+// Recognizes files that are not text.
 #pragma once
 
 #include <string>
@@ -6,12 +6,9 @@
 
 namespace lns {
 
-// Whether a file is what `git clone` leaves in place of a large file where Git LFS is missing.
-bool is_lfs_pointer(std::string_view text);
-
-// Why what begins like this is surely no text in UTF-8 or another encoding of single bytes, and how
-// to make it one: a sentence that begins with the file's name. "" if it may be text. `program` is
-// what reads it, as in "data/tokenize".
+// Why a file that begins like this is not text in UTF-8 or a single-byte encoding, and how to
+// convert it: a sentence that begins with the file's name. "" if it may be text. `program` is the
+// reader, such as "data/tokenize".
 std::string why_not_text(std::string_view start, const std::string& name,
                          const std::string& program);
 

@@ -32,8 +32,7 @@ namespace {
 namespace fs = std::filesystem;
 using json = nlohmann::json;
 
-// Puts a tokenizer's files into dir and takes away those of another kind, so that dir is one
-// tokenizer.
+// Writes a tokenizer's files to dir, and removes those of other kinds.
 void save_files(const std::string& dir, const std::vector<std::array<std::string, 2>>& files) {
     std::error_code error;
     fs::create_directories(dir, error);
@@ -51,8 +50,8 @@ void save_files(const std::string& dir, const std::vector<std::array<std::string
          id.vocab_size - 1);
 }
 
-// GPT-2's files name a byte by a printable character: itself if it is one in Latin-1, else
-// U+0100 and up, in order (bytes_to_unicode of openai/gpt-2, src/encoder.py).
+// GPT-2's files represent a byte by a printable character: itself if printable in Latin-1, else
+// U+0100 and up, in order (bytes_to_unicode in openai/gpt-2, src/encoder.py).
 std::array<uint32_t, 256> byte_names() {
     std::array<uint32_t, 256> name_of;
     uint32_t next = 0x100;
@@ -65,7 +64,7 @@ std::array<uint32_t, 256> byte_names() {
 
 // Bytes
 
-// What Hugging Face's tokenizers read: a byte-level BPE that merges nothing.
+// tokenizer.json for Hugging Face: a byte-level BPE without merges.
 json bytes_as_hugging_face() {
     json vocab;
     const std::array<uint32_t, 256> names = byte_names();
@@ -143,12 +142,12 @@ struct Bytes : Tokenizer {
 // UTF-8
 
 struct Character {
-    uint32_t code; // invalid: the byte starts no valid character, length is 1
+    uint32_t code; // invalid: no valid character starts here, length is 1
     uint32_t length;
     static constexpr uint32_t invalid = 0xffffffff;
 };
 
-// The character at text[i], after Unicode's table 3-7: no overlong forms, no surrogates.
+// The character at text[i], by Unicode's table 3-7: no overlong forms, no surrogates.
 Character character_at(std::string_view text, size_t i) {
     auto byte = [&](size_t k) -> uint32_t {
         return k < text.size() ? static_cast<unsigned char>(text[k]) : 0;
@@ -188,18 +187,18 @@ void append_utf8(std::string& out, uint32_t code) {
 
 // GPT-2
 
-// GPT-2 cuts a text into pieces, each encoded on its own, with this rule (openai/gpt-2,
-// src/encoder.py), tried left to right at each place:
+// GPT-2 splits a text into pieces, which are encoded independently, by this rule (openai/gpt-2,
+// src/encoder.py), whose alternatives are tried from left to right:
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-// It only asks which of four classes a character has, so PCRE2 fills a table of those once and
-// next_piece is the rule on that table.
+// It depends only on four classes of characters, so PCRE2 fills a table of classes once, and
+// next_piece applies the rule to the table.
 enum Class : unsigned char { other, letter, number, space };
 
 std::vector<Class> classify_unicode() {
     std::string all;
     for (uint32_t code = 0; code < 0x110000; code++)
         if (code < 0xd800 || code >= 0xe000) append_utf8(all, code);
-    // \s as Unicode's White_Space, as the oracles have it. PCRE2's own adds U+180E.
+    // \s is Unicode's White_Space, as in the original. PCRE2's \s adds U+180E.
     const char* pattern = R"((\p{L}+)|(\p{N}+)|[\x09-\x0d\x20\x85\xa0\x{1680}\x{2000}-\x{200a})"
                           R"(\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]+)";
     int error;
@@ -212,13 +211,13 @@ std::vector<Class> classify_unicode() {
         fail("this PCRE2 cannot classify Unicode characters (", message,
              "). Install one built with Unicode support, such as Debian's libpcre2-dev");
     }
-    pcre2_jit_compile(code, PCRE2_JIT_COMPLETE); // faster where there is one
+    pcre2_jit_compile(code, PCRE2_JIT_COMPLETE); // optional
     pcre2_match_data* match = pcre2_match_data_create_from_pattern(code, nullptr);
     std::vector<Class> table(0x110000, other);
     for (size_t at = 0; at < all.size();) {
         int groups = pcre2_match(code, PCRE2_SPTR(all.data()), all.size(), at, PCRE2_NO_UTF_CHECK,
                                  match, nullptr);
-        if (groups < 0) break; // no more
+        if (groups < 0) break; // no match
         const PCRE2_SIZE* range = pcre2_get_ovector_pointer(match);
         Class found = groups == 2 ? letter : groups == 3 ? number : space;
         for (at = range[0]; at < range[1];) {
@@ -252,8 +251,8 @@ struct Splitter {
         return c.code == Character::invalid ? other : table[c.code];
     }
 
-    // The end of the segment that starts at i < text.size(). Digits cuts a text into segments first
-    // (numbers, one by one or in runs, and what is between them), each split on its own.
+    // The end of the segment that starts at i < text.size(). Digits first splits a text into
+    // segments (digits, one by one or in runs, and the text between), each then split on its own.
     size_t segment_end(std::string_view text, size_t i) const {
         if (digits == Digits::in_runs_with_spaces) return text.size();
         size_t length;
@@ -286,20 +285,20 @@ struct Splitter {
             if (end == text.size()) return end;
             if (at(text, end, length) != kind) break;
         }
-        // Space before something else leaves its last character to that, if it has another.
+        // The last of several spaces belongs to the piece that follows.
         return kind == space && last > i ? last : end;
     }
 
-    // See Tokenizer::safe_cut. No piece has two classes but a first space and a contraction. So
-    // between two characters of different classes a piece always ends, unless the first is a space
-    // (which may begin the next piece) or the two may be a contraction. Digits only adds ends.
+    // See Tokenizer::safe_cut. Only a leading space and a contraction mix classes in a piece. So a
+    // piece ends between two characters of different classes, unless the first is a space (which
+    // may begin the next piece) or both may be a contraction. Digits only adds ends.
     size_t safe_cut(std::string_view text) const {
         for (size_t p = text.size(); p-- > 1;) {
             unsigned char byte = static_cast<unsigned char>(text[p]);
             if (byte >= 0x80 && byte < 0xc0) continue; // may be inside a character
             size_t length;
             Class next = at(text, p, length);
-            if (byte >= 0xc0 && length == 1) continue; // may be completed by what follows
+            if (byte >= 0xc0 && length == 1) continue; // following text may complete it
             Class previous = other;                    // if no valid character ends at p
             for (size_t back = 1; back <= std::min<size_t>(p, 4); back++) {
                 Class kind = at(text, p - back, length);
@@ -321,7 +320,7 @@ struct ByteNames {
     ByteNames() {
         for (size_t b = 0; b < 256; b++) byte_of[name_of[b]] = static_cast<unsigned char>(b);
     }
-    // false if the name has a character that names no byte.
+    // False if a character of the name represents no byte.
     bool bytes(std::string_view name, std::string& out) const {
         out.clear();
         for (size_t i = 0; i < name.size();) {
@@ -335,7 +334,7 @@ struct ByteNames {
     }
 };
 
-// Which two tokens merge, how early, and into what: an open hash table.
+// An open hash table from a pair of tokens to the rank and the result of their merge.
 struct Merges {
     struct Entry {
         uint64_t pair = UINT64_MAX;
@@ -363,7 +362,7 @@ struct Merges {
     }
 };
 
-// The pair of files that GPT-2 came in.
+// GPT-2's original pair of files.
 BytePairs read_vocab_and_merges(const std::string& dir,
                                 std::vector<std::array<std::string, 2>>& files) {
     const bool original = path_exists(dir + "/encoder.json");
@@ -372,8 +371,8 @@ BytePairs read_vocab_and_merges(const std::string& dir,
     const std::string path = dir + (original ? "/vocab.bpe" : "/merges.txt");
     for (const std::string& needed : {pairs.path, path})
         if (!path_exists(needed))
-            fail(needed, " is missing. GPT-2's tokenizer is encoder.json and vocab.bpe, or "
-                         "vocab.json and merges.txt");
+            fail(needed, " is missing. GPT-2's tokenizer consists of encoder.json and vocab.bpe, "
+                         "or of vocab.json and merges.txt");
     files = {{"vocab.json", read_tokenizer_file(pairs.path)},
              {"merges.txt", read_tokenizer_file(path)}};
     pairs.vocab = parse_json(files[0][1], pairs.path);
@@ -386,7 +385,7 @@ BytePairs read_vocab_and_merges(const std::string& dir,
         if (gap == std::string::npos || gap == 0 || gap + 1 == line.size() ||
             line.find(' ', gap + 1) != std::string::npos)
             fail("line ", number, " of ", path, " is ", quoted(line),
-                 ", expected two tokens and a space between them. Fetch the file again");
+                 ", expected two tokens separated by a space. Fetch the file again");
         pairs.merges.emplace_back(line.substr(0, gap), line.substr(gap + 1));
     }
     if (pairs.merges.empty()) fail(path, " has no merges, expected about 50,000. Fetch it again");
@@ -394,19 +393,19 @@ BytePairs read_vocab_and_merges(const std::string& dir,
 }
 
 struct Gpt2 : Tokenizer {
-    std::vector<std::array<std::string, 2>> files; // names and bytes as read, for save
-    std::vector<std::string> bytes_of;             // by id; special tokens and gaps are empty
+    std::vector<std::array<std::string, 2>> files; // names and contents as read, for save
+    std::vector<std::string> bytes_of;             // by id; "" for special tokens and gaps
     std::vector<bool> known;
     std::array<int, 256> byte_ids; // -1: no token
-    int unknown = -1;              // the token of bytes that have none; -1: they are left out
-    bool fuse_unknown = false;     // neighbouring ones become one
-    bool add_prefix_space = false; // before a text that begins with none
+    int unknown = -1;              // for bytes without a token; -1 drops them
+    bool fuse_unknown = false;     // adjacent ones become one
+    bool add_prefix_space = false; // to a text that does not begin with a space
     Merges merges;
     TokenizerId identity;
     Splitter splitter;
-    uint64_t serial; // tells this tokenizer's cache entries from those of one that is gone
+    uint64_t serial; // distinguishes cache entries of different tokenizers
 
-    // Of a directory, or of a tokenizer.json alone. Where there is one, it decides.
+    // From a directory or a tokenizer.json, which has precedence over other files.
     explicit Gpt2(const std::string& path) {
         static std::atomic<uint64_t> count{0};
         serial = ++count;
@@ -427,7 +426,7 @@ struct Gpt2 : Tokenizer {
             files = {{"tokenizer.json", read_tokenizer_file(tokenizer_json)}};
             pairs = read_tokenizer_json(files[0][1], tokenizer_json);
         } else {
-            // Others keep their tokenizer in the same two files with another splitting rule.
+            // Other classes use the same two files with another splitting rule.
             config.expect_class({"GPT2Tokenizer", "GPT2TokenizerFast"});
             pairs = read_vocab_and_merges(dir, files);
         }
@@ -438,11 +437,11 @@ struct Gpt2 : Tokenizer {
         ids.clear();
         if (config.text.empty()) config.text = own_config();
         files.push_back({"tokenizer_config.json", config.text});
-        if (const std::string beside = dir + "/added_tokens.json"; is_dir && path_exists(beside))
-            files.push_back({"added_tokens.json", read_tokenizer_file(beside)});
+        if (const std::string added = dir + "/added_tokens.json"; is_dir && path_exists(added))
+            files.push_back({"added_tokens.json", read_tokenizer_file(added)});
     }
 
-    std::unordered_map<std::string, int> ids; // by name; only while the files are read
+    std::unordered_map<std::string, int> ids; // by name; only during construction
 
     void add(int id, const std::string& name, const std::string& path) {
         if (size_t(id) >= known.size()) known.resize(size_t(id) + 1), bytes_of.resize(known.size());
@@ -477,8 +476,8 @@ struct Gpt2 : Tokenizer {
             add(id, name, path);
             if (!specials.count(name) && !names.bytes(name, bytes_of[size_t(id)]))
                 fail(path, " has the token ", quoted(name),
-                     ", which has a character that names no byte, so it is not GPT-2's. Fetch it "
-                     "again");
+                     ", which has a character that names no byte, so it is not like GPT-2's. Fetch "
+                     "it again");
         }
         for (const auto& [name, id] : specials) {
             if (id < 0) continue;
@@ -492,22 +491,22 @@ struct Gpt2 : Tokenizer {
         identity.eot = find("<|endoftext|>");
         if (const int id = find(config.token("eos_token")); identity.eot < 0 && id >= 0)
             identity.eot = id, bytes_of[size_t(id)].clear();
-        // What the files mean, not how they are written: JSON has many forms.
+        // Hash the content, not the JSON, which has many forms.
         uint64_t hash = fnv1a("gpt2");
         for (size_t id = 0; id < known.size(); id++)
             if (known[id]) hash = fnv1a(cat(id, ' ', bytes_of[id].size(), ' ', bytes_of[id]), hash);
         identity.fingerprint = hash;
-        // SmolLM2's lacks bytes that no text in UTF-8 has.
+        // SmolLM2 lacks the bytes that never occur in UTF-8.
         for (uint32_t b = 0; b < 256; b++) {
             std::string name;
             append_utf8(name, names.name_of[b]);
             byte_ids[b] = find(name);
         }
         if (std::all_of(byte_ids.begin(), byte_ids.end(), [](int id) { return id < 0; }))
-            fail(path, " has no token for any byte, so it is not GPT-2's. Fetch it again");
+            fail(path, " has no token for any byte, so it is not like GPT-2's. Fetch it again");
     }
 
-    // What plain GPT-2 has not changes the fingerprint.
+    // Settings that differ from GPT-2's change the fingerprint.
     void read_settings(const BytePairs& pairs, const TokenizerConfig& config) {
         auto mark = [&](const std::string& setting) {
             identity.fingerprint = fnv1a(setting, identity.fingerprint);
@@ -527,18 +526,18 @@ struct Gpt2 : Tokenizer {
             if (unknown < 0)
                 fail(pairs.path, " has the unk_token ", quoted(pairs.unknown),
                      ", which is not in its vocabulary. Fetch it again");
-            if (unknown == identity.eot) unknown = -1; // it never comes from a text
+            if (unknown == identity.eot) unknown = -1; // encode never returns end-of-text
         }
         fuse_unknown = pairs.fuse_unknown;
         const bool lacks = std::count(byte_ids.begin(), byte_ids.end(), -1) > 0;
         if (lacks && unknown >= 0) mark(cat("unknown ", unknown, fuse_unknown ? " fused" : ""));
 
         const std::string bos_token =
-            !pairs.before.empty() ? pairs.before : config.token("bos_token");
-        if (!config.flag("add_bos_token").value_or(!pairs.before.empty())) return;
+            !pairs.prefix_token.empty() ? pairs.prefix_token : config.token("bos_token");
+        if (!config.flag("add_bos_token").value_or(!pairs.prefix_token.empty())) return;
         bos = find(bos_token.empty() ? "<|endoftext|>" : bos_token);
         if (bos < 0)
-            fail(config.path, " says add_bos_token, and its vocabulary has no bos_token ",
+            fail(config.path, " says add_bos_token, but the vocabulary has no bos_token ",
                  quoted(bos_token));
     }
 
@@ -553,7 +552,7 @@ struct Gpt2 : Tokenizer {
                          quoted(left + " " + right), " needs. The two do not belong together");
             Merges::Entry& entry = merges.entries[merges.slot(Merges::pair_of(id[0], id[1]))];
             if (entry.pair != UINT64_MAX)
-                fail("the merges beside ", pairs.path, " repeat ", quoted(left + " " + right),
+                fail("the merges of ", pairs.path, " repeat ", quoted(left + " " + right),
                      ". Fetch the files again");
             entry = {Merges::pair_of(id[0], id[1]), rank++, id[2]};
             identity.fingerprint = fnv1a(left + " " + right, fnv1a("\n", identity.fingerprint));
@@ -569,7 +568,7 @@ struct Gpt2 : Tokenizer {
         return config.dump(2) + "\n";
     }
 
-    // The tokens of single bytes, at most as many as there are bytes; returns how many.
+    // Calls put for the token of each byte, if it has one.
     template <class Put> void single_bytes(std::string_view piece, Put put) const {
         bool last_unknown = false;
         for (char c : piece) {
@@ -582,8 +581,8 @@ struct Gpt2 : Tokenizer {
         }
     }
 
-    // Merges the pair of lowest rank, the leftmost first, until none is left. Linear search for it:
-    // pieces are mostly words.
+    // Merges the pair of lowest rank, leftmost first, until there is none. Searches linearly: most
+    // pieces are words.
     void merge_short(std::string_view piece, std::vector<int>& out) const {
         constexpr uint32_t none = UINT32_MAX;
         int id[max_short], merged[max_short];
@@ -612,7 +611,7 @@ struct Gpt2 : Tokenizer {
         out.insert(out.end(), id, id + n);
     }
 
-    // The same with a heap and a linked list, in n log n.
+    // The same with a heap and a linked list, in O(n log n).
     void merge_long(std::string_view piece, std::vector<int>& out) const {
         struct Node {
             int id;
@@ -629,7 +628,7 @@ struct Gpt2 : Tokenizer {
         if (nodes.empty()) return;
         nodes.back().next = none;
         const uint32_t n = uint32_t(nodes.size());
-        std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> heap; // rank, place
+        std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> heap; // rank, node
         auto look_up = [&](uint32_t i) {
             Node& node = nodes[i];
             const Merges::Entry* entry =
@@ -642,11 +641,11 @@ struct Gpt2 : Tokenizer {
             uint64_t top = heap.top();
             heap.pop();
             uint32_t i = uint32_t(top);
-            if (nodes[i].rank != top >> 32) continue; // the pair is no longer there
-            uint32_t gone = nodes[i].next;
-            nodes[i].id = merges.find(nodes[i].id, nodes[gone].id)->id;
-            nodes[i].next = nodes[gone].next;
-            nodes[gone].rank = none;
+            if (nodes[i].rank != top >> 32) continue; // the pair no longer exists
+            uint32_t merged = nodes[i].next;
+            nodes[i].id = merges.find(nodes[i].id, nodes[merged].id)->id;
+            nodes[i].next = nodes[merged].next;
+            nodes[merged].rank = none;
             if (nodes[i].next != none) nodes[nodes[i].next].previous = i;
             look_up(i);
             if (nodes[i].previous != none) look_up(nodes[i].previous);
@@ -656,7 +655,7 @@ struct Gpt2 : Tokenizer {
 
     static constexpr size_t max_short = 64;
 
-    // Most pieces are words that came before: one entry per hash, the latest wins.
+    // Most pieces are words seen before. One entry per hash; new ones replace old ones.
     struct Cache {
         struct Entry {
             unsigned char length = 0, count = 0; // length 0: empty
@@ -738,13 +737,13 @@ struct Gpt2 : Tokenizer {
 // SentencePiece
 
 struct SentencePiece : Tokenizer {
-    std::string model; // the file
+    std::string model; // the file's content
     sentencepiece::SentencePieceProcessor processor;
-    // The same model without (or with, if it has none) the space that it puts before a text: for
-    // parts that continue one. Which of the two continues a text exactly is found by trying.
+    // The model for parts that continue a text: with or without the space before a text, whichever
+    // passes newlines_stand_alone.
     sentencepiece::SentencePieceProcessor rest;
-    bool cuttable = false;   // whether texts may be cut before newlines
-    bool after_space = true; // also before those that follow other space
+    bool cuttable = false;   // texts may be cut before newlines
+    bool after_space = true; // also before newlines that follow other space
     TokenizerId identity;
 
     std::string config_file; // tokenizer_config.json as read, or ""
@@ -755,24 +754,24 @@ struct SentencePiece : Tokenizer {
         if (is_tiktoken(model))
             fail(path, " is not supported yet: it is a tiktoken vocabulary (as LLaMA 3's), ",
                  "expected a SentencePiece model");
-        // Before the library uses it.
+        // Before the library reads it.
         if (const std::string fault = charsmap_fault(model); !fault.empty())
             fail(path, " is damaged (its table of normalizations: ", fault, "), ", advice);
         sentencepiece::util::Status status;
         try {
             status = processor.LoadFromSerializedProto(model);
-        } catch (const std::exception& error) { // of its tries: a piece that begins with a 0
-            fail(path, " is damaged or no tokenizer (", error.what(), "), ", advice);
+        } catch (const std::exception& error) { // from its tries: a piece that begins with a 0
+            fail(path, " is damaged or not a tokenizer (", error.what(), "), ", advice);
         }
         if (!status.ok())
-            fail(path, " is damaged or no tokenizer (", status.ToString(), "), ", advice);
+            fail(path, " is damaged or not a tokenizer (", status.ToString(), "), ", advice);
         identity = {"sentencepiece", processor.GetPieceSize(), processor.eos_id(), fnv1a(model)};
         const fs::path file(path);
         const fs::path dir = file.has_parent_path() ? file.parent_path() : ".";
-        std::string settings; // of the model, edited
+        std::string settings; // to append to the model
         if (file.filename() == "tokenizer.model") settings = read_config(dir.string());
 
-        // Protocol buffers merge what is appended: field 3 (normalizer_spec) with field 3
+        // An appended protocol buffer is merged: here field 3 (normalizer_spec) with field 3
         // (add_dummy_prefix) false, then true (sentencepiece_model.proto).
         for (bool prefix : {false, true}) {
             std::string edited = model + settings + prefix_setting(prefix);
@@ -783,7 +782,7 @@ struct SentencePiece : Tokenizer {
 
     static std::string prefix_setting(bool prefix) { return {'\x1a', '\x02', '\x18', prefix}; }
 
-    // Follows tokenizer_config.json. Returns what is to be appended to the model for it.
+    // Applies tokenizer_config.json. Returns the settings to append to the model.
     std::string read_config(const std::string& dir) {
         const TokenizerConfig config(dir);
         config.expect_class({"LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer",
@@ -804,7 +803,7 @@ struct SentencePiece : Tokenizer {
             const std::string token = config.token("bos_token");
             bos = token.empty() ? processor.bos_id() : processor.PieceToId(token);
             if (bos < 0 || (!token.empty() && processor.IdToPiece(bos) != token))
-                fail(config.path, " says add_bos_token, and the model has no bos_token ",
+                fail(config.path, " says add_bos_token, but the model has no bos_token ",
                      quoted(token));
         }
         const std::optional<bool> prefix = config.flag("add_prefix_space");
@@ -820,7 +819,7 @@ struct SentencePiece : Tokenizer {
         return setting;
     }
 
-    // A line of LLaMA 3's and OpenAI's vocabularies is a token in base64 and its rank.
+    // Lines of LLaMA 3's and OpenAI's vocabularies are a token in base64 and its rank.
     static bool is_tiktoken(const std::string& file) {
         const std::string line = file.substr(0, std::min(file.find('\n'), size_t(1000)));
         const size_t gap = line.find(' ');
@@ -830,11 +829,11 @@ struct SentencePiece : Tokenizer {
                line.find_first_not_of("0123456789\r", gap + 1) == line.npos;
     }
 
-    // Whether a text cut before a newline encodes to the same tokens: no piece reaches across one
-    // (or across the space that it becomes), and some samples say so.
+    // Whether a text cut before a newline encodes to the same tokens: no piece spans one (or the
+    // space that it becomes), and samples confirm it.
     bool newlines_stand_alone() {
         const std::string mark = "\u2581"; // a space
-        bool runs = false;                 // pieces of many spaces
+        bool runs = false;                 // some pieces begin with several spaces
         for (int id = 0; id < identity.vocab_size; id++) {
             const std::string& piece = processor.IdToPiece(id);
             if (piece.size() > 1 && piece.find('\n') != std::string::npos) return false;
@@ -874,7 +873,7 @@ struct SentencePiece : Tokenizer {
         return encode_lines(cuttable ? rest : processor, text);
     }
 
-    // SentencePiece's work grows faster than the text, so long texts go in parts.
+    // SentencePiece takes more than linear time, so long texts are encoded in parts.
     std::vector<int> encode_lines(const sentencepiece::SentencePieceProcessor& first,
                                   std::string_view text) const {
         constexpr size_t part = 4096;
@@ -895,9 +894,9 @@ struct SentencePiece : Tokenizer {
         return tokens;
     }
 
-    // Whether U+2581 stands before p, with nothing but space between. It means a space too, but one
-    // that does not fold with its neighbours: at the end of a text it goes, inside it stays. Which
-    // characters outside ASCII a model turns into spaces only it knows: all may be.
+    // Whether only space stands between U+2581 and p. U+2581 is a space too, but is not folded with
+    // adjacent ones: it is dropped at the end of a text and kept inside. Any character outside
+    // ASCII counts as space, since a model may turn it into one.
     static bool after_mark(std::string_view text, size_t p) {
         auto may_be_space = [](char c) { return c < 0 || c <= ' ' || c == '\x7f'; };
         const std::string_view mark = "\u2581";
@@ -949,8 +948,8 @@ std::unique_ptr<Tokenizer> load_gpt2(const std::string& path) {
     return std::make_unique<Gpt2>(path);
 #else
     fail("the tokenizer of ", path,
-         " is GPT-2's, which needs PCRE2, and this build has none. "
-         "Install libpcre2-dev (or run `make deps`) and build again");
+         " is GPT-2's, which needs PCRE2, but this build has none. "
+         "Install libpcre2-dev (or run `make deps`) and rebuild");
 #endif
 }
 
@@ -959,8 +958,8 @@ std::unique_ptr<Tokenizer> load_sentencepiece(const std::string& path) {
     return std::make_unique<SentencePiece>(path);
 #else
     fail("the tokenizer ", path,
-         " is SentencePiece's, and this build has no SentencePiece. Install "
-         "libsentencepiece-dev (or run `make deps`) and build again");
+         " is SentencePiece's, but this build has no SentencePiece. Install "
+         "libsentencepiece-dev (or run `make deps`) and rebuild");
 #endif
 }
 

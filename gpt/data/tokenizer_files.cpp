@@ -6,7 +6,6 @@
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/base/json.h"
-#include "gpt/data/text.h"
 
 namespace lns {
 
@@ -15,13 +14,12 @@ using json = nlohmann::json;
 
 namespace {
 
-constexpr int most_tokens = 1 << 24;
+constexpr int max_tokens = 1 << 24;
 
 [[noreturn]] void unsupported(const std::string& path, const std::string& what) {
-    fail(
-        path, " is not supported yet: ", what,
-        ". Supported are GPT-2's kind (BPE over bytes, its splitting rule, with or without Digits) "
-        "and SentencePiece's tokenizer.model");
+    fail(path, " is not supported yet: ", what,
+         ". Supported are byte-level BPE with GPT-2's splitting rule, with or without Digits, and "
+         "SentencePiece's tokenizer.model");
 }
 
 // object[key], null if there is none.
@@ -36,26 +34,26 @@ std::string text_of(const json& value) { return value.is_string() ? value.get<st
 
 std::string type_of(const json& part) { return text_of(field(part, "type")); }
 
-bool truth(const json& object, const char* key, bool otherwise, const std::string& path) {
+bool bool_field(const json& object, const char* key, bool fallback, const std::string& path) {
     const json& value = field(object, key);
-    if (value.is_null()) return otherwise;
+    if (value.is_null()) return fallback;
     if (!value.is_boolean())
         fail(path, ": ", key, " is ", quoted(value), ", expected true or false");
     return value.get<bool>();
 }
 
 int token_id(const json& value, const std::string& path, const std::string& name) {
-    if (!value.is_number_integer() || value < 0 || value >= most_tokens)
+    if (!value.is_number_integer() || value < 0 || value >= max_tokens)
         fail(path, " gives the token ", quoted(name), " the id ", quoted(value),
-             ", expected a number of 0 to ", most_tokens - 1, ". Fetch it again");
+             ", expected a number of 0 to ", max_tokens - 1, ". Fetch it again");
     return value.get<int>();
 }
 
 AddedToken added_token(const json& entry, const json& id, const std::string& path) {
     const json& content = field(entry, "content");
     if (!content.is_string())
-        fail(path, " has the added token ", quoted(entry), ", expected one with its content");
-    return {token_id(id, path, content), content, truth(entry, "special", false, path)};
+        fail(path, " has the added token ", quoted(entry), ", expected one with \"content\"");
+    return {token_id(id, path, content), content, bool_field(entry, "special", false, path)};
 }
 
 } // namespace
@@ -64,7 +62,7 @@ std::string read_tokenizer_file(const std::string& path) {
     if (is_directory_at(path)) fail("cannot read the tokenizer file ", path, ": it is a directory");
     std::string text = read_file(path);
     if (is_lfs_pointer(text))
-        fail(path, " is a Git LFS pointer, not the file. Fetch the file itself: git lfs pull");
+        fail(path, " is a Git LFS pointer, not the file itself. Fetch it: git lfs pull");
     return text;
 }
 
@@ -80,16 +78,16 @@ TokenizerConfig::TokenizerConfig(const std::string& dir) : path(dir + "/tokenize
     if (const json& tokens = field(values, "added_tokens_decoder"); !tokens.is_null()) {
         for (const auto& [id, entry] : tokens.items()) {
             if (id.empty() || id.size() > 8 || id.find_first_not_of("0123456789") != id.npos)
-                fail(path, " has an added token of the id ", quoted(id), ", expected a number");
+                fail(path, " has an added token with the id ", quoted(id), ", expected a number");
             added.push_back(added_token(entry, std::stoi(id), path));
         }
         return;
     }
-    const std::string beside = dir + "/added_tokens.json";
-    if (!path_exists(beside)) return;
-    const json tokens = parse_json(read_tokenizer_file(beside), beside);
+    const std::string added_tokens = dir + "/added_tokens.json";
+    if (!path_exists(added_tokens)) return;
+    const json tokens = parse_json(read_tokenizer_file(added_tokens), added_tokens);
     for (const auto& [content, id] : tokens.items())
-        added.push_back({token_id(id, beside, content), content, false});
+        added.push_back({token_id(id, added_tokens, content), content, false});
 }
 
 std::string TokenizerConfig::tokenizer_class() const {
@@ -98,7 +96,7 @@ std::string TokenizerConfig::tokenizer_class() const {
 
 std::optional<bool> TokenizerConfig::flag(const char* name) const {
     if (field(values, name).is_null()) return {};
-    return truth(values, name, false, path);
+    return bool_field(values, name, false, path);
 }
 
 std::string TokenizerConfig::token(const char* role) const {
@@ -117,43 +115,44 @@ bool TokenizerConfig::is_special(const AddedToken& added) const {
 void TokenizerConfig::expect_class(std::initializer_list<const char*> known) const {
     const std::string name = tokenizer_class();
     if (name.empty() || std::find(known.begin(), known.end(), name) != known.end()) return;
-    fail(path, " is of a tokenizer of class ", quoted(name), ", expected ", *known.begin(),
-         ": how others make tokens is not supported yet");
+    fail(path, " has the tokenizer_class ", quoted(name), ", expected ", *known.begin(),
+         ": others are not supported yet");
 }
 
 // tokenizer.json
 
 namespace {
 
-// A pre-tokenizer, normalizer or the like as a sentence names it.
-std::string named(const json& part) {
+// A pre-tokenizer, normalizer etc., for a message.
+std::string description(const json& part) {
     const std::string type = type_of(part);
     if (type != "Sequence") return type.empty() ? quoted(part) : type;
     std::string names;
     for (const char* list : {"pretokenizers", "normalizers", "processors", "decoders"})
         for (const json& member : field(part, list))
-            names += (names.empty() ? "" : ", ") + named(member);
+            names += (names.empty() ? "" : ", ") + description(member);
     return "Sequence of " + names;
 }
 
 void read_model(const json& model, const std::string& path, BytePairs& out) {
     const std::string type = type_of(model);
-    // Files of before 2020 name no type.
+    // Files from before 2020 have no type.
     if (type != "BPE" && !(type.empty() && model.contains("merges")))
         unsupported(path, cat("its model is of type ", type.empty() ? quoted(model) : type));
     for (const char* setting : {"byte_fallback", "ignore_merges"})
-        if (truth(model, setting, false, path)) unsupported(path, cat("its model has ", setting));
+        if (bool_field(model, setting, false, path))
+            unsupported(path, cat("its model has ", setting));
     for (const char* setting : {"continuing_subword_prefix", "end_of_word_suffix"})
         if (const json& value = field(model, setting); !value.is_null() && value != "")
-            unsupported(path, cat("its model has the ", setting, " ", quoted(value)));
+            unsupported(path, cat("its model has ", setting, " ", quoted(value)));
     if (const json& dropout = field(model, "dropout"); !dropout.is_null() && dropout != 0)
-        unsupported(path, cat("its model has the dropout ", quoted(dropout)));
+        unsupported(path, cat("its model has dropout ", quoted(dropout)));
     out.unknown = text_of(field(model, "unk_token"));
-    out.fuse_unknown = truth(model, "fuse_unk", false, path);
+    out.fuse_unknown = bool_field(model, "fuse_unk", false, path);
     out.vocab = field(model, "vocab");
     const json& merges = field(model, "merges");
     if (!merges.is_array())
-        fail(path, " has the merges ", quoted(merges), ", expected a list. Fetch it again");
+        fail(path, " has merges ", quoted(merges), ", expected a list. Fetch it again");
     for (const json& merge : merges) {
         const std::string text = text_of(merge);
         const size_t gap = text.find(' ');
@@ -175,19 +174,21 @@ void read_splitting(const json& whole, const std::string& path, BytePairs& out) 
         steps.push_back(whole);
     const bool digits = steps.size() == 2 && type_of(steps[0]) == "Digits";
     if (steps.size() != (digits ? 2 : 1) || type_of(steps.back()) != "ByteLevel")
-        unsupported(path, cat("its pre-tokenizer is ", whole.is_null() ? "none" : named(whole)));
-    if (!truth(steps.back(), "use_regex", true, path))
+        unsupported(path,
+                    cat("its pre-tokenizer is ", whole.is_null() ? "none" : description(whole)));
+    if (!bool_field(steps.back(), "use_regex", true, path))
         unsupported(path, "its pre-tokenizer is ByteLevel without its splitting rule (use_regex)");
-    out.add_prefix_space = truth(steps.back(), "add_prefix_space", true, path);
+    out.add_prefix_space = bool_field(steps.back(), "add_prefix_space", true, path);
     if (!digits) return;
-    out.digits = truth(steps[0], "individual_digits", false, path) ? Digits::each : Digits::runs;
+    out.digits =
+        bool_field(steps[0], "individual_digits", false, path) ? Digits::each : Digits::runs;
     if (*out.add_prefix_space)
         unsupported(path, "its pre-tokenizer is Digits with add_prefix_space, a space before every "
-                          "stretch of digits");
+                          "run of digits");
 }
 
-// A template may put one token before a text; what it puts behind is end-of-text, which whoever
-// joins documents adds.
+// A template may put one token before a text. What it puts after the text is end-of-text, which the
+// caller adds.
 void read_post_processor(const json& part, const std::string& path, BytePairs& out) {
     const std::string type = type_of(part);
     if (part.is_null() || type == "ByteLevel") return;
@@ -197,15 +198,15 @@ void read_post_processor(const json& part, const std::string& path, BytePairs& o
     }
     const json& single = field(part, "single");
     if (type != "TemplateProcessing" || !single.is_array())
-        unsupported(path, cat("its post-processor is ", named(part)));
-    bool behind = false;
+        unsupported(path, cat("its post-processor is ", description(part)));
+    bool after = false;
     for (const json& piece : single) {
         const std::string token = text_of(field(field(piece, "SpecialToken"), "id"));
-        behind |= piece.contains("Sequence");
-        if (token.empty() || behind) continue;
-        if (!out.before.empty())
-            unsupported(path, cat("its post-processor puts several tokens before a text"));
-        out.before = token;
+        after |= piece.contains("Sequence");
+        if (token.empty() || after) continue;
+        if (!out.prefix_token.empty())
+            unsupported(path, "its post-processor puts several tokens before a text");
+        out.prefix_token = token;
     }
 }
 
@@ -214,7 +215,7 @@ void read_post_processor(const json& part, const std::string& path, BytePairs& o
 BytePairs read_tokenizer_json(std::string_view text, const std::string& path) {
     const json all = parse_json(text, path);
     if (!field(all, "model").is_object())
-        fail(path, " is ", quoted(all), ", expected a tokenizer.json, which has a \"model\"",
+        fail(path, " is ", quoted(all), ", expected a tokenizer.json with a \"model\"",
              all.is_object() && all.contains("vocab") && all.contains("config")
                  ? ". It looks like Mistral's tekken.json, which is not supported yet"
                  : "");
@@ -222,12 +223,12 @@ BytePairs read_tokenizer_json(std::string_view text, const std::string& path) {
     out.path = path;
     read_model(all["model"], path, out);
     if (const json& normalizer = field(all, "normalizer"); !normalizer.is_null())
-        unsupported(path, cat("its normalizer is ", named(normalizer)));
+        unsupported(path, cat("its normalizer is ", description(normalizer)));
     read_splitting(field(all, "pre_tokenizer"), path, out);
     read_post_processor(field(all, "post_processor"), path, out);
     if (const json& decoder = field(all, "decoder");
         !decoder.is_null() && type_of(decoder) != "ByteLevel")
-        unsupported(path, cat("its decoder is ", named(decoder)));
+        unsupported(path, cat("its decoder is ", description(decoder)));
     for (const json& entry : field(all, "added_tokens"))
         out.added.push_back(added_token(entry, field(entry, "id"), path));
     return out;

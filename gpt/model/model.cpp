@@ -19,7 +19,7 @@ void Model::begin_step(const StepInput& step) {
                                    step.loss_scale);
     }
     if (ranks && ranks->size > 1) {
-        Timed t(profile, "", "sum over ranks", 0, 0);
+        const Timed timer(profile, {"", "sum over ranks"});
         loss = ranks->sum(loss);
         ranks->sum(host_gradients(), registry.size);
     }
@@ -29,6 +29,24 @@ void Model::begin_step(const StepInput& step) {
     const bool clip = step.grad_clip > 0 && step_result.grad_norm > step.grad_clip;
     optimizer.grad_scale = clip ? step.grad_clip / step_result.grad_norm : 1;
     update(optimizer);
+}
+
+void Model::check_tokens(const int* inputs, int B, int T, int64_t rows) const {
+    if (B < 1 || T < 1 || int64_t(B) * T > rows)
+        fail("a batch of ", B, " x ", T, " tokens was given to a model made for ", rows);
+    if (T > config.positions)
+        fail("a sequence of ", T, " tokens was given to a model of ", config.positions,
+             " positions");
+    for (int64_t i = 0; i < int64_t(B) * T; i++)
+        if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
+            fail("token ", inputs[i], " is not in the model's vocabulary of ", config.vocab_size);
+}
+
+void Model::check_targets(const int* targets, int64_t n) const {
+    for (int64_t i = 0; i < n; i++)
+        if (targets[i] < -1 || targets[i] >= config.vocab_size)
+            fail("target ", targets[i], " is neither -1 nor in the model's vocabulary of ",
+                 config.vocab_size);
 }
 
 std::vector<double> Model::residual_variance() {

@@ -1,5 +1,6 @@
-// The one interface between a model, on whatever device, and everything that uses it: the training
-// loop, checkpoints, sampling and diagnostics. train_gpt.cpp implements it on the CPU.
+// The one interface between a model, on any device, and what uses it: the training loop,
+// checkpoints, sampling and layer diagnostics. train_gpt.cpp implements it on the CPU,
+// train_gpt.cu on a GPU.
 #pragma once
 
 #include <cstdint>
@@ -28,26 +29,26 @@ enum class DType { float32, bf16 };
 
 enum class Device { cpu, cuda };
 
-// What a backward pass computes again instead of keeping it: nothing; the norms' outputs and the
-// MLP's activations; or each layer whole, from its input. The gradients are the same to the bit.
+// What a backward pass recomputes, to save memory: nothing; the norms' outputs and the MLP's
+// activations; or whole layers, from their inputs. The gradients are the same to the bit.
 enum class Recompute { none, activations, layers };
 
-// How a model is held.
+// A model's device, precision and memory.
 struct ModelOptions {
     Device device = Device::cpu;
-    bool training = true;         // gradients and moments too
+    bool training = true;         // with gradients and moments
     DType dtype = DType::float32; // of weights, activations and the activations' gradients
-    bool master_weights = true;   // with bf16: the optimizer's own copy of the weights in float32
+    bool master_weights = true;   // with bf16: the optimizer keeps a copy of the weights in float32
     DType moments = DType::float32;
-    DType gradients = DType::float32; // of parameters; bf16 on a GPU only
-    bool stochastic_rounding = false; // of what the optimizer writes in bf16; else to nearest
+    DType gradients = DType::float32; // of parameters; bf16 only on a GPU
+    bool stochastic_rounding = false; // of the optimizer's bf16 results; else to nearest
     Recompute recompute = Recompute::none;
 };
 
 struct Ranks;
 
-// Of n numbers: their mean and the sum of squared deviations from it, part by part (Chan, Golub and
-// LeVeque, 1979).
+// The mean of n numbers and the sum of squared deviations from it, merged part by part (Chan, Golub
+// and LeVeque, 1979).
 struct Moments {
     double n = 0, mean = 0, square = 0;
 
@@ -62,29 +63,29 @@ struct Moments {
     double sum_of_squares() const { return square + n * mean * mean; }
 };
 
-// A training step: the tokens of all its micro-batches on this rank, and what to do with their
-// gradient.
+// A training step: the tokens of all its micro-batches on this rank, and the hyperparameters of the
+// update.
 struct StepInput {
     const int *inputs, *targets; // (micro_batches, B, T)
     int micro_batches, B, T;
     double loss_scale = 1; // 1 / (targets ≥ 0, over all micro-batches and ranks)
-    double grad_clip = 0;  // the gradient's norm is scaled down to this; 0: never
-    AdamW optimizer = {};  // its grad_scale is not looked at
-    // Asked between micro-batches; true ends the step there, and nothing is updated. On several
-    // ranks it must say the same to all.
+    double grad_clip = 0;  // the largest norm of the gradient; 0: any
+    AdamW optimizer = {};  // grad_scale is ignored
+    // Asked between micro-batches; true ends the step there, and nothing is updated. All ranks must
+    // get the same answer.
     std::function<bool()> stop = {};
 };
 struct StepResult {
     double loss = 0;      // the mean over all ranks' targets
     double grad_norm = 0; // of the mean's gradient, before clipping
-    bool stopped = false; // by StepInput::stop; then the others are not known
+    bool stopped = false; // by StepInput::stop; the other fields are undefined then
 };
 
 struct Model {
     Config config;
     Registry registry;
-    Profile* profile = nullptr;   // where to book the time of each part of a pass, or null
-    const Ranks* ranks = nullptr; // that train it together, in steps; null: this process alone
+    Profile* profile = nullptr;   // books the time of each part of a pass, unless null
+    const Ranks* ranks = nullptr; // that share a training step; null: this process alone
     StepResult step_result = {};
 
     explicit Model(const Config& c) : config(c), registry(make_registry(c)) {}
@@ -94,12 +95,12 @@ struct Model {
     virtual std::string device() const = 0;
     virtual std::string dtype() const = 0;
 
-    // Every parameter at its initial value, gradients and moments at 0.
+    // Sets every parameter to its initial value, gradients and moments to 0.
     virtual void initialize(uint64_t seed) = 0;
 
     // The sum over targets ≥ 0 of −log p(target), natural logarithm; a target of −1 is ignored.
-    // inputs, targets: (B, T). Throws if B·T exceeds what the model was made for, T the positions,
-    // or a token the vocabulary.
+    // inputs, targets: (B, T). Throws if B·T exceeds the model's batch, T its positions, or a token
+    // its vocabulary.
     virtual double loss(const int* inputs, const int* targets, int B, int T) = 0;
 
     // The same, and adds loss_scale × the gradient of that sum to the gradients. For the gradient
@@ -115,9 +116,9 @@ struct Model {
     virtual void update(const AdamW& optimizer) = 0;
 
     // A whole training step: zero_gradients, loss_and_gradients of every micro-batch, their sum
-    // over ranks, gradient_norm, update. begin_step may return while the device still works, and
-    // what `step` points to may be overwritten then; end_step waits for it. If the loss or the norm
-    // is not finite, nothing is updated. By default begin_step does it all with the calls above.
+    // over ranks, gradient_norm, update. begin_step may return while the device still works;
+    // end_step waits for it. `step` may be overwritten in between. If the loss or the norm is not
+    // finite, nothing is updated. By default begin_step does everything with the calls above.
     virtual void begin_step(const StepInput& step);
     virtual StepResult end_step() { return step_result; }
 
@@ -125,41 +126,40 @@ struct Model {
     virtual void read(Buffer buffer, const Param& param, float* out) = 0;
     virtual void write(Buffer buffer, const Param& param, const float* values) = 0;
 
-    // The flat gradient buffer (registry.size), on the host, if ranks can reduce it in place;
-    // else null.
+    // The flat gradient buffer (registry.size) on the host, for ranks to sum in place; null if
+    // there is none.
     virtual float* host_gradients() { return nullptr; }
 
-    // Layer by layer, for probes: the residual stream r (B·T, C) is at hand between layers (l from
-    // 0), which may run in any order and number. For models made to train, that keep what a
-    // backward pass needs; others throw.
-    // r ← what layer 0 sees of tokens (B, T)
+    // Layer by layer, for layer diagnostics: the residual stream r (B·T, C) can be read and written
+    // between layers (l from 0), which may run in any order and number. Throws without training, or
+    // with recompute.
+    // r ← the input of layer 0, of tokens (B, T)
     virtual void embed(const int*, int, int) { no_layers(); }
-    // r ← what layer l makes of r
+    // r ← the output of layer l
     virtual void run_layer(int) { no_layers(); }
-    // The loss of r behind the last norm and the head, of targets (B, T), as loss().
+    // The loss of r after the final norm and the head, as loss(); targets (B, T).
     virtual double finish(const int*) { no_layers(); }
-    // And back, through what ran last: dr, the gradient of r, of loss_scale × that loss; then in
-    // place that before layer l. Adds to the parameters' gradients.
+    // Backward through what ran last: dr ← loss_scale × that loss's gradient by r; then dr ← the
+    // gradient by the input of layer l. Both add to the parameters' gradients.
     virtual void finish_backward(const int*, double) { no_layers(); }
     virtual void run_layer_backward(int) { no_layers(); }
     enum class Stream {
         residual,  // r
-        attention, // b of the attention in the layer that ran last
+        attention, // b of the attention of the last layer that ran
         mlp,       // b of its MLP
         gradient,  // dr
     };
-    // (B·T, C); r and dr alone can be written.
+    // (B·T, C); only r and dr can be written.
     virtual void read(Stream, float*) { no_layers(); }
     virtual void write(Stream, const float*) { no_layers(); }
-    // Of r and dr, some rows (n, C); writing sets all others to 0.
+    // Some rows (n, C) of r or dr; writing sets all others to 0.
     virtual void read_rows(Stream, const std::vector<int64_t>&, float*) { no_layers(); }
     virtual void write_rows(Stream, const std::vector<int64_t>&, const float*) { no_layers(); }
-    // r ← what layer l saw when it ran last; l = L: what came out of layer L − 1. A layer that runs
-    // overwrites what it sees and what the next one sees, and nothing before.
+    // r ← the last input of layer l; l = L: the output of layer L − 1. A layer that runs overwrites
+    // its own input and that of the next layer, nothing before.
     virtual void rewind(int) { no_layers(); }
-    // What a stream tells, computed where it lies in double, so that no stream is copied: the
-    // moments of each row; and ‖a/‖a‖ − b/‖b‖‖² of each row, a and b being what rewind(l) and
-    // rewind(m) would make r.
+    // Statistics of each row, computed on the device in double: the moments of a stream; and
+    // ‖a/‖a‖ − b/‖b‖‖², where a and b are r after rewind(l) and rewind(m).
     virtual std::vector<Moments> row_moments(Stream) { no_layers(); }
     virtual std::vector<double> row_chords(int, int) { no_layers(); }
     // Σ g² over the gradient of each parameter, in the registry's order.
@@ -172,23 +172,26 @@ struct Model {
     // each layer, L + 1 numbers.
     std::vector<double> residual_variance();
 
-    // The first tensor, in the order of computation, that has a value that is not finite: of the
-    // parameters, then of the last pass's activations, then of the gradients from the head down.
-    // "" if there is none.
+    // The first tensor that is not finite, in the order of computation (gpt/model/nonfinite.h); ""
+    // if there is none.
     virtual std::string first_nonfinite() = 0;
 
-    // Bytes that this model holds: parameters, gradients, optimizer, activations.
+    // Memory of parameters, gradients, optimizer and activations.
     virtual int64_t bytes() const = 0;
+
+    // Throw unless a model of at most `rows` = B·T tokens can take these.
+    void check_tokens(const int* inputs, int B, int T, int64_t rows) const;
+    void check_targets(const int* targets, int64_t n) const;
 };
 
-// What a model will hold, without making it, for micro-batches of (B, T).
+// A model's memory for micro-batches of (B, T), without making it.
 struct MemoryPlan {
     int64_t parameters = 0, gradients = 0, optimizer = 0, activations = 0;
-    int64_t scratch = 0; // of matrix products
+    int64_t scratch = 0; // of matmuls
     int64_t total() const { return parameters + gradients + optimizer + activations + scratch; }
 };
 
-// The model on options.device, made for micro-batches of at most B·T tokens.
+// The model on options.device, for micro-batches of at most B·T tokens.
 std::unique_ptr<Model> make_model(const Config& config, int B, int T, const ModelOptions& options,
                                   const Ranks& ranks);
 MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& options);

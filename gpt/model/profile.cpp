@@ -14,11 +14,11 @@ Profile::Part& Profile::part(const char* group, const std::string& name) {
     return parts.back();
 }
 
-void Timed::book() {
+void Timed::record() {
     const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    Profile::Part& part = profile->part(group, name);
+    Profile::Part& part = profile->part(cost.group, cost.name);
     part.calls++;
-    part.seconds += seconds, part.flops += flops, part.bytes += bytes;
+    part.seconds += seconds, part.flops += cost.flops, part.bytes += cost.bytes;
 }
 
 std::string profile_table(const Profile& profile, int64_t steps, double seconds,
@@ -26,9 +26,9 @@ std::string profile_table(const Profile& profile, int64_t steps, double seconds,
     std::vector<Profile::Part> parts = profile.parts;
     std::stable_sort(parts.begin(), parts.end(),
                      [](const auto& a, const auto& b) { return a.seconds > b.seconds; });
-    double booked = 0;
-    for (const Profile::Part& part : parts) booked += part.seconds;
-    parts.push_back({"everything else", "", 0, seconds - booked, 0, 0});
+    double recorded = 0;
+    for (const Profile::Part& part : parts) recorded += part.seconds;
+    parts.push_back({"everything else", "", 0, seconds - recorded, 0, 0});
 
     Table table;
     table.headers = {"part", "", "calls", "ms a step", "share", "GFLOP/s", "GB/s", "of its limit"};
@@ -51,7 +51,7 @@ std::string profile_table(const Profile& profile, int64_t steps, double seconds,
                  : ""});
     }
     return table.text() + format_number("%.2f ms a step; ", 1e3 * seconds / n) +
-           format_number("the parts are %.1f%% of it\n", 100 * booked / seconds);
+           format_number("the parts cover %.1f%% of it\n", 100 * recorded / seconds);
 }
 
 } // namespace lns

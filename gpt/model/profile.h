@@ -1,4 +1,4 @@
-// Where the time of training steps goes, in named parts, each beside its own limit.
+// Where the time of training steps goes: named parts, each with its own limit.
 #pragma once
 
 #include <chrono>
@@ -13,38 +13,42 @@ struct Profile {
         std::string name, group;
         int64_t calls = 0;
         double seconds = 0;
-        double flops = 0; // of matrix products
-        double bytes = 0; // read and written, each tensor counted once
+        double flops = 0, bytes = 0; // Cost, of all calls
     };
-    std::vector<Part> parts; // in the order of first use
+    std::vector<Part> parts; // in order of first use
 
     Part& part(const char* group, const std::string& name);
 };
 
-// Books the time until its end on a part of the profile; does nothing if that is null.
+// A part of a pass and what one call of it costs.
+struct Cost {
+    const char *group, *name;
+    double flops = 0; // of matmuls
+    double bytes = 0; // read and written, each tensor once
+};
+
+// Adds its lifetime to a part of the profile; does nothing if that is null.
 struct Timed {
     using Clock = std::chrono::steady_clock;
 
-    Timed(Profile* profile, const char* group, const char* name, double flops, double bytes)
-        : profile(profile), group(group), name(name), flops(flops), bytes(bytes),
-          start(profile ? Clock::now() : Clock::time_point()) {}
+    Timed(Profile* profile, const Cost& cost)
+        : profile(profile), cost(cost), start(profile ? Clock::now() : Clock::time_point()) {}
     ~Timed() {
-        if (profile) book();
+        if (profile) record();
     }
     Timed(const Timed&) = delete;
 
     Profile* profile;
-    const char *group, *name;
-    double flops, bytes;
+    Cost cost;
     Clock::time_point start;
 
   private:
-    void book();
+    void record();
 };
 
-// What the machine could do at most.
+// The machine's peaks.
 struct Limits {
-    double flops = 0, bandwidth = 0; // a second
+    double flops = 0, bandwidth = 0; // FLOP/s, bytes/s
 };
 
 // A table of all parts: milliseconds a step, share of `seconds` (the wall time of all steps), rate,

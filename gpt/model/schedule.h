@@ -1,9 +1,9 @@
 // The learning rate as a function of the step: warmup, then one of four curves.
 //
-// Steps count from 1, so the first step already moves (1 / warmup of the peak), step `warmup` has
-// the peak, and the last step has exactly peak · final_fraction (but of `constant`). PyTorch's
-// LambdaLR, as in the code of arXiv 2502.05795, counts from 0: its first update has rate 0, and
-// each has the rate that ours had one step before.
+// Steps count from 1: the first step has 1 / warmup of the peak, step `warmup` the peak, and the
+// last step exactly peak · final_fraction (except under `constant`). PyTorch's LambdaLR, as in the
+// code of arXiv 2502.05795, counts from 0: its first update has rate 0, and its schedule lags ours
+// by one step.
 #pragma once
 
 #include <algorithm>
@@ -20,23 +20,25 @@ namespace lns {
 struct Schedule {
     std::string kind = "cosine"; // one of schedule_kinds
     double peak = 1e-3;
-    int64_t steps = 0;  // of the whole run
+    int64_t steps = 0;  // total
     int64_t warmup = 0; // a run shorter than its warmup ends below the peak
     double final_fraction = 0.1;
 };
 
 inline const std::vector<std::string> schedule_kinds = {"cosine", "linear", "wsd", "constant"};
 
-// The part of the run in which wsd decays (arXiv 2405.18392, which also found 1 − √x the best way).
-constexpr double wsd_decay_part = 0.2;
+// The fraction of the run in which wsd decays (arXiv 2405.18392, which found 1 − √x the best
+// curve).
+constexpr double wsd_decay_fraction = 0.2;
 
 inline double learning_rate(const Schedule& s, int64_t step) {
     if (step < s.warmup) return s.peak * double(step) / double(s.warmup);
 
-    // 1 at the peak, 0 at the end; x goes from 0 to 1 over the part of the run that decays.
+    // 1 at the peak, 0 at the end; x goes from 0 to 1 over the decay.
     auto curve = [&]() -> double {
         int64_t begin = s.warmup;
-        if (s.kind == "wsd") begin = std::max(begin, s.steps - int64_t(wsd_decay_part * s.steps));
+        if (s.kind == "wsd")
+            begin = std::max(begin, s.steps - int64_t(wsd_decay_fraction * s.steps));
         if (step <= begin || s.kind == "constant") return 1;
         if (step >= s.steps) return 0;
         double x = double(step - begin) / double(s.steps - begin);

@@ -1,5 +1,5 @@
-// Where a pass keeps one tensor of each layer, or of each junction: those that the backward pass
-// will need have a slot of their own, the others share one.
+// Storage for one tensor per layer or junction: those that the backward pass needs have their own
+// slots, the others share one.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace lns {
 
-// A: an array in the host's or the device's memory, which converts to a pointer to its numbers.
+// A: an array in host or device memory that converts to a pointer to its elements.
 template <class A> struct Slots {
     A array;
-    std::vector<int> slot; // of each; −1: it has none
+    std::vector<int> slot; // of each tensor; −1: none
     std::vector<bool> own;
-    int64_t stride = 0; // elements of a slot
+    int64_t stride = 0; // elements per slot
 
-    // make(array, elements) allocates; kept(i): whether the i-th of n has a slot of its own;
-    // made(i): whether there is one at all.
+    // make(array, elements) allocates; kept(i): whether tensor i of n has its own slot; made(i):
+    // whether it exists.
     template <class Make, class Kept, class Made>
     void layout(int n, int64_t elements, const Make& make, const Kept& kept, const Made& made) {
         int slots = 0, shared = -1;

@@ -13,7 +13,7 @@ namespace lns {
 
 namespace {
 
-// "model.layers.3.mlp.up_proj.weight" as "model.layers.*.mlp.up_proj.weight".
+// "model.layers.3.mlp.up_proj.weight" becomes "model.layers.*.mlp.up_proj.weight".
 std::string kind_of(const std::string& name) {
     for (const char* layers : {"model.layers.", "transformer.h."})
         if (size_t n = std::string(layers).size(); name.rfind(layers, 0) == 0)
@@ -51,19 +51,18 @@ std::string describe_machine(int threads, const Ranks& ranks, const Peak& peak,
         text += cat(
             options.device == Device::cuda ? "\n           " : "; ", "measured peak ",
             format_flops(peak.measured), " in ", options.dtype == DType::bf16 ? "bf16" : "float32",
-            peak.flops == peak.measured ? ""
-                                        : ", of " + format_flops(peak.flops) + " by the data sheet",
-            was_disturbed(peak.measured, peak.flops) ? ": is another program using the GPU?" : "");
+            peak.flops == peak.measured ? "" : "; data sheet: " + format_flops(peak.flops),
+            was_disturbed(peak.measured, peak.flops) ? "; is another program using the GPU?" : "");
     if (options.device == Device::cpu && built_with_cuda() && !why_no_gpu().empty())
         text += "\n           not on a GPU: " + why_no_gpu();
-    return text + "\nnumbers    " + describe_numbers(options) + "\n";
+    return text + "\nprecision  " + describe_numbers(options) + "\n";
 }
 
 std::string describe_model(const Config& c, int B, int T, const ModelOptions& options) {
     Registry registry = make_registry(c);
     Table table;
-    table.headers = {"parameter", "shape", "times", "count"};
-    std::vector<int64_t> times, counts;
+    table.headers = {"parameter", "shape", "tensors", "count"};
+    std::vector<int64_t> tensors, counts;
     for (const Param& p : registry.params) {
         std::string kind = kind_of(p.name), shape;
         for (int64_t d : p.shape) shape += (shape.empty() ? "" : " x ") + std::to_string(d);
@@ -73,12 +72,12 @@ std::string describe_model(const Config& c, int B, int T, const ModelOptions& op
             row++;
         if (row == table.rows.size()) {
             table.rows.push_back({kind, shape});
-            times.push_back(0), counts.push_back(0);
+            tensors.push_back(0), counts.push_back(0);
         }
-        times[row]++, counts[row] += p.size();
+        tensors[row]++, counts[row] += p.size();
     }
     for (size_t row = 0; row < table.rows.size(); row++) {
-        table.rows[row].push_back(std::to_string(times[row]));
+        table.rows[row].push_back(std::to_string(tensors[row]));
         table.rows[row].push_back(format_count(double(counts[row])));
     }
 
@@ -89,8 +88,8 @@ std::string describe_model(const Config& c, int B, int T, const ModelOptions& op
     std::string text =
         cat("model      ", c.preset.empty() ? c.model_type : c.preset + ", " + c.model_type, ", ",
             plural(c.layers, "layer"), ", width ", c.width, ", ", plural(c.heads, "head"),
-            c.kv_heads != c.heads ? cat(" (", c.kv_heads, " of keys and values)") : "", ", MLP ",
-            c.mlp_width, ", vocabulary ", c.vocab_size, ", norm scheme ", scheme, "\n");
+            c.kv_heads != c.heads ? cat(" (", c.kv_heads, " KV heads)") : "", ", MLP ", c.mlp_width,
+            ", vocabulary ", c.vocab_size, ", norm scheme ", scheme, "\n");
     if (!c.scheme.warning().empty()) text += "WARNING: " + c.scheme.warning() + "\n";
     text += "\n";
     for (const std::string& note : c.notes) text += "note: " + note + "\n";
@@ -98,7 +97,7 @@ std::string describe_model(const Config& c, int B, int T, const ModelOptions& op
     MemoryPlan m = plan_memory(c, B, T, options);
     double flops = flops_per_token(c, T);
     text += cat("\nparameters ", format_count(double(registry.count())), "; ", format_count(flops),
-                " FLOPs a token to train, at ", T, " tokens a sequence\n");
+                " training FLOPs a token, in sequences of ", T, " tokens\n");
     const bool cuda = options.device == Device::cuda;
     const double program = cuda ? 0 : double(resident_bytes().now);
     text += cat(
@@ -106,7 +105,7 @@ std::string describe_model(const Config& c, int B, int T, const ModelOptions& op
         cuda ? " of the GPU's: parameters " : ": parameters ", format_bytes(double(m.parameters)),
         ", gradients ", format_bytes(double(m.gradients)), ", optimizer ",
         format_bytes(double(m.optimizer)), ", activations ", format_bytes(double(m.activations)),
-        " for ", B, " x ", T, cuda ? " tokens, matrix products " : " tokens, the program ",
+        " for ", B, " x ", T, cuda ? " tokens, matmul workspace " : " tokens, the program ",
         format_bytes(program + double(m.scratch)), "\n");
     return text;
 }
@@ -121,17 +120,18 @@ std::string describe_data(const Data& data, const Loader& train, const Loader& v
     };
     std::string text = cat("data       ", line(train), "\n");
     if (train.source->size() != TokenSource::endless)
-        text += cat("           seen ",
-                    format_number("%.3g", windows / double(train.windows_per_epoch())), " times\n");
+        text +=
+            cat("           ", format_number("%.3g", windows / double(train.windows_per_epoch())),
+                " epochs\n");
     text += cat("validation ", line(val), "\n");
-    text += cat(
-        "tokenizer  ",
-        data.id.vocab_size ? cat(data.id.kind, ", ", data.id.vocab_size, " tokens") : "not known",
-        data.tokenizer                  ? ""
-        : data.why_no_tokenizer.empty() ? "; samples are token ids (name it with "
-                                          "--tokenizer)"
-                                        : "; samples are token ids: " + data.why_no_tokenizer,
-        "\n");
+    text +=
+        cat("tokenizer  ",
+            data.id.vocab_size ? cat(data.id.kind, ", ", data.id.vocab_size, " tokens") : "unknown",
+            data.tokenizer                  ? ""
+            : data.why_no_tokenizer.empty() ? "; samples are token ids (name it with "
+                                              "--tokenizer)"
+                                            : "; samples are token ids: " + data.why_no_tokenizer,
+            "\n");
     return text;
 }
 
@@ -139,8 +139,8 @@ std::string describe_schedule(const Schedule& s, const Options& o, int64_t token
                               int64_t micro_batches) {
     std::string text =
         cat("run        ", plural(s.steps, "step"), " of ", tokens_per_step, " tokens",
-            micro_batches > 1 ? cat(" (", micro_batches, " micro-batches a rank)") : "", ", ",
-            format_count(double(s.steps) * double(tokens_per_step)), " tokens\n");
+            micro_batches > 1 ? cat(" (", micro_batches, " micro-batches per rank)") : "", ", ",
+            format_count(double(s.steps) * double(tokens_per_step)), " tokens in total\n");
     text +=
         cat("optimizer  ", o.weight_decay > 0 ? cat("AdamW, decay ", o.weight_decay) : "Adam",
             ", betas ", o.beta1, " ", o.beta2, ", eps ", o.eps,
@@ -158,7 +158,7 @@ std::string describe_variance(const std::vector<double>& variance) {
     double max = 0;
     for (double v : variance) max = std::max(max, v);
     Table table;
-    table.headers = {"layer", "variance of its output", ""};
+    table.headers = {"layer", "output variance", ""};
     for (size_t l = 0; l < variance.size(); l++)
         table.rows.push_back({l == 0 ? "embed" : std::to_string(l),
                               format_number("%.4g", variance[l]), bar(variance[l], max, 40)});

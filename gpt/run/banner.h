@@ -1,4 +1,4 @@
-// What a run prints before it starts: the build, the machine, the model, the data, the schedule.
+// The summary that a run prints before it starts: build, machine, model, data, schedule.
 #pragma once
 
 #include <string>
@@ -11,20 +11,20 @@
 
 namespace lns {
 
-// What was built in, and what was found here. peak: of all ranks, 0 if not measured.
+// The build's features and this machine's hardware. peak: summed over ranks; 0 if not measured.
 std::string describe_machine(int threads, const Ranks& ranks, const Peak& peak,
                              const ModelOptions& options);
 
-// The model's table: each kind of parameter, how many; then totals, FLOPs and memory of one rank.
+// A table of parameters by kind, then totals, FLOPs and the memory of one rank.
 std::string describe_model(const Config& config, int B, int T, const ModelOptions& options);
 
-// Sources, tokens and windows, and how often the run will see them.
+// Sources, tokens, windows, and the number of epochs.
 std::string describe_data(const Data& data, const Loader& train, const Loader& val, double windows);
 
 std::string describe_schedule(const Schedule& schedule, const Options& options,
                               int64_t tokens_per_step, int64_t micro_batches);
 
-// The variance of the residual stream after each layer, with bars.
+// A bar chart of the residual stream's variance after each layer.
 std::string describe_variance(const std::vector<double>& variance);
 
 } // namespace lns

@@ -3,11 +3,11 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <iostream>
 
 #include "gpt/base/build.h"
+#include "gpt/base/clock.h"
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
 #include "gpt/base/terminal.h"
@@ -22,11 +22,6 @@ namespace lns {
 
 namespace {
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
 void measure_peaks(Bench& b) {
     const bool cuda = b.options.device == Device::cuda;
     b.float32_peak = std::max(b.float32_peak, cuda ? measured_gpu_flops(DType::float32)
@@ -35,7 +30,7 @@ void measure_peaks(Bench& b) {
                            cuda ? measured_gpu_flops(DType::bf16) : measured_bf16_flops(b.threads));
 }
 
-// One step; its loss a token.
+// Takes one step and returns its loss per token.
 double step(Model& model, const Options& o, const std::vector<int>& tokens, int B, int T,
             int64_t number) {
     const int64_t n = int64_t(B) * T;
@@ -50,8 +45,8 @@ double step(Model& model, const Options& o, const std::vector<int>& tokens, int 
     const StepResult result = model.end_step();
     const double loss = result.loss, norm = result.grad_norm;
     if (!std::isfinite(loss) || !std::isfinite(norm))
-        fail("step ", number, ": the loss is ", loss, " and the gradient's norm ", norm,
-             ", and arithmetic on numbers that are not finite may take another time");
+        fail("step ", number, ": the loss is ", loss, " and the gradient norm ", norm,
+             "; timings of non-finite values are not representative");
     return loss;
 }
 
@@ -109,7 +104,7 @@ Bench measure_training(const Options& o, const Ranks& ranks) {
         }
         b.model_memory = model->bytes();
         b.peak_memory = cuda ? free - gpu().free : resident_bytes().peak;
-    } // the bandwidth's arrays need memory too
+    } // frees the model: measuring bandwidth needs memory
     measure_peaks(b);
     b.bandwidth = device_bandwidth(options, b.threads);
     return b;
@@ -119,17 +114,17 @@ std::string describe(const Bench& b) {
     auto flops = format_flops;
     auto bytes = [](double x) { return format_number("%.1f GB/s ", x / 1e9); };
     const bool cuda = b.options.device == Device::cuda;
-    const auto [least, most] = std::minmax_element(b.seconds.begin(), b.seconds.end());
+    const auto [fastest, slowest] = std::minmax_element(b.seconds.begin(), b.seconds.end());
     const Bandwidth& m = b.bandwidth;
     std::string text =
         cat("model      ", b.config.preset.empty() ? b.config.model_type : b.config.preset, ", ",
             b.config.scheme.name(), ", ", format_count(double(b.parameters)), " parameters, in ",
             b.dtype, "\n");
-    text += cat("a step     ", b.B, " x ", b.T, " tokens in ",
-                format_number("%.4g s, the median of ", b.median_seconds()), b.seconds.size(),
-                format_number(" from %.4g", *least), format_number(" to %.4g s\n", *most));
-    text += cat("speed      ", format_number("%.4g", b.tokens_per_s()), " tokens/s; of ",
-                format_count(b.flops), " FLOPs each: ", format_number("%.1f%%", 100 * b.mfu()),
+    text += cat("step       ", b.B, " x ", b.T, " tokens in ",
+                format_number("%.4g s (median of ", b.median_seconds()), b.seconds.size(),
+                format_number(", %.4g", *fastest), format_number(" to %.4g s)\n", *slowest));
+    text += cat("speed      ", format_number("%.4g", b.tokens_per_s()), " tokens/s at ",
+                format_count(b.flops), " FLOPs per token: ", format_number("%.1f%%", 100 * b.mfu()),
                 b.mfu() == b.mfu_measured() ? " of the peak in " : " of the data sheet's peak in ",
                 b.dtype, " (MFU)",
                 b.mfu() == b.mfu_measured() ? ""
@@ -142,19 +137,19 @@ std::string describe(const Bench& b) {
                 "program was using the GPU\n";
     text += cat("memory     ",
                 b.peak_memory ? format_bytes(double(b.peak_memory)) +
-                                    (cuda ? " of the GPU's taken" : " at most")
-                              : "not known on this system",
-                "; --dry-run expects ", format_bytes(double(b.planned_memory)), "\n");
+                                    (cuda ? " of GPU memory" : " at its peak")
+                              : "unknown on this system",
+                "; --dry-run predicts ", format_bytes(double(b.planned_memory)), "\n");
     const std::string unit =
         cuda ? "cuBLASLt; data sheet: " +
-                   (b.data_sheet_peak > 0 ? flops(b.data_sheet_peak) : std::string("not known"))
-        : bf16_unit() == Bf16Unit::none ? "taken in float32: this CPU has no unit for it"
+                   (b.data_sheet_peak > 0 ? flops(b.data_sheet_peak) : std::string("unknown"))
+        : bf16_unit() == Bf16Unit::none ? "computed in float32: this CPU has no bf16 unit"
                                         : name_of(bf16_unit());
     text += cat("peaks      ", flops(b.float32_peak), " in float32, ", flops(b.bf16_peak),
                 " in bf16 (", unit, ")\n");
     if (m.read > 0)
         text += cat("           memory: ", bytes(m.read), "read, ", bytes(m.write), "written, ",
-                    bytes(m.update), "updated (read and written)\n");
+                    bytes(m.update), "updated in place\n");
     return text;
 }
 
@@ -202,7 +197,7 @@ std::string to_json(const Bench& b) {
 
 int bench(const Options& o, const Ranks& ranks) {
     if (ranks.size > 1)
-        fail("bench measures one process, and there are ", ranks.size,
+        fail("bench measures one process, but mpirun started ", ranks.size,
              ": run it without mpirun, with --threads");
     const Bench b = measure_training(o, ranks);
     if (o.json) {

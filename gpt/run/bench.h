@@ -1,5 +1,5 @@
-// `train_gpt bench`: how fast would this model train on this machine? Whole training steps on
-// random tokens, against what the machine can do at most. Writes no files.
+// `train_gpt bench`: the speed of whole training steps on random tokens, and its share of the
+// machine's peak. Writes no files.
 #pragma once
 
 #include <cstdint>
@@ -16,39 +16,38 @@ namespace lns {
 
 struct Bench {
     Config config;
-    std::string device, dtype; // as the model says
+    std::string device, dtype; // Model::device() and dtype()
     ModelOptions options;
     int B = 0, T = 0, threads = 1;
 
     std::string gpu;                        // its name, or ""
-    double float32_peak = 0, bf16_peak = 0; // FLOP/s, the better of before and after the steps
-    double data_sheet_peak = 0;             // of a GPU in bf16; 0: not known
+    double float32_peak = 0, bf16_peak = 0; // FLOP/s, the maximum of before and after the steps
+    double data_sheet_peak = 0;             // a GPU's bf16 FLOP/s; 0: unknown
     Bandwidth bandwidth;
-    std::vector<double> seconds, losses; // of each step, in nats a token
-    int64_t peak_memory = 0;             // bytes resident at most; 0 where the system does not say.
-                                         // Of a GPU: that are gone from what was free before
-    int64_t model_memory = 0;            // as the model says
-    int64_t planned_memory = 0;          // as --dry-run predicts
+    std::vector<double> seconds, losses; // per step; losses in nats per token
+    int64_t peak_memory = 0;             // peak resident bytes; 0: unknown. On a GPU: the drop in
+                                         // free memory
+    int64_t model_memory = 0;            // Model::bytes()
+    int64_t planned_memory = 0;          // the prediction of --dry-run
     int64_t parameters = 0;
-    Profile profile;  // of the steps, with --profile
-    double flops = 0; // to train on one token
+    Profile profile;  // filled by --profile
+    double flops = 0; // training FLOPs per token
 
     double median_seconds() const;
     double tokens_per_s() const;
-    double peak() const;         // of the dtype's products, measured
-    double mfu_measured() const; // the part of peak() that the steps' FLOPs took; NaN if that was
-                                 // disturbed
-    double mfu() const;          // the same of the data sheet's peak, if that is known
+    double peak() const;         // measured, in the model's dtype
+    double mfu_measured() const; // share of peak(); NaN if its measurement was disturbed
+    double mfu() const;          // share of the data sheet's peak if known, else of peak()
 };
 
-// options.timed_steps training steps as gpt/run/train.cpp takes them (gradients zeroed, forward,
-// backward, their norm, AdamW), after one that is not counted.
+// Times options.timed_steps training steps (zero gradients, forward, backward, gradient norm,
+// AdamW) after one warmup step.
 Bench measure_training(const Options& options, const Ranks& ranks);
 
-std::string describe(const Bench& bench); // for people
+std::string describe(const Bench& bench); // human-readable
 std::string to_json(const Bench& bench);  // one object, on one line
 
-// Runs the command; the exit status.
+// Runs the command and returns its exit status.
 int bench(const Options& options, const Ranks& ranks);
 
 } // namespace lns

@@ -22,7 +22,7 @@ namespace {
 
 // (rows, columns) to (columns, rows).
 void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
-    const int64_t tile = 16; // rows of in, whose cache lines are read whole
+    const int64_t tile = 16; // rows, so that whole cache lines of `out` are written
 #pragma omp parallel for if (rows * columns > 65536)
     for (int64_t r0 = 0; r0 < rows; r0 += tile)
         for (int64_t c = 0; c < columns; c++)
@@ -30,7 +30,6 @@ void transpose(const float* in, int64_t rows, int64_t columns, float* out) {
                 out[c * rows + r] = in[r * columns + c];
 }
 
-// Whether none of the numbers has an exponent of all ones.
 bool all_finite(const std::vector<float>& values) {
     const uint32_t* bits = reinterpret_cast<const uint32_t*>(values.data());
     uint32_t bad = 0;
@@ -45,8 +44,8 @@ std::string shape_text(const std::vector<int64_t>& shape) {
     return "(" + text + ")";
 }
 
-// Number or null: JSON has no NaN.
-json number(double x) { return std::isfinite(x) ? json(x) : json(); }
+// JSON has no NaN.
+json number_or_null(double x) { return std::isfinite(x) ? json(x) : json(); }
 
 json to_json(const TrainerState& s) {
     return {{"step", s.step},
@@ -55,8 +54,8 @@ json to_json(const TrainerState& s) {
             {"epoch", s.loader.epoch},
             {"index", s.loader.index},
             {"windows", s.windows},
-            {"val_loss", number(s.val_loss)},
-            {"best_val_loss", number(s.best_val_loss)},
+            {"val_loss", number_or_null(s.val_loss)},
+            {"best_val_loss", number_or_null(s.best_val_loss)},
             {"flags", s.flags},
             {"tokenizer",
              {{"kind", s.tokenizer.kind},
@@ -66,7 +65,7 @@ json to_json(const TrainerState& s) {
 }
 
 // "'a', 'b' and 7 more"
-std::string some_of(const std::vector<std::string>& names) {
+std::string abbreviated(const std::vector<std::string>& names) {
     const size_t shown = names.size() > 4 ? 3 : names.size();
     std::string text;
     for (size_t i = 0; i < shown; i++)
@@ -74,7 +73,7 @@ std::string some_of(const std::vector<std::string>& names) {
     return names.size() > shown ? cat(text, " and ", names.size() - shown, " more") : text;
 }
 
-// The tensors that an index names, and the file of each.
+// {tensor: its file} of an index.
 std::map<std::string, std::string> read_index(const std::string& index) {
     const json j = parse_json(read_file(index), index);
     auto map = j.is_object() ? j.find("weight_map") : j.end();
@@ -83,22 +82,22 @@ std::map<std::string, std::string> read_index(const std::string& index) {
     std::map<std::string, std::string> files;
     for (const auto& [tensor, name] : map->items()) {
         if (!name.is_string() || name.get<std::string>().find('/') != std::string::npos)
-            fail(index, ": its weight_map has ", quoted(name), ", expected the name of a file");
+            fail(index, ": its weight_map has ", quoted(name), ", expected a file's name");
         files[tensor] = name.get<std::string>();
     }
     return files;
 }
 
-// What Hugging Face files may have beside the parameters: attention masks, rotary frequencies, and
-// a tied head a second time.
-bool is_no_parameter(const std::string& name, bool tied) {
+// Tensors beside the parameters in Hugging Face's files: attention masks, rotary frequencies, and
+// the copy of a tied head.
+bool is_ignored(const std::string& name, bool tied) {
     return name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") ||
            name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
 }
 
 const char* checksums_name = "checksums.json";
 
-// Of a file as checksums.json has it; "" if others wrote it without.
+// The checksum of a file for checksums.json; "" for a foreign safetensors file without one.
 std::string file_checksum(const std::string& path) {
     if (!path.ends_with(".safetensors")) return checksum_text(checksum(read_file(path)));
     const std::optional<uint64_t> sum = Safetensors(path).checksum();
@@ -112,11 +111,11 @@ void write_checksums(const std::string& dir) {
     write_file_atomic(dir + "/" + checksums_name, json{{"xxh3", sums}}.dump(2) + "\n");
 }
 
-// Throws if a file in a checkpoint is not the one that was written there. A safetensors file may be
-// missing: whoever needs it will say so.
+// Throws if a file of a checkpoint does not match checksums.json. A safetensors file may be
+// missing: its reader reports that.
 void check_files(const std::string& dir) {
     const std::string where = dir + "/" + checksums_name;
-    if (!path_exists(where)) return; // others wrote the directory
+    if (!path_exists(where)) return; // not written by this program
     const json all = parse_json(read_file(where), where);
     auto sums = all.is_object() ? all.find("xxh3") : all.end();
     if (sums == all.end() || !sums->is_object() || all.size() != 1)
@@ -128,22 +127,23 @@ void check_files(const std::string& dir) {
         const bool tensors = name.ends_with(".safetensors");
         if (!path_exists(path)) {
             if (tensors) continue;
-            fail(path, " is missing, and ", where, " has its checksum");
+            fail(path, " is missing, though ", where, " lists it");
         }
         if (file_checksum(path) != sum)
             fail(path, tensors ? " is not the file that was written here" : " is damaged",
-                 ": it does not have the checksum that ", where, " has of it (",
-                 sum.get<std::string>(), "). If you changed it on purpose, remove ",
-                 checksums_name);
+                 ": its checksum is not the one in ", where, " (", sum.get<std::string>(),
+                 "). If you changed it on purpose, remove ", checksums_name);
     }
 }
 
-// What reads a checkpoint: an error about one that is damaged ends with the newest that is whole.
-struct Advised : Error {
+// An error that already names the newest whole checkpoint.
+struct AdvisedError : Error {
     using Error::Error;
 };
 
-std::string other_checkpoint(const std::string& path) {
+// How to resume from the newest whole checkpoint before the damaged one at path; "" if path is not
+// a damaged checkpoint of a run.
+std::string resume_advice(const std::string& path) {
     fs::path damaged = path;
     if (!damaged.has_filename()) damaged = damaged.parent_path(); // "run/step-000020/"
     const std::string run = damaged.parent_path().empty() ? "." : damaged.parent_path().string();
@@ -157,22 +157,24 @@ std::string other_checkpoint(const std::string& path) {
         const char* move[] = {"mv", here->second.c_str(), ""};
         const std::string aside = (fs::path(run) / cat("damaged-", damaged.filename().string()));
         move[2] = aside.c_str();
-        return cat(". ", other->second, " is whole: name that one, or to go on training from it, `",
+        return cat(". ", other->second,
+                   " is whole: name that one, or to resume training from it, `",
                    shell_quoted(3, move), "` and start again with -y");
     }
     return cat(". No earlier checkpoint in ", run, " is whole");
 }
 
-template <class Read> auto reading(const std::string& path, Read read) {
+// Reads a checkpoint, adding resume_advice() to its errors.
+template <class Read> auto with_advice(const std::string& path, Read read) {
     try {
         return read();
-    } catch (const Advised&) {
+    } catch (const AdvisedError&) {
         throw;
     } catch (const Error& error) {
         std::string sentence = error.what();
-        const std::string advice = other_checkpoint(path);
+        const std::string advice = resume_advice(path);
         if (!advice.empty() && sentence.back() == '.') sentence.pop_back();
-        throw Advised(sentence + advice);
+        throw AdvisedError(sentence + advice);
     }
 }
 
@@ -202,21 +204,22 @@ WeightFiles::WeightFiles(const std::string& path) : name(path) {
             const Safetensors*& file = shards[shard];
             if (!file) {
                 if (!path_exists(path + "/" + shard))
-                    fail(index, " names the file ", shard, ", and it is not there: fetch it too");
+                    fail(index, " names the file ", shard, ", which is not there: fetch it too");
                 files.push_back(std::make_unique<Safetensors>(path + "/" + shard));
                 file = files.back().get();
             }
             if (!file->find(tensor))
-                fail(index, " says that the tensor '", tensor, "' is in ", shard,
-                     ", and it is not: the files do not belong together");
+                fail(index, " places the tensor '", tensor, "' in ", shard,
+                     ", which lacks it: the files do not belong together");
         }
     } else {
         const bool pickled = path_exists(in_dir("pytorch_model.bin")) ||
                              path_exists(in_dir("pytorch_model.bin.index.json"));
         fail(path, " has no model.safetensors",
-             pickled ? ", only PyTorch's pytorch_model.bin, which is not read here: save the model "
-                       "again with transformers, which writes safetensors"
-                     : ", nor an index of several: there are no weights");
+             pickled
+                 ? ", only PyTorch's pytorch_model.bin, which train_gpt cannot read: resave the "
+                   "model with transformers, which writes safetensors"
+                 : " and no model.safetensors.index.json: there are no weights");
     }
 }
 
@@ -231,7 +234,7 @@ WeightFiles::find(const std::string& tensor) const {
     return {nullptr, nullptr};
 }
 
-void WeightFiles::check(const Config& config, const Registry& registry, bool others) const {
+void WeightFiles::check(const Config& config, const Registry& registry, bool allow_extra) const {
     std::vector<std::string> missing, unknown;
     std::set<std::string> known;
     for (const Param& p : registry.params) {
@@ -246,23 +249,23 @@ void WeightFiles::check(const Config& config, const Registry& registry, bool oth
     }
     if (!missing.empty()) {
         const bool one = missing.size() == 1;
-        fail(name, ": the tensor", one ? " " : "s ", some_of(missing), one ? " is" : " are",
+        fail(name, ": the tensor", one ? " " : "s ", abbreviated(missing), one ? " is" : " are",
              " missing: ",
              one && missing[0] == "lm_head.weight"
-                 ? "if the head is the embedding, its config.json has to say "
-                   "\"tie_word_embeddings\": true"
+                 ? "if the head shares the embedding, set \"tie_word_embeddings\": true in "
+                   "config.json"
                  : "this is not a whole checkpoint of this model");
     }
     if (config.tied) check_tied_head(registry);
-    if (others) return;
+    if (allow_extra) return;
     for (const auto& file : files)
         for (const TensorView& view : file->tensors())
-            if (!known.count(view.name) && !is_no_parameter(view.name, config.tied))
+            if (!known.count(view.name) && !is_ignored(view.name, config.tied))
                 unknown.push_back(view.name);
     if (unknown.empty()) return;
     const bool one = unknown.size() == 1;
-    fail(name, ": the tensor", one ? " " : "s ", some_of(unknown),
-         one ? " is no parameter" : " are no parameters",
+    fail(name, ": the tensor", one ? " " : "s ", abbreviated(unknown),
+         one ? " is not a parameter" : " are not parameters",
          " of this model: its config.json and its weights do not belong together");
 }
 
@@ -280,8 +283,8 @@ void WeightFiles::check_tied_head(const Registry& registry) const {
     }
     if (!same)
         fail(head_file->path(), ": 'lm_head.weight' differs from '", view->name,
-             "', and config.json says that the model has one matrix for both "
-             "(tie_word_embeddings): set that to false to use the head, or remove the head");
+             "', although config.json ties them (tie_word_embeddings): set that to false to use "
+             "the head, or remove the head");
 }
 
 void WeightFiles::read(const Param& p, const std::string& prefix, std::vector<float>& out) const {
@@ -296,7 +299,7 @@ void WeightFiles::read(const Param& p, const std::string& prefix, std::vector<fl
     file->read_f32(*view, out.data());
     if (!all_finite(out))
         fail(file->path(), ": the tensor '", view->name,
-             "' has numbers that are not finite (NaN or infinity): the model is broken");
+             "' has values that are not finite (NaN or infinity): the model is broken");
     if (!p.transposed) return;
     const std::vector<float> values = out;
     transpose(values.data(), p.shape[1], p.shape[0], out.data());
@@ -337,13 +340,13 @@ void save_checkpoint(const std::string& dir, Model& model, const TrainerState& s
 }
 
 int64_t checkpoint_bytes(const Registry& registry) {
-    // Headers name every tensor with its shape and offsets: below 512 bytes each.
+    // A tensor takes less than 512 bytes of header.
     return 3 * (4 * registry.count() + 512 * int64_t(registry.params.size())) + 65536;
 }
 
 std::string find_checkpoint(const std::string& path) {
     if (!path_exists(path))
-        fail("there is no '", path, "': expected a run's directory, a checkpoint, or a Hugging ",
+        fail("'", path, "' does not exist: expected a run's directory, a checkpoint, or a Hugging ",
              "Face directory");
     if (!is_directory_at(path) || path_exists(path + "/config.json")) return path;
     return latest_checkpoint(path);
@@ -351,14 +354,14 @@ std::string find_checkpoint(const std::string& path) {
 
 std::string newest_checkpoint(const std::string& run) {
     if (path_exists(run + "/config.json"))
-        fail(run, " is a checkpoint: -o names the run's directory, which holds it");
+        fail(run, " is a checkpoint; -o expects the run's directory that holds it");
     std::error_code error;
     for (const auto& entry : fs::directory_iterator(run, error))
         if (entry.path().filename().string().rfind("step-", 0) == 0 && entry.is_directory() &&
             !path_exists(entry.path() / "config.json"))
             fail(entry.path().string(),
-                 " has no config.json, so it is not a whole checkpoint: put "
-                 "it back, or remove the directory to go on from what else is there");
+                 " has no config.json, so it is not a whole checkpoint: restore that file, or "
+                 "remove the directory to resume from another checkpoint");
     try {
         return latest_checkpoint(run);
     } catch (const Error&) {
@@ -374,35 +377,34 @@ Config read_config(std::string at) {
     Safetensors file(at);
     auto config = file.metadata().find("config");
     if (config == file.metadata().end())
-        fail(at, " does not say what model it is of ('config' in its metadata): name the directory "
-                 "that holds it and its config.json");
+        fail(at, " does not describe its model ('config' in its metadata): name the directory that "
+                 "holds it and its config.json");
     return config_from_json(config->second, at);
 }
 
-// The fields of a trainer's state, each of its type and in its range.
+// Reads fields of trainer_state.json, checking types and ranges.
 struct StateFields {
     const json& object;
     const std::string& where;
 
-    const json& at(const char* key) const {
+    const json& field(const char* key) const {
         auto found = object.find(key);
         if (found == object.end()) fail(where, ": the field '", key, "' is missing");
         return *found;
     }
-    template <class Integer> Integer whole(const char* key, int64_t least = 0) const {
-        const json& value = at(key);
+    template <class Integer> Integer integer(const char* key, int64_t min = 0) const {
+        const json& value = field(key);
         const bool fits =
             value.is_number_unsigned()
                 ? value.get<uint64_t>() <= uint64_t(std::numeric_limits<Integer>::max())
-                : value.is_number_integer() && value.get<int64_t>() >= least;
+                : value.is_number_integer() && value.get<int64_t>() >= min;
         if (!fits)
-            fail(where, ": the field '", key, "' is ", quoted(value),
-                 ", expected a whole number from ", least, " to ",
-                 std::numeric_limits<Integer>::max());
+            fail(where, ": the field '", key, "' is ", quoted(value), ", expected an integer from ",
+                 min, " to ", std::numeric_limits<Integer>::max());
         return value.get<Integer>();
     }
     double number(const char* key, bool may_be_null) const {
-        const json& value = at(key);
+        const json& value = field(key);
         if (may_be_null && value.is_null()) return NAN;
         if (!value.is_number() || !std::isfinite(value.get<double>()) || value.get<double>() < 0)
             fail(where, ": the field '", key, "' is ", quoted(value),
@@ -410,33 +412,34 @@ struct StateFields {
         return value.get<double>();
     }
     std::string text(const char* key) const {
-        if (!at(key).is_string())
-            fail(where, ": the field '", key, "' is ", quoted(at(key)), ", expected a string");
-        return at(key).get<std::string>();
+        const json& value = field(key);
+        if (!value.is_string())
+            fail(where, ": the field '", key, "' is ", quoted(value), ", expected a string");
+        return value.get<std::string>();
     }
 };
 
 TrainerState state_from_json(const std::string& text, const std::string& where) {
     const json j = parse_json(text, where);
-    if (!j.is_object()) fail(where, ": not a JSON object, expected a trainer's state");
+    if (!j.is_object()) fail(where, ": expected a JSON object with the trainer's state");
     const StateFields f{j, where};
     TrainerState s;
-    s.step = f.whole<int64_t>("step");
-    s.tokens = f.whole<int64_t>("tokens");
+    s.step = f.integer<int64_t>("step");
+    s.tokens = f.integer<int64_t>("tokens");
     s.seconds = f.number("seconds", false);
-    s.loader = {f.whole<uint64_t>("epoch"), f.whole<uint64_t>("index")};
-    s.windows = f.whole<uint64_t>("windows");
+    s.loader = {f.integer<uint64_t>("epoch"), f.integer<uint64_t>("index")};
+    s.windows = f.integer<uint64_t>("windows");
     s.val_loss = f.number("val_loss", true);
     s.best_val_loss = f.number("best_val_loss", true);
-    if (!f.at("flags").is_object())
+    if (!f.field("flags").is_object())
         fail(where, ": the field 'flags' is ", quoted(j["flags"]), ", expected an object");
     const StateFields flags{j["flags"], where + ", flags"};
     for (const auto& [name, value] : flags.object.items()) s.flags[name] = flags.text(name.c_str());
-    if (!f.at("tokenizer").is_object())
+    if (!f.field("tokenizer").is_object())
         fail(where, ": the field 'tokenizer' is ", quoted(j["tokenizer"]), ", expected an object");
     const StateFields t{j["tokenizer"], where + ", tokenizer"};
-    s.tokenizer = {t.text("kind"), t.whole<int>("vocab_size"), t.whole<int>("eot", -1),
-                   t.whole<uint64_t>("fingerprint")};
+    s.tokenizer = {t.text("kind"), t.integer<int>("vocab_size"), t.integer<int>("eot", -1),
+                   t.integer<uint64_t>("fingerprint")};
     return s;
 }
 
@@ -447,11 +450,11 @@ TrainerState read_state(const std::string& at) {
     if (!dir.has_filename()) dir = dir.parent_path();
     const int64_t named = checkpoint_step(dir.filename().string());
     if (named >= 0 && named != s.step)
-        fail(where, ": its step is ", s.step, ", and its directory is that of step ", named);
+        fail(where, ": its step is ", s.step, ", but its directory is that of step ", named);
     return s;
 }
 
-// Reads all of a safetensors file's parameters, under a prefix, and what else is checked with them.
+// Reads every parameter under a prefix, and so checks it.
 void read_all(const WeightFiles& files, const Registry& registry, const std::string& prefix) {
     std::vector<float> values;
     for (const Param& p : registry.params) files.read(p, prefix, values);
@@ -469,7 +472,7 @@ std::string checkpoint_damage(const std::string& path) {
         if (!path_exists(path + "/trainer_state.json")) return "";
         read_state(path);
         if (!path_exists(path + "/optimizer.safetensors"))
-            return path + " has no optimizer.safetensors: training cannot go on from it exactly";
+            return path + " has no optimizer.safetensors: training cannot resume from it exactly";
         const WeightFiles moments(path + "/optimizer.safetensors");
         for (const char* prefix : {"m.", "v."}) read_all(moments, registry, prefix);
         return "";
@@ -486,15 +489,15 @@ bool has_checksums(const std::string& path) { return WeightFiles(path).have_chec
 
 Config checkpoint_config(const std::string& path) {
     const std::string at = find_checkpoint(path);
-    return reading(at, [&] { return read_config(at); });
+    return with_advice(at, [&] { return read_config(at); });
 }
 
 void load_weights(Model& model, const std::string& path) {
     const std::string at = find_checkpoint(path);
     if (std::string difference = config_difference(checkpoint_config(at), model.config);
         !difference.empty())
-        fail(at, " is of another model than asked for: ", difference);
-    reading(at, [&] {
+        fail(at, " holds another model than this one: ", difference);
+    with_advice(at, [&] {
         WeightFiles weights(at);
         weights.check(model.config, model.registry, !is_directory_at(at));
         load_tensors(model, Buffer::parameters, "", weights);
@@ -503,7 +506,7 @@ void load_weights(Model& model, const std::string& path) {
 
 TrainerState read_trainer_state(const std::string& path) {
     const std::string at = find_checkpoint(path);
-    return reading(at, [&] {
+    return with_advice(at, [&] {
         check_files(at);
         return read_state(at);
     });
@@ -513,9 +516,9 @@ TrainerState load_checkpoint(Model& model, const std::string& path) {
     const std::string at = find_checkpoint(path);
     load_weights(model, at);
     if (!path_exists(at + "/optimizer.safetensors"))
-        fail(at, " has no optimizer.safetensors, so training cannot go on from it exactly: start "
+        fail(at, " has no optimizer.safetensors, so training cannot resume from it exactly: start "
                  "from its weights with --init-from");
-    reading(at, [&] {
+    with_advice(at, [&] {
         WeightFiles moments(at + "/optimizer.safetensors");
         load_tensors(model, Buffer::moment1, "m.", moments);
         load_tensors(model, Buffer::moment2, "v.", moments);

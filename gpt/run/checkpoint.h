@@ -1,17 +1,16 @@
-// Checkpoints: directories that Hugging Face tools understand, and that a run goes on from.
+// Checkpoints: directories that Hugging Face tools can read and that a run can resume from.
 //
-//   config.json            the model, Hugging Face's fields and ours
-//   model.safetensors      its parameters, under Hugging Face names and in Hugging Face's layout:
-//                          GPT-2's matrices lie transposed, as (in, out)
-//   optimizer.safetensors  m.NAME and v.NAME, Adam's moments, laid out alike
+//   config.json            the model: Hugging Face's fields and ours
+//   model.safetensors      the parameters, in Hugging Face's names and layout: GPT-2's matrices are
+//                          transposed, (in, out)
+//   optimizer.safetensors  Adam's moments, m.NAME and v.NAME, in the same layout
 //   trainer_state.json     everything else that the next step depends on
 //   the tokenizer's files
-//   checksums.json         gpt/base/checksum.h's checksum of each file above: of a safetensors file
-//   that
-//                          in its header, else of its bytes
+//   checksums.json         a checksum of each file above (gpt/base/checksum.h): a safetensors
+//                          file's own, from its header, else of all bytes
 //
-// What is damaged, or holds a number that is not finite, is refused by all that reads it here; in a
-// run's directory the sentence names the newest checkpoint that is whole, and how to go on from it.
+// Everything here that reads a checkpoint throws if it is damaged or holds non-finite values. In a
+// run's directory the error names the newest whole checkpoint and how to resume from it.
 #pragma once
 
 #include <cmath>
@@ -29,72 +28,71 @@
 namespace lns {
 
 struct TrainerState {
-    int64_t step = 0, tokens = 0; // done so far
+    int64_t step = 0, tokens = 0; // trained so far
     double seconds = 0;           // of training
     LoaderState loader;
-    uint64_t windows = 0;                       // of the data's epoch
+    uint64_t windows = 0;                       // per epoch
     double val_loss = NAN, best_val_loss = NAN; // NaN: not measured yet
     std::map<std::string, std::string> flags;   // Options::flags
-    TokenizerId tokenizer;                      // of the data
+    TokenizerId tokenizer;                      // the data's
 };
 
-// Writes dir whole or not at all. A checkpoint that stands there is replaced.
+// Writes dir atomically, replacing an existing checkpoint.
 void save_checkpoint(const std::string& dir, Model& model, const TrainerState& state,
                      const Tokenizer* tokenizer);
-// An upper bound on its bytes, the tokenizer's files apart.
+// An upper bound on a checkpoint's bytes, without the tokenizer's files.
 int64_t checkpoint_bytes(const Registry& registry);
 
-// Where the weights are: path itself if it is a checkpoint, a Hugging Face directory, a config.json
-// or a --dump-state file; the newest checkpoint if it is a run's directory. Throws if nothing.
+// The newest checkpoint if path is a run's directory, else path itself: a checkpoint, a Hugging
+// Face directory, a config.json or a --dump-state file. Throws if there is none.
 std::string find_checkpoint(const std::string& path);
 
-// "" if all of a checkpoint can be read and is as it was written, else what is wrong with it.
+// What is wrong with a checkpoint, which is read completely; "" if nothing.
 std::string checkpoint_damage(const std::string& path);
-// Whether all of its tensors have checksums, and so damage to them would have been noticed.
+// Whether all of its tensors have checksums.
 bool has_checksums(const std::string& path);
 
-// The newest checkpoint of a run's directory, "" if there is none yet, or no directory.
+// The newest checkpoint of a run's directory; "" if there is no checkpoint or no directory.
 std::string newest_checkpoint(const std::string& run);
 
-// The model that lies there.
 Config checkpoint_config(const std::string& path);
 
-// The parameters. Throws, and says what differs, if they are of another model than this one.
+// Reads the parameters. Throws, naming the difference, if they belong to another model.
 void load_weights(Model& model, const std::string& path);
 
-// The parameters and moments, to go on training.
+// Reads the parameters and moments, to resume training.
 TrainerState load_checkpoint(Model& model, const std::string& path);
 TrainerState read_trainer_state(const std::string& path);
 
-// The files that hold a model's tensors, mapped into memory: model.safetensors of a directory, the
-// shards that its index names, or a single file. The root of Hugging Face's names, "transformer."
-// or "model.", may be left out in them, as in GPT-2's own.
+// A model's tensor files, mapped into memory: a directory's model.safetensors, the shards named by
+// its index, or a single file. The root of Hugging Face's names, "transformer." or "model.", may be
+// missing, as in GPT-2's own file.
 class WeightFiles {
   public:
     explicit WeightFiles(const std::string& path);
 
-    // Throws, and names them, unless all parameters are there in their shapes and, unless `others`
-    // are allowed, nothing else but what Hugging Face's files may have beside them. A head beside
-    // tied embeddings must be the same to the bit.
-    void check(const Config& config, const Registry& registry, bool others) const;
+    // Throws, naming the tensors, if parameters are missing or have another shape or, unless
+    // allow_extra, if there are tensors that Hugging Face's files do not usually have. A head
+    // beside tied embeddings must equal them bit for bit.
+    void check(const Config& config, const Registry& registry, bool allow_extra) const;
 
     bool have_checksums() const;
 
-    // The tensor prefix + p.name as float32, in memory's layout (not the file's). Throws unless all
-    // of it is finite.
+    // Reads the tensor prefix + p.name as float32, in memory's layout (not the file's). Throws if a
+    // value is not finite.
     void read(const Param& p, const std::string& prefix, std::vector<float>& out) const;
 
   private:
-    std::string name; // of the file, or the index, for the errors
+    std::string name; // of the file or index, for errors
     std::vector<std::unique_ptr<Safetensors>> files;
     std::pair<const Safetensors*, const TensorView*> find(const std::string& tensor) const;
     void check_tied_head(const Registry& registry) const;
 };
 
-// A parameter's values, from memory's layout to the file's.
+// Converts a parameter's values from memory's layout to the file's.
 void to_file_layout(const Param& p, std::vector<float>& values);
 
-// A parameter's value or gradient as a tensor of a file, read from the model while it is written.
+// A parameter's buffer as a tensor to write; it is read from the model while the file is written.
 TensorOut param_tensor(Model& model, Buffer buffer, const Param& param, const std::string& name);
 
 } // namespace lns

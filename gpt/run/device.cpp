@@ -32,13 +32,11 @@ void check_devices(const ModelOptions& options, const Ranks& ranks) {
     if (ranks.any(cuda) && ranks.any(!cuda))
         fail("some ranks have a GPU and others have none (rank ", ranks.rank, ": ",
              cuda ? "a GPU" : why_no_gpu(),
-             "): ask for --device cpu, or start ranks only where "
-             "there are GPUs");
+             "): use --device cpu, or start ranks only on machines with GPUs");
     if (!cuda) return;
     use_gpu(ranks);
     if (ranks.size == 1) return;
-    // A launcher may show each rank all GPUs of the machine or one: what counts is that they
-    // differ.
+    // A launcher may show each rank one GPU or all of them, so compare ids and not indices.
     const Gpu mine = gpu();
     std::vector<double> ids(size_t(ranks.size));
     ids[size_t(ranks.rank)] = double(fnv1a(mine.id) >> 12); // 52 bits: a sum with zeros is exact
@@ -47,13 +45,13 @@ void check_devices(const ModelOptions& options, const Ranks& ranks) {
         if (rank != ranks.rank && ids[size_t(rank)] == ids[size_t(ranks.rank)])
             fail("ranks ", std::min(rank, ranks.rank), " and ", std::max(rank, ranks.rank),
                  " would share a GPU: rank ", ranks.rank, "'s machine has ", ranks.local_size,
-                 " ranks, and ", mine.count, mine.count == 1 ? " GPU" : " GPUs",
-                 " for this one to choose from: start one rank for each GPU");
+                 " ranks, of which this one sees ", mine.count, mine.count == 1 ? " GPU" : " GPUs",
+                 ": start one rank per GPU");
 }
 
 namespace {
 
-// The most sequences of T tokens that fit so much memory; 0: not even one.
+// The largest batch of T-token sequences that fits into `memory`; 0 if not even one does.
 int64_t largest_batch(const Config& config, int most, int T, const ModelOptions& options,
                       double memory) {
     int64_t fits = 0, too_many = int64_t(most) + 1;
@@ -82,15 +80,14 @@ std::string what_would_fit(const Config& config, int B, int T, ModelOptions opti
                           " with --recompute ", name);
         break;
     }
-    return advice.empty() ? ", too little for any --batch: lower --seq-len or the model's size"
+    return advice.empty() ? ", too little for any --batch: lower --seq-len or use a smaller model"
                           : advice;
 }
 
 } // namespace
 
 double memory_to_be_had(const ModelOptions& options) {
-    // What CUDA takes for itself is gone from what is free by now; cuBLASLt loads its kernels
-    // later.
+    // CUDA's own memory is already in use; the reserve is for kernels that cuBLASLt loads later.
     if (options.device == Device::cuda) return std::max(double(gpu().free) - 256e6, 0.0);
 #ifdef _SC_PHYS_PAGES
     const double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
@@ -104,11 +101,11 @@ void check_memory(const Config& config, int B, int T, const ModelOptions& option
     const double has = memory_to_be_had(options);
     if (needs <= has) return;
     if (options.device == Device::cuda)
-        fail("this needs ", format_bytes(needs), " of the GPU's memory, and of ", gpu().name, "'s ",
-             format_bytes(double(gpu().memory)), " there are ", format_bytes(has), " to be had",
+        fail("this model needs ", format_bytes(needs), " of GPU memory; ", gpu().name, " has ",
+             format_bytes(has), " of ", format_bytes(double(gpu().memory)), " free",
              what_would_fit(config, B, T, options, has));
-    fail("training needs ", format_bytes(needs), " of memory and this machine has ",
-         format_bytes(has), what_would_fit(config, B, T, options, has));
+    fail("training needs ", format_bytes(needs), " of memory; this machine has ", format_bytes(has),
+         what_would_fit(config, B, T, options, has));
 }
 
 int batch_that_fits(const Config& config, int T, const ModelOptions& options) {

@@ -1,5 +1,5 @@
-// The device that a model computes on: whether the model fits, and what the device does at most.
-// make_model and plan_memory (gpt/model/model.h) are implemented here too.
+// The device that runs a model: its memory, peak FLOP/s and bandwidth. Also implements make_model
+// and plan_memory (gpt/model/model.h).
 #pragma once
 
 #include <string>
@@ -10,27 +10,25 @@
 
 namespace lns {
 
-// Chooses this rank's GPU. Throws unless all ranks compute on the same kind of device, and each on
-// a GPU of its own. Every rank calls it.
+// Selects this rank's GPU. Collective. Throws if ranks mix CPUs and GPUs or share a GPU.
 void check_devices(const ModelOptions& options, const Ranks& ranks);
 
-// Throws if the model and micro-batches of (B, T) need more memory than the device has, and says
-// what would fit.
+// Throws, suggesting what would fit, if the model with micro-batches of (B, T) exceeds the device's
+// memory.
 void check_memory(const Config& config, int B, int T, const ModelOptions& options);
 
-// The largest power of two of sequences of T tokens that fits, but no more than 2¹⁸ tokens on a GPU
-// and 2¹² on a CPU: what they can do is seen at fewer.
+// The largest power-of-two batch of T-token sequences that fits, capped at 2¹⁸ tokens on a GPU and
+// 2¹² on a CPU, which suffice for full speed.
 int batch_that_fits(const Config& config, int T, const ModelOptions& options);
 
-// FLOP/s of products in the model's dtype: of a GPU in bf16 what its data sheet says, if we know
-// it, else measured.
+// FLOP/s of matmuls in the model's dtype.
 struct Peak {
-    double flops = 0;    // what MFU is a part of
-    double measured = 0; // the same where no data sheet is known
+    double flops = 0; // the denominator of MFU: a GPU's bf16 data sheet if known, else measured
+    double measured = 0;
 };
 Peak device_peak(const ModelOptions& options, int threads);
 
-// Of the CPU's memory or the GPU's.
+// The bandwidth of the CPU's or the GPU's memory.
 Bandwidth device_bandwidth(const ModelOptions& options, int threads);
 
 } // namespace lns

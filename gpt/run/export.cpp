@@ -20,11 +20,11 @@ using nlohmann::json;
 
 namespace {
 
-// The fold of every parameter that lies in registry's buffer from `begin` on, `size` elements.
+// Applies `change` to the fold of every parameter in [begin, begin + size) of registry's buffer.
 template <class Change>
 void fold_range(ExportPlan& plan, const Registry& registry, int64_t begin, int64_t size,
                 Change change) {
-    if (begin < 0) return; // there is no such parameter
+    if (begin < 0) return; // the parameter is absent
     for (const Param& p : registry.params)
         if (p.offset >= begin && p.offset < begin + size) change(plan.folds[p.name]);
 }
@@ -39,7 +39,7 @@ ExportPlan plan_export(const Config& config, const Registry& registry) {
     for (int k = 0; k <= 2 * L; k++) {
         const Junction j = junction(c.scheme, L, k);
         const JunctionParams& p = registry.junctions[k];
-        if (j.gamma != Gamma::none) { // of sublayer k
+        if (j.gamma != Gamma::none) { // sublayer k
             const LayerParams& layer = registry.layers[(k - 1) / 2];
             const bool attn = k % 2 == 1;
             const int64_t columns = attn ? c.q_width() : c.mlp_width;
@@ -52,7 +52,7 @@ ExportPlan plan_export(const Config& config, const Registry& registry) {
             fold_range(plan, registry, attn ? layer.attn_out_bias : layer.mlp_out_bias, c.width,
                        by_gamma);
         }
-        if (j.in_scale != 1) { // of sublayer k + 1
+        if (j.in_scale != 1) { // sublayer k + 1
             const LayerParams& layer = registry.layers[k / 2];
             const bool attn = k % 2 == 0;
             auto by_scale = [&](Fold& fold) { fold.scale = j.in_scale; };
@@ -66,12 +66,12 @@ ExportPlan plan_export(const Config& config, const Registry& registry) {
         }
     }
 
-    // What is left of the scheme, once γ and the scales are gone, has to be what stock models do.
+    // Without γ and the scales, the junctions must equal the stock model's.
     bool folds = true;
     for (int k = 0; k <= 2 * L; k++) {
         Junction ours = junction(c.scheme, L, k);
         const Junction theirs = junction(plan.config.scheme, L, k);
-        folds &= ours.gamma == Gamma::none || !ours.branch_norm; // γ stands behind that norm
+        folds &= ours.gamma == Gamma::none || !ours.branch_norm; // γ comes after that norm
         ours.gamma = theirs.gamma;
         ours.in_scale = theirs.in_scale;
         ours.in_weight_init = theirs.in_weight_init;
@@ -85,9 +85,10 @@ ExportPlan plan_export(const Config& config, const Registry& registry) {
 uint16_t round_to_half(float x) {
     const uint32_t u = std::bit_cast<uint32_t>(x), size = u & 0x7FFFFFFF;
     const uint16_t sign = uint16_t(u >> 16 & 0x8000);
-    if (size > 0x7F800000) return sign | 0x7E00;  // NaN
-    if (size >= 0x477FF000) return sign | 0x7C00; // 65520, half way to the next that there would be
-    if (size < 0x38800000)                        // below 2^-14: a multiple of 2^-24
+    if (size > 0x7F800000) return sign | 0x7E00; // NaN
+    if (size >= 0x477FF000)
+        return sign | 0x7C00; // 65520, halfway to the next value beyond the range
+    if (size < 0x38800000)    // below 2^-14: a multiple of 2^-24
         return sign | uint16_t(std::nearbyint(std::ldexp(std::bit_cast<float>(size), 24)));
     const uint32_t rounded = size + 0xFFF + (size >> 13 & 1);
     return sign | uint16_t((rounded >> 13) - (112 << 10)); // the biases: 127 − 15
@@ -95,21 +96,21 @@ uint16_t round_to_half(float x) {
 
 namespace {
 
-struct Number {
-    const char *name, *file, *torch; // of --dtype, in a safetensors header, in a config.json
+struct ExportType {
+    const char *name, *file, *torch; // in --dtype, a safetensors header, a config.json
 };
-Number number_named(const std::string& name) {
-    for (const Number& n : {Number{"float32", "F32", "float32"},
-                            {"float16", "F16", "float16"},
-                            {"bfloat16", "BF16", "bfloat16"},
-                            {"bf16", "BF16", "bfloat16"}})
-        if (name == n.name) return n;
+ExportType export_type(const std::string& name) {
+    for (const ExportType& type : {ExportType{"float32", "F32", "float32"},
+                                   {"float16", "F16", "float16"},
+                                   {"bfloat16", "BF16", "bfloat16"},
+                                   {"bf16", "BF16", "bfloat16"}})
+        if (name == type.name) return type;
     fail("--dtype ", name, " is none of float32, float16 and bfloat16");
 }
 
-// One parameter's values as the file is to have them.
-void exported(const WeightFiles& weights, const Param& p, const Fold* fold,
-              std::vector<float>& out) {
+// A parameter's folded values in the file's layout.
+void exported_values(const WeightFiles& weights, const Param& p, const Fold* fold,
+                     std::vector<float>& out) {
     weights.read(p, "", out);
     if (fold) {
         std::vector<float> gamma;
@@ -126,29 +127,30 @@ void exported(const WeightFiles& weights, const Param& p, const Fold* fold,
 }
 
 TensorOut tensor_of(const WeightFiles& weights, const Param& p, const Fold* fold,
-                    const Number& number) {
-    return {p.name, number.file, p.file_shape(), [=, &weights, &p](const TensorSink& sink) {
+                    const ExportType& type) {
+    return {p.name, type.file, p.file_shape(), [=, &weights, &p](const TensorSink& sink) {
                 std::vector<float> values;
-                exported(weights, p, fold, values);
-                if (number.file == std::string("F32"))
+                exported_values(weights, p, fold, values);
+                if (type.file == std::string("F32"))
                     return sink(values.data(), values.size() * sizeof(float));
                 std::vector<uint16_t> rounded(values.size());
-                const bool half = number.file == std::string("F16");
+                const bool half = type.file == std::string("F16");
                 for (size_t i = 0; i < values.size(); i++) {
                     rounded[i] = half ? round_to_half(values[i]) : round_to_bf16(values[i]);
                     if (half && std::isfinite(values[i]) && (rounded[i] & 0x7FFF) == 0x7C00)
                         fail("the tensor '", p.name, "' has the value ", values[i],
-                             ", and float16 ends at 65504: export it as bfloat16 or float32");
+                             ", beyond float16's maximum of 65504: export as bfloat16 or float32");
                 }
                 sink(rounded.data(), rounded.size() * sizeof(uint16_t));
             }};
 }
 
-// config.json as stock tools read it: the type of the numbers, and the tokens that begin and end a
-// text, which they would else take to be those of the architecture's first release.
-std::string exported_config(const ExportPlan& plan, const std::string& from, const Number& number) {
+// config.json for stock tools: with the dtype, and with the tokens that begin and end a text, which
+// would otherwise default to those of the architecture's first release.
+std::string exported_config(const ExportPlan& plan, const std::string& from,
+                            const ExportType& type) {
     json config = json::parse(config_to_json(plan.config));
-    config["torch_dtype"] = number.torch;
+    config["torch_dtype"] = type.torch;
     if (plan.beyond.empty()) config.erase("lns_cpp");
     json source;
     if (path_exists(from + "/config.json"))
@@ -161,21 +163,21 @@ std::string exported_config(const ExportPlan& plan, const std::string& from, con
     return config.dump(2) + "\n";
 }
 
-// Tensors in files of at most `most` bytes each, unless one alone is larger.
-std::vector<std::vector<TensorOut>> shards_of(const std::vector<TensorOut>& tensors, int64_t most,
-                                              int64_t& bytes) {
+// Divides tensors into files of at most max_bytes, unless one tensor is larger. bytes: the total.
+std::vector<std::vector<TensorOut>> shards_of(const std::vector<TensorOut>& tensors,
+                                              int64_t max_bytes, int64_t& bytes) {
     std::vector<std::vector<TensorOut>> shards(1);
-    int64_t here = 0;
+    int64_t shard_bytes = 0;
     bytes = 0;
     for (const TensorOut& tensor : tensors) {
         int64_t size = int64_t(dtype_bytes(tensor.dtype));
         for (int64_t n : tensor.shape) size *= n;
-        if (here + size > most && !shards.back().empty()) {
+        if (shard_bytes + size > max_bytes && !shards.back().empty()) {
             shards.emplace_back();
-            here = 0;
+            shard_bytes = 0;
         }
         shards.back().push_back(tensor);
-        here += size;
+        shard_bytes += size;
         bytes += size;
     }
     return shards;
@@ -200,7 +202,7 @@ void write_weights(const std::string& dir, const std::vector<std::vector<TensorO
     write_file_atomic(dir + "/model.safetensors.index.json", index.dump(2) + "\n");
 }
 
-// The names of what was copied.
+// Returns the names of the copied files.
 std::string copy_tokenizer(const std::string& from, const std::string& to) {
     std::string copied;
     for (const char* name :
@@ -214,7 +216,7 @@ std::string copy_tokenizer(const std::string& from, const std::string& to) {
     return copied;
 }
 
-// A field of dir's tokenizer_config.json, null if there is none.
+// A field of dir's tokenizer_config.json; null if absent.
 json tokenizer_field(const std::string& dir, const char* field) {
     const std::string path = dir + "/tokenizer_config.json";
     if (!path_exists(path)) return {};
@@ -222,7 +224,7 @@ json tokenizer_field(const std::string& dir, const char* field) {
     return config.is_object() ? config.value(field, json()) : json();
 }
 
-// "1,234,567 bytes" would not be read: 1.2 MB.
+// 1234567 as "1.2 MB".
 std::string size_text(int64_t bytes) {
     const char* units[] = {"bytes", "kB", "MB", "GB", "TB"};
     double size = double(bytes);
@@ -243,13 +245,13 @@ int export_model(const Options& o) {
     weights.check(config, registry, !is_directory_at(from));
     const ExportPlan plan = plan_export(config, registry);
     const Registry written = make_registry(plan.config);
-    const Number number = number_named(o.export_dtype);
+    const ExportType type = export_type(o.export_dtype);
 
     std::string dir = o.export_dir;
     while (dir.size() > 1 && dir.back() == '/') dir.pop_back();
     if (path_exists(dir) && !(is_directory_at(dir) && directory_entries(dir).empty()))
         fail(dir, " exists already", is_directory_at(dir) ? " and is not empty" : "",
-             ": name a directory that does not, for the exported model to fill");
+             ": name a new directory for the exported model");
     const fs::path parent = fs::absolute(dir).parent_path();
     std::error_code error;
     fs::create_directories(parent, error);
@@ -262,7 +264,7 @@ int export_model(const Options& o) {
     for (const Param& p : written.params) {
         auto fold = plan.folds.find(p.name);
         tensors.push_back(
-            tensor_of(weights, p, fold == plan.folds.end() ? nullptr : &fold->second, number));
+            tensor_of(weights, p, fold == plan.folds.end() ? nullptr : &fold->second, type));
     }
     int64_t bytes;
     const auto shards = shards_of(tensors, o.shard_size, bytes);
@@ -273,35 +275,35 @@ int export_model(const Options& o) {
     write_weights(
         at, shards, bytes,
         {{"format", "pt"}, {"exported_from", "lns.cpp, norm scheme " + config.scheme.name()}});
-    write_file_atomic(at + "/config.json", exported_config(plan, from, number));
+    write_file_atomic(at + "/config.json", exported_config(plan, from, type));
     const std::string copied = is_directory_at(from) ? copy_tokenizer(from, at) : "";
-    // Older checkpoints have no tokenizer.json beside it.
+    // Older checkpoints of this tokenizer lack tokenizer.json.
     if (tokenizer_field(at, "kind") == "bytes") load_tokenizer("bytes")->save(at);
-    // One that no class of transformers is known to compute: without byte pieces, such as T5's.
-    const bool own_pieces = path_exists(at + "/tokenizer.model") &&
-                            !path_exists(at + "/tokenizer.json") &&
-                            tokenizer_field(at, "tokenizer_class").is_null();
+    // A model without byte pieces, such as T5's: no class of transformers is known to match it.
+    const bool no_class = path_exists(at + "/tokenizer.model") &&
+                          !path_exists(at + "/tokenizer.json") &&
+                          tokenizer_field(at, "tokenizer_class").is_null();
     directory.commit();
 
     std::printf("wrote %s: %s, %s, %zu tensors, %s in %zu file%s\n", printable(dir).c_str(),
                 json::parse(config_to_json(plan.config))["model_type"].get<std::string>().c_str(),
-                number.torch, tensors.size(), size_text(bytes).c_str(), shards.size(),
+                type.torch, tensors.size(), size_text(bytes).c_str(), shards.size(),
                 shards.size() == 1 ? "" : "s");
     if (!plan.beyond.empty())
         std::printf("stock tools cannot run it: it has %s; train_gpt can\n", plan.beyond.c_str());
     else if (!plan.folds.empty())
-        std::printf("the norm scheme %s is folded into %zu of them: stock tools compute the same\n",
+        std::printf("the norm scheme %s is folded into %zu tensors: stock tools compute the same\n",
                     config.scheme.name().c_str(), plan.folds.size());
     else
         std::printf("a stock %s: nothing had to be folded\n", plan.config.model_type.c_str());
     if (copied.empty())
-        std::printf("no tokenizer lies with the weights: put one there\n");
+        std::printf("there is no tokenizer with the weights: add one\n");
     else
-        std::printf("the tokenizer's files beside it: %s\n", copied.c_str());
-    if (own_pieces)
+        std::printf("copied the tokenizer: %s\n", copied.c_str());
+    if (no_class)
         std::printf(
-            "of tokenizer.model, which has no byte pieces, stock tools may make other tokens: "
-            "compare them before use\n");
+            "tokenizer.model has no byte pieces, so stock tools may encode text differently: "
+            "compare their tokens before use\n");
     return 0;
 }
 

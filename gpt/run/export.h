@@ -1,19 +1,19 @@
-// train_gpt export: a model as a Hugging Face directory, for tools that know nothing of this one.
+// `train_gpt export`: writes a model as a Hugging Face directory for stock tools.
 //
-// What folds exactly into the stock (Pre-LN) model of an architecture, and what does not:
-//   lns          s · (w ⊙ n + b) = (s w) ⊙ n + (s b): into the norm's weight and bias. A norm
-//                without a weight (OLMo): into the matrices behind it, W (s n) = (s W) n.
-//   lns-init     is stock already: only its start differs. So does +scaled-init.
-//   layerscale,  γ ⊙ (W a + b) = (γ ⊙ W) a + γ ⊙ b, row by row: into the matrix and the bias that
-//   skipinit     end the branch.
-//   mix:0        is pre.
-//   +gpas        does not. With A_k the product of the factors 1 − silu(g) up to junction k, the
-//                stream r_k is A_k ρ_k where ρ_k is a Pre-LN stream whose branches are divided by
-//                A_{k−1}; but norm(A ρ) is ρ / √(mean ρ² + eps / A²): each norm would need an eps
-//                of its own, and the stock models have one.
-//   post, deepnorm, mix, sandwich, peri, olmo2 (but in the OLMo 2 architecture): norms where the
-//                stock models have none. A norm is not linear: nothing takes it in.
-// What does not fold is written as it is, to the bit, under a model_type of its own.
+// Which schemes fold exactly into the stock (Pre-LN) model of an architecture:
+//   lns          s · (w ⊙ n + b) = (s w) ⊙ n + (s b): into the norm's weight and bias. If the norm
+//                has no weight (OLMo): into the next matrix, W (s n) = (s W) n.
+//   lns-init     is stock: only its initialization differs. The same holds for +scaled-init.
+//   layerscale,  γ ⊙ (W a + b) = (γ ⊙ W) a + γ ⊙ b, row by row: into the branch's last matrix and
+//   skipinit     bias.
+//   mix:0        equals pre.
+//   +gpas        does not fold. Let A_k be the product of the factors 1 − silu(g) up to junction k.
+//                The stream r_k is A_k ρ_k, where ρ_k is a Pre-LN stream whose branches are divided
+//                by A_{k−1}; but norm(A ρ) is ρ / √(mean ρ² + eps / A²): each norm would need its
+//                own eps, and stock models have a single one.
+//   post, deepnorm, mix, sandwich, peri, olmo2 (except in the OLMo 2 architecture) do not fold:
+//                they have norms, which are nonlinear, where stock models have none.
+// Other models are written unchanged, bit for bit, under a model_type of their own.
 #pragma once
 
 #include <cstdint>
@@ -26,24 +26,24 @@
 
 namespace lns {
 
-// What an exported parameter is: the model's own times `scale` and, if gamma is not null, each row
-// r (of a vector: element r) times gamma[r], or gamma[0] if that is one number.
+// An exported parameter is the model's times `scale` and, if gamma is not null, each row r (element
+// r of a vector) times gamma[r], or times gamma[0] if gamma is a scalar.
 struct Fold {
     double scale = 1;
     const Param* gamma = nullptr;
 };
 
 struct ExportPlan {
-    Config config;                     // of what is written
-    std::string beyond;                // beyond_stock(config): "" if stock tools compute it
-    std::map<std::string, Fold> folds; // of the parameters that change, by their names
+    Config config;                     // of the exported model
+    std::string beyond;                // beyond_stock(config): "" if stock tools can run it
+    std::map<std::string, Fold> folds; // by name, of the parameters that change
 };
 
-// The stock form if there is one, else the model itself. `registry` is the model's, and has to
-// outlive the plan.
+// The stock form if there is one, else the model itself. The model's `registry` must outlive the
+// plan.
 ExportPlan plan_export(const Config& config, const Registry& registry);
 
-// float16, to nearest, halves to even; beyond its range (from 65520 on) an infinity.
+// Rounds to float16, to nearest even; values from 65520 on become infinite.
 uint16_t round_to_half(float x);
 
 int export_model(const Options& options);

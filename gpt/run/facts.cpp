@@ -20,7 +20,7 @@ Facts config_facts(const Config& config) {
 
 Facts data_facts(const std::string& what, TokenSource& source, const Loader& loader) {
     const TokenizerId id = source.id();
-    // 64 places of 64 tokens: reading all of it would take as long as it takes to train on it.
+    // Hash 64 tokens at each of 64 places: reading everything could take as long as training.
     const uint64_t tokens = source.size(), places = 64, n = 64;
     uint64_t hash = fnv1a("");
     std::vector<int> some(static_cast<size_t>(n));
@@ -54,7 +54,7 @@ uint64_t fingerprint(Model& model, Buffer buffer) {
         for (float value : values) {
             uint32_t bits;
             std::memcpy(&bits, &value, sizeof bits);
-            hash = (hash ^ bits) * 0x100000001b3; // fnv1a's, four bytes at a time
+            hash = (hash ^ bits) * 0x100000001b3; // FNV-1a on 4 bytes at a time
         }
     }
     return hash;

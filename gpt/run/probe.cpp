@@ -52,24 +52,22 @@ namespace {
 using Stream = Model::Stream;
 using Floats = std::vector<float>;
 
-// Why the layers have no linear maps in their place.
 struct NoLinearFit : Error {
     using Error::Error;
 };
 
-// A model at work on one batch, layer by layer. Layers are counted from 0 here, and r_l is what
-// layer l sees.
+// A layer-by-layer pass over one batch. Layers count from 0 here, and r_l is layer l's input.
 struct Pass {
     Model& model;
     const ProbeBatch& batch;
     const int L, C;
-    const int64_t rows;           // B·T
-    std::vector<int64_t> counted; // rows with a target
+    const int64_t rows;               // B·T
+    std::vector<int64_t> target_rows; // rows with a target
 
     Pass(Model& m, const ProbeBatch& b)
         : model(m), batch(b), L(m.config.layers), C(m.config.width), rows(int64_t(b.B) * b.T) {
         for (int64_t row = 0; row < rows; row++)
-            if (batch.targets[row] >= 0) counted.push_back(row);
+            if (batch.targets[row] >= 0) target_rows.push_back(row);
         model.embed(batch.inputs.data(), batch.B, batch.T);
     }
     Floats read(Stream stream) {
@@ -80,21 +78,21 @@ struct Pass {
     void run_layers(int begin, int end) {
         for (int l = begin; l < end; l++) model.run_layer(l);
     }
-    // The sum over tokens of the loss if layers `begin` to the last follow on r_l.
+    // The loss, summed over tokens, of layers `begin` to L − 1 applied to r_l.
     double loss_from(int l, int begin) {
         model.rewind(l);
         run_layers(begin, L);
         return finish();
     }
     double finish() { return model.finish(batch.targets.data()); }
-    // The rows that count, in order, so that the sum does not depend on threads.
+    // In the order of rows, so that sums do not depend on threads.
     void add_moments(Moments& all, Stream stream) {
         const std::vector<Moments> moments = model.row_moments(stream);
-        for (int64_t row : counted) all.add(moments[row]);
+        for (int64_t row : target_rows) all.add(moments[row]);
     }
 };
 
-// Tokens with a target.
+// The number of tokens with a target.
 int64_t count_tokens(const std::vector<ProbeBatch>& batches) {
     int64_t n = 0;
     for (const ProbeBatch& b : batches)
@@ -102,13 +100,13 @@ int64_t count_tokens(const std::vector<ProbeBatch>& batches) {
     return n;
 }
 
-// The angle between unit vectors whose difference has this square, over π. The arc of a chord,
-// unlike arccos, is exact for small angles.
+// The angle between unit vectors with this squared difference, over π. Unlike arccos, the arc of a
+// chord is accurate for small angles.
 double angle_of_chord(double square) {
     return 2 / M_PI * std::asin(std::min(1.0, std::sqrt(square) / 2));
 }
 
-// Sums of angular distances: at [n − 1][l] between r_l and r_{l + n}.
+// Sums of angular distances; [n − 1][l] is between r_l and r_{l + n}.
 struct Angles {
     Rows all, last;
     int64_t tokens = 0, sequences = 0;
@@ -117,18 +115,18 @@ struct Angles {
         for (int n = 1; n <= reach; n++) all.emplace_back(L - n + 1, 0.0);
         last = all;
     }
-    // After a pass through all layers in order.
+    // Requires that the pass has run all layers in order.
     void add(const Pass& pass) {
-        std::vector<int64_t> ends; // the last row that counts of each sequence
-        for (int64_t row : pass.counted) {
+        std::vector<int64_t> ends; // each sequence's last row with a target
+        for (int64_t row : pass.target_rows) {
             if (!ends.empty() && ends.back() / pass.batch.T == row / pass.batch.T) ends.pop_back();
             ends.push_back(row);
         }
-        tokens += int64_t(pass.counted.size()), sequences += int64_t(ends.size());
+        tokens += int64_t(pass.target_rows.size()), sequences += int64_t(ends.size());
         for (size_t n = 1; n <= all.size(); n++)
             for (size_t l = 0; l < all[n - 1].size(); l++) {
                 const std::vector<double> chords = pass.model.row_chords(int(l), int(l + n));
-                for (int64_t row : pass.counted) all[n - 1][l] += angle_of_chord(chords[row]);
+                for (int64_t row : pass.target_rows) all[n - 1][l] += angle_of_chord(chords[row]);
                 for (int64_t row : ends) last[n - 1][l] += angle_of_chord(chords[row]);
             }
     }
@@ -142,8 +140,7 @@ struct Angles {
     }
 };
 
-// Norms of the gradients of each layer's parameters.
-void parameter_norms(Model& model, Probes::GradientNorm& g) {
+void measure_parameter_gradients(Model& model, Probes::GradientNorm& g) {
     const int L = model.config.layers;
     for (PerLayer* norms : {&g.attention, &g.mlp, &g.norm}) norms->assign(L, 0);
     const std::vector<double> squares = model.gradient_squares();
@@ -164,7 +161,7 @@ void parameter_norms(Model& model, Probes::GradientNorm& g) {
         for (double& x : *norms) x = std::sqrt(x);
 }
 
-// The loss of the whole model, and what its streams tell on the way forward and back.
+// The full model's loss, and the diagnostics of one forward and backward pass.
 void measure_streams(Probes& found, Model& model, const std::vector<ProbeBatch>& batches,
                      const ProbeSettings& s) {
     const int L = model.config.layers;
@@ -196,9 +193,9 @@ void measure_streams(Probes& found, Model& model, const std::vector<ProbeBatch>&
     found.loss = loss / double(found.tokens);
     if (!std::isfinite(found.loss)) {
         const std::string first = model.first_nonfinite();
-        fail("the model's loss is ", found.loss, " on these tokens",
-             first.empty() ? "" : "; the first tensor that is not finite: " + first,
-             ": there is nothing to probe");
+        fail("the model's loss is ", found.loss,
+             " on these tokens, so its layers cannot be measured",
+             first.empty() ? "" : "; the first tensor that is not finite: " + first);
     }
     if (s.probes.variance) {
         Probes::Variance& v = found.variance.emplace();
@@ -217,7 +214,7 @@ void measure_streams(Probes& found, Model& model, const std::vector<ProbeBatch>&
     if (s.probes.gradients) {
         Probes::GradientNorm& g = found.gradient_norm.emplace();
         for (double x : dresidual) g.residual.push_back(std::sqrt(x));
-        parameter_norms(model, g);
+        measure_parameter_gradients(model, g);
     }
     model.zero_gradients();
 }
@@ -231,7 +228,7 @@ void measure_removal(Probes& found, Model& model, const std::vector<ProbeBatch>&
     for (const ProbeBatch& batch : batches) {
         Pass pass(model, batch);
         pass.run_layers(0, L);
-        for (int l = L - 1; l >= 0; l--) // what runs spoils no earlier r
+        for (int l = L - 1; l >= 0; l--) // backwards: running layers overwrites later r only
             for (int n = 1; l + n <= L; n++) {
                 loss[n - 1][l] += pass.loss_from(l, l + n) / double(found.tokens);
                 tell(++done / (double(L) * (L + 1) / 2 * double(batches.size())));
@@ -245,7 +242,7 @@ void measure_permutation(Probes& found, Model& model, const std::vector<ProbeBat
     for (const ProbeBatch& batch : batches) {
         Pass pass(model, batch);
         pass.run_layers(0, L);
-        for (int l = L - 2; l >= 0; l--) { // what runs spoils no earlier r
+        for (int l = L - 2; l >= 0; l--) { // backwards, as above
             model.rewind(l);
             model.run_layer(l + 1), model.run_layer(l);
             pass.run_layers(l + 2, L);
@@ -254,16 +251,16 @@ void measure_permutation(Probes& found, Model& model, const std::vector<ProbeBat
     }
 }
 
-// Positions with a target, of each sequence.
-std::vector<std::vector<int>> positions_that_count(const ProbeBatch& batch) {
+// The positions with a target in each sequence.
+std::vector<std::vector<int>> target_positions(const ProbeBatch& batch) {
     std::vector<std::vector<int>> positions(batch.B);
     for (int64_t row = 0; row < int64_t(batch.B) * batch.T; row++)
         if (batch.targets[row] >= 0) positions[row / batch.T].push_back(int(row % batch.T));
     return positions;
 }
 
-// The root of a mean of squares, and its standard error.
-struct RootMean {
+// A root mean square and its standard error.
+struct RootMeanSquare {
     Moments squares;
     void add(double square) { squares.add({1, square, 0}); }
     double value() const { return std::sqrt(squares.mean); }
@@ -277,25 +274,25 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
                       const ProbeSettings& s) {
     const int L = model.config.layers, C = model.config.width;
     Probes::Jacobian& j = found.jacobian.emplace(Probes::Jacobian{});
-    std::vector<RootMean> deviation(L), norm(L);
+    std::vector<RootMeanSquare> deviation(L), norm(L);
     const uint64_t tokens_stream = fnv1a("jacobian tokens"), signs_stream = fnv1a("jacobian signs");
 
-    // Rounds of one sample a sequence, dealt out to the batches in turn.
+    // A round takes one sample per sequence; batches get rounds in turn.
     std::vector<int64_t> rounds(batches.size());
     for (size_t i = 0; j.probes < s.jacobian_samples; i = (i + 1) % batches.size()) {
         rounds[i]++;
-        for (const std::vector<int>& positions : positions_that_count(batches[i]))
+        for (const std::vector<int>& positions : target_positions(batches[i]))
             j.probes += !positions.empty();
     }
     uint64_t sample = 0;
     for (size_t i = 0; i < batches.size(); i++) {
         if (rounds[i] == 0) break;
         const ProbeBatch& batch = batches[i];
-        const std::vector<std::vector<int>> positions = positions_that_count(batch);
+        const std::vector<std::vector<int>> positions = target_positions(batch);
         Pass pass(model, batch);
         pass.run_layers(0, L);
         for (int64_t round = 0; round < rounds[i]; round++) {
-            Floats v; // (rows, C): one row of each sequence
+            Floats v; // (rows, C), one row per sequence
             std::vector<int64_t> rows;
             for (int b = 0; b < batch.B; b++) {
                 if (positions[b].empty()) continue;
@@ -312,12 +309,12 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
                 model.run_layer_backward(l);
                 model.read_rows(Stream::gradient, rows, vJ.data());
                 for (size_t row = 0; row < rows.size(); row++) {
-                    double from_identity = 0, whole = 0;
-                    for (size_t at = row * C; at < (row + 1) * C; at++) {
-                        const double d = double(vJ[at]) - double(v[at]);
-                        from_identity += d * d, whole += double(vJ[at]) * double(vJ[at]);
+                    double from_identity = 0, square = 0;
+                    for (size_t i = row * C; i < (row + 1) * C; i++) {
+                        const double d = double(vJ[i]) - double(v[i]);
+                        from_identity += d * d, square += double(vJ[i]) * double(vJ[i]);
                     }
-                    deviation[l].add(from_identity / C), norm[l].add(whole / C);
+                    deviation[l].add(from_identity / C), norm[l].add(square / C);
                 }
             }
         }
@@ -329,11 +326,11 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
         j.norm_error.push_back(norm[l].error());
     }
 
-    // The matrix, a row of it from each sequence: they are copies of the first that counts.
+    // The matrix: each of B copies of the first sequence with a target gives one row per pass.
     if (s.jacobian_layer > 0 && C <= 256) {
         const ProbeBatch* batch = &batches[0];
         while (count_tokens({*batch}) == 0) batch++;
-        const std::vector<std::vector<int>> positions = positions_that_count(*batch);
+        const std::vector<std::vector<int>> positions = target_positions(*batch);
         int from = 0;
         while (positions[from].empty()) from++;
         const int t = positions[from].back();
@@ -363,12 +360,12 @@ void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>
 }
 
 // ---------------------------------------------------------------------------------------------
-// Usefulness: layers against linear maps
+// Usefulness: layers compared with linear maps
 
 using Doubles = std::vector<double>;
 
-// a (n, n), symmetric, of which the lower triangle is read: in its place L with a = L·Lᵀ. False if
-// it is not positive definite.
+// Replaces the lower triangle of the symmetric a (n, n) by L, a = L·Lᵀ. False if a is not positive
+// definite.
 bool cholesky(Doubles& a, int64_t n) {
     for (int64_t j = 0; j < n; j++) {
         auto dot = [&](int64_t i) {
@@ -387,7 +384,7 @@ bool cholesky(Doubles& a, int64_t n) {
     return true;
 }
 
-// x (n, m) ← a⁻¹ x, a given by its Cholesky factor.
+// x (n, m) ← a⁻¹ x, where a is given by its Cholesky factor.
 void cholesky_solve(const Doubles& factor, Doubles& x, int64_t n, int64_t m) {
     const int64_t block = 64;
 #pragma omp parallel for
@@ -411,22 +408,23 @@ void cholesky_solve(const Doubles& factor, Doubles& x, int64_t n, int64_t m) {
     }
 }
 
-// What a layer adds, y = r_ℓ − r_{ℓ−1}, as a linear function of x = r_{ℓ−1}: y ≈ (x − x̄) A + ȳ.
+// A linear fit of a layer's update y = r_ℓ − r_{ℓ−1} to x = r_{ℓ−1}: y ≈ (x − x̄) A + ȳ.
 struct LinearMap {
     int C;
     double n = 0;
-    Doubles xx, xy, x_mean, y_mean; // Σ xᵀx and Σ xᵀy (C, C); Σ x and Σ y; A in xy's place
+    // Σ xᵀx, Σ xᵀy (C, C), Σ x and Σ y; solve() turns xy into A and the sums into means.
+    Doubles xx, xy, x_mean, y_mean;
 
     explicit LinearMap(int C) : C(C), xx(size_t(C) * C), xy(size_t(C) * C), x_mean(C), y_mean(C) {}
 
     void add(const Pass& pass, const Floats& before, const Floats& after) {
-        const int64_t k = int64_t(pass.counted.size());
+        const int64_t k = int64_t(pass.target_rows.size());
         if (k == 0) return;
         n += double(k);
         Doubles x(size_t(k) * C), y(x.size());
 #pragma omp parallel for
         for (int64_t i = 0; i < k; i++) {
-            const int64_t from = pass.counted[i] * C;
+            const int64_t from = pass.target_rows[i] * C;
             for (int c = 0; c < C; c++) {
                 x[i * C + c] = double(before[from + c]);
                 y[i * C + c] = double(after[from + c]) - x[i * C + c];
@@ -451,7 +449,7 @@ struct LinearMap {
         }
         for (int i = 0; i < C; i++) xx[size_t(i) * C + i] += 1e-6 * trace / C;
         if (!cholesky(xx, C))
-            throw NoLinearFit(cat("layer ", layer, " has no linear fit: what it sees varies too ",
+            throw NoLinearFit(cat("layer ", layer, " has no linear fit: its input varies too ",
                                   "little over ", n, " tokens, or is not finite; leave usefulness ",
                                   "out of --probes"));
         cholesky_solve(xx, xy, C, C);
@@ -472,23 +470,23 @@ struct LinearMap {
 };
 
 void measure_usefulness(Probes& found, Model& model, const std::vector<ProbeBatch>& batches,
-                        const std::vector<ProbeBatch>& others,
+                        const std::vector<ProbeBatch>& fit_batches,
                         const std::function<void(double)>& tell) {
     const int L = model.config.layers, C = model.config.width;
     Probes::Usefulness& u = found.usefulness.emplace(Probes::Usefulness{});
     u.linear_loss.assign(L, 0);
-    u.fit_tokens = count_tokens(others);
+    u.fit_tokens = count_tokens(fit_batches);
     if (u.fit_tokens == 0)
-        throw NoLinearFit("there are no tokens to fit linear maps on beside those to measure on: "
+        throw NoLinearFit("no tokens are left to fit linear maps on besides those to measure on: "
                           "name more validation data with -j, or lower -t");
 
-    // As many layers at once as 2 GiB of sums hold.
+    // Take as many layers at once as fit into 2 GiB.
     const int group = int(std::max<double>(1, double(1 << 30) / 8 / (double(C) * C)));
     double done = 0;
     for (int begin = 0; begin < L; begin += group) {
         const int end = std::min(L, begin + group);
         std::vector<LinearMap> maps(end - begin, LinearMap(C));
-        for (const ProbeBatch& batch : others) {
+        for (const ProbeBatch& batch : fit_batches) {
             Pass pass(model, batch);
             pass.run_layers(0, begin);
             Floats before = pass.read(Stream::residual);
@@ -497,14 +495,14 @@ void measure_usefulness(Probes& found, Model& model, const std::vector<ProbeBatc
                 Floats after = pass.read(Stream::residual);
                 maps[l - begin].add(pass, before, after);
                 before = std::move(after);
-                tell(++done / (double(L) * double(others.size())));
+                tell(++done / (double(L) * double(fit_batches.size())));
             }
         }
         for (int l = begin; l < end; l++) maps[l - begin].solve(l + 1);
         for (const ProbeBatch& batch : batches) {
             Pass pass(model, batch);
             pass.run_layers(0, end);
-            for (int l = end - 1; l >= begin; l--) { // what runs spoils no earlier r
+            for (int l = end - 1; l >= begin; l--) { // backwards, as above
                 model.rewind(l);
                 const Floats r = maps[l - begin].apply(pass.read(Stream::residual));
                 model.write(Stream::residual, r.data());
@@ -523,11 +521,11 @@ uint64_t probe_windows(int64_t tokens, int T) { return uint64_t(std::max<int64_t
 
 std::vector<ProbeBatch> read_batches(Loader& loader, int T, int B, uint64_t first, uint64_t n) {
     std::vector<ProbeBatch> batches;
-    if (n == 0) return batches; // and `first` may be the end
+    if (n == 0) return batches; // `first` may then be the end
     loader.restore({0, first});
-    for (uint64_t at = 0; at < n; at += uint64_t(B)) {
+    for (uint64_t i = 0; i < n; i += uint64_t(B)) {
         ProbeBatch batch;
-        batch.B = int(std::min<uint64_t>(B, n - at)), batch.T = T;
+        batch.B = int(std::min<uint64_t>(B, n - i)), batch.T = T;
         batch.inputs.resize(size_t(batch.B) * T), batch.targets.resize(batch.inputs.size());
         loader.next(batch.B, batch.inputs.data(), batch.targets.data());
         batches.push_back(std::move(batch));
@@ -536,11 +534,11 @@ std::vector<ProbeBatch> read_batches(Loader& loader, int T, int B, uint64_t firs
 }
 
 Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
-               const std::vector<ProbeBatch>& others, const ProbeSettings& s) {
+               const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& s) {
     Probes found;
     found.layers = model.config.layers, found.width = model.config.width;
     found.tokens = count_tokens(batches);
-    if (found.tokens == 0) fail("none of the tokens to probe has a target");
+    if (found.tokens == 0) fail("none of the tokens to measure on has a target");
     auto tell = [&](const char* name) {
         return [&s, name](double part) {
             if (s.tell) s.tell(cat(name, format_number("  %.0f%%", 100 * part)));
@@ -553,7 +551,7 @@ Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
     if (s.probes.removal) measure_removal(found, model, batches, tell("removal"));
     try {
         if (s.probes.usefulness)
-            measure_usefulness(found, model, batches, others, tell("usefulness"));
+            measure_usefulness(found, model, batches, fit_batches, tell("usefulness"));
     } catch (const NoLinearFit& why) {
         if (!s.probes.all) throw;
         found.usefulness.reset();
@@ -609,11 +607,11 @@ namespace {
 
 std::string number(double x) { return format_number("%.3g", x); }
 std::string signed_number(double x) { return format_number("%+.4f", x); }
-std::string of_each(const PerLayer& x, int index) {
+std::string cell(const PerLayer& x, int index) {
     return index < 0 || index >= int(x.size()) ? "-" : number(x[index]);
 }
 
-// A table of columns that are there only if they were measured; row 0 is the embedding.
+// A table with only the measured columns; row 0 is the embedding.
 struct LayerTable {
     Table table;
     int first; // 0 or 1
@@ -623,11 +621,11 @@ struct LayerTable {
         for (int l = first; l <= layers; l++)
             table.rows.push_back({l == 0 ? "embed" : std::to_string(l)});
     }
-    // cell(l) of layer l, from `first` to L
-    template <class Cell> void column(const char* name, const Cell& cell) {
+    // Appends text_of(l) for layers l from `first` to L.
+    template <class TextOf> void column(const char* name, const TextOf& text_of) {
         table.headers.push_back(name);
         for (size_t i = 0; i < table.rows.size(); i++)
-            table.rows[i].push_back(cell(first + int(i)));
+            table.rows[i].push_back(text_of(first + int(i)));
     }
     std::string text() const { return table.headers.size() > 1 ? table.text() : ""; }
 };
@@ -635,19 +633,18 @@ struct LayerTable {
 std::string describe_streams(const Probes& p) {
     LayerTable t(0, p.layers);
     auto sublayers = [&](const char* name, const PerLayer& x) {
-        t.column(name, [&](int l) { return of_each(x, l - 1); });
+        t.column(name, [&](int l) { return cell(x, l - 1); });
     };
     std::string after;
     if (p.variance) {
         const Probes::Variance& v = *p.variance;
-        const double most = *std::max_element(v.residual.begin(), v.residual.end());
+        const double max = *std::max_element(v.residual.begin(), v.residual.end());
         t.column("var r", [&](int l) { return number(v.residual[l]); });
-        t.column("", [&](int l) { return bar(v.residual[l], most, 16); });
+        t.column("", [&](int l) { return bar(v.residual[l], max, 16); });
         sublayers("var attn", v.attention), sublayers("var mlp", v.mlp);
-        after =
-            cat("variance of r over the layers: as ", number(v.power.slope), " powers of l, R2 ",
-                format_number("%.3f", v.power.r2), "; as exp(", number(v.exponential.slope),
-                " l), R2 ", format_number("%.3f", v.exponential.r2), "\n");
+        after = cat("fits of var r over layers: l^", number(v.power.slope), ", R2 ",
+                    format_number("%.3f", v.power.r2), "; exp(", number(v.exponential.slope),
+                    " l), R2 ", format_number("%.3f", v.exponential.r2), "\n");
     }
     if (p.angular_distance) sublayers("angle", p.angular_distance->all_tokens[0]);
     if (p.gradient_norm) {
@@ -669,9 +666,9 @@ std::string describe_layers(const Probes& p) {
     std::string after;
     if (p.removal) {
         const PerLayer& loss = p.removal->at(0);
-        const double most = *std::max_element(loss.begin(), loss.end()) - p.loss;
+        const double max = *std::max_element(loss.begin(), loss.end()) - p.loss;
         costs("removed", loss);
-        t.column("", [&](int l) { return bar(std::max(0.0, loss[l - 1] - p.loss), most, 16); });
+        t.column("", [&](int l) { return bar(std::max(0.0, loss[l - 1] - p.loss), max, 16); });
         after = "cheapest to remove:";
         for (size_t n = 1; n <= std::min<size_t>(p.layers, 64); n *= 2) {
             const PerLayer& of_n = p.removal->at(n - 1);
@@ -694,7 +691,7 @@ std::string describe_layers(const Probes& p) {
         t.column("+-", [&](int l) { return format_number("%.2g", j.deviation_error[l - 1]); });
         t.column("|J|", [&](int l) { return number(j.norm[l - 1]); });
         t.column("+-", [&](int l) { return format_number("%.2g", j.norm_error[l - 1]); });
-        after += cat("Jacobians over sqrt(C), of ", j.probes, " sampled tokens\n");
+        after += cat("Jacobian norms over sqrt(C), from ", j.probes, " sampled tokens\n");
     }
     return t.text() + after;
 }

@@ -1,40 +1,37 @@
-// Probes: what each layer of a model does, measured through Model's "layer by layer" on whatever
-// device it lies, for every scheme and architecture.
+// Layer diagnostics: measurements of what each layer does, for every scheme, architecture and
+// device, through Model's layer-by-layer interface.
 //
-// r_0 is the residual stream that the first layer sees, r_ℓ what layer ℓ = 1 … L makes of it, both
-// (B·T, C), behind the out-norm where the scheme has one and before the next in-norm. Losses are
-// means of −log p(target), natural logarithm, over the N tokens that have a target; means and
-// variances are over these tokens too. What a probe does to the gradients is gone when it ends.
+// r_0 is the input of the first layer, r_ℓ the output of layer ℓ = 1 … L: the residual stream (B·T,
+// C) after the out-norm, if any, and before the next in-norm. Losses, means and variances are over
+// the N tokens that have a target; losses are −log p(target) in nats. Clears gradients.
 //
-//   variance    Var(r_ℓ) over tokens and channels, ℓ = 0 … L (L + 1), and Var(b) of each
-//               attention's and MLP's output b before its junction (L each). Two straight lines by
-//               least squares over ℓ = 1 … L: log Var(r_ℓ) = a + rate·ℓ, exponential growth, and
-//               log Var(r_ℓ) = a + exponent·log ℓ, a power; R² says which describes it (Theorem 3.3
-//               of arXiv 2502.05795).
-//   gradients   ‖∂loss/∂r_ℓ‖₂ over all N tokens (L + 1), and the norm of the gradients of layer
-//               ℓ's parameters (L each): of attention (q, k, v, out, and norms on q and k), of the
-//               MLP, and of all else: norms, γ, gates. With loss the mean, the former shrinks as
-//               1/√N.
+//   variance    Var(r_ℓ) over tokens and channels, ℓ = 0 … L (L + 1), and Var(b) of the outputs b
+//               of attention and MLP before their junctions (L each). Two least-squares lines over
+//               ℓ = 1 … L: log Var(r_ℓ) = a + rate·ℓ, exponential growth, and log Var(r_ℓ) = a +
+//               exponent·log ℓ, a power law; R² tells which fits better (Theorem 3.3 of arXiv
+//               2502.05795).
+//   gradients   ‖∂loss/∂r_ℓ‖₂ over all N tokens (L + 1), and the gradient norms of layer ℓ's
+//               parameters (L each): attention (q, k, v, out, and norms on q and k), MLP, and the
+//               rest (norms, γ, gates). As the loss is a mean, the former shrinks as 1/√N.
 //   angular     d(r_ℓ, r_{ℓ+n}) = arccos(cos(r_ℓ, r_{ℓ+n}))/π, from 0 (same direction) to 1: rows
 //               n = 1 … L of ℓ = 0 … L − n. On the last token of each sequence (Gromov et al.,
-//               arXiv 2403.17887; both versions of the code of arXiv 2502.05795), and the mean over
-//               all tokens, which is ours.
-//   removal     the loss without layers ℓ … ℓ+n−1: rows n = 1 … L of ℓ = 1 … L − n + 1. A layer
-//               goes with its junctions: layer ℓ+n sees r_{ℓ−1}. What it costs is the difference to
-//               the loss of the whole model (ΔP of arXiv 2502.05795).
-//   jacobian    of J = ∂r_ℓ[t]/∂r_{ℓ−1}[t], a token's stream behind layer ℓ by its own before it
-//               (C, C), the tokens before t held fixed: ‖J − I‖_F/√C and ‖J‖_F/√C (L each), each
-//               the root of the mean square over sampled tokens. For v of random signs,
-//               E‖vᵀ(J − I)‖² = ‖J − I‖_F² (Hutchinson), and vᵀJ is one backward pass; every
-//               sequence of a batch gives one sample. Its standard error is that of the mean, by
-//               the delta method: spread of tokens and of v together. For C ≤ 256 also J itself of
-//               one layer, at the last token of the first sequence. GPAS's gate passes no gradient
-//               by definition (stop()), here neither.
+//               arXiv 2403.17887; both versions of the code of arXiv 2502.05795), and averaged over
+//               all tokens (not in these papers).
+//   removal     the loss without layers ℓ … ℓ+n−1: rows n = 1 … L of ℓ = 1 … L − n + 1. A layer is
+//               removed with its junctions: the input of layer ℓ+n is r_{ℓ−1}. The cost of removal
+//               is the increase over the full model's loss (ΔP of arXiv 2502.05795).
+//   jacobian    Of J = ∂r_ℓ[t]/∂r_{ℓ−1}[t] (C, C), at fixed earlier tokens: ‖J − I‖_F/√C and
+//               ‖J‖_F/√C (L each), as root mean squares over sampled tokens. For a vector v of
+//               random signs, E‖vᵀ(J − I)‖² = ‖J − I‖_F² (Hutchinson), and vᵀJ takes one backward
+//               pass; every sequence of a batch gives one sample. The standard error, by the delta
+//               method, includes the variation over both tokens and v. For C ≤ 256 also J itself of
+//               one layer, at the last token of the first sequence. As in training, GPAS's gate
+//               passes no gradient (stop()).
 //   usefulness  the loss with layer ℓ replaced by its best linear fit r_ℓ ≈ r_{ℓ−1} A + c (L):
-//               least squares in double on other tokens, with a ridge of 1e-6 · trace/C towards
-//               A = I; and the share of layers for which that costs more than 10% of the loss.
-//   permutation the loss with layers ℓ and ℓ+1 in each other's place, ℓ = 1 … L − 1; a layer takes
-//               its norms and scales along (usefulness and permutation: arXiv 2603.15389).
+//               least squares in double on separate tokens, with a ridge of 1e-6 · trace/C towards
+//               A = I; and the share of layers whose replacement costs more than 10% of the loss.
+//   permutation the loss with layers ℓ and ℓ+1 swapped, including their norms and scales,
+//               ℓ = 1 … L − 1 (usefulness and permutation: arXiv 2603.15389).
 #pragma once
 
 #include <cstdint>
@@ -58,17 +55,17 @@ struct ProbeBatch {
 struct ProbeSelection {
     bool variance = false, gradients = false, angular = false, removal = false, jacobian = false,
          usefulness = false, permutation = false;
-    bool all = false; // asked for as such: what the data is too small for is left out, with a note
+    bool all = false; // "all": skip what the data is too small for, with a note
 };
 
-// "variance,removal", or "all". Throws for an unknown name, with the near ones.
+// Parses "variance,removal" or "all". Throws for an unknown name, suggesting similar ones.
 ProbeSelection parse_probes(const std::string& text);
 
 using PerLayer = std::vector<double>;
 using Rows = std::vector<PerLayer>;
 
-// The line y = a + slope · x of least squares; NaN where fewer than two points, or all y equal,
-// leave it or its R² open.
+// The least-squares line y = a + slope · x. The slope is NaN for fewer than two distinct x, R² also
+// if all y are equal.
 struct LineFit {
     double slope, r2;
 };
@@ -77,7 +74,7 @@ LineFit fit_line(const std::vector<double>& x, const std::vector<double>& y);
 struct Probes {
     int layers = 0, width = 0; // L, C
     int64_t tokens = 0;        // N
-    double loss = 0;           // of the whole model
+    double loss = 0;           // of the full model
 
     struct Variance {
         PerLayer residual, attention, mlp;
@@ -91,8 +88,8 @@ struct Probes {
     };
     struct Jacobian {
         PerLayer deviation, deviation_error, norm, norm_error;
-        int64_t probes = 0; // pairs of a token and a v
-        int full_layer = 0; // 0: no matrix
+        int64_t probes = 0; // (token, v) samples
+        int full_layer = 0; // the matrix's layer; 0: no matrix
         Rows matrix;        // (C, C): [i][j] = ∂r_ℓ[t, i]/∂r_{ℓ−1}[t, j]
     };
     struct Usefulness {
@@ -107,34 +104,34 @@ struct Probes {
     std::optional<Jacobian> jacobian;
     std::optional<Usefulness> usefulness;
     std::optional<PerLayer> permutation;
-    std::vector<std::string> notes; // what was left out and why
+    std::vector<std::string> notes; // what was skipped, and why
 };
 
 struct ProbeSettings {
     ProbeSelection probes;
-    int reach = 0;                                // of angular: n up to this; 0: L
-    int64_t jacobian_samples = 128;               // at least so many
-    int jacobian_layer = 0;                       // whose matrix to write; 0: none
-    uint64_t seed = 0;                            // of the sampled tokens and v
-    std::function<void(const std::string&)> tell; // how far it is, or null
+    int reach = 0;                                // the largest n of angular; 0: L
+    int64_t jacobian_samples = 128;               // a minimum
+    int jacobian_layer = 0;                       // the layer whose matrix is kept; 0: none
+    uint64_t seed = 0;                            // for sampling tokens and v
+    std::function<void(const std::string&)> tell; // reports progress; may be null
 };
 
-// The model must be made to train, without --recompute, for batches of this size. `others` are what
-// usefulness fits on. Throws if the loss is not finite.
+// Requires a model for training, without --recompute, and for batches of this size. usefulness fits
+// on fit_batches. Throws if the loss is not finite.
 Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
-               const std::vector<ProbeBatch>& others, const ProbeSettings& settings);
+               const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& settings);
 
-// Whole windows of T tokens that have at most so many, but at least one.
+// The number of whole windows of T tokens in `tokens`, at least 1.
 uint64_t probe_windows(int64_t tokens, int T);
 
-// Windows `first` to first + n of a loader, B at a time. Leaves the loader anywhere.
+// Reads windows `first` to first + n in batches of B. Moves the loader's position.
 std::vector<ProbeBatch> read_batches(Loader& loader, int T, int B, uint64_t first, uint64_t n);
 
-// What was measured as probe.json has it: an object a probe, and for those that were not measured
-// null, or nothing if `sparse`.
+// The contents of probe.json: one object per measurement; those not taken are null, or absent if
+// `sparse`.
 nlohmann::ordered_json to_json(const Probes& probes, bool sparse = false);
 
-// For people, one line a layer.
+// Tables with one row per layer.
 std::string describe(const Probes& probes);
 
 } // namespace lns

@@ -27,7 +27,7 @@
 #include "gpt/run/rundir.h"
 #include "gpt/run/sample.h"
 #include "gpt/run/setup.h"
-#include "gpt/run/train.h"
+#include "gpt/run/training.h"
 #include "gpt/run/verify.h"
 
 namespace lns {
@@ -53,7 +53,7 @@ struct Trained {
         std::string text = flag(name);
         return text.empty() ? otherwise : parse_count(text);
     }
-    // The directory of its run; "" if it is of no run.
+    // The directory of its run; "" if it does not belong to one.
     std::string run() const {
         std::filesystem::path parent = path;
         if (!parent.has_filename()) parent = parent.parent_path(); // of "runs/x/step-000600/"
@@ -61,7 +61,7 @@ struct Trained {
         if (parent.empty()) parent = ".";
         return std::filesystem::exists(parent / "run.json") ? parent.string() : "";
     }
-    // What the run was validated on, as a pattern that names files from here.
+    // The run's validation shards, as a pattern relative to the working directory.
     std::string validation() const {
         const std::string val = flag("--val");
         return val.empty() ? validation_pattern(saved_pattern(flag("--train"), run()), "")
@@ -181,8 +181,7 @@ int probe(const Options& o, const Ranks& ranks) {
     Trained trained(o.checkpoint);
     const Config& config = trained.config;
     const std::string run = trained.run(), out = !o.out.empty() ? o.out : run + "/probe.json";
-    if (o.out.empty() && run.empty())
-        fail(trained.path, " is of no run: say where to write what is measured with -o FILE");
+    if (o.out.empty() && run.empty()) fail(trained.path, " does not belong to a run: pass -o FILE");
     auto source = validation_tokens(o, trained);
     const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
     check_length(o.batch, T, config);
@@ -263,7 +262,7 @@ int probe(const Options& o, const Ranks& ranks) {
     return 0;
 }
 
-// What ranks must have alike before they do anything together.
+// Ranks must be the same program with the same command line.
 void compare_starts(const Options& o, const Ranks& ranks) {
     if (ranks.size == 1) return;
     const BuildInfo& build = build_info();
@@ -274,7 +273,7 @@ void compare_starts(const Options& o, const Ranks& ranks) {
                    {"a build by", build.compiler},
                    {"a build with", build.flags},
                    {"a build of", parts}};
-    // A version does not name what was changed since, nor -march=native its processor.
+    // The version does not cover uncommitted changes, nor the processor of -march=native.
     if (std::filesystem::exists("/proc/self/exe"))
         facts.push_back(fingerprint_fact("a program", fnv1a(read_file("/proc/self/exe"))));
     const auto command = o.settings.find("the command"); // --help has none
@@ -305,34 +304,10 @@ Options options_of(int argc, char** argv, const Ranks& ranks, Fd& lock) {
     return o;
 }
 
-int dispatch(int argc, char** argv, const Ranks& ranks) {
-    Fd lock;
-    Options o = options_of(argc, argv, ranks, lock);
-    switch (o.command) {
-    case Options::Command::train:
-        return train(std::move(o), ranks, std::move(lock));
-    case Options::Command::sample:
-        return ranks.first() ? sample(o, ranks) : 0;
-    case Options::Command::eval:
-        return eval(o, ranks);
-    case Options::Command::probe:
-        return ranks.first() ? probe(o, ranks) : 0;
-    case Options::Command::bench:
-        return bench(o, ranks);
-    case Options::Command::export_model:
-        return ranks.first() ? export_model(o) : 0;
-    case Options::Command::verify:
-        return ranks.first() ? verify(o.paths) : 0;
-    case Options::Command::stop:
-        return 0;
-    }
-    return 0;
-}
-
 int report(const Ranks* ranks, const std::string& sentence) {
     std::cout << std::flush;
     const bool alone = !ranks || ranks->size == 1;
-    // What every rank finds is told by the first alone: it ends the others while they wait.
+    // An error of every rank is printed by the first alone, which ends the others as they wait.
     if (!alone && !ranks->first()) {
         remove_stop_handlers();
         sleep(2);
@@ -345,14 +320,41 @@ int report(const Ranks* ranks, const std::string& sentence) {
 
 } // namespace
 
-int run_program(int argc, char** argv) {
+CommandLine read_command_line(int argc, char** argv, const Ranks& ranks) {
+    CommandLine line;
+    line.options = options_of(argc, argv, ranks, line.lock);
+    return line;
+}
+
+int run_command(const Options& o, const Ranks& ranks) {
+    switch (o.command) {
+    case Options::Command::sample:
+        return ranks.first() ? sample(o, ranks) : 0;
+    case Options::Command::eval:
+        return eval(o, ranks);
+    case Options::Command::probe:
+        return ranks.first() ? probe(o, ranks) : 0;
+    case Options::Command::bench:
+        return bench(o, ranks);
+    case Options::Command::export_model:
+        return ranks.first() ? export_model(o) : 0;
+    case Options::Command::verify:
+        return ranks.first() ? verify(o.paths) : 0;
+    case Options::Command::train: // main's
+    case Options::Command::stop:
+        return 0;
+    }
+    return 0;
+}
+
+int run_program(const std::function<int(const Ranks&)>& program) {
     prepare_process();
     std::unique_ptr<Ranks> ranks;
     try {
         ranks = std::make_unique<Ranks>();
         // mpirun gives a pseudo-terminal even where its own output is a file: plain lines then.
         if (ranks->size > 1) setenv("TERM", "dumb", 1);
-        const int status = dispatch(argc, argv, *ranks);
+        const int status = program(*ranks);
         if (ranks->first()) check_output();
         return status;
     } catch (const std::bad_alloc&) {

@@ -26,7 +26,7 @@ std::string log_of(const std::string& path) { return (fs::path(path) / "log.json
 
 std::string lock_of(const std::string& path) { return (fs::path(path) / "lock").string(); }
 
-bool is_open_as(const std::string& name, int fd) {
+bool is_same_file(const std::string& name, int fd) {
     struct stat named, open;
     return stat(name.c_str(), &named) == 0 && fstat(fd, &open) == 0 &&
            named.st_dev == open.st_dev && named.st_ino == open.st_ino;
@@ -34,11 +34,10 @@ bool is_open_as(const std::string& name, int fd) {
 
 } // namespace
 
-// The lock holds for as long as the descriptor is open, that is, the process lives.
 Fd RunDirectory::lock(const std::string& path) {
     const std::string name = lock_of(path);
-    for (const char* written : {"lock", "log.jsonl", "log.damaged", "run.json"})
-        check_regular_or_absent((fs::path(path) / written).string());
+    for (const char* file : {"lock", "log.jsonl", "log.damaged", "run.json"})
+        check_regular_or_absent((fs::path(path) / file).string());
     Fd lock(open(name.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0666));
     if (!lock) fail("cannot write to ", path, ": ", std::strerror(errno));
     char begin[256];
@@ -52,7 +51,7 @@ Fd RunDirectory::lock(const std::string& path) {
             fail("another run (", holder.empty() ? "just starting" : holder, ") is writing to ",
                  path, ": wait until it ends, or choose another directory with -o.");
         }
-        // Some cluster file systems have no locks; then nothing guards the directory.
+        // Some cluster file systems lack locks; the directory is then unprotected.
         if (errno != ENOLCK && errno != ENOTSUP && errno != ENOSYS)
             fail("cannot lock ", name, ": ", std::strerror(errno));
     }
@@ -92,7 +91,7 @@ RunDirectory::RunDirectory(const std::string& path) : path_(path) {
 RunDirectory RunDirectory::create(const std::string& path) {
     RunDirectory run(path);
     if (path_exists(run.path_) && !is_directory_at(run.path_))
-        fail(path, " is a file, and a run needs a directory: choose another one with -o.");
+        fail(path, " is a file; a run needs a directory: choose another path with -o.");
     std::error_code error;
     fs::create_directories(run.path_, error);
     if (error) fail("cannot make the directory ", path, ": ", error.message());
@@ -128,7 +127,7 @@ void RunDirectory::record(int argc, const char* const* argv,
     if (path_exists(name)) {
         ordered_json earlier = parse_ordered_json(read_file(name), name);
         if (!earlier.is_object() || !earlier.contains("starts") || !earlier["starts"].is_array())
-            fail(name, " is not the record of a run: move it away and start again.");
+            fail(name, " is not a run's record: move it away and start again.");
         record = std::move(earlier);
     }
     const BuildInfo& build = build_info();
@@ -160,7 +159,7 @@ void RunDirectory::append(std::string_view json_line) {
     try {
         write_all(log_.fd, line.data(), line.size(), name);
     } catch (...) {
-        // On a full disk a part of the line may stand there; what was whole before stays whole.
+        // On a full disk, remove the part of the line that was written.
         if (before >= 0 && ftruncate(log_.fd, before) != 0) {
         }
         throw;
@@ -169,8 +168,8 @@ void RunDirectory::append(std::string_view json_line) {
 
 std::string RunDirectory::mend() {
     lost_.clear();
-    if (is_open_as(log_of(path_), log_.fd)) return "";
-    const bool locked = is_open_as(lock_of(path_), lock_.fd);
+    if (is_same_file(log_of(path_), log_.fd)) return "";
+    const bool locked = is_same_file(lock_of(path_), lock_.fd);
     const std::string gone = cat(locked ? log_of(path_) : path_,
                                  " was removed, renamed or unmounted while it was in use");
     try {
@@ -178,9 +177,9 @@ std::string RunDirectory::mend() {
         if (!locked) lock_ = lock(path_);
         open_log();
     } catch (const std::exception& error) {
-        return lost_ = cat(gone, ", and cannot be made again: ", error.what());
+        return lost_ = cat(gone, " and cannot be recreated: ", error.what());
     }
-    return cat(gone, ". It is made again, without what was in it");
+    return cat(gone, ". It was recreated without its contents");
 }
 
 int64_t RunDirectory::truncate_log_after(int64_t step) {
@@ -193,24 +192,23 @@ int64_t RunDirectory::truncate_log_after(int64_t step) {
         try {
             const nlohmann::json entry = parse_json(line, name);
             auto found = entry.is_object() ? entry.find("step") : entry.end();
-            const bool other = entry.is_object() && found == entry.end(); // says no step
-            if (!other && (found == entry.end() || !found->is_number()))
+            const bool stepless = entry.is_object() && found == entry.end();
+            if (!stepless && (found == entry.end() || !found->is_number()))
                 fail(name, " has a line without a step");
             if (line.back() != '\n') fail(name, " ends within a line");
-            if (other || found->get<double>() <= double(step)) kept += line;
-        } catch (const Error&) { // such as the line that a kill cut short
+            if (stepless || found->get<double>() <= double(step)) kept += line;
+        } catch (const Error&) { // such as a line truncated by a kill
             damaged += line;
             if (line.back() != '\n') damaged += '\n';
             count++;
         }
     }
-    if (count > 0) {
-        // Those of earlier times stay.
+    if (count > 0) { // keeping earlier damaged lines
         const std::string aside = damaged_log();
         write_file_atomic(aside, (path_exists(aside) ? read_file(aside) : "") + damaged);
     }
     write_file_atomic(name, kept);
-    open_log(); // the old one is no longer in the directory
+    open_log(); // write_file_atomic replaced the file
     return count;
 }
 
@@ -273,7 +271,7 @@ std::vector<std::string> start_directories(const std::string& path) {
             const std::string directory = start.at("directory");
             if (directory.starts_with('/')) found.insert(found.begin(), directory);
         }
-    } catch (const nlohmann::json::exception&) { // not a record: whoever needs it says so
+    } catch (const nlohmann::json::exception&) { // its readers report a damaged record
     } catch (const Error&) {
     }
     std::set<std::string> seen;

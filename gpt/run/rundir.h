@@ -1,6 +1,6 @@
-// A run is a directory: log.jsonl (one object a step), checkpoints step-000500, …, run.json (the
-// exact commands that wrote it, with their builds) and lock (held while a process trains into it).
-// Only one process of a run, rank 0, opens it.
+// A run's directory: log.jsonl (one object per step), checkpoints step-000500, …, run.json (the
+// commands and builds that wrote it) and lock (held while a process trains into it). Only rank 0
+// opens it.
 #pragma once
 
 #include "gpt/base/files.h"
@@ -16,67 +16,66 @@ namespace lns {
 
 class RunDirectory {
   public:
-    // A new run. Throws where a run lies already, or another process holds the directory.
+    // Starts a new run. Throws if path holds a run, or another process has locked it.
     static RunDirectory create(const std::string& path);
-    // An earlier run, to be continued. The temporaries that a kill left are removed. held: what
-    // lock() gave; without it, it is locked first.
+    // Continues a run. Removes temporary files of killed processes. held: the result of lock(), if
+    // it was called before.
     static RunDirectory resume(const std::string& path, Fd held = {});
-    // Keeps other processes from training into path for as long as this lives. Throws if one does.
+    // Locks path until the descriptor is closed. Throws if another process has locked it.
     static Fd lock(const std::string& path);
 
     const std::string& path() const { return path_; }
 
-    // Adds an entry to run.json: this command line, quoted for a shell, the working directory, the
-    // time, the host, the build, and whatever else the caller knows.
+    // Adds an entry to run.json: the shell-quoted command line, working directory, time, host,
+    // build, and the fields in `more`; stores `options` unless empty.
     void record(int argc, const char* const* argv,
                 const std::map<std::string, std::string>& more = {},
                 const std::map<std::string, std::string>& options = {});
 
     // Appends a line to log.jsonl, whole or not at all.
     void append(std::string_view json_line);
-    // "" as long as the directory and its log stand where they were. If they were removed, renamed
-    // or unmounted, they are made again, and this says so, or why they cannot be.
+    // Recreates the directory and its log if they were removed, renamed or unmounted. Returns "" if
+    // nothing was wrong, else a sentence about what was done or why it failed.
     std::string mend();
-    // Drops the lines with "step" > step, as a resumed run is to write them again, and moves those
-    // that are damaged to damaged_log(). How many these were.
+    // Drops lines with "step" > step, which a resumed run rewrites, and moves damaged lines to
+    // damaged_log(). Returns the number of damaged lines.
     int64_t truncate_log_after(int64_t step);
     std::string damaged_log() const;
 
-    // PATH/step-000500, to be written through AtomicDirectory. Throws if the directory is lost.
+    // PATH/step-000500, for an AtomicDirectory. Throws if the directory is lost.
     std::string checkpoint_path(int64_t step) const;
-    // All whole checkpoints, by step.
+    // All checkpoints, by step.
     std::vector<std::pair<int64_t, std::string>> checkpoints() const;
-    // Removes all but the n newest; n <= 0 keeps all.
+    // Removes all but the n newest checkpoints; n <= 0 keeps all.
     void keep_last(int n);
 
   private:
     std::string path_;
     Fd lock_, log_;
-    std::string lost_; // why the directory is no longer ours
+    std::string lost_; // why the directory cannot be used; "" if it can
     explicit RunDirectory(const std::string& path);
     void open_log();
 };
 
-// PREFIX, PREFIX-2, PREFIX-3, …: the first that does not exist yet.
+// The first of PREFIX, PREFIX-2, PREFIX-3, … that does not exist.
 std::string default_run_path(const std::string& prefix);
 
-// All whole checkpoints in a run's directory, by step; none if there is no such directory.
+// All checkpoints in a run's directory, by step; none if there is no such directory.
 std::vector<std::pair<int64_t, std::string>> checkpoints_in(const std::string& path);
-// The step of a checkpoint named so ("step-000500"), or -1.
+// The step in a checkpoint's name ("step-000500"), or -1.
 int64_t checkpoint_step(const std::string& name);
 
-// The checkpoint that path names: path itself if it holds a config.json, else the last one of the
-// run directory path.
+// path itself if it holds a config.json, else the newest checkpoint of the run directory path.
 std::string latest_checkpoint(const std::string& path);
 
-// The options that the run at path was last started with; empty if nothing says.
+// The options of the run's last start; empty if not recorded.
 std::map<std::string, std::string> recorded_flags(const std::string& path);
 
-// The working directories that the run at path was started in, the newest first; none if nothing
-// says. The run's relative paths began in one of them.
+// The working directories of the run's starts, newest first, to resolve its relative paths; none if
+// not recorded.
 std::vector<std::string> start_directories(const std::string& path);
 
-// The words as a POSIX shell reads them back.
+// The command line quoted for a POSIX shell.
 std::string shell_quoted(int argc, const char* const* argv);
 
 // "2025-06-01T13:05:09Z"

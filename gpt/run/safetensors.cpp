@@ -26,7 +26,7 @@ using nlohmann::json;
 
 constexpr uint64_t max_header = 100'000'000; // as in the reference implementation
 
-// The bytes that shape and dtype say; false if they overflow 63 bits.
+// Sets bytes to the size of a tensor; false if it overflows 63 bits.
 bool tensor_bytes(const std::vector<int64_t>& shape, const std::string& dtype, uint64_t& bytes) {
     int64_t product = int64_t(dtype_bytes(dtype));
     for (int64_t n : shape)
@@ -41,7 +41,6 @@ std::string shape_text(const std::vector<int64_t>& shape) {
     return "[" + text + "]";
 }
 
-// A string as JSON.
 std::string json_string(const std::string& text, const std::string& path) {
     try {
         return json(text).dump();
@@ -56,11 +55,10 @@ bool is_checksum_key(const std::string& key) {
     return key == checksum_key || key.starts_with(tensor_checksum_key);
 }
 
-// What a file's header says, whatever the order of its entries: any tool may write it again.
-uint64_t
-description_checksum(const std::map<std::string, std::string>& metadata,
-                     std::vector<std::tuple<std::string, std::string, std::string, uint64_t>>
-                         tensors /* name, dtype, shape, checksum */) {
+// The checksum of a header's contents, independent of their order, so that tools may rewrite it.
+uint64_t header_checksum(const std::map<std::string, std::string>& metadata,
+                         std::vector<std::tuple<std::string, std::string, std::string, uint64_t>>
+                             tensors /* name, dtype, shape, checksum */) {
     std::string text;
     auto add = [&](const std::string& part) { text += cat(part.size(), ' ', part, ' '); };
     for (const auto& [key, value] : metadata)
@@ -75,12 +73,13 @@ float half_to_float(uint16_t half) {
     uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31,
              mantissa = half & 1023;
     if (exponent == 0) return std::ldexp(float(mantissa), -24) * (sign ? -1.0f : 1.0f);
-    exponent = exponent == 31 ? 255 : exponent + 112; // infinity and NaN; else the bias, 127 - 15
+    exponent =
+        exponent == 31 ? 255 : exponent + 112; // infinity and NaN; else the biases' difference
     return std::bit_cast<float>(sign | exponent << 23 | mantissa << 13);
 }
 
-// Converts a tensor chunk by chunk, each while it is in the cache after its checksum was taken; the
-// checksum of all, if the file has one to compare with.
+// Converts a tensor and returns its checksum, if the file has one to compare with. Goes chunk by
+// chunk, so that each is converted while it is in the cache.
 template <class Stored, class Out, class Convert>
 uint64_t convert(const TensorView& view, Out* out, Convert value_of) {
     const char* from = static_cast<const char*>(view.data);
@@ -102,12 +101,11 @@ uint64_t convert(const TensorView& view, Out* out, Convert value_of) {
 }
 
 [[noreturn]] void fail_damaged(const std::string& path, const TensorView& view) {
-    fail(path, ": the tensor '", view.name,
-         "' is damaged: its bytes do not have the checksum that they were written with (",
+    fail(path, ": the tensor '", view.name, "' is damaged: its bytes do not match their checksum (",
          checksum_text(*view.checksum), ")");
 }
 
-// Whether the tensor has its checksum.
+// Returns whether the tensor matches its checksum.
 template <class Out> bool read_as(const std::string& path, const TensorView& view, Out* out) {
     auto same = [](auto value) { return value; };
     uint64_t sum = 0;
@@ -122,7 +120,7 @@ template <class Out> bool read_as(const std::string& path, const TensorView& vie
         sum = convert<uint16_t>(view, out, half_to_float);
     } else {
         fail(path, ": the tensor '", view.name, "' has type ", view.dtype,
-             ", and F64, F32, F16 or BF16 is needed here.");
+             "; expected F64, F32, F16 or BF16.");
     }
     return !view.checksum || sum == *view.checksum;
 }
@@ -169,20 +167,19 @@ void write_safetensors(const std::string& path, const std::vector<TensorOut>& te
             fail("cannot write ", path, ": '", tensor->name, "' has the impossible shape ",
                  shape_text(tensor->shape));
         if (!names.insert(tensor->name).second)
-            fail("cannot write ", path, ": two tensors have the name '", tensor->name, "'");
+            fail("cannot write ", path, ": two tensors are named '", tensor->name, "'");
         sizes.push_back(bytes);
     }
-    // The checksums are known when the tensors are written: the header, which comes before them, is
-    // written again then.
+    // The header precedes the tensors, so it is overwritten once their checksums are known.
     AtomicFile file(path);
     const bool with_checksums = file.can_overwrite();
     std::vector<uint64_t> sums(order.size());
-    auto header_of = [&](uint64_t description) {
+    auto header_with = [&](uint64_t own_checksum) {
         std::string header = "{\"__metadata__\":{";
         for (const auto& [key, value] : metadata)
             header += json_string(key, path) + ":" + json_string(value, path) + ",";
         if (with_checksums) {
-            header += "\"" + checksum_key + "\":\"" + checksum_text(description) + "\",";
+            header += "\"" + checksum_key + "\":\"" + checksum_text(own_checksum) + "\",";
             for (size_t i = 0; i < order.size(); i++)
                 header += json_string(tensor_checksum_key + order[i]->name, path) + ":\"" +
                           checksum_text(sums[i]) + "\",";
@@ -200,7 +197,7 @@ void write_safetensors(const std::string& path, const std::vector<TensorOut>& te
         header.resize((header.size() + 7) / 8 * 8, ' ');
         return header;
     };
-    std::string header = header_of(0);
+    std::string header = header_with(0);
     const uint64_t length = header.size();
     file.write(&length, sizeof length);
     file.write(header.data(), header.size());
@@ -215,14 +212,14 @@ void write_safetensors(const std::string& path, const std::vector<TensorOut>& te
         });
         if (written != sizes[i])
             fail("cannot write ", path, ": '", order[i]->name, "' of type ", order[i]->dtype,
-                 " and shape ", shape_text(order[i]->shape), " should have ", sizes[i],
-                 " bytes and has ", written, ".");
+                 " and shape ", shape_text(order[i]->shape), " needs ", sizes[i], " bytes and has ",
+                 written, ".");
         sums[i] = sum.value();
         described.emplace_back(order[i]->name, order[i]->dtype, shape_text(order[i]->shape),
                                sums[i]);
     }
     if (with_checksums) {
-        header = header_of(description_checksum(metadata, described));
+        header = header_with(header_checksum(metadata, described));
         file.overwrite(sizeof length, header.data(), header.size());
     }
     file.commit();
@@ -241,7 +238,7 @@ Safetensors::Safetensors(const std::string& path) : path_(path) {
     try {
         parse();
     } catch (const Error&) {
-        file_.check(); // the better reason
+        file_.check(); // a truncated or unreadable file is the better explanation
         throw;
     }
     file_.check();
@@ -250,16 +247,15 @@ Safetensors::Safetensors(const std::string& path) : path_(path) {
 void Safetensors::parse() {
     const char* file = reinterpret_cast<const char*>(file_.data());
     const size_t size = file_.size();
-    if (std::string_view(file, size).starts_with(lfs_pointer))
+    if (is_lfs_pointer({file, size}))
         fail(path_, " is a Git LFS pointer, not the file itself: fetch it with git lfs pull");
     uint64_t length;
     std::memcpy(&length, file, sizeof length);
     if (length > max_header || length < 2)
-        fail(path_, " is not a safetensors file: it says that its header has ", length,
+        fail(path_, " is not a safetensors file: it gives its header's length as ", length,
              " bytes; expected 2 to ", max_header, ".");
     if (length > size - 8)
-        fail(path_, " is truncated: its header alone has ", length, " bytes and the file ", size,
-             ".");
+        fail(path_, " is truncated: its header alone has ", length, " bytes, the file ", size, ".");
     if (file[8] != '{')
         fail(path_, " is not a safetensors file: its header does not begin with '{'.");
     const char* data = file + 8 + length;
@@ -267,10 +263,10 @@ void Safetensors::parse() {
 
     const json header = parse_json({file + 8, length}, path_ + ": its header", max_header);
     for (const auto& [name, entry] : header.items()) {
-        if (!entry.is_object()) fail(path_, ": the header's entry '", name, "' is no object.");
+        if (!entry.is_object()) fail(path_, ": the header's entry '", name, "' is not an object.");
         if (name == "__metadata__") {
             for (const auto& [key, value] : entry.items()) {
-                if (!value.is_string()) fail(path_, ": the metadata '", key, "' is no string.");
+                if (!value.is_string()) fail(path_, ": the metadata '", key, "' is not a string.");
                 metadata_[key] = value.get<std::string>();
             }
             continue;
@@ -286,7 +282,7 @@ void Safetensors::parse() {
         const json& offsets = field("data_offsets");
         if (entry.size() != 3)
             fail(path_, ": the tensor '", name,
-                 "' has other fields than dtype, shape and data_offsets.");
+                 "' has other fields besides dtype, shape and data_offsets.");
         if (!dtype.is_string() || !dtype_bytes(dtype.get<std::string>()))
             fail(path_, ": the tensor '", name, "' has the unknown type ", quoted(dtype), ".");
         view.dtype = dtype.get<std::string>();
@@ -305,7 +301,7 @@ void Safetensors::parse() {
                  "; expected two numbers, begin and end.");
         uint64_t begin = offsets[0].get<uint64_t>(), end = offsets[1].get<uint64_t>();
         if (begin > end || end > data_bytes)
-            fail(path_, ": the tensor '", name, "' lies at bytes ", begin, " to ", end, " of ",
+            fail(path_, ": the tensor '", name, "' is at bytes ", begin, " to ", end, " of ",
                  data_bytes, " bytes of data: the file is truncated or damaged.");
         if (end - begin != bytes)
             fail(path_, ": the tensor '", name, "' of type ", view.dtype, " and shape ",
@@ -328,12 +324,12 @@ void Safetensors::parse() {
         index_.emplace(view.name, index_.size());
     }
     if (expected != data + data_bytes)
-        fail(path_, " has ", data_bytes, " bytes of data, and its tensors account for ",
+        fail(path_, " has ", data_bytes, " bytes of data, but its tensors account for ",
              expected - data, ".");
     take_checksums();
 }
 
-// Moves the checksums from the metadata to where they belong. One that is missing was lost.
+// Moves the checksums from the metadata to the tensors. A file has either all or none.
 void Safetensors::take_checksums() {
     std::map<std::string, std::string> sums;
     for (auto entry = metadata_.begin(); entry != metadata_.end();)
@@ -362,16 +358,15 @@ void Safetensors::take_checksums() {
     }
     if (!sums.empty())
         fail(path_, ": its header is damaged: '", sums.begin()->first,
-             "' is the checksum of no tensor in it");
-    if (description_checksum(metadata_, described) != *checksum_)
-        fail(path_, ": its header is damaged: what it says of the tensors does not have the "
-                    "checksum that it was written with");
+             "' names no tensor of the file");
+    if (header_checksum(metadata_, described) != *checksum_)
+        fail(path_, ": its header is damaged: it does not match its checksum");
 }
 
 void Safetensors::check(const TensorView& view) const {
-    const bool whole = !view.checksum || lns::checksum(view.data, view.bytes) == *view.checksum;
+    const bool intact = !view.checksum || lns::checksum(view.data, view.bytes) == *view.checksum;
     file_.check();
-    if (!whole) fail_damaged(path_, view);
+    if (!intact) fail_damaged(path_, view);
 }
 
 const TensorView* Safetensors::find(const std::string& name) const {
@@ -386,15 +381,15 @@ const TensorView& Safetensors::at(const std::string& name) const {
 }
 
 void Safetensors::read_f32(const TensorView& view, float* out) const {
-    const bool whole = read_as(path_, view, out);
+    const bool intact = read_as(path_, view, out);
     file_.check();
-    if (!whole) fail_damaged(path_, view);
+    if (!intact) fail_damaged(path_, view);
 }
 
 void Safetensors::read_f64(const TensorView& view, double* out) const {
-    const bool whole = read_as(path_, view, out);
+    const bool intact = read_as(path_, view, out);
     file_.check();
-    if (!whole) fail_damaged(path_, view);
+    if (!intact) fail_damaged(path_, view);
 }
 
 } // namespace lns

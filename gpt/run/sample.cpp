@@ -14,7 +14,7 @@ std::vector<Candidate> candidates(const float* logits, int V, const Sampling& s)
     for (int v = 0; v < V; v++) {
         if (std::isnan(logits[v]))
             fail("the model's output is not a number (logit ", v, " of ", V,
-                 "): its weights are broken, or training diverged");
+                 "): its weights are damaged, or training diverged");
         all[v] = {v, logits[v]};
     }
     auto likelier = [](const Candidate& a, const Candidate& b) {
@@ -25,10 +25,9 @@ std::vector<Candidate> candidates(const float* logits, int V, const Sampling& s)
     all.resize(k);
     if (k == 1) return {{all[0].token, 1}};
 
-    // softmax(logits / temperature) over what top-k left
-    double most = all[0].probability, sum = 0;
-    for (Candidate& c : all)
-        sum += c.probability = std::exp((c.probability - most) / s.temperature);
+    // softmax(logits / temperature) over the top k
+    double max = all[0].probability, sum = 0;
+    for (Candidate& c : all) sum += c.probability = std::exp((c.probability - max) / s.temperature);
     double kept = 0;
     size_t n = 0;
     while (n < all.size() && (n == 0 || kept < s.top_p * sum)) kept += all[n++].probability;
@@ -47,15 +46,15 @@ int sample_token(const float* logits, int V, const Sampling& s, uint64_t i) {
 
 std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int context,
                           const Sampling& sampling, const std::function<bool(int)>& on_token) {
-    if (tokens.empty()) fail("there is no token to continue: give a prompt");
+    if (tokens.empty()) fail("the prompt has no tokens to continue");
     const int V = model.config.vocab_size;
     const size_t prompt = tokens.size();
-    const int drawn = sampling.vocabulary > 0 ? std::min(sampling.vocabulary, V) : V;
+    const int drawable = sampling.vocabulary > 0 ? std::min(sampling.vocabulary, V) : V;
     std::vector<float> logits(V);
     for (int i = 0; i < n; i++) {
         int T = int(std::min(tokens.size(), size_t(context)));
         model.logits(tokens.data() + tokens.size() - T, 1, T, true, logits.data());
-        tokens.push_back(sample_token(logits.data(), drawn, sampling, i));
+        tokens.push_back(sample_token(logits.data(), drawable, sampling, i));
         if (on_token && !on_token(tokens.back())) break;
     }
     tokens.erase(tokens.begin(), tokens.begin() + prompt);
@@ -63,7 +62,7 @@ std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int cont
 }
 
 std::string continuation(const Tokenizer& tokenizer, const std::vector<int>& prompt,
-                         const std::vector<int>& made) {
+                         const std::vector<int>& generated) {
     std::vector<int> tokens;
     auto add = [&](const std::vector<int>& more) {
         std::copy_if(more.begin(), more.end(), std::back_inserter(tokens),
@@ -71,9 +70,9 @@ std::string continuation(const Tokenizer& tokenizer, const std::vector<int>& pro
     };
     add(prompt);
     const std::string before = tokenizer.decode(tokens);
-    add(made);
+    add(generated);
     const std::string whole = tokenizer.decode(tokens);
-    // A prompt that ends within a character decodes to another end once that is complete.
+    // If the prompt ends within a character, generated tokens change how its end decodes.
     size_t same =
         size_t(std::mismatch(before.begin(), before.end(), whole.begin(), whole.end()).first -
                before.begin());

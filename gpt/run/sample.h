@@ -1,4 +1,4 @@
-// From logits to text: temperature, top-k, top-p (nucleus), greedy.
+// Sampling text from logits: temperature, top-k, top-p (nucleus), greedy.
 #pragma once
 
 #include <functional>
@@ -12,11 +12,11 @@
 namespace lns {
 
 struct Sampling {
-    double temperature = 1; // 0: always the likeliest token
-    int top_k = 0;          // of the k likeliest tokens only; 0: of all
-    double top_p = 1;       // of the fewest likeliest tokens that have probability p together
+    double temperature = 1; // 0: greedy
+    int top_k = 0;          // keep the k likeliest tokens; 0: all
+    double top_p = 1;       // keep the smallest set of likeliest tokens with total probability p
     uint64_t seed = 0;
-    int vocabulary = 0; // of the first so many tokens only, those the tokenizer has; 0: of all
+    int vocabulary = 0; // draw from the first `vocabulary` tokens, the tokenizer's; 0: all
 };
 
 struct Candidate {
@@ -24,26 +24,26 @@ struct Candidate {
     double probability;
 };
 
-// What a token is drawn from, likeliest first (of equals, the lower id), probabilities adding up
-// to 1. Temperature comes first, then top-k, then top-p of what is left. Throws if a logit is NaN.
+// The distribution that a token is drawn from: normalized, likeliest first, ties by lower id.
+// Applies temperature, then top-k, then top-p. Throws if a logit is NaN.
 std::vector<Candidate> candidates(const float* logits, int V, const Sampling& sampling);
 
-// Draw number i of the seed: the same logits, seed and i give the same token.
+// The i-th draw of the seed: a function of logits, seed and i alone.
 int sample_token(const float* logits, int V, const Sampling& sampling, uint64_t i);
 
-// Continues `tokens`, which must not be empty, by up to n tokens and returns those. Each is drawn
-// given the last `context` tokens. on_token sees each as it comes; false ends it there.
+// Returns up to n tokens that continue `tokens`, which must not be empty. Each is conditioned on
+// the last `context` tokens. on_token is called with each and stops generation by returning false.
 std::vector<int> generate(Model& model, std::vector<int> tokens, int n, int context,
                           const Sampling& sampling, const std::function<bool(int)>& on_token = {});
 
-// The text that the tokens `made` add to a prompt: the difference between decodings of the whole,
-// since a token's text may depend on those before it (SentencePiece drops the space of a first
-// word). Tokens that the tokenizer does not have add nothing.
+// The text that the `generated` tokens add to the prompt. Both are decoded together, since a
+// token's text may depend on those before it (SentencePiece drops the space of a first word).
+// Tokens unknown to the tokenizer are skipped.
 std::string continuation(const Tokenizer& tokenizer, const std::vector<int>& prompt,
-                         const std::vector<int>& made);
+                         const std::vector<int>& generated);
 
-// The length of the text without a last character that more tokens may still complete: an
-// unfinished one of UTF-8, or the U+FFFD that SentencePiece decodes its bytes to.
+// The length of the text without a last character that later tokens may complete: a partial UTF-8
+// sequence, or the U+FFFD that SentencePiece decodes its bytes to.
 size_t whole_characters(std::string_view text);
 
 } // namespace lns

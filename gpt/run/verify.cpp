@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// What was found so far; each finding is a line.
+// Prints one line per finding.
 struct Findings {
     int damaged = 0;
 
@@ -28,22 +28,21 @@ struct Findings {
         std::printf("%s: whole; %s\n", printable(path).c_str(), details.c_str());
     }
     void damage(const std::string& path, const std::string& sentence) {
-        // Most sentences begin with the path already.
-        const bool named = sentence.starts_with(path);
+        const bool named = sentence.starts_with(path); // as most do
         std::printf("DAMAGED: %s%s\n", named ? "" : printable(path + ": ").c_str(),
                     printable(sentence).c_str());
         damaged++;
     }
 };
 
-const char* without_checksums = "it can be read, and has no checksums to compare with";
+const char* without_checksums = "readable, but without checksums to compare with";
 
 void verify_tensors(const std::string& path, Findings& found) {
     try {
         const Safetensors file(path);
         for (const TensorView& view : file.tensors()) file.check(view);
         found.whole(path, file.checksum()
-                              ? cat("the checksums of ", file.tensors().size(), " tensors agree")
+                              ? cat("the checksums of ", file.tensors().size(), " tensors match")
                               : without_checksums);
     } catch (const Error& error) {
         found.damage(path, error.what());
@@ -55,7 +54,7 @@ bool verify_checkpoint(const std::string& path, Findings& found) {
     if (!damage.empty())
         found.damage(path, damage);
     else
-        found.whole(path, has_checksums(path) ? "all checksums agree" : without_checksums);
+        found.whole(path, has_checksums(path) ? "all checksums match" : without_checksums);
     return damage.empty();
 }
 
@@ -82,7 +81,7 @@ void verify_run(const std::string& path, Findings& found) {
         if (unreadable)
             found.damage(log, cat(unreadable, " of its ", lines, " lines cannot be read"));
         else
-            found.whole(log, cat("its ", lines, " lines can be read"));
+            found.whole(log, cat("all ", lines, " lines can be read"));
     }
     try {
         recorded_flags(path);
@@ -90,12 +89,12 @@ void verify_run(const std::string& path, Findings& found) {
         found.damage(path + "/run.json", error.what());
     }
     if (!newest)
-        std::printf("there is no checkpoint in %s yet\n", printable(path).c_str());
+        std::printf("%s has no checkpoint yet\n", printable(path).c_str());
     else if (!newest_whole)
         std::printf("no checkpoint in %s is whole\n", printable(path).c_str());
     else if (newest_whole != newest)
-        std::printf("the newest that is whole is %s. To go on from it: move those after it out of "
-                    "%s, and start again with -y\n",
+        std::printf("the newest whole checkpoint is %s. To resume from it, move the later ones out "
+                    "of %s and start again with -y\n",
                     printable(*newest_whole).c_str(), printable(path).c_str());
 }
 
@@ -105,7 +104,7 @@ void verify_shard(const std::string& path, Findings& found) {
         shard.check_checksum();
         if (shard.id.vocab_size) shard.check_tokens(shard.id.vocab_size);
         found.whole(path, shard.has_checksum()
-                              ? cat("the checksum of its ", shard.tokens, " tokens agrees")
+                              ? cat("the checksum of its ", shard.tokens, " tokens matches")
                               : without_checksums);
     } catch (const Error& error) {
         found.damage(path, error.what());
@@ -123,8 +122,7 @@ void verify_path(const std::string& path, Findings& found) {
         std::vector<std::string> shards;
         for (const auto& entry : directory_entries(path))
             if (entry.path().extension() == ".bin") shards.push_back(entry.path().string());
-        if (shards.empty())
-            fail(path, " holds no run, no checkpoint and no shard (*.bin): name what to check");
+        if (shards.empty()) fail(path, " holds no run, no checkpoint and no shard (*.bin)");
         std::sort(shards.begin(), shards.end());
         for (const std::string& shard : shards) verify_shard(shard, found);
         return;

@@ -1,4 +1,4 @@
-// `train_gpt verify`: whether files are as they were written.
+// `train_gpt verify`: checks files for damage.
 #pragma once
 
 #include <string>
@@ -6,9 +6,9 @@
 
 namespace lns {
 
-// Checks each path, reading all of it, and prints a line for each checkpoint and shard: a run's
-// directory, a checkpoint or Hugging Face directory, a safetensors file, shards, a directory or a
-// pattern of them. Returns the exit status: 1 if anything is damaged.
+// Reads every path completely and prints a line per checkpoint and shard. A path is a run, a
+// checkpoint or Hugging Face directory, a safetensors file, a shard, or a directory or pattern of
+// shards. Returns the exit status: 1 if anything is damaged.
 int verify(const std::vector<std::string>& paths);
 
 } // namespace lns

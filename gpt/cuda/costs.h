@@ -1,0 +1,100 @@
+// What each part of a pass on a GPU costs, for a Profile: FLOPs of matrix products, and bytes of
+// weights and activations, each read or written once.
+#pragma once
+
+#include <cstdint>
+
+#include "gpt/model/config.h"
+#include "gpt/model/profile.h"
+#include "gpt/model/scheme.h"
+
+namespace lns::cuda {
+
+// S: the scalar of weights and activations; G: that of the parameters' gradients.
+template <class S, class G> struct Costs {
+    static constexpr double s = sizeof(S), g = sizeof(G), f = sizeof(float);
+
+    const Config& c; // padded
+    double rows, T;
+    double attended_width; // NH·HS without padding
+
+    Cost embedding_forward() const { return {"forward", "embedding", 0, rows * c.width * (s + f)}; }
+    Cost embedding_backward() const { return {"backward", "embedding", 0, rows * c.width * f}; }
+
+    Cost junction_forward(const Junction& j, bool writes_u) const {
+        return {"forward", "junctions", 0,
+                rows * c.width * ((1.0 + j.branch) * f + (1.0 * j.branch + writes_u) * s)};
+    }
+    Cost junction_backward(const Junction& j, bool last) const {
+        return {"backward", "junctions", 0,
+                rows * c.width *
+                    ((2.0 - last + j.in_norm + j.keeps_branch()) * f +
+                     (1.0 + j.branch * (1 + j.keeps_branch())) * s)};
+    }
+    Cost input_recompute() const { return {"recompute", "junctions", 0, rows * c.width * (f + s)}; }
+
+    // n rows times a matrix (OC, C).
+    static Cost matmul(const char* group, const char* name, int64_t n, double C, double OC,
+                       double matrix_bytes, double out_bytes = s) {
+        return {group, name, 2 * double(n) * C * OC,
+                double(n) * (C * s + OC * out_bytes) + C * OC * matrix_bytes};
+    }
+    static Cost matmul_forward(const char* name, int64_t n, double C, double OC, double out_bytes) {
+        return matmul("forward", name, n, C, OC, s, out_bytes);
+    }
+    static Cost matmul_backward_input(const char* name, int64_t n, double C, double OC) {
+        return matmul("input gradient", name, n, C, OC, s);
+    }
+    static Cost matmul_backward_weight(const char* name, int64_t n, double C, double OC) {
+        return matmul("weight gradient", name, n, C, OC, 2 * g);
+    }
+    // With GELU or its gradient in the epilogue, which writes or reads `hidden`.
+    Cost matmul_gelu(const char* group, const char* name) const {
+        Cost cost = matmul(group, name, int64_t(rows), c.width, c.mlp_width, s);
+        cost.bytes += rows * c.mlp_width * s;
+        return cost;
+    }
+
+    Cost qk_forward() const {
+        return {"forward", "q and k", 0, rows * 2 * (c.q_width() + c.kv_width()) * s};
+    }
+    Cost qk_forward_unrounded() const {
+        return {"forward", "q and k", 0, rows * c.qkv_width() * (s + f)};
+    }
+    Cost qk_norm_backward() const {
+        return {"backward", "q and k norm", 0, rows * 3 * (c.q_width() + c.kv_width()) * s};
+    }
+    Cost attention_forward() const {
+        return {"forward", "attention", attention_flops(2),
+                rows * (c.qkv_width() + c.q_width()) * s};
+    }
+    Cost attention_backward() const {
+        return {"backward", "attention", attention_flops(5),
+                rows * 2 * (c.qkv_width() + c.q_width()) * s};
+    }
+    // The causal mask leaves half of T² in each product.
+    double attention_flops(int products) const { return products * rows * T * attended_width; }
+
+    Cost activation_forward(const char* group) const {
+        return {group, activation(), 0, rows * (c.mlp_in_width() + c.mlp_width) * s};
+    }
+    Cost activation_backward() const {
+        return {"backward", activation(), 0, rows * (2.0 * c.mlp_in_width() + c.mlp_width) * s};
+    }
+    const char* activation() const { return c.gated_mlp ? "swiglu" : "gelu"; }
+
+    Cost loss(int64_t n, bool gradients, double logit_bytes) const {
+        return {"forward", "loss", 0, double(n) * c.vocab_size * (1 + gradients) * logit_bytes};
+    }
+
+    // Of n parameters.
+    static Cost zero_gradients(int64_t n) { return {"update", "zero gradients", 0, double(n) * g}; }
+    static Cost gradient_sum(int64_t n) { return {"update", "sum over ranks", 0, double(n) * g}; }
+    static Cost gradient_norm(int64_t n) { return {"update", "gradient norm", 0, double(n) * g}; }
+    static Cost adamw(int64_t n, double moment_bytes, bool master) {
+        return {"update", "AdamW", 0,
+                double(n) * (g + 4 * moment_bytes + (master ? 2 * f + s : 2 * s))};
+    }
+};
+
+} // namespace lns::cuda

@@ -1,0 +1,88 @@
+// The tensors of a pass, on either backend: which of them are kept for the backward pass, and which
+// share memory. `Array` is the backend's; S is the scalar of activations, A the one of the residual
+// stream and of sums.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "gpt/model/config.h"
+#include "gpt/model/model.h"
+#include "gpt/model/slots.h"
+
+namespace lns {
+
+template <template <class> class Array, class S, class A, class NormStats, class JunctionStats>
+struct PassTensors {
+    int64_t rows = 0; // B·T at most
+
+    Array<A> embedded;                 // (rows, C), if junction 0 has a norm
+    Slots<Array<A>> residual;          // (rows, C) of each junction: r
+    Slots<Array<S>> input;             // (rows, C) of each junction: u, unless it is r itself
+    Slots<Array<S>> branch;            // (rows, C) of each junction but the first: b
+    Slots<Array<JunctionStats>> stats; // (rows) of each junction
+    Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
+    Array<A> unrounded_qkv;            // (rows, the same), where they are rounded after the norm
+    Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), with OLMo 2's norm
+    Slots<Array<NormStats>> qk_stats;  // (rows, 2)
+    Slots<Array<S>> attended;          // (rows, NH·HS)
+    Slots<Array<A>> lse;               // (rows, NH)
+    Slots<Array<S>> hidden, activated; // (rows, H or 2·H), (rows, H)
+    Array<A> losses;                   // (rows)
+
+    Array<A> dresidual;       // (rows, C)
+    Array<S> dinput, dbranch; // (rows, C)
+    Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
+
+    // Calls make(array, elements) for every array. round_late: q, k and v are rounded once, after
+    // their norm and rotation.
+    template <class Make>
+    void layout(const Config& c, int B, int T, const ModelOptions& o, bool round_late,
+                const Make& make) {
+        const int C = c.width, L = c.layers, K = 2 * L + 1;
+        const bool train = o.training, layers = o.recompute == Recompute::layers;
+        rows = int64_t(B) * T;
+        auto junction_of = [&](int k) { return junction(c.scheme, L, k); };
+        auto keep = [&](int) { return train && !layers; };
+        auto keep_light = [&](int) { return train && o.recompute == Recompute::none; };
+        make(embedded, junction_of(0).out_norm ? rows * C : 0);
+        // A layer's input is always kept: the rest can be recomputed from it.
+        residual.layout(K, rows * C, make, [&](int k) { return k % 2 == 0 || keep(k); });
+        input.layout(K, rows * C, make, keep_light,
+                     [&](int k) { return junction_of(k).in_norm || !std::is_same_v<S, A>; });
+        // Recomputing a layer takes both of its branches at once.
+        branch.layout(
+            layers ? 3 : K, rows * C, make,
+            [&](int k) { return train && (layers || junction_of(k).keeps_branch()); },
+            [&](int k) { return k > 0; });
+        stats.layout(K, rows, make, [&](int) { return true; });
+        // Without training, every layer's k and v are the KV cache.
+        qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
+        make(unrounded_qkv, round_late ? rows * c.qkv_width() : 0);
+        const int64_t qk = c.qk_norm ? rows : 0;
+        qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
+        qk_stats.layout(L, qk * 2, make, keep);
+        attended.layout(L, rows * c.q_width(), make, keep);
+        lse.layout(L, rows * c.heads, make, keep);
+        hidden.layout(L, rows * c.mlp_in_width(), make, keep);
+        activated.layout(L, rows * c.mlp_width, make, keep_light);
+        make(losses, rows);
+        if (!train) return;
+        make(dresidual, rows * C);
+        make(dinput, rows * C);
+        make(dbranch, rows * C);
+        make(dwide, rows * std::max(c.qkv_width(), c.mlp_in_width()));
+        make(dnarrow, rows * std::max(c.q_width(), c.mlp_width));
+    }
+};
+
+// Rows of the head at once: equal parts of about `elements` logits, at least 256 rows, in multiples
+// of `multiple`. Large parts read the head's matrix, and add to its gradient, seldom.
+inline int64_t head_part(int64_t rows, int V, int64_t elements, int64_t multiple) {
+    const int64_t most = std::max<int64_t>(256, elements / V / multiple * multiple);
+    const int64_t parts = (rows + most - 1) / most;
+    return std::min(rows, ((rows + parts - 1) / parts + multiple - 1) / multiple * multiple);
+}
+
+} // namespace lns
