@@ -183,7 +183,7 @@ $O/.found: | $(firstword $(foreach l,CLI11 JSON XXHASH,$(if $(call word_of,$l),,
 	@mkdir -p $O
 	@echo '$(variant): $(if $(cpu),$(cpu),generic CPU) · OpenMP $(or $(call found,OPENMP),no) · oneDNN $(or $(call found,ONEDNN),no) · MPI $(or $(subst -, ,$(subst _, ,$(call found,MPI))),no) · PCRE2 $(or $(call found,PCRE2),no) · SentencePiece $(or $(call found,SENTENCEPIECE),no) · CUDA $(if $(cuda_source),$(cuda) ($(nvcc): $(CUDA_ARCH)) · NCCL $(or $(nccl),no),no)'
 	@$(call missing,OPENMP,OpenMP,one thread only)\
-	$(call missing,ONEDNN,oneDNN,matrix products in plain loops$(comma) many times slower)\
+	$(call missing,ONEDNN,oneDNN,matmuls in plain loops$(comma) many times slower)\
 	$(call missing,MPI,MPI,one process only)\
 	$(call missing,PCRE2,PCRE2,no --tokenizer gpt2:DIR)\
 	$(call missing,SENTENCEPIECE,SentencePiece,no --tokenizer FILE.model)\
