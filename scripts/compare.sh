@@ -110,8 +110,7 @@ laptop)
     flags=(-m tiny --layers 24 --width 128 --heads 4 -t 128 -b 32 -d 4096 -x 1500
         --beta1 0.9 --beta2 0.999 --eps 1e-8 --weight-decay 0 --grad-clip 0
         --lr-schedule cosine --warmup 10% --final-lr-frac 0.1 --save-every 250 --probe-every 250)
-    usual='pre lns lns-init post mix deepnorm deepnorm-published sandwich peri olmo2 layerscale
-        skipinit pre+gpas lns+gpas pre+scaled-init lns+scaled-init'
+    usual="$(./train_gpt schemes --format names) pre+gpas lns+gpas pre+scaled-init lns+scaled-init"
     rates='1e-3 3e-3 3e-4'
     if [[ $quick ]]; then
         usual='pre lns post mix deepnorm deepnorm-published sandwich lns+scaled-init pre+gpas lns-init'

@@ -104,17 +104,6 @@ TEST(Readme, HasTheProgramsTableOfSchemes) {
         << table;
 }
 
-TEST(Readme, OfGptDescribesEveryFile) {
-    const std::string text = read_file("gpt/README.md");
-    for (const auto& file : fs::recursive_directory_iterator("gpt")) {
-        const fs::path name = file.path().filename();
-        if (!file.is_regular_file() || name == "README.md") continue;
-        const bool named = text.find("`" + name.string() + "`") != text.npos ||
-                           text.find("`" + name.stem().string() + "`") != text.npos;
-        EXPECT_TRUE(named) << file.path() << " has no line in gpt/README.md";
-    }
-}
-
 TEST(BadInput, Flags) {
     NEEDS_PROGRAM();
     EXPECT_TRUE(fails_with("--layrs 3", {"--layrs", "'--layers'"}));
