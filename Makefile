@@ -84,6 +84,7 @@ optimize += -mprefer-vector-width=512
 endif
 endif
 quick := $(optimize:-O3=-O1)
+built_with := $(optimize)#     for the run record; some files are compiled with quick
 flags := -std=c++20 $(cpu) $(warnings) $(openmp) -I. $(CPPFLAGS) $(CXXFLAGS)
 libs := $(LDFLAGS) $(if $(filter Linux,$(shell uname)),-Wl$(comma)--as-needed) -lpthread
 ifneq ($(call found,ONEDNN),)
@@ -173,7 +174,7 @@ features := {"OpenMP", "$(or $(call found,OPENMP),no)"}, {"oneDNN", "$(or $(call
 $O/build_info.h: FORCE | $O/.found
 	@{ echo '#define LNS_VERSION "'$(version)$$(git describe --always --exclude='*' --dirty=-dirty --abbrev=10 2>/dev/null | sed 's/^/+/')'"'; \
 	echo '#define LNS_COMPILER "'$$($(CXX) --version | head -1)'"'; \
-	echo '#define LNS_FLAGS "'$(optimize) $(filter-out -I$O,$(flags))'"'; \
+	echo '#define LNS_FLAGS "'$(built_with) $(filter-out -I$O,$(flags))'"'; \
 	echo '#define LNS_FEATURES $(features)'; } > $@.new
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 

@@ -1520,8 +1520,8 @@ Row check_gpu_step(DType gradients) {
         adam.grad_scale = 1;
         const auto a = tensors_of(*whole, Buffer::parameters),
                    b = tensors_of(*parts, Buffer::parameters);
-        differ +=
-            a != b || tensors_of(*whole, Buffer::moment2) != tensors_of(*parts, Buffer::moment2);
+        differ += a != b ||
+                  tensors_of(*whole, {Buffer::state, 1}) != tensors_of(*parts, {Buffer::state, 1});
     }
     const auto before = tensors_of(*whole, Buffer::parameters);
     const Param& p = *whole->registry.find("model.norm.weight");

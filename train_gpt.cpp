@@ -747,8 +747,11 @@ template <class S> struct CpuModel : Model {
     Array<S> parameters;
     Array<A> master; // weights, beside bf16 parameters
     Array<A> gradients;
-    Array<A> moment1, moment2;
-    Array<bf16> rounded_moment1, rounded_moment2; // instead of them, with moments in bf16
+    struct State { // of the optimizer, in one of two precisions
+        Array<A> full;
+        Array<bf16> rounded;
+    };
+    std::vector<State> states;
     bool overwrite_gradients = false; // of matrices, by the next backward pass: zero_gradients()
     Activations<S> acts;
     Array<CosSin<A>> rotary_table;
@@ -763,19 +766,20 @@ template <class S> struct CpuModel : Model {
     int64_t bytes_held = 0;
     std::vector<const A*> stopped; // of each junction; null but in gradient checks
 
-    CpuModel(const Config& c, int max_B, int max_T, const ModelOptions& o) : Model(c), options(o) {
+    CpuModel(const Config& c, int max_B, int max_T, const ModelOptions& o)
+        : Model(c, *o.optimizer), options(o) {
         auto make = [&](auto& array, int64_t n) {
             array = std::remove_reference_t<decltype(array)>(n);
             bytes_held += n * int64_t(sizeof(array[0]));
         };
         make(parameters, registry.size);
         if (o.training) {
-            const bool rounded = o.moments == DType::bf16;
             make(master, exact || !o.master_weights ? 0 : registry.size);
             make(gradients, registry.size);
-            for (Array<A>* array : {&moment1, &moment2}) make(*array, rounded ? 0 : registry.size);
-            for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
-                make(*array, rounded ? registry.size : 0);
+            states.resize(optimizer->states.size());
+            for (State& state : states)
+                o.moments == DType::bf16 ? make(state.rounded, registry.size)
+                                         : make(state.full, registry.size);
         }
         acts.layout(c, max_B, max_T, o, make);
         stopped.resize(2 * c.layers + 1);
@@ -791,10 +795,11 @@ template <class S> struct CpuModel : Model {
             lns::initialize(p, seed, parameters + p.offset);
             if (master.size) lns::initialize(p, seed, master + p.offset);
         }
-        for (Array<A>* array : {&gradients, &moment1, &moment2})
-            std::fill(array->begin(), array->end(), A(0));
-        for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
-            std::fill(array->begin(), array->end(), bf16(0));
+        std::fill(gradients.begin(), gradients.end(), A(0));
+        for (State& state : states) {
+            std::fill(state.full.begin(), state.full.end(), A(0));
+            std::fill(state.rounded.begin(), state.rounded.end(), bf16(0));
+        }
     }
 
     // Tensors of the last pass, from row `first` on. k counts junctions from 0, l layers from 0.
@@ -1160,10 +1165,14 @@ template <class S> struct CpuModel : Model {
                     : update_weights(o, parameters.begin(), nullptr);
     }
     template <class W> void update_weights(const AdamW& o, W* weights, S* copy) {
-        if (options.moments == DType::bf16)
-            update_all<W, bf16>(o, {weights, copy, gradients, rounded_moment1, rounded_moment2});
-        else
-            update_all<W, A>(o, {weights, copy, gradients, moment1, moment2});
+        switch (optimizer->kind) {
+        case Optimizer::Kind::adamw:
+            if (options.moments == DType::bf16)
+                update_all<W, bf16>(
+                    o, {weights, copy, gradients, states[0].rounded, states[1].rounded});
+            else
+                update_all<W, A>(o, {weights, copy, gradients, states[0].full, states[1].full});
+        }
     }
     template <class W, class M> void update_all(const AdamW& o, const AdamWBuffers<S, W, M>& x) {
         const Timed timer(profile, costs().adamw(registry.size, sizeof(M), x.parameters));

@@ -1466,9 +1466,12 @@ template <class S, class G> struct CudaModel : Model {
     Array<S> parameters;
     Array<float> master; // weights in float, if parameters are bf16 and options want it
     Array<G> gradients;
-    Array<float> moment1, moment2;
-    Array<bf16> rounded_moment1, rounded_moment2; // instead, with moments in bf16
-    Array<uint32_t> decays;                       // a bit for each 8 parameters
+    struct State { // of the optimizer, in one of two precisions
+        Array<float> full;
+        Array<bf16> rounded;
+    };
+    std::vector<State> states;
+    Array<uint32_t> decays; // a bit for each 8 parameters
     Activations<S> acts;
     Array<CosSin> rotary_table; // (T, channels/2)
 
@@ -1505,7 +1508,7 @@ template <class S, class G> struct CudaModel : Model {
     Communicator communicator;
 
     CudaModel(const Config& c, int max_B, int max_T, const ModelOptions& o, const Ranks& ranks)
-        : Model(c), options(o), padded_config(pad_config(c)),
+        : Model(c, *o.optimizer), options(o), padded_config(pad_config(c)),
           padded_registry(make_registry(padded_config)),
           multiprocessors(lns::gpu().multiprocessors), cublas(stream) {
         if (c.width % 8)
@@ -1520,12 +1523,11 @@ template <class S, class G> struct CudaModel : Model {
         const int64_t n = padded_registry.size;
         make(parameters, n);
         if (o.training) {
-            const bool rounded = o.moments == DType::bf16;
             make(master, exact || !o.master_weights ? 0 : n);
             make(gradients, n);
-            for (Array<float>* array : {&moment1, &moment2}) make(*array, rounded ? 0 : n);
-            for (Array<bf16>* array : {&rounded_moment1, &rounded_moment2})
-                make(*array, rounded ? n : 0);
+            states.resize(optimizer->states.size());
+            for (State& state : states)
+                o.moments == DType::bf16 ? make(state.rounded, n) : make(state.full, n);
             make(decays, blocks_for(n, 8 * 32));
             upload_decays();
             make(adamw_step, 1);
@@ -1573,8 +1575,8 @@ template <class S, class G> struct CudaModel : Model {
             if (array.size)
                 CUDA(cudaMemsetAsync(array, 0, size_t(array.size) * sizeof(array[0]), stream));
         };
-        clear(gradients), clear(moment1), clear(moment2);
-        clear(rounded_moment1), clear(rounded_moment2);
+        clear(gradients);
+        for (State& state : states) clear(state.full), clear(state.rounded);
         stream.wait();
     }
 
@@ -2042,10 +2044,13 @@ template <class S, class G> struct CudaModel : Model {
                                                padded_registry.size},
                          options.stochastic_rounding, stream);
         };
-        if (options.moments == DType::bf16)
-            with_moments(rounded_moment1 + 0, rounded_moment2 + 0);
-        else
-            with_moments(moment1 + 0, moment2 + 0);
+        switch (optimizer->kind) {
+        case Optimizer::Kind::adamw:
+            if (options.moments == DType::bf16)
+                with_moments(states[0].rounded + 0, states[1].rounded + 0);
+            else
+                with_moments(states[0].full + 0, states[1].full + 0);
+        }
     }
 
     // Checks a micro-batch and copies it to `batch`; targets may be null.

@@ -46,7 +46,8 @@ class Run:
         self.tokenizer = section(state, "tokenizer")
         record_file = os.path.join(self.path, "run.json")
         record = read_json(record_file) if os.path.exists(record_file) else {}
-        self.flags = section(record, "options") or section(state, "flags")
+        flags = section(record, "options") or section(state, "flags")
+        self.flags = {name: flag_text(value) for name, value in flags.items()}
         starts = record.get("starts")
         starts = starts if isinstance(starts, list) else []
         self.starts = [start for start in starts if isinstance(start, dict)]
@@ -265,6 +266,16 @@ def number(value):
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def flag_text(value):
+    """A flag's value as text, so that records with typed values and older ones, with the text that was
+    given, compare as equal: 0.001 and "1e-3", True and "true"."""
+    if isinstance(value, list):
+        return " ".join(map(flag_text, value))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if math.isnan(number(value)) else f"{number(value):.12g}"
 
 
 def scalars(values):

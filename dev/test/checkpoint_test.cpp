@@ -54,10 +54,11 @@ TEST(Checkpoint, RestoresWhatWasSaved) {
         model.initialize(3);
         save_checkpoint(dir / "c", model, some_state(), nullptr);
         TrainerState s = load_checkpoint(other, dir / "c"), t = some_state();
-        for (Buffer b : {Buffer::parameters, Buffer::moment1, Buffer::moment2})
+        for (Buffer b : {Buffer::parameters, Buffer(Buffer::state, 0), Buffer(Buffer::state, 1)})
             for (const Param& p : model.registry.params)
                 for (int64_t i = 0; i < p.size(); i++)
-                    ASSERT_EQ(other.held[int(b)][p.offset + i], model.held[int(b)][p.offset + i])
+                    ASSERT_EQ(other.held[b.kind + b.index][p.offset + i],
+                              model.held[b.kind + b.index][p.offset + i])
                         << type << " " << p.name << " " << i;
         EXPECT_EQ(s.step, t.step);
         EXPECT_EQ(s.tokens, t.tokens);
@@ -353,7 +354,7 @@ TEST(Checkpoint, AFailedSaveLeavesTheOldOne) {
     struct Broken : Holder {
         using Holder::Holder;
         void read(Buffer buffer, const Param& p, float* out) override {
-            if (buffer == Buffer::moment2) fail("the device is gone");
+            if (buffer == Buffer(Buffer::state, 1)) fail("the device is gone");
             Holder::read(buffer, p, out);
         }
     } broken(saved.model.config);

@@ -31,10 +31,10 @@ struct Holder : Model {
     double gradient_norm() override { return 0; }
     void update(const AdamW&) override {}
     void read(Buffer buffer, const Param& p, float* out) override {
-        std::memcpy(out, &held[int(buffer)][p.offset], p.size() * sizeof(float));
+        std::memcpy(out, &held[buffer.kind + buffer.index][p.offset], p.size() * sizeof(float));
     }
     void write(Buffer buffer, const Param& p, const float* values) override {
-        std::memcpy(&held[int(buffer)][p.offset], values, p.size() * sizeof(float));
+        std::memcpy(&held[buffer.kind + buffer.index][p.offset], values, p.size() * sizeof(float));
     }
     std::string first_nonfinite() override { return ""; }
     int64_t bytes() const override { return 0; }

@@ -120,7 +120,7 @@ out=$(SCHEMES="pre post" RATES="1e30 1e-3" reproduce bad)
 check "diverged: ends well" test $? -eq 0
 check "second seed: told" says "$out" "and 2 for the four best and pre"
 check "second seed: at the rate that served best" test "$(cat "$dir"/bad/{pre,post}-lr1e-3-seed2/outcome | uniq)" = finished
-check "second seed: it is one" grep -q '"--seed": "2"' "$dir/bad/pre-lr1e-3-seed2/run.json"
+check "second seed: it is one" grep -q '"--seed": 2,' "$dir/bad/pre-lr1e-3-seed2/run.json"
 check "second seed: not of what diverged" absent 'bad/*1e30-seed2'
 check "diverged: recorded" grep -q 'not finite' "$dir/bad/pre-lr1e30-seed1/outcome"
 check "diverged: others run" test "$(cat "$dir/bad/post-lr1e-3-seed1/outcome")" = finished
@@ -157,7 +157,7 @@ out=$(scripts/compare.sh 130m pre --data "$dir/text.txt" --tokenizer bytes --out
     -- -m tiny "${small[@]}" -t 256 -b 1 -d 256 --dtype bf16 2>&1)
 check "padded: ends well" test $? -eq 0
 check "padded: a document a window" says "$out" "windows of 256, a document each"
-check "padded: the recipe's rate" grep -q '"--lr": "0.001"' "$dir/padded/pre-seed1/run.json"
+check "padded: the recipe's rate" grep -q '"--lr": 0.001,' "$dir/padded/pre-seed1/run.json"
 
 # A vocabulary that SentencePiece learns
 if [[ $(./train_gpt --version) != *'SentencePiece: no'* && -x data/vocabulary ]]; then

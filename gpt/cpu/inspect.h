@@ -23,15 +23,14 @@ template <class S> std::string CpuModel<S>::dtype() const {
 
 // f(the array of a buffer)
 template <class S> template <class F> void CpuModel<S>::with_buffer(Buffer buffer, const F& f) {
-    const bool rounded = options.moments == DType::bf16;
     if (buffer == Buffer::parameters)
         master.size ? f(master) : f(parameters);
     else if (buffer == Buffer::gradients)
         f(gradients);
-    else if (buffer == Buffer::moment1)
-        rounded ? f(rounded_moment1) : f(moment1);
+    else if (State& state = states[size_t(buffer.index)]; state.rounded.size)
+        f(state.rounded);
     else
-        rounded ? f(rounded_moment2) : f(moment2);
+        f(state.full);
 }
 
 template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
@@ -250,7 +249,8 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     plan.parameters = n * int64_t(sizeof(S));
     if (o.training) {
         plan.gradients = n * int64_t(sizeof(Acc<S>));
-        plan.optimizer = 2 * n * int64_t(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
+        plan.optimizer =
+            o.optimizer->bytes(n, o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
         if (sizeof(S) < sizeof(Acc<S>) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(Acc<S>));
     }

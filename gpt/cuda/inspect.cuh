@@ -50,15 +50,14 @@ void CudaModel<S, G>::write(Buffer buffer, const Param& p, const float* values) 
 template <class S, class G>
 template <class F>
 void CudaModel<S, G>::with_buffer(Buffer buffer, const F& f) {
-    const bool rounded = options.moments == DType::bf16;
     if (buffer == Buffer::parameters)
         master.size ? f(master) : f(parameters);
     else if (buffer == Buffer::gradients)
         f(gradients);
-    else if (buffer == Buffer::moment1)
-        rounded ? f(rounded_moment1) : f(moment1);
+    else if (State& state = states[size_t(buffer.index)]; state.rounded.size)
+        f(state.rounded);
     else
-        rounded ? f(rounded_moment2) : f(moment2);
+        f(state.full);
 }
 template <class S, class G> const Param& CudaModel<S, G>::padded_param(const Param& p) const {
     return padded_registry.params[size_t(&p - registry.params.data())];
@@ -254,7 +253,8 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     plan.parameters = n * int64_t(sizeof(S));
     if (o.training) {
         plan.gradients = n * int64_t(sizeof(G));
-        plan.optimizer = 2 * n * int64_t(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
+        plan.optimizer =
+            o.optimizer->bytes(n, o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
         if (sizeof(S) < sizeof(float) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(float));
         plan.optimizer += n / 64;

@@ -11,6 +11,7 @@
 
 #include "gpt/base/error.h"
 #include "gpt/model/config.h"
+#include "gpt/model/optimizer.h"
 #include "gpt/model/params.h"
 #include "gpt/model/profile.h"
 
@@ -23,7 +24,15 @@ struct AdamW {
     double grad_scale = 1; // multiplies every gradient first: clipping
 };
 
-enum class Buffer { parameters, gradients, moment1, moment2 };
+// One of a model's flat buffers.
+struct Buffer {
+    enum Kind { parameters, gradients, state };
+    Kind kind;
+    int index = 0; // which of Optimizer::states
+
+    Buffer(Kind kind, int index = 0) : kind(kind), index(index) {}
+    bool operator==(const Buffer&) const = default;
+};
 
 enum class DType { float32, bf16 };
 
@@ -39,7 +48,8 @@ struct ModelOptions {
     bool training = true;         // with gradients and moments
     DType dtype = DType::float32; // of weights, activations and the activations' gradients
     bool master_weights = true;   // with bf16: the optimizer keeps a copy of the weights in float32
-    DType moments = DType::float32;
+    const Optimizer* optimizer = &optimizers()[0];
+    DType moments = DType::float32;   // of the optimizer's state
     DType gradients = DType::float32; // of parameters; bf16 only on a GPU
     bool stochastic_rounding = false; // of the optimizer's bf16 results; else to nearest
     Recompute recompute = Recompute::none;
@@ -84,11 +94,13 @@ struct StepResult {
 struct Model {
     Config config;
     Registry registry;
+    const Optimizer* optimizer;
     Profile* profile = nullptr;   // books the time of each part of a pass, unless null
     const Ranks* ranks = nullptr; // that share a training step; null: this process alone
     StepResult step_result = {};
 
-    explicit Model(const Config& c) : config(c), registry(make_registry(c)) {}
+    explicit Model(const Config& c, const Optimizer& optimizer = optimizers()[0])
+        : config(c), registry(make_registry(c)), optimizer(&optimizer) {}
     virtual ~Model() = default;
 
     // "cpu", "cuda"; "float32", …

@@ -178,6 +178,14 @@ template <class Read> auto with_advice(const std::string& path, Read read) {
     }
 }
 
+// The optimizer's buffers, and the prefixes of their tensors' names.
+std::vector<std::pair<Buffer, std::string>> optimizer_buffers(const Optimizer& optimizer) {
+    std::vector<std::pair<Buffer, std::string>> buffers;
+    for (int i = 0; const OptimizerState& state : optimizer.states)
+        buffers.push_back({{Buffer::state, i++}, state.name + "."});
+    return buffers;
+}
+
 void load_tensors(Model& model, Buffer buffer, const std::string& prefix,
                   const WeightFiles& weights) {
     std::vector<float> values;
@@ -324,14 +332,14 @@ void save_checkpoint(const std::string& dir, Model& model, const TrainerState& s
                      const Tokenizer* tokenizer) {
     AtomicDirectory directory(dir);
     const std::string& at = directory.temporary();
-    std::vector<TensorOut> weights, moments;
+    std::vector<TensorOut> weights, state_tensors;
     for (const Param& p : model.registry.params)
         weights.push_back(param_tensor(model, Buffer::parameters, p, p.name));
-    for (auto [buffer, prefix] : {std::pair{Buffer::moment1, "m."}, {Buffer::moment2, "v."}})
+    for (const auto& [buffer, prefix] : optimizer_buffers(*model.optimizer))
         for (const Param& p : model.registry.params)
-            moments.push_back(param_tensor(model, buffer, p, prefix + p.name));
+            state_tensors.push_back(param_tensor(model, buffer, p, prefix + p.name));
     write_safetensors(at + "/model.safetensors", weights, {{"format", "pt"}});
-    write_safetensors(at + "/optimizer.safetensors", moments);
+    write_safetensors(at + "/optimizer.safetensors", state_tensors);
     write_file_atomic(at + "/config.json", config_to_json(model.config));
     write_file_atomic(at + "/trainer_state.json", to_json(state).dump(2) + "\n");
     if (tokenizer) tokenizer->save(at);
@@ -470,8 +478,9 @@ std::string checkpoint_damage(const std::string& path) {
         read_state(path);
         if (!path_exists(path + "/optimizer.safetensors"))
             return path + " has no optimizer.safetensors: training cannot resume from it exactly";
-        const WeightFiles moments(path + "/optimizer.safetensors");
-        for (const char* prefix : {"m.", "v."}) read_all(moments, registry, prefix);
+        const WeightFiles tensors(path + "/optimizer.safetensors");
+        for (const auto& [buffer, prefix] : optimizer_buffers(optimizers()[0]))
+            read_all(tensors, registry, prefix);
         return "";
     } catch (const Error& error) {
         return error.what();
@@ -516,9 +525,9 @@ TrainerState load_checkpoint(Model& model, const std::string& path) {
         fail(at, " has no optimizer.safetensors, so training cannot resume from it exactly: start "
                  "from its weights with --init-from");
     with_advice(at, [&] {
-        WeightFiles moments(at + "/optimizer.safetensors");
-        load_tensors(model, Buffer::moment1, "m.", moments);
-        load_tensors(model, Buffer::moment2, "v.", moments);
+        WeightFiles tensors(at + "/optimizer.safetensors");
+        for (const auto& [buffer, prefix] : optimizer_buffers(*model.optimizer))
+            load_tensors(model, buffer, prefix, tensors);
     });
     return read_trainer_state(at);
 }

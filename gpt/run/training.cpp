@@ -198,12 +198,10 @@ void compare_states(const Run& run) {
     Facts facts = {{"a checkpoint of step", cat(run.state.step)},
                    {"read of the data", cat(at.epoch, " epochs and ", at.index, " sequences")},
                    fingerprint_fact("weights", fingerprint(*run.model, Buffer::parameters))};
-    if (run.state.step > 0) {
-        facts.push_back(
-            fingerprint_fact("first moments", fingerprint(*run.model, Buffer::moment1)));
-        facts.push_back(
-            fingerprint_fact("second moments", fingerprint(*run.model, Buffer::moment2)));
-    }
+    if (run.state.step > 0)
+        for (int i = 0; const OptimizerState& state : run.model->optimizer->states)
+            facts.push_back(
+                fingerprint_fact(state.what, fingerprint(*run.model, {Buffer::state, i++})));
     run.ranks.compare(facts);
 }
 
