@@ -54,7 +54,8 @@ TEST(Checkpoint, RestoresWhatWasSaved) {
         model.initialize(3);
         save_checkpoint(dir / "c", model, some_state(), nullptr);
         TrainerState s = load_checkpoint(other, dir / "c"), t = some_state();
-        for (Buffer b : {Buffer::parameters, Buffer(Buffer::state, 0), Buffer(Buffer::state, 1)})
+        for (Buffer b :
+             {Buffer(Buffer::parameters), Buffer(Buffer::state, 0), Buffer(Buffer::state, 1)})
             for (const Param& p : model.registry.params)
                 for (int64_t i = 0; i < p.size(); i++)
                     ASSERT_EQ(other.held[b.kind + b.index][p.offset + i],
