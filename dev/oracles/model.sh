@@ -16,7 +16,7 @@ check() { # NAME COMMAND...: passes if the command does
 }
 check "the reference's gradients" python3 dev/reference/check_model.py
 for scheme in $(./train_gpt schemes --format names) mix:1 sandwich+gpas; do
-    ./train_gpt --dump-state "$dir/state.safetensors" --layers 3 --width 24 --heads 3 -n $scheme -b 2 -t 16 \
+    ./train_gpt --dump-state "$dir/state.safetensors" --layers 3 --width 24 --heads 3 -n "$scheme" -b 2 -t 16 \
         --dtype float32 --device cpu --threads 1 >/dev/null
     check "train_gpt's own model under $scheme" python3 dev/reference/compare.py "$dir/state.safetensors"
 done
