@@ -62,7 +62,8 @@ struct Scheme {
 // What may follow any scheme's name: "+gpas".
 struct SchemeAddition {
     const char* name;
-    bool Scheme::*enabled;
+    using Switch = bool Scheme::*; // nvcc would write parentheses of which g++ warns
+    Switch enabled;
     const char *what, *source;
 };
 const std::vector<SchemeAddition>& scheme_additions();
