@@ -35,7 +35,7 @@
 #include "gpt/cpu/exp.h"           // defines: exp_below, sigmoid, silu, dsilu
 #include "gpt/cpu/gemm.h"          // defines: gemm, pack, packed_gemm
 #include "gpt/model/activations.h" // defines: PassTensors, which of them are kept
-#include "gpt/model/layers.h"      // defines: JunctionOperands, JunctionPointers
+#include "gpt/model/layers.h"      // defines: JunctionPointers
 #include "gpt/model/model.h"
 #include "gpt/run/program.h"  // defines: run_program, run_command, read_command_line
 #include "gpt/run/training.h" // defines: Run, set_up, begin_step, end_step, log_step, save_step, ...
@@ -138,11 +138,35 @@ void norm_row_backward(NormType type, const NormStats<A>& stats, const X* x, con
 
 // ---------------------------------------------------------------------------------------------
 // The junction, where a sublayer's output b meets the residual stream r: the only place where norm
-// schemes differ. gpt/model/scheme.h has its equations, gpt/model/layers.h its operands.
+// schemes differ. gpt/model/scheme.h has its equations.
 
 template <class S> struct JunctionStats { NormStats<Acc<S>> branch, out, in; };
 
-template <class S> using JunctionArguments = JunctionOperands<S, Acc<S>, Acc<S>, JunctionStats<S>>;
+// The operands of a junction on `rows` tokens.
+template <class S> struct JunctionArguments {
+    using A = Acc<S>;
+    Junction junction;
+    NormType norm = NormType::rms;
+    double eps = 0;
+    int64_t rows = 0;
+    int C = 0;
+    JunctionPointers<const S> p;
+
+    // Forward: r and u (rows, C) from r_prev and b (rows, C), and stats (rows). r may be r_prev. b
+    // is null without a branch. u may be null without an in-norm: it is r then.
+    const A* r_prev = nullptr;
+    const S* b = nullptr;
+    A* r = nullptr;
+    S* u = nullptr;
+    JunctionStats<S>* stats = nullptr;
+
+    // Backward, besides: db and, in place of dr, the gradient of r_prev; from du (the gradient of
+    // u, or of r without an in-norm) and dr (the gradient of r from later layers). Adds to dp.
+    const S* du = nullptr;
+    A* dr = nullptr;
+    S* db = nullptr;
+    JunctionPointers<A> dp;
+};
 
 // `stopped` (rows, C) is what stop() returns; null: its argument. Only gradient checks by finite
 // differences set it, to hold it constant.

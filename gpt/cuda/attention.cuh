@@ -543,7 +543,7 @@ __global__ static void __launch_bounds__(attention_threads)
         const auto v = v_tiles.from_row(buffer);
         Accumulator<M, STEP> s = {}, ds = {};
         matmul_transposed(s, q, k);
-        matmul_transposed(ds, dO, v); // dP for now
+        matmul_transposed(ds, dO, v); // dP, which becomes dS below
         if (key + STEP > t + 1) causal_mask<false>(s, t, key);
 #pragma unroll
         for (int m = 0; m < M; m++)
@@ -631,7 +631,8 @@ __global__ static void __launch_bounds__(attention_threads)
         if (more) load(buffer ^ STEP);
         if (key >= a.T || t + STEP <= key) continue; // all masked
         const auto q = q_tiles.from_row(buffer), dO = do_tiles.from_row(buffer);
-        Accumulator<M, STEP> p = {}, ds = {}; // (keys, queries); scores and dP for now
+        Accumulator<M, STEP> p = {},
+                             ds = {}; // (keys, queries); scores and dP until they are P and dS
         matmul_transposed(p, k, q);
         matmul_transposed(ds, v, dO);
         if (t + 1 < key + 16 * M) causal_mask<true>(p, key, t);

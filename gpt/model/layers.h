@@ -1,4 +1,4 @@
-// What the layers of both backends share: a junction's operands and the rotary table.
+// What the layers of both backends share: a junction's parameters and the rotary table.
 #pragma once
 
 #include <cmath>
@@ -30,33 +30,6 @@ template <class P> struct JunctionPointers {
 
 // The vectors (C) among them: weight and bias of three norms, and γ.
 const int junction_vectors = 7;
-
-// The operands of a junction on `rows` tokens of width C. S: the scalar of activations and
-// parameters; A: of the residual stream; G: of the parameters' gradients; Stats: the statistics of
-// a row's norms.
-template <class S, class A, class G, class Stats> struct JunctionOperands {
-    Junction junction;
-    NormType norm = NormType::rms;
-    double eps = 0;
-    int64_t rows = 0;
-    int C = 0;
-    JunctionPointers<const S> p;
-
-    // Forward: r and u (rows, C) from r_prev and b (rows, C), and stats (rows). r may be r_prev. b
-    // is null without a branch. u may be null without an in-norm: it is r then.
-    const A* r_prev = nullptr;
-    const S* b = nullptr;
-    A* r = nullptr;
-    S* u = nullptr;
-    Stats* stats = nullptr;
-
-    // Backward, besides: db and, in place of dr, the gradient of r_prev; from du (the gradient of
-    // u, or of r without an in-norm) and dr (the gradient of r from later layers). Adds to dp.
-    const S* du = nullptr;
-    A* dr = nullptr;
-    S* db = nullptr;
-    JunctionPointers<G> dp;
-};
 
 // A junction is split in two between layers that run one by one: the norms that leave a layer, and
 // the norm that enters the next.

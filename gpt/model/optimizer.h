@@ -17,7 +17,6 @@ struct OptimizerState {
 
 struct Optimizer {
     enum class Kind { adamw } kind;
-    std::string name; // of --optimizer
     std::vector<OptimizerState> states;
 
     int64_t bytes(int64_t parameters, int64_t bytes_each) const {
@@ -28,7 +27,6 @@ struct Optimizer {
 inline const std::vector<Optimizer>& optimizers() {
     static const std::vector<Optimizer> table = {
         {.kind = Optimizer::Kind::adamw,
-         .name = "adamw",
          .states = {{"m", "first moments"}, {"v", "second moments"}}},
     };
     return table;
