@@ -17,7 +17,7 @@ CUDA_ARCH ?= sm_80 sm_90a compute_90#  GPUs to compile for; compute_N: for newer
 WERROR   ?= 1#          0: a warning of a compiler newer than ours does not stop the build
 BUILD    ?= build
 V        ?= 0#          1: print whole commands
-JOBS     ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 1) + 1)))#  tests at a time: many of them wait
+JOBS     ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 1) + 1)))#  tests at a time; many spend their time waiting
 
 .DEFAULT_GOAL := train_gpt
 comma := ,
@@ -84,7 +84,7 @@ optimize += -mprefer-vector-width=512
 endif
 endif
 quick := $(optimize:-O3=-O1)
-built_with := $(optimize)#     for the run record; some files are compiled with quick
+built_with := $(optimize)#     for the run record; `optimize` differs by target
 flags := -std=c++20 $(cpu) $(warnings) $(openmp) -I. $(CPPFLAGS) $(CXXFLAGS)
 libs := $(LDFLAGS) $(if $(filter Linux,$(shell uname)),-Wl$(comma)--as-needed) -lpthread
 ifneq ($(call found,ONEDNN),)
@@ -152,7 +152,7 @@ $O/libgpt.a: $(library)
 $O/%.o: %.cpp | $O/.found
 	@mkdir -p $(@D)
 	$(call say,CXX,$<)$(CXX) $(optimize) $(flags) -MMD -MP -c $< -o $@
-# What waits for files and people is compiled quickly, and test_gpt in between.
+# Code that mostly waits for files or people is compiled with -O1, test_gpt with -O2.
 computes := $(addprefix gpt/,base/checksum.cpp run/probe.cpp run/checkpoint.cpp run/safetensors.cpp run/export.cpp)
 $(tests) $(call objects,$(filter-out $(computes),$(wildcard gpt/run/*.cpp gpt/base/*.cpp data/*.cpp))): optimize := $(quick)
 $O/test_gpt.o: optimize := $(optimize:-O3=-O2) -DTESTING
@@ -162,7 +162,7 @@ $(cuda_object): train_gpt.cu | $O/.found
 	$(call say,NVCC,$<)$(nvcc) $(nvcc_flags) -MMD -MP -c $< -o $@
 endif
 
-# What the build says of itself to the run record: gpt/base/build.cpp alone sees it, and it is only
+# What the run record says about the build: gpt/base/build.cpp alone sees it, and it is only
 # touched when it changes.
 $O/gpt/base/build.o: flags += -I$O
 $O/gpt/base/build.o: $O/build_info.h

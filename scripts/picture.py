@@ -121,7 +121,7 @@ def draw(runs):
     letter = 0.602 * FONT_SIZE / 72 / WIDTH
     longest = max(map(len, labels))
     room_left, room_right = (longest + 2) * letter, (longest + 7) * letter
-    axis = 0.065  # the numbers beside a panel
+    axis = 0.075  # room for numbers such as 0.150 beside a panel
     width = (1 - 2 * axis - room_left - room_right) / 2
     bottom, height = 0.15, 0.65
     left = figure.add_axes((axis, bottom, width, height))

@@ -115,7 +115,7 @@ std::shared_ptr<TokenSource> open_tokens(const std::string& pattern, uint64_t se
 std::string validation_pattern(const std::string& train, const std::string& val) {
     if (!val.empty() || train.empty()) return val;
     const std::string prefix = shard_prefix(train);
-    const std::string beside = literal_pattern(prefix) + "_val_*.bin";
+    std::string beside = literal_pattern(prefix) + "_val_*.bin";
     if (!prefix.empty() && matches_any(beside)) return beside;
     fail("-i '", train,
          "' was given without -j, and there is no *_val_*.bin beside it: name "

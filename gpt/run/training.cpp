@@ -209,7 +209,7 @@ void print_banner(Run& run) {
     run.print(describe_machine(run.threads, run.ranks, run.peak, run.model_options) +
               describe_model(run.config, run.B, run.T, run.model_options) +
               describe_data(run.data, *run.loader, *run.val_loader,
-                            double(run.o.steps) * double(run.tokens_per_step / run.T)) +
+                            double(run.o.steps) * double(run.tokens_per_step) / run.T) +
               describe_schedule(run.schedule, run.o, run.tokens_per_step, run.micro_batches));
 }
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the test scripts: a folder that goes at the end, and checks that are counted.
+# Sourced by the test scripts: a temporary folder, $dir, and checks that count what passed.
 # shellcheck source=scripts/python.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../../../scripts/python.sh"
 export PYTHONDONTWRITEBYTECODE=1
