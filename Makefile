@@ -238,8 +238,8 @@ all: $(existing) $(if $(sim_test_programs),$(sim_programs))
 # For editors and clang-tidy: how each file is compiled.
 compiled := $(wildcard train_gpt.cpp test_gpt.cpp gpt/*/*.cpp data/*.cpp dev/test/*_test.cpp dev/sim/*.cpp)
 compile_commands: $O/build_info.h
-	@$(file >compile_commands.json,[)$(foreach f,$(compiled),$(file >>compile_commands.json,{"directory": "$(CURDIR)"$(comma) \
-	    "file": "$f"$(comma) "command": "$(CXX) $(optimize) $(if $(filter dev/sim/% $(sim_tests),$f),$(sim_flags),$(flags)) -I$O \
+	@$(file >compile_commands.json,[)$(foreach f,$(compiled),$(file >>compile_commands.json,{"directory": "$(CURDIR)"$(comma) "file": "$f"$(comma) \
+	    "command": "$(CXX) $(filter-out -Wno-restrict,$(optimize) $(if $(filter dev/sim/% $(sim_tests),$f),$(sim_flags),$(flags))) -I$O \
 	    -c $f"}$(if $(filter $f,$(lastword $(compiled))),,$(comma))))$(file >>compile_commands.json,])
 tidy: compile_commands
 	@printf '%s\n' $(filter-out dev/%,$(compiled)) | xargs -P $(JOBS) -n 1 clang-tidy -p . --quiet --warnings-as-errors='*'

@@ -11,7 +11,7 @@
 #ifndef TESTING
 #define TESTING // no main of its own
 #endif
-#include "train_gpt.cpp"
+#include "train_gpt.cpp" // NOLINT(bugprone-suspicious-include)
 
 #include <cstdio>
 #include <map>
@@ -163,7 +163,8 @@ template <class S> struct LayerResult {
 };
 
 // run(x, c): y, and gradients if c is not empty.
-template <class Run> Row check_layer(const std::string& name, std::vector<Doubles> x, Run run) {
+template <class Run>
+Row check_layer(const std::string& name, const std::vector<Doubles>& x, Run run) {
     Row row{name, {}, {}, ""};
     Tensors<double> xd = x;
     Doubles y = run(xd, Doubles()).y, c = random_values(y.size(), name + " cotangent");
@@ -902,9 +903,11 @@ Row check_lns_scales() {
             ""};
     Scheme scheme = parse_scheme("lns");
     double worst = 0;
-    for (int k = 0; k < 24; k++)
-        worst = std::max(worst,
-                         std::fabs(junction(scheme, 12, k).in_scale - 1 / std::sqrt(k / 2 + 1.0)));
+    for (int k = 0; k < 24; k++) {
+        const int layer = k / 2 + 1;
+        worst = std::max(
+            worst, std::fabs(junction(scheme, 12, k).in_scale - 1 / std::sqrt(double(layer))));
+    }
     worst = std::max(worst, std::fabs(junction(scheme, 12, 24).in_scale - 1));
     row.add("scale", worst, 1e-15);
     scheme.lns_mlp = false;
@@ -1754,10 +1757,10 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
         for (DType dtype : {DType::float32, DType::bf16})
             keep(
                 cat(name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  bits repeat"),
-                [&] { return check_gpu_bits(name, scheme, dtype); });
+                [&, name = name, scheme = scheme] { return check_gpu_bits(name, scheme, dtype); });
     for (auto [name, scheme] :
          {std::pair{"gpt2", "layerscale"}, {"llama-gqa", "post"}, {"qwen2", "sandwich+gpas"}})
-        keep(cat(name, "  ", scheme, "  layer by layer"), [&] {
+        keep(cat(name, "  ", scheme, "  layer by layer"), [&, name = name, scheme = scheme] {
             return check_layers("cuda: ", name, scheme,
                                 [](const Config& c, int B, int T) { return gpu_model(c, B, T); });
         });
@@ -1765,7 +1768,9 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
          {std::pair{"gpt2", "pre"}, {"llama-gqa", "lns"}, {"olmo2", "sandwich+gpas"}})
         for (DType dtype : {DType::float32, DType::bf16})
             keep(cat(name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  probes"),
-                 [&] { return check_gpu_probes(name, scheme, dtype); });
+                 [&, name = name, scheme = scheme] {
+                     return check_gpu_probes(name, scheme, dtype);
+                 });
     for (const std::string& name : architectures)
         keep(name + "  generating, variance, evaluation",
              [&] { return check_gpu_inference(name); });

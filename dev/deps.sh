@@ -18,6 +18,7 @@ command mpirun                   |optional|training with several processes   |op
 header  gtest/gtest.h            |optional|make test                         |libgtest-dev        |gtest-devel         |gtest        |googletest
 header  boost/context/fiber.hpp  |optional|fast threads of the simulated GPU |libboost-context-dev|boost-devel         |boost        |boost
 command clang-format             |optional|make format                       |clang-format        |clang-tools-extra   |clang        |clang-format
+command clang-tidy               |optional|make tidy                         |clang-tidy          |clang-tools-extra   |clang        |llvm
 command git                      |optional|the commit in run records         |git                 |git                 |git          |git
 command pkg-config               |optional|libraries outside /usr            |pkg-config          |pkgconf-pkg-config  |pkgconf      |pkgconf
 command curl                     |optional|data/get.sh                       |curl                |curl                |curl         |curl
