@@ -23,7 +23,9 @@ for python in ${pythons[@]+"${pythons[@]}"}; do
         cp "$requirements" "$installed"
         exit
     fi
-    reason="$python: $(grep . <<<"$output" | tail -1)"
+    # pip's last line only says that there is no such package, also where it reached no server.
+    network=$(grep -oE -m1 "connection broken by .*" <<<"$output" | cut -c1-300)
+    reason="$python: $(grep . <<<"$output" | tail -1)${network:+ ($network)}"
 done
 echo "$dir could not be made: $reason" >&2
 exit 1
