@@ -482,14 +482,14 @@ struct Reader {
 
 // Appends the tokens of a part to `out`, and adds the number of bytes that have none.
 void encode_part(const Tokenizer& tokenizer, const Part& part, std::string_view text,
-                 std::vector<int>& out, std::atomic<uint64_t>& without_token) {
+                 std::vector<int>& out, std::atomic<uint64_t>& unencodable) {
     const int eot = tokenizer.eot(), bos = tokenizer.bos;
     // If one token both begins and ends texts, the end of a document begins the next.
     if (part.first && bos >= 0 && bos != eot) out.push_back(bos);
     if (!text.empty()) {
-        auto tokens = part.first ? tokenizer.encode(text) : tokenizer.encode_rest(text);
+        auto tokens = part.first ? tokenizer.encode(text) : tokenizer.encode_continuation(text);
         out.insert(out.end(), tokens.begin(), tokens.end());
-        without_token += tokenizer.without_token(text);
+        unencodable += tokenizer.count_unencodable(text);
     }
     if (part.last && eot >= 0) out.push_back(eot);
 }
@@ -533,7 +533,7 @@ void run(const Options& options) {
         sets[k].id = id, sets[k].shard_tokens = shard_tokens, sets[k].window = window;
     }
     uint64_t bytes, documents, forced_cuts, zeros, separators;
-    std::atomic<uint64_t> without_token = 0;
+    std::atomic<uint64_t> unencodable = 0;
     double seconds;
     {
         Progress progress;
@@ -542,7 +542,7 @@ void run(const Options& options) {
             for (const Part& part : job.parts) {
                 std::string_view text(job.text);
                 text = text.substr(part.begin, part.end - part.begin);
-                encode_part(*tokenizer, part, text, job.tokens[part.validation], without_token);
+                encode_part(*tokenizer, part, text, job.tokens[part.validation], unencodable);
             }
         };
         auto write = [&](Job& job) {
@@ -573,9 +573,9 @@ void run(const Options& options) {
                  "word"));
     if (zeros)
         note(cat(zeros, " bytes of the input are 0, which do not occur in text: is it text?"));
-    if (without_token)
-        note(cat(without_token, " bytes have no token in this vocabulary: they became its unknown "
-                                "token, or were dropped if it has none"));
+    if (unencodable)
+        note(cat(unencodable, " bytes have no token in this vocabulary: they became its unknown "
+                              "token, or were dropped if it has none"));
     if (options.val_fraction > 0 && sets[1].tokens == 0)
         note(options.separator.empty() || documents > 1
                  ? "the text is too short for validation tokens"

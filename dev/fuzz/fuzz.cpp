@@ -177,7 +177,7 @@ void check_encoding(const Tokenizer& tokenizer, std::string_view text, bool exac
     must(cut <= text.size(), "a cut is inside the text");
     if (cut == 0) return;
     std::vector<int> joined = tokenizer.encode(text.substr(0, cut));
-    const std::vector<int> rest = tokenizer.encode_rest(text.substr(cut));
+    const std::vector<int> rest = tokenizer.encode_continuation(text.substr(cut));
     joined.insert(joined.end(), rest.begin(), rest.end());
     must(joined == tokens, "encoding in parts gives the same tokens");
 }

@@ -140,7 +140,7 @@ TEST(TokenizerFiles, DigitsAreSplitFirst) {
     for (size_t end = 1; end <= text.size(); end++) {
         const size_t cut = tokenizer->safe_cut(text.substr(0, end));
         std::vector<int> parts = tokenizer->encode(text.substr(0, cut));
-        for (int token : tokenizer->encode_rest(text.substr(cut))) parts.push_back(token);
+        for (int token : tokenizer->encode_continuation(text.substr(cut))) parts.push_back(token);
         EXPECT_EQ(parts, whole) << cut;
     }
 }
@@ -156,7 +156,7 @@ TEST(TokenizerFiles, AddPrefixSpace) {
         EXPECT_EQ(tokens_of(*folder, " a"), (std::vector<int>{256}));
         EXPECT_EQ(tokens_of(*folder, "\na"), (std::vector<int>{' ', '\n', 'a'}));
         EXPECT_EQ(tokens_of(*folder, ""), (std::vector<int>{}));
-        EXPECT_EQ(folder->load()->encode_rest("a"), (std::vector<int>{'a'}));
+        EXPECT_EQ(folder->load()->encode_continuation("a"), (std::vector<int>{'a'}));
         EXPECT_NE(folder->load()->id(), plain.load()->id());
         expect_kept(*folder);
     }
@@ -194,7 +194,7 @@ TEST(TokenizerFiles, AVocabularyMayLackBytes) {
     EXPECT_EQ(tokens_of(left_out, "c ba"), (std::vector<int>{'c', 256}));
     EXPECT_EQ(tokens_of(left_out, "b"), (std::vector<int>{}));
     EXPECT_EQ(tokens_of(left_out, std::string(100, 'b')), (std::vector<int>{}));
-    EXPECT_EQ(left_out.load()->without_token("abba"), 2u);
+    EXPECT_EQ(left_out.load()->count_unencodable("abba"), 2u);
     EXPECT_FALSE(left_out.load()->has('b'));
     expect_kept(left_out);
 

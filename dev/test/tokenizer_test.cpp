@@ -173,7 +173,7 @@ testing::AssertionResult cuts_are_exact(const Tokenizer& tokenizer, const std::s
         if (cut > end) return testing::AssertionFailure() << "cut " << cut << " of " << end;
         if (cut == 0) continue;
         std::vector<int> parts = tokenizer.encode(text.substr(0, cut));
-        std::vector<int> rest = tokenizer.encode_rest(std::string_view(text).substr(cut));
+        std::vector<int> rest = tokenizer.encode_continuation(std::string_view(text).substr(cut));
         parts.insert(parts.end(), rest.begin(), rest.end());
         if (parts != whole)
             return testing::AssertionFailure()
@@ -381,7 +381,7 @@ TEST(Tokenizer, SentencePieceCutsAreExact) {
             while (n < rest.size() && !(cut = tokenizer->safe_cut(rest.substr(0, n)))) n++;
             if (cut == 0) cut = rest.size();
             auto more = parts.empty() ? tokenizer->encode(rest.substr(0, cut))
-                                      : tokenizer->encode_rest(rest.substr(0, cut));
+                                      : tokenizer->encode_continuation(rest.substr(0, cut));
             parts.insert(parts.end(), more.begin(), more.end());
             rest.remove_prefix(cut);
         }
@@ -439,8 +439,8 @@ TEST(SentencePieceTokenizer, ATextCutInTwoGivesTheSameTokens) {
             const std::string begin = draw(10), text = begin + draw(4);
             const size_t cut = tokenizer->safe_cut(begin);
             std::vector<int> parts = tokenizer->encode(text.substr(0, cut));
-            const std::vector<int> rest =
-                cut > 0 ? tokenizer->encode_rest(text.substr(cut)) : tokenizer->encode(text);
+            const std::vector<int> rest = cut > 0 ? tokenizer->encode_continuation(text.substr(cut))
+                                                  : tokenizer->encode(text);
             parts.insert(parts.end(), rest.begin(), rest.end());
             ASSERT_EQ(parts, tokenizer->encode(text))
                 << name << ": " << testing::PrintToString(text) << " cut at " << cut;

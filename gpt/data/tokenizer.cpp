@@ -668,10 +668,10 @@ struct Gpt2 : Tokenizer {
     };
 
     std::vector<int> encode(std::string_view text) const override {
-        if (!add_prefix_space || text.empty() || text[0] == ' ') return encode_rest(text);
-        return encode_rest(" " + std::string(text));
+        if (!add_prefix_space || text.empty() || text[0] == ' ') return encode_continuation(text);
+        return encode_continuation(" " + std::string(text));
     }
-    std::vector<int> encode_rest(std::string_view text) const override {
+    std::vector<int> encode_continuation(std::string_view text) const override {
         static thread_local Cache cache;
         if (cache.serial != serial) {
             cache.entries.assign(Cache::size, {});
@@ -708,7 +708,7 @@ struct Gpt2 : Tokenizer {
         std::memcpy(entry.text, piece.data(), piece.size());
         std::copy(out.begin() + std::ptrdiff_t(before), out.end(), entry.tokens);
     }
-    size_t without_token(std::string_view text) const override {
+    size_t count_unencodable(std::string_view text) const override {
         return size_t(std::count_if(text.begin(), text.end(), [&](char c) {
             return byte_ids[static_cast<unsigned char>(c)] < 0;
         }));
@@ -869,7 +869,7 @@ struct SentencePiece : Tokenizer {
     std::vector<int> encode(std::string_view text) const override {
         return encode_lines(processor, text);
     }
-    std::vector<int> encode_rest(std::string_view text) const override {
+    std::vector<int> encode_continuation(std::string_view text) const override {
         return encode_lines(cuttable ? rest : processor, text);
     }
 

@@ -6,7 +6,7 @@
 // - Invalid UTF-8 is not an error. bytes and gpt2 preserve it: gpt2's splitting rule treats each
 //   invalid byte as a symbol (like U+FFFD), and the byte itself is encoded.
 // - A byte-level vocabulary may lack bytes, such as SmolLM2's. As in Hugging Face's tokenizers such
-//   a byte becomes the model's unk_token, or nothing if it has none; without_token counts them.
+//   a byte becomes the model's unk_token, or nothing if it has none; count_unencodable counts them.
 // - Prompts and documents begin with `bos` if tokenizer_config.json says add_bos_token; encode does
 //   not add it.
 // - SentencePiece normalizes. What its model folds (NFKC, runs of spaces, spaces at the ends) is
@@ -41,15 +41,17 @@ struct Tokenizer {
     // The tokens of the text, after bos if there is one.
     std::vector<int> encode_prompt(std::string_view text) const;
     // The number of bytes of the text that have no token.
-    virtual size_t without_token(std::string_view) const { return 0; }
+    virtual size_t count_unencodable(std::string_view) const { return 0; }
     // Writes its files to dir (created if missing) under Hugging Face names, for load_tokenizer.
     virtual void save(const std::string& dir) const = 0;
 
     // For encoding in parts: the last p such that, whatever follows the text, encode(all) =
-    // encode(text[0, p)) + encode_rest(text[p, ..) + the following); 0 if there is none.
+    // encode(text[0, p)) + encode_continuation(text[p, ..) + the following); 0 if there is none.
     virtual size_t safe_cut(std::string_view text) const = 0;
     // encode for a part that continues a text.
-    virtual std::vector<int> encode_rest(std::string_view text) const { return encode(text); }
+    virtual std::vector<int> encode_continuation(std::string_view text) const {
+        return encode(text);
+    }
 };
 
 // spec: `bytes`; `gpt2:DIR`, where DIR has encoder.json and vocab.bpe, or vocab.json and
