@@ -1209,7 +1209,6 @@ template <class S> struct CpuModel : Model {
     std::string device() const override { return "cpu"; }
     std::string dtype() const override;
     int64_t bytes() const override { return bytes_held; }
-    template <class F> void with_buffer(Buffer buffer, const F& f);
     void set_parameter(int64_t i, A value);
     void read(Buffer buffer, const Param& p, float* out) override;
     void write(Buffer buffer, const Param& p, const float* values) override;
@@ -1278,7 +1277,7 @@ std::optional<Step> train_step(Run& run) {
     run.state.step = number;
     run.state.tokens += run.tokens_per_step;
     const double seconds = now() - start;
-    book_time(run, seconds);
+    record_time(run, seconds);
     return Step{result.loss, lr, result.grad_norm, seconds};
 }
 
@@ -1297,7 +1296,7 @@ Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int
         error.run([&] {
             loader.restore({0, window});
             loader.next(b, inputs.data(), targets.data());
-            Ranks::Steady steady(ranks, "a batch of validation");
+            Ranks::TimedSection section(ranks, "a batch of validation");
             loss_and_targets[0] += model.loss(inputs.data(), targets.data(), b, T);
         });
         for (size_t i = 0; i < size_t(b) * T; i++) loss_and_targets[1] += targets[i] >= 0;
@@ -1344,7 +1343,7 @@ bool train(Run& run) {
             stop = stop || (std::isnan(val_loss) && !last);
         }
         if (!first) continue;
-        std::optional<Probes> probes;
+        std::optional<LayerDiagnostics> probes;
         if (o.probe_every > 0 && due(o.probe_every)) probes = probe_layers(run);
         log_step(run, *step, val_loss, probes);
         print_step(run, *step, val_loss, last || stop);

@@ -2083,7 +2083,7 @@ template <class S, class G> struct CudaModel : Model {
 
     void wait() {
         stream.wait();
-        times.book(profile);
+        times.add_to(profile);
     }
     double fetch_sum(int i) {
         CUDA(cudaMemcpyAsync(host_sums + i, sums + i, sizeof(double), cudaMemcpyDeviceToHost,
@@ -2097,7 +2097,6 @@ template <class S, class G> struct CudaModel : Model {
     std::string dtype() const override { return exact ? "float32" : "bf16"; }
     int64_t bytes() const override { return bytes_held; }
     template <class X> std::vector<std::remove_const_t<X>> fetch(X* from, int64_t n);
-    template <class F> void with_buffer(Buffer buffer, const F& f);
     const Param& padded_param(const Param& p) const;
     void read(Buffer buffer, const Param& p, float* out) override;
     void write(Buffer buffer, const Param& p, const float* values) override;

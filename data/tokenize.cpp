@@ -6,6 +6,7 @@
 //
 // Shards are written into a hidden folder and, once complete, published as a set
 // (gpt/data/publish.h). An error, a full disk, Ctrl-C or a kill leaves earlier shards as they were.
+#include "data/tool.h"
 #include "gpt/base/error.h"
 #include "gpt/base/signals.h"
 #include "gpt/base/terminal.h"
@@ -660,8 +661,7 @@ int main(int argc, char** argv) {
     app.add_option("--threads", options.threads, "Encoding threads; they do not affect the result")
         ->check(CLI::Range(1, 1024));
     app.add_flag("-q,--quiet", options.quiet, "Print no progress and no summary");
-    try {
-        app.parse(argc, argv);
+    return lns::run_tool("tokenize", app, argc, argv, [&] {
         options.tokenizer = lns::expand_home_in_tokenizer(options.tokenizer);
         options.out = lns::expand_home(options.out);
         for (std::string& file : options.files) file = lns::expand_home(file);
@@ -684,16 +684,5 @@ int main(int argc, char** argv) {
         sigaction(SIGINT, &action, nullptr);
         sigaction(SIGTERM, &action, nullptr);
         lns::run(options);
-        return 0;
-    } catch (const CLI::ParseError& error) {
-        if (error.get_exit_code() == 0) { // --help
-            app.exit(error);
-            return lns::output_status("tokenize");
-        }
-        std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n",
-                     lns::one_line(error.what()).c_str());
-    } catch (const std::exception& error) {
-        std::fprintf(stderr, "tokenize: %s\n", lns::one_line(error.what()).c_str());
-    }
-    return 1;
+    });
 }

@@ -1,4 +1,4 @@
-"""Pictures of runs: what all share (Matplotlib, colours, axes), and the report's.
+"""Pictures of runs: shared parts (Matplotlib, colours, axes), and the pictures of the report.
 
 Okabe and Ito's colours remain distinct for colour-blind readers; line styles and markers differ too.
 A panel of the report is as wide as a phone can show without shrinking the text, so a page places as
@@ -81,7 +81,7 @@ def use_style(font_size, more=()):
 
 
 def line_style(index):
-    """Of the index-th line. 28 are distinct, and the first 4 also without colour."""
+    """The look of the index-th line. 28 are distinct, and the first 4 also without colour."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": LINES[index % len(LINES)],
@@ -184,7 +184,7 @@ def new_panel(title, labels=(), height=HEIGHT, right=0.15):
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=5)
-    # A fixed place, whatever the width of the tick labels.
+    # A fixed position, independent of the width of the tick labels.
     axes.yaxis.set_label_coords(0.2 / WIDTH, box[1] + box[3] / 2, transform=figure.transFigure)
     figure.text(0.1 / WIDTH, 1 - 0.08 / height, title, va="top", fontweight="bold")
     return figure, axes
@@ -194,7 +194,7 @@ def label_ends(axes, ends):
     """ends: [(x, y, text, colour)]. Writes each text to the right of the axes, with a thin line from
     its point, and an arrow if the point is above the frame."""
     figure = axes.figure
-    figure.canvas.draw()  # fixes the axes, so that points can be placed
+    figure.canvas.draw()  # fixes the axes, so that positions are known
     size, box = figure.bbox, axes.bbox
     gap = GAP * figure.dpi
     points = [axes.transData.transform((x, y)) for x, y, *_ in ends]
@@ -432,7 +432,7 @@ def loss_pictures(groups):
         drawn = drawn_of(same)
         chosen = ""
         if len(drawn) < len(same):
-            chosen = " Of each scheme the best learning rate is drawn."
+            chosen = " For each scheme, only the best learning rate is drawn."
         panels = [
             training_panel(drawn, "Training loss, smoothed", name_of("training-loss", tag)),
             validation_panel(drawn, "Validation loss", name_of("validation-loss", tag)),
@@ -471,11 +471,11 @@ def loss_pictures(groups):
     return kept(pictures)
 
 
-# Probes
+# Layer diagnostics
 
 
 def series(groups, *keys):
-    """[(group, one number per layer)] of the groups whose probe has it."""
+    """[(group, one number per layer)] of the groups whose probe.json has it."""
     return [(group, group.probe.series(*keys)) for group in groups if group.probe.series(*keys)]
 
 
@@ -782,7 +782,7 @@ def removal_pictures(groups):
     pictures.append(
         Picture(
             "Removal of a run of layers",
-            "Look how far up the dark region reaches: that many consecutive layers, from ℓ on, can "
+            "See how far up the dark region reaches: that many consecutive layers, from ℓ on, can "
             "be skipped at little cost; a model that uses its depth is bright throughout.",
             [
                 heat_panel(name_of("removal-blocks", g.tag), f"{short(g.tag)}: n layers removed",

@@ -311,7 +311,7 @@ def read_json(path):
 
 
 def read_record(line):
-    """One line of log.jsonl. Throws ValueError if it is invalid."""
+    """One line of log.jsonl. Raises ValueError if it is invalid."""
     try:
         record = json.loads(line)
     except RecursionError:

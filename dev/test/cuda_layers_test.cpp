@@ -308,17 +308,17 @@ TEST(CudaLayers, CacheKeepsTheFirst) {
     const Variable where("LNS_CACHE", directory.path);
     Cache one("test.txt"), other("test.txt");
     EXPECT_EQ(one.find("key"), nullptr);
-    EXPECT_EQ(one.settle("key", "first"), "first");
-    EXPECT_EQ(other.settle("key", "second"), "first");
-    EXPECT_EQ(other.settle("another key", "value"), "value");
-    EXPECT_EQ(one.settle("third", "value"), "value");
+    EXPECT_EQ(one.find_or_insert("key", "first"), "first");
+    EXPECT_EQ(other.find_or_insert("key", "second"), "first");
+    EXPECT_EQ(other.find_or_insert("another key", "value"), "value");
+    EXPECT_EQ(one.find_or_insert("third", "value"), "value");
     const Cache later("test.txt");
     for (const char* key : {"key", "another key", "third"}) ASSERT_NE(later.find(key), nullptr);
     EXPECT_EQ(*later.find("key"), "first");
     std::filesystem::remove_all(directory.path);
     const Variable none("LNS_CACHE", "none");
     Cache nothing("test.txt");
-    EXPECT_EQ(nothing.settle("key", "value"), std::nullopt);
+    EXPECT_EQ(nothing.find_or_insert("key", "value"), std::nullopt);
     EXPECT_EQ(nothing.find("key"), nullptr);
     EXPECT_FALSE(std::filesystem::exists(directory.path));
 }

@@ -21,18 +21,6 @@ template <class S> std::string CpuModel<S>::dtype() const {
 // ---------------------------------------------------------------------------------------------
 // Parameters, gradients and moments
 
-// f(the array of a buffer)
-template <class S> template <class F> void CpuModel<S>::with_buffer(Buffer buffer, const F& f) {
-    if (buffer == Buffer::parameters)
-        master.size ? f(master) : f(parameters);
-    else if (buffer == Buffer::gradients)
-        f(gradients);
-    else if (State& state = states[size_t(buffer.index)]; state.rounded.size)
-        f(state.rounded);
-    else
-        f(state.full);
-}
-
 template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
     parameters[i] = value;
     if (master.size) master[i] = value;
@@ -40,7 +28,7 @@ template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
 
 template <class S> void CpuModel<S>::read(Buffer buffer, const Param& p, float* out) {
     if (buffer == Buffer::gradients) zero_remaining_gradients();
-    with_buffer(buffer, [&](const auto& from) {
+    with_buffer(*this, buffer, [&](const auto& from) {
         for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[p.offset + i]);
     });
 }
@@ -52,7 +40,7 @@ template <class S> void CpuModel<S>::write(Buffer buffer, const Param& p, const 
         using X = std::remove_reference_t<decltype(to[0])>;
         for (int64_t i = 0; i < p.size(); i++) to[p.offset + i] = X(values[i]);
     };
-    with_buffer(buffer, copy);
+    with_buffer(*this, buffer, copy);
     if (buffer == Buffer::parameters && master.size) copy(parameters);
 }
 
@@ -103,7 +91,7 @@ template <class S> void CpuModel<S>::leave(int k) {
 }
 
 template <class S> void CpuModel<S>::embed(const int* inputs, int b, int t) {
-    if (!options.training || options.recompute != Recompute::none) no_layers();
+    if (!options.training || options.recompute != Recompute::none) fail_layer_by_layer();
     check_tokens(inputs, b, t, acts.rows);
     B = b, T = t, first = 0, kv_cache_valid = false;
     tokens.assign(inputs, inputs + int64_t(B) * T);

@@ -25,7 +25,7 @@ namespace lns::cuda {
 template <class S, class G> void CudaModel<S, G>::read(Buffer buffer, const Param& p, float* out) {
     const Param& q = padded_param(p);
     const Placement place(p, q, config, padded_config);
-    with_buffer(buffer, [&](auto& array) {
+    with_buffer(*this, buffer, [&](auto& array) {
         const auto values = fetch(array + q.offset, q.size());
         place.each([&](int64_t i, int64_t j) { out[i] = float(values[j]); });
     });
@@ -43,21 +43,8 @@ void CudaModel<S, G>::write(Buffer buffer, const Param& p, const float* values) 
                              cudaMemcpyHostToDevice, stream));
         stream.wait();
     };
-    with_buffer(buffer, upload);
+    with_buffer(*this, buffer, upload);
     if (buffer == Buffer::parameters && master.size) upload(parameters);
-}
-// f(the array of a buffer)
-template <class S, class G>
-template <class F>
-void CudaModel<S, G>::with_buffer(Buffer buffer, const F& f) {
-    if (buffer == Buffer::parameters)
-        master.size ? f(master) : f(parameters);
-    else if (buffer == Buffer::gradients)
-        f(gradients);
-    else if (State& state = states[size_t(buffer.index)]; state.rounded.size)
-        f(state.rounded);
-    else
-        f(state.full);
 }
 template <class S, class G> const Param& CudaModel<S, G>::padded_param(const Param& p) const {
     return padded_registry.params[size_t(&p - registry.params.data())];
@@ -110,7 +97,7 @@ template <class S, class G> void CudaModel<S, G>::leave_backward(int k, const fl
 }
 
 template <class S, class G> void CudaModel<S, G>::embed(const int* inputs, int b, int t) {
-    if (!options.training || options.recompute != Recompute::none) no_layers();
+    if (!options.training || options.recompute != Recompute::none) fail_layer_by_layer();
     begin_pass(inputs, nullptr, b, t, 0);
     kv_cache_valid = false;
     embed();

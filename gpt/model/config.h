@@ -70,7 +70,7 @@ std::string config_to_json(const Config& config);
 // "" if the stock model of this architecture computes the same, else what this one has beyond it.
 // Its model_type is then "lns-llama" for "llama": other tools refuse it instead of computing
 // something else.
-std::string beyond_stock(const Config& config);
+std::string beyond_stock_model(const Config& config);
 
 // The scheme of an architecture's stock model.
 Scheme stock_scheme(const std::string& model_type);

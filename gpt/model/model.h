@@ -146,15 +146,15 @@ struct Model {
     // between layers (l from 0), which may run in any order and number. Throws without training, or
     // with recompute.
     // r ← the input of layer 0, of tokens (B, T)
-    virtual void embed(const int*, int, int) { no_layers(); }
+    virtual void embed(const int*, int, int) { fail_layer_by_layer(); }
     // r ← the output of layer l
-    virtual void run_layer(int) { no_layers(); }
+    virtual void run_layer(int) { fail_layer_by_layer(); }
     // The loss of r after the final norm and the head, as loss(); targets (B, T).
-    virtual double finish(const int*) { no_layers(); }
+    virtual double finish(const int*) { fail_layer_by_layer(); }
     // Backward through what ran last: dr ← loss_scale × that loss's gradient by r; then dr ← the
     // gradient by the input of layer l. Both add to the parameters' gradients.
-    virtual void finish_backward(const int*, double) { no_layers(); }
-    virtual void run_layer_backward(int) { no_layers(); }
+    virtual void finish_backward(const int*, double) { fail_layer_by_layer(); }
+    virtual void run_layer_backward(int) { fail_layer_by_layer(); }
     enum class Stream {
         residual,  // r
         attention, // b of the attention of the last layer that ran
@@ -162,22 +162,24 @@ struct Model {
         gradient,  // dr
     };
     // (B·T, C); only r and dr can be written.
-    virtual void read(Stream, float*) { no_layers(); }
-    virtual void write(Stream, const float*) { no_layers(); }
+    virtual void read(Stream, float*) { fail_layer_by_layer(); }
+    virtual void write(Stream, const float*) { fail_layer_by_layer(); }
     // Some rows (n, C) of r or dr; writing sets all others to 0.
-    virtual void read_rows(Stream, const std::vector<int64_t>&, float*) { no_layers(); }
-    virtual void write_rows(Stream, const std::vector<int64_t>&, const float*) { no_layers(); }
+    virtual void read_rows(Stream, const std::vector<int64_t>&, float*) { fail_layer_by_layer(); }
+    virtual void write_rows(Stream, const std::vector<int64_t>&, const float*) {
+        fail_layer_by_layer();
+    }
     // r ← the last input of layer l; l = L: the output of layer L − 1. A layer that runs overwrites
     // its own input and that of the next layer, nothing before.
-    virtual void rewind(int) { no_layers(); }
+    virtual void rewind(int) { fail_layer_by_layer(); }
     // Statistics of each row, computed on the device in double: the moments of a stream; and
     // ‖a/‖a‖ − b/‖b‖‖², where a and b are r after rewind(l) and rewind(m).
-    virtual std::vector<Moments> row_moments(Stream) { no_layers(); }
-    virtual std::vector<double> row_chords(int, int) { no_layers(); }
+    virtual std::vector<Moments> row_moments(Stream) { fail_layer_by_layer(); }
+    virtual std::vector<double> row_chords(int, int) { fail_layer_by_layer(); }
     // Σ g² over the gradient of each parameter, in the registry's order.
-    virtual std::vector<double> gradient_squares() { no_layers(); }
-    [[noreturn]] static void no_layers() {
-        fail("a model that runs layer by layer must be made to train, without --recompute");
+    virtual std::vector<double> gradient_squares() { fail_layer_by_layer(); }
+    [[noreturn]] static void fail_layer_by_layer() {
+        fail("a model that runs layer by layer must be made for training, without --recompute");
     }
 
     // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after
@@ -195,6 +197,18 @@ struct Model {
     void check_tokens(const int* inputs, int B, int T, int64_t rows) const;
     void check_targets(const int* targets, int64_t n) const;
 };
+
+// Calls f with the array of a buffer, as float or bf16. For both backends' models.
+template <class M, class F> void with_buffer(M& model, Buffer buffer, const F& f) {
+    if (buffer == Buffer::parameters)
+        model.master.size ? f(model.master) : f(model.parameters);
+    else if (buffer == Buffer::gradients)
+        f(model.gradients);
+    else if (auto& state = model.states[size_t(buffer.index)]; state.rounded.size)
+        f(state.rounded);
+    else
+        f(state.full);
+}
 
 // A model's memory for micro-batches of (B, T), without making it.
 struct MemoryPlan {

@@ -77,7 +77,7 @@ ExportPlan plan_export(const Config& config, const Registry& registry) {
         ours.in_weight_init = theirs.in_weight_init;
         folds &= ours == theirs;
     }
-    plan.beyond = folds ? beyond_stock(plan.config) : beyond_stock(config);
+    plan.beyond = folds ? beyond_stock_model(plan.config) : beyond_stock_model(config);
     if (!plan.beyond.empty()) plan = {config, plan.beyond, {}};
     return plan;
 }

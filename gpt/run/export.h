@@ -35,7 +35,7 @@ struct Fold {
 
 struct ExportPlan {
     Config config;                     // of the exported model
-    std::string beyond;                // beyond_stock(config): "" if stock tools can run it
+    std::string beyond;                // beyond_stock_model(config): "" if stock tools can run it
     std::map<std::string, Fold> folds; // by name, of the parameters that change
 };
 

@@ -193,7 +193,7 @@ void add_checkpoint(FlagList& f, Options& o) {
     f.path("CHECKPOINT", "PATH", o.checkpoint, "a run's directory, or one of its checkpoints");
 }
 
-void add_trained_machine(FlagList& f, Options& o) {
+void add_inference_machine(FlagList& f, Options& o) {
     add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
     add_machine(f, o);
 }
@@ -210,7 +210,7 @@ void add_sample(FlagList& f, Options& o) {
     f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "tokens of the sample");
     f.count("--seed", o.seed, 0, most_seed, "seed of the sample");
     f.on_off("--ignore-eot", o.ignore_eot, "continue after an end of text");
-    add_trained_machine(f, o);
+    add_inference_machine(f, o);
 }
 
 void add_eval(FlagList& f, Options& o) {
@@ -219,7 +219,7 @@ void add_eval(FlagList& f, Options& o) {
     f.text("-j,--val", "GLOB", o.val, "token shards; default: the run's");
     f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "tokens to measure on");
     add_sequences(f, o);
-    add_trained_machine(f, o);
+    add_inference_machine(f, o);
 }
 
 void add_probe(FlagList& f, Options& o) {
@@ -235,7 +235,7 @@ void add_probe(FlagList& f, Options& o) {
     add_sequences(f, o);
     f.count("--seed", o.seed, 0, most_seed, "seed of what is sampled");
     f.path("-o,--out", "FILE", o.out, "output; default: probe.json in the run");
-    add_trained_machine(f, o);
+    add_inference_machine(f, o);
 }
 
 void add_bench(FlagList& f, Options& o) {

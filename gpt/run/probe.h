@@ -71,7 +71,7 @@ struct LineFit {
 };
 LineFit fit_line(const std::vector<double>& x, const std::vector<double>& y);
 
-struct Probes {
+struct LayerDiagnostics {
     int layers = 0, width = 0; // L, C
     int64_t tokens = 0;        // N
     double loss = 0;           // of the full model
@@ -118,8 +118,8 @@ struct ProbeSettings {
 
 // Requires a model for training, without --recompute, and for batches of this size. usefulness fits
 // on fit_batches. Throws if the loss is not finite.
-Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
-               const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& settings);
+LayerDiagnostics measure(Model& model, const std::vector<ProbeBatch>& batches,
+                         const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& settings);
 
 // The number of whole windows of T tokens in `tokens`, at least 1.
 uint64_t probe_windows(int64_t tokens, int T);
@@ -129,9 +129,9 @@ std::vector<ProbeBatch> read_batches(Loader& loader, int T, int B, uint64_t firs
 
 // The contents of probe.json: one object per measurement; those not taken are null, or absent if
 // `sparse`.
-nlohmann::ordered_json to_json(const Probes& probes, bool sparse = false);
+nlohmann::ordered_json to_json(const LayerDiagnostics& probes, bool sparse = false);
 
 // Tables with one row per layer.
-std::string describe(const Probes& probes);
+std::string describe(const LayerDiagnostics& probes);
 
 } // namespace lns

@@ -235,8 +235,8 @@ int probe(const Options& o, const Ranks& ranks) {
         progress.update("probing: " + line);
         if (!progress.failure().empty()) fail(progress.failure());
     };
-    const Probes probes = measure(*model, read_batches(loader, T, B, 0, measured),
-                                  read_batches(loader, T, B, measured, fitted), settings);
+    const LayerDiagnostics probes = measure(*model, read_batches(loader, T, B, 0, measured),
+                                            read_batches(loader, T, B, measured, fitted), settings);
     progress.finish();
     source->finish_checks();
     for (const std::string& note : probes.notes) std::printf("note: %s\n", note.c_str());

@@ -116,7 +116,7 @@ double count_targets(const Run& run); // over all micro-batches and ranks; throw
 void begin_step(Run& run, StepInput& step);
 void draw_next_tokens(Run& run); // while the step is computed; not after the last step
 StepResult end_step(Run& run);   // throws if the loss or the gradient is not finite
-void book_time(Run& run, double seconds);
+void record_time(Run& run, double seconds);
 
 // Whether this rank, or any rank, has a reason to stop.
 bool should_stop(const Run& run);
@@ -125,8 +125,9 @@ bool any_should_stop(const Run& run);
 void check_finite(Run& run, int64_t step, const char* what, double value);
 
 // On rank 0.
-Probes probe_layers(Run& run); // on the same tokens each time; training is not affected
-void log_step(Run& run, const Step& step, double val_loss, const std::optional<Probes>& probes);
+LayerDiagnostics probe_layers(Run& run); // on the same tokens each time; training is not affected
+void log_step(Run& run, const Step& step, double val_loss,
+              const std::optional<LayerDiagnostics>& probes);
 void print_step(Run& run, const Step& step, double val_loss, bool now); // now: not only when due
 void print_sample(Run& run);
 // Saves the last step. An error of a run that ends here is thrown, else it is a warning.
