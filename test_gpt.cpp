@@ -1504,7 +1504,7 @@ Row check_gpu_step(DType gradients) {
     const ModelOptions options{.dtype = DType::bf16, .moments = gradients, .gradients = gradients};
     std::unique_ptr<Model> whole = gpu_model(c, B, T, options), parts = gpu_model(c, B, T, options);
     fill_like(*whole), fill_like(*parts);
-    AdamW adam{.lr = 1e-2, .weight_decay = 0.1};
+    Hyperparameters adam{.lr = 1e-2, .weight_decay = 0.1};
     const double clip = 0.01;
     int differ = 0;
     for (adam.step = 1; adam.step <= 3; adam.step++) {
@@ -1714,7 +1714,7 @@ Row check_gpu_training(DType dtype, int steps, double tolerance) {
                 targets[b * T + t] = (start + (t + 1) * stride) % 29;
             }
         }
-        const AdamW adam{.lr = 3e-3, .beta2 = 0.95, .weight_decay = 0.1, .step = step};
+        const Hyperparameters adam{.lr = 3e-3, .beta2 = 0.95, .weight_decay = 0.1, .step = step};
         int n = 0;
         for (Model* m : {reference.get(), model.get()}) {
             m->begin_step({inputs.data(), targets.data(), 1, B, T, 1.0 / (B * T), 1, adam});

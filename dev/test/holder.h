@@ -29,7 +29,7 @@ struct Holder : Model {
     void logits(const int*, int, int, bool, float*) override {}
     void zero_gradients() override {}
     double gradient_norm() override { return 0; }
-    void update(const AdamW&) override {}
+    void update(const Hyperparameters&) override {}
     void read(Buffer buffer, const Param& p, float* out) override {
         std::memcpy(out, &held[buffer.kind + buffer.index][p.offset], p.size() * sizeof(float));
     }

@@ -21,16 +21,16 @@ template <class S> std::string CpuModel<S>::dtype() const {
 // ---------------------------------------------------------------------------------------------
 // Parameters, gradients and moments
 
-// f(the array of a buffer)
-template <class S> template <class F> void CpuModel<S>::with_buffer(Buffer buffer, const F& f) {
+// f(a parameter's place in the array of a buffer)
+template <class S>
+template <class F>
+void CpuModel<S>::with_buffer(Buffer buffer, const Param& p, const F& f) {
     if (buffer == Buffer::parameters)
-        master.size ? f(master) : f(parameters);
-    else if (buffer == Buffer::gradients)
-        f(gradients);
-    else if (State& state = states[size_t(buffer.index)]; state.rounded.size)
-        f(state.rounded);
-    else
-        f(state.full);
+        return master.size ? f(master + p.offset) : f(parameters + p.offset);
+    if (buffer == Buffer::gradients) return f(gradients + p.offset);
+    const int64_t at = optimizer_layout.offset(buffer.index, p);
+    State& state = states[size_t(buffer.index)];
+    state.rounded.size ? f(state.rounded + at) : f(state.full + at);
 }
 
 template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
@@ -40,20 +40,19 @@ template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
 
 template <class S> void CpuModel<S>::read(Buffer buffer, const Param& p, float* out) {
     if (buffer == Buffer::gradients) zero_remaining_gradients();
-    with_buffer(buffer, [&](const auto& from) {
-        for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[p.offset + i]);
+    with_buffer(buffer, p, [&](const auto* from) {
+        for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[i]);
     });
 }
 
 template <class S> void CpuModel<S>::write(Buffer buffer, const Param& p, const float* values) {
     kv_cache_valid = false;
     if (buffer == Buffer::gradients) zero_remaining_gradients();
-    auto copy = [&](auto& to) {
-        using X = std::remove_reference_t<decltype(to[0])>;
-        for (int64_t i = 0; i < p.size(); i++) to[p.offset + i] = X(values[i]);
+    auto copy = [&]<class X>(X* to) {
+        for (int64_t i = 0; i < p.size(); i++) to[i] = X(values[i]);
     };
-    with_buffer(buffer, copy);
-    if (buffer == Buffer::parameters && master.size) copy(parameters);
+    with_buffer(buffer, p, copy);
+    if (buffer == Buffer::parameters && master.size) copy(parameters + p.offset);
 }
 
 template <class S> float* CpuModel<S>::host_gradients() {
@@ -249,8 +248,8 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     plan.parameters = n * int64_t(sizeof(S));
     if (o.training) {
         plan.gradients = n * int64_t(sizeof(Acc<S>));
-        plan.optimizer =
-            o.optimizer->bytes(n, o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
+        plan.optimizer = OptimizerLayout(*o.optimizer, registry)
+                             .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
         if (sizeof(S) < sizeof(Acc<S>) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(Acc<S>));
     }

@@ -17,13 +17,6 @@
 
 namespace lns {
 
-// Adam with decoupled weight decay (arXiv 1711.05101), on matrices only.
-struct AdamW {
-    double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
-    int64_t step = 1;      // counts from 1, for the bias correction
-    double grad_scale = 1; // multiplies every gradient first: clipping
-};
-
 // One of a model's flat buffers.
 struct Buffer {
     enum Kind { parameters, gradients, state };
@@ -73,14 +66,13 @@ struct Moments {
     double sum_of_squares() const { return square + n * mean * mean; }
 };
 
-// A training step: the tokens of all its micro-batches on this rank, and the hyperparameters of the
-// update.
+// A training step: the tokens of all its micro-batches on this rank, and the update.
 struct StepInput {
     const int *inputs, *targets; // (micro_batches, B, T)
     int micro_batches, B, T;
     double loss_scale = 1; // 1 / (targets ≥ 0, over all micro-batches and ranks)
     double grad_clip = 0;  // the largest norm of the gradient; 0: any
-    AdamW optimizer = {};  // grad_scale is ignored
+    Hyperparameters hyperparameters = {}; // grad_scale is ignored
     // Asked between micro-batches; true ends the step there, and nothing is updated. All ranks must
     // get the same answer.
     std::function<bool()> stop = {};
@@ -125,7 +117,7 @@ struct Model {
 
     virtual void zero_gradients() = 0;
     virtual double gradient_norm() = 0; // ‖all gradients‖₂
-    virtual void update(const AdamW& optimizer) = 0;
+    virtual void update(const Hyperparameters& hyperparameters) = 0;
 
     // A whole training step: zero_gradients, loss_and_gradients of every micro-batch, their sum
     // over ranks, gradient_norm, update. begin_step may return while the device still works;
@@ -134,7 +126,8 @@ struct Model {
     virtual void begin_step(const StepInput& step);
     virtual StepResult end_step() { return step_result; }
 
-    // One parameter's values, gradient or moments as float32, in memory's layout (not the file's).
+    // One parameter's values, gradient or optimizer state, which it must have, as float32, in
+    // memory's layout (not the file's).
     virtual void read(Buffer buffer, const Param& param, float* out) = 0;
     virtual void write(Buffer buffer, const Param& param, const float* values) = 0;
 
