@@ -295,28 +295,18 @@ Row check_qk_norm() {
                        });
 }
 
-Row check_gelu() {
-    return check_layer("gelu", {random_values(67, "h", 0, 2)},
-                       []<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-                           LayerResult<S> out{std::vector<S>(67), {std::vector<S>(67)}};
-                           gelu_forward(out.y.data(), x[0].data(), 67);
+Row check_activation(Activation activation) {
+    const ActivationRow& row = activations[int(activation)];
+    const int rows = 3, H = 21, hidden = rows * (row.gated ? 2 * H : H);
+    return check_layer(row.name, {random_values(hidden, "h", 0, 2)},
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(rows * H), {std::vector<S>(hidden)}};
+                           activation_forward(activation, out.y.data(), x[0].data(), rows, H);
                            if (!c.empty())
-                               gelu_backward(out.gradients[0].data(), c.data(), x[0].data(), 67);
+                               activation_backward(activation, out.gradients[0].data(), c.data(),
+                                                   x[0].data(), rows, H);
                            return out;
                        });
-}
-
-Row check_swiglu() {
-    const int rows = 3, H = 21;
-    return check_layer(
-        "swiglu", {random_values(rows * 2 * H, "h", 0, 2)},
-        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-            LayerResult<S> out{std::vector<S>(rows * H), {std::vector<S>(rows * 2 * H)}};
-            swiglu_forward(out.y.data(), x[0].data(), rows, H);
-            if (!c.empty())
-                swiglu_backward(out.gradients[0].data(), c.data(), x[0].data(), rows, H);
-            return out;
-        });
 }
 
 // y is Σ over rows; every second target is masked.
@@ -1828,7 +1818,8 @@ std::vector<Row> all_rows(const std::string& filter) {
                              {1, 35, 2, 1, 4},
                              {1, 64, 2, 2, 2}})
         keep(check_attention(a));
-    keep(check_gelu()), keep(check_swiglu()), keep(check_cross_entropy()), keep(check_adamw());
+    for (int i = 0; i < int(std::size(activations)); i++) keep(check_activation(Activation(i)));
+    keep(check_cross_entropy()), keep(check_adamw());
     keep(check_rounding());
 
     for (const std::string& scheme : scheme_names()) keep(check_initialization(scheme));

@@ -589,7 +589,7 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
 }
 
 // ---------------------------------------------------------------------------------------------
-// The MLP's activation functions: a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
+// The MLP's activation functions
 
 // GELU in its tanh form (arXiv 1606.08415): x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
 // That is x · sigmoid(2 · tanh's argument).
@@ -637,6 +637,28 @@ template <class S> void swiglu_backward(S* dh, const S* da, const S* h, int64_t 
             dup[i] = d * g * s;
             dgate[i] = d * A(up[i]) * s * (A(1) + g * (A(1) - s));
         }
+    }
+}
+
+// a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
+template <class S>
+void activation_forward(Activation activation, S* out, const S* h, int64_t rows, int H) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_forward(out, h, rows * H);
+    case Activation::swiglu:
+        return swiglu_forward(out, h, rows, H);
+    }
+}
+
+template <class S>
+void activation_backward(Activation activation, S* dh, const S* da, const S* h, int64_t rows,
+                         int H) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_backward(dh, da, h, rows * H);
+    case Activation::swiglu:
+        return swiglu_backward(dh, da, h, rows, H);
     }
 }
 
@@ -691,8 +713,8 @@ template <class S, class W, class M> struct AdamWBuffers {
 
 // One pass over the memory of a range. stochastic: bf16 results are rounded stochastically.
 template <bool stochastic, class S, class W, class M>
-void adamw_update(const AdamWBuffers<S, W, M>& x, const Hyperparameters& o, const Registry& registry,
-                  const UpdateRange& range) {
+void adamw_update(const AdamWBuffers<S, W, M>& x, const Hyperparameters& o,
+                  const Registry& registry, const UpdateRange& range) {
     using A = Acc<S>;
     const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
     const A correction1 = A(1 / (1 - std::pow(o.beta1, double(o.step))));
@@ -1018,10 +1040,7 @@ template <class S> struct CpuModel : Model {
     }
     void activate(int l, const char* group) {
         const Timed timer(profile, costs().activation_forward(group));
-        if (config.gated_mlp())
-            swiglu_forward(activated(l), hidden(l), rows(), config.mlp_width);
-        else
-            gelu_forward(activated(l), hidden(l), rows() * config.mlp_width);
+        activation_forward(config.activation, activated(l), hidden(l), rows(), config.mlp_width);
     }
 
     // From dbranch to dinput.
@@ -1031,10 +1050,8 @@ template <class S> struct CpuModel : Model {
         multiply_backward(dactivated, acts.dbranch, activated(l), mlp_out_matrix(l));
         {
             const Timed timer(profile, costs().activation_backward());
-            if (config.gated_mlp())
-                swiglu_backward(dhidden, dactivated, hidden(l), rows(), config.mlp_width);
-            else
-                gelu_backward(dhidden, dactivated, hidden(l), rows() * config.mlp_width);
+            activation_backward(config.activation, dhidden, dactivated, hidden(l), rows(),
+                                config.mlp_width);
         }
         recompute_input(2 * l + 1);
         multiply_backward(acts.dinput, dhidden, input(2 * l + 1), mlp_in_matrix(l));
@@ -1158,9 +1175,7 @@ template <class S> struct CpuModel : Model {
         overwrite_gradients = true;
         zero_gradients_where([&](const Param& p) { return !overwritten(p); });
     }
-    bool overwritten(const Param& p) const {
-        return p.layer_matrix || p.offset == registry.head;
-    }
+    bool overwritten(const Param& p) const { return p.layer_matrix || p.offset == registry.head; }
     // Before anything reads gradients that no pass has written.
     void zero_remaining_gradients() {
         if (!overwrite_gradients || gradients.size == 0) return;

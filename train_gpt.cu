@@ -31,7 +31,8 @@
 #include "gpt/model/activations.h"
 // defines: JunctionPointers, junction_vectors, fill_rotary_table
 #include "gpt/model/layers.h"
-// defines: Config, Registry, Param, Junction, Model, ModelOptions, StepInput, Hyperparameters, Profile, …
+// defines: Config, Registry, Param, Junction, Model, ModelOptions, StepInput, Hyperparameters,
+// Profile, …
 #include "gpt/model/model.h"
 
 // defines: CUDA, launch, blocks_at_once, shared_bytes, SharedMemory, copy_async, …
@@ -1156,6 +1157,29 @@ void swiglu_backward(S* dh, const S* da, const S* h, int64_t rows, int H, cudaSt
            dh, da, h, H);
 }
 
+// a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
+template <class S>
+void activation_forward(Activation activation, S* out, const S* h, int64_t rows, int H,
+                        cudaStream_t stream) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_forward(out, h, rows * H, stream);
+    case Activation::swiglu:
+        return swiglu_forward(out, h, rows, H, stream);
+    }
+}
+
+template <class S>
+void activation_backward(Activation activation, S* dh, const S* da, const S* h, int64_t rows, int H,
+                         cudaStream_t stream) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_backward(dh, da, h, rows * H, stream);
+    case Activation::swiglu:
+        return swiglu_backward(dh, da, h, rows, H, stream);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
 
@@ -1800,7 +1824,7 @@ template <class S, class G> struct CudaModel : Model {
     void mlp_sublayer_forward(int l) {
         // GELU is part of the product before it, unless it is recomputed: then its input is
         // `hidden`, already rounded, and both passes must see the same values.
-        if (!config.gated_mlp() && options.recompute != Recompute::activations) {
+        if (config.activation == Activation::gelu && options.recompute != Recompute::activations) {
             const Matrix m = mlp_in_matrix(l);
             const Timed timer = timed(costs().matmul_gelu("forward", m.name));
             matmul_gelu_forward<S>(cublas, activated(l), hidden(l), input(2 * l + 1),
@@ -1814,10 +1838,7 @@ template <class S, class G> struct CudaModel : Model {
     void activate(int l, const char* group) {
         const int H = padded_config.mlp_width;
         const Timed timer = timed(costs().activation_forward(group));
-        if (config.gated_mlp())
-            swiglu_forward<S>(activated(l), hidden(l), rows(), H, stream);
-        else
-            gelu_forward<S>(activated(l), hidden(l), rows() * H, stream);
+        activation_forward<S>(config.activation, activated(l), hidden(l), rows(), H, stream);
     }
 
     // From dbranch to dinput.
@@ -1826,14 +1847,15 @@ template <class S, class G> struct CudaModel : Model {
         S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
         if (options.recompute == Recompute::activations) activate(l, "recompute");
         multiply_backward_weight(acts.dbranch, activated(l), out);
-        if (config.gated_mlp()) {
-            multiply_backward_input(dactivated, acts.dbranch, out);
-            const Timed timer = timed(costs().activation_backward());
-            swiglu_backward<S>(dhidden, dactivated, hidden(l), rows(), out.C, stream);
-        } else {
+        if (config.activation == Activation::gelu) {
             const Timed timer = timed(costs().matmul_gelu("input gradient", out.name));
             matmul_gelu_backward_input<S>(cublas, dhidden, acts.dbranch, hidden(l),
                                           weight(out.weight), rows(), out.C, out.OC);
+        } else {
+            multiply_backward_input(dactivated, acts.dbranch, out);
+            const Timed timer = timed(costs().activation_backward());
+            activation_backward<S>(config.activation, dhidden, dactivated, hidden(l), rows(), out.C,
+                                   stream);
         }
         recompute_input(2 * l + 1);
         multiply_backward(acts.dinput, dhidden, input(2 * l + 1), mlp_in_matrix(l));
@@ -2040,8 +2062,8 @@ template <class S, class G> struct CudaModel : Model {
                         const double* loss) {
         kv_cache_valid = false;
         host_update_step[0] = make_update_step(o, grad_clip);
-        CUDA(cudaMemcpyAsync(update_step, host_update_step, sizeof(UpdateStep), cudaMemcpyHostToDevice,
-                             stream));
+        CUDA(cudaMemcpyAsync(update_step, host_update_step, sizeof(UpdateStep),
+                             cudaMemcpyHostToDevice, stream));
         for (const UpdateRange& range : optimizer_layout.ranges)
             options.moments == DType::bf16 ? update_range<bf16>(range, norm, loss)
                                            : update_range<float>(range, norm, loss);

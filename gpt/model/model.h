@@ -70,8 +70,8 @@ struct Moments {
 struct StepInput {
     const int *inputs, *targets; // (micro_batches, B, T)
     int micro_batches, B, T;
-    double loss_scale = 1; // 1 / (targets ≥ 0, over all micro-batches and ranks)
-    double grad_clip = 0;  // the largest norm of the gradient; 0: any
+    double loss_scale = 1;                // 1 / (targets ≥ 0, over all micro-batches and ranks)
+    double grad_clip = 0;                 // the largest norm of the gradient; 0: any
     Hyperparameters hyperparameters = {}; // grad_scale is ignored
     // Asked between micro-batches; true ends the step there, and nothing is updated. All ranks must
     // get the same answer.

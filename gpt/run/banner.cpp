@@ -143,7 +143,8 @@ std::string describe_schedule(const Schedule& s, const Options& o, int64_t token
             format_count(double(s.steps) * double(tokens_per_step)), " tokens in total\n");
     text +=
         cat("optimizer  ", optimizer_row(o.optimizer).title,
-            o.weight_decay > 0 ? cat(", decay ", o.weight_decay) : ", no decay", ", betas ", o.beta1, " ", o.beta2, ", eps ", o.eps,
+            o.weight_decay > 0 ? cat(", decay ", o.weight_decay) : ", no decay", ", betas ",
+            o.beta1, " ", o.beta2, ", eps ", o.eps,
             o.grad_clip > 0 ? cat(", gradient clipped to ", o.grad_clip) : ", no clipping", "\n");
     text += cat("schedule   ", s.kind, ", peak ", s.peak, " after ", plural(s.warmup, "step"),
                 " of warmup");

@@ -120,7 +120,8 @@ void add_precision(FlagList& f, Options& o) {
               "on a CPU that multiplies it");
     f.choice("--master-weights", o.master_weights, {"yes", "no"},
              "yes or no: with bf16, keep float32 weights for the optimizer");
-    f.choice("--moments", o.moments, {"float32", "bf16"}, "float32 or bf16: the optimizer's states, Adam's moments");
+    f.choice("--moments", o.moments, {"float32", "bf16"},
+             "float32 or bf16: the optimizer's states, Adam's moments");
     f.choice("--gradients", o.gradients, {"auto", "float32", "bf16"},
              "parameter gradients: float32, bf16 (GPU only), or auto: bf16 on a GPU if the weights "
              "are bf16 without master weights");
