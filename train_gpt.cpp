@@ -1217,23 +1217,26 @@ template <class S> struct CpuModel : Model {
     }
     template <class W, class M>
     void update_range(const Hyperparameters& o, const UpdateRange& range, W* weights, S* copy) {
-        auto state = [&](int s) { return state_array<M>(s) + range.states[size_t(s)]; };
+        auto state = [&](const char* name) {
+            const size_t s = size_t(optimizer->index(name));
+            return state_array<M>(states[s]) + range.states[s];
+        };
         const bool stochastic = options.stochastic_rounding && (!exact || !std::is_same_v<M, A>);
         switch (range.rule) {
         case UpdateRule::adamw: {
             const Timed timer(profile, costs().adamw(range.size(), sizeof(M), copy));
-            const AdamWBuffers<S, W, M> x{weights, copy, gradients, state(0), state(1)};
+            const AdamWBuffers<S, W, M> x{weights, copy, gradients, state("m"), state("v")};
             stochastic ? adamw_update<true>(x, o, registry, range)
                        : adamw_update<false>(x, o, registry, range);
             break;
         }
         }
     }
-    template <class M> M* state_array(int s) {
+    template <class M> static M* state_array(const State& state) {
         if constexpr (std::is_same_v<M, A>)
-            return states[size_t(s)].full;
+            return state.full;
         else
-            return states[size_t(s)].rounded;
+            return state.rounded;
     }
 
     // gpt/cpu/inspect.h

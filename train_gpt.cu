@@ -2070,23 +2070,26 @@ template <class S, class G> struct CudaModel : Model {
     }
     template <class M>
     void update_range(const UpdateRange& range, const double* norm, const double* loss) {
-        auto state = [&](int s) { return state_array<M>(s) + range.states[size_t(s)]; };
+        auto state = [&](const char* name) {
+            const size_t s = size_t(optimizer->index(name));
+            return state_array<M>(states[s]) + range.states[s];
+        };
         switch (range.rule) {
         case UpdateRule::adamw: {
             const Timed timer = timed(costs().adamw(range.size(), sizeof(M), master.size > 0));
-            adamw_update(AdamWBuffers<S, M, G>{parameters, master, gradients, state(0), state(1),
-                                               decays, update_step, norm, loss, range.size(),
-                                               range.begin},
+            adamw_update(AdamWBuffers<S, M, G>{parameters, master, gradients, state("m"),
+                                               state("v"), decays, update_step, norm, loss,
+                                               range.size(), range.begin},
                          options.stochastic_rounding, stream);
             break;
         }
         }
     }
-    template <class M> M* state_array(int s) {
+    template <class M> static M* state_array(const State& state) {
         if constexpr (std::is_same_v<M, float>)
-            return states[size_t(s)].full;
+            return state.full;
         else
-            return states[size_t(s)].rounded;
+            return state.rounded;
     }
 
     // Checks a micro-batch and copies it to `batch`; targets may be null.

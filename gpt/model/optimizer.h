@@ -27,6 +27,12 @@ struct Optimizer {
     UpdateRule matrices, rest; // of Param::layer_matrix, of the others
     std::vector<OptimizerState> states;
 
+    // The index of a state by its name.
+    int index(const char* state) const {
+        int i = 0;
+        while (states.at(size_t(i)).name != state) i++;
+        return i;
+    }
     UpdateRule rule(const Param& p) const { return p.layer_matrix ? matrices : rest; }
     bool has(int state, const Param& p) const {
         return p.layer_matrix ? states[size_t(state)].matrices : states[size_t(state)].rest;

@@ -366,7 +366,12 @@ ModelOptions model_options(const Options& o, bool training, const std::string& t
 }
 
 Hyperparameters hyperparameters(const Options& o, double lr, int64_t step) {
-    return {lr, o.beta1, o.beta2, o.eps, o.weight_decay, step};
+    return {.lr = lr,
+            .beta1 = o.beta1,
+            .beta2 = o.beta2,
+            .eps = o.eps,
+            .weight_decay = o.weight_decay,
+            .step = step};
 }
 
 std::string describe_precision(const ModelOptions& m) {
