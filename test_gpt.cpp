@@ -1531,6 +1531,61 @@ Row check_gpu_step(DType gradients) {
     return row;
 }
 
+// A row whose states differ between matrices and the rest updates in ranges, of which each has its
+// own place in the states: AdamW's bits must not depend on that.
+Row check_ranges(Device device) {
+    Row row{
+        cat(device == Device::cuda ? "cuda: " : "", "AdamW in ranges of the buffers"), {}, {}, ""};
+    const Optimizer split = {.name = "split",
+                             .title = "split",
+                             .matrices = UpdateRule::adamw,
+                             .rest = UpdateRule::adamw,
+                             .states = {{"v", "second moments"},
+                                        {"of matrices", "unused", .rest = false},
+                                        {"m", "first moments"}}};
+    const Config c = bf16_config("qwen2", "layerscale+gpas"); // stacks of biases, scalars
+    ModelOptions options{.device = device,
+                         .dtype = DType::bf16,
+                         .master_weights = false,
+                         .moments = DType::bf16,
+                         .stochastic_rounding = true};
+    auto make = [&] {
+        return device == Device::cuda ? gpu_model(c, 1, 1, options)
+                                      : make_cpu_model(c, 1, 1, options);
+    };
+    const std::unique_ptr<Model> whole = make();
+    options.optimizer = &split;
+    const std::unique_ptr<Model> ranges = make();
+    for (Model* model : {whole.get(), ranges.get()}) {
+        model->initialize(1);
+        for (int64_t step = 1; step <= 3; step++) {
+            for (const Param& p : model->registry.params) {
+                const Doubles g = random_values(size_t(p.size()), cat(p.name, step));
+                const std::vector<float> values(g.begin(), g.end());
+                model->write(Buffer::gradients, p, values.data());
+            }
+            model->update({.lr = 0.01, .weight_decay = 0.1, .step = step});
+        }
+    }
+    auto differ = [&](Buffer a, Buffer b) {
+        return double(tensors_of(*whole, a) != tensors_of(*ranges, b));
+    };
+    row.add("weights", differ(Buffer::parameters, Buffer::parameters), 0);
+    row.add("first moments", differ({Buffer::state, 0}, {Buffer::state, 2}), 0);
+    row.add("second moments", differ({Buffer::state, 1}, {Buffer::state, 0}), 0);
+    const int64_t more = ranges->bytes() - whole->bytes();
+    auto plan_of = [&](const Optimizer* optimizer) {
+        options.optimizer = optimizer;
+        return (device == Device::cuda ? plan_cuda_memory(c, 1, 1, options)
+                                       : plan_cpu_memory(c, 1, 1, options))
+            .optimizer;
+    };
+    if (more <= 0) row.note = "a state of matrices takes no memory";
+    row.add("memory that was not planned",
+            double(std::abs(more - (plan_of(&split) - plan_of(&optimizers()[0])))), 0);
+    return row;
+}
+
 // Without master weights, and rounded stochastically: as the CPU's.
 Row check_gpu_rounding() {
     Row row{"cuda: AdamW in bf16: master weights, nearest, stochastic", {}, {}, ""};
@@ -1769,6 +1824,7 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
                  gradients == DType::bf16 ? "bf16" : "float32"),
              [&] { return check_gpu_step(gradients); });
     keep("AdamW in bf16: master weights, nearest, stochastic", check_gpu_rounding);
+    keep("AdamW in ranges of the buffers", [] { return check_ranges(Device::cuda); });
     keep("--dry-run's bytes are the model's", check_gpu_plan);
     // Chaos: two trainings in float that differ by rounding alone drift apart this far.
     keep("200 steps in float32 as on the CPU in float32",
@@ -1819,7 +1875,7 @@ std::vector<Row> all_rows(const std::string& filter) {
                              {1, 64, 2, 2, 2}})
         keep(check_attention(a));
     for (int i = 0; i < int(std::size(activations)); i++) keep(check_activation(Activation(i)));
-    keep(check_cross_entropy()), keep(check_adamw());
+    keep(check_cross_entropy()), keep(check_adamw()), keep(check_ranges(Device::cpu));
     keep(check_rounding());
 
     for (const std::string& scheme : scheme_names()) keep(check_initialization(scheme));

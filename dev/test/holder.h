@@ -13,7 +13,8 @@ namespace lns::test {
 // Holds parameters and moments, and computes nothing.
 struct Holder : Model {
     std::vector<float> held[4];
-    explicit Holder(const Config& c) : Model(c) {
+    explicit Holder(const Config& c, const Optimizer& optimizer = optimizers()[0])
+        : Model(c, optimizer) {
         for (auto& buffer : held) buffer.assign(registry.size, 0);
     }
     std::string device() const override { return "cpu"; }

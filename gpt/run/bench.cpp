@@ -156,6 +156,7 @@ std::string to_json(const Bench& b) {
         {"scheme", b.config.scheme.name()},
         {"device", b.device},
         {"dtype", b.dtype},
+        {"optimizer", b.options.optimizer->name},
         {"batch", b.B},
         {"seq_len", b.T},
         {"threads", b.threads},

@@ -90,11 +90,15 @@ void check_warmup(const json& text) {
     o.warmup_steps();
 }
 
+void add_optimizer_name(FlagList& f, Options& o) {
+    f.choice("--optimizer", o.optimizer, optimizer_names(), join(optimizer_names(), " or "));
+}
+
 void add_optimizer(FlagList& f, Options& o) {
     f.group = "Optimizer";
     f.choice("--recipe", o.recipe, {"paper"},
              "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795");
-    f.choice("--optimizer", o.optimizer, optimizer_names(), join(optimizer_names()));
+    add_optimizer_name(f, o);
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, most_seed, "steps of the whole run");
     f.number("-l,--lr", o.lr, 0, infinity, "peak learning rate; tiny's default is 0.003");
@@ -249,6 +253,7 @@ void add_bench(FlagList& f, Options& o) {
     f.count("-x,--steps", o.timed_steps, 1, most, "timed steps, after an untimed one");
     f.on_off("--json", o.json, "one JSON object on one line, instead of a table");
     f.on_off("--profile", o.profile, profile_help);
+    add_optimizer_name(f, o);
     add_precision(f, o);
     add_machine(f, o);
 }
