@@ -1541,7 +1541,7 @@ Row check_ranges(Device device) {
                              .matrices = UpdateRule::adamw,
                              .rest = UpdateRule::adamw,
                              .states = {{"v", "second moments"},
-                                        {"of matrices", "unused", .rest = false},
+                                        {.name = "of matrices", .what = "unused", .rest = false},
                                         {"m", "first moments"}}};
     const Config c = bf16_config("qwen2", "layerscale+gpas"); // stacks of biases, scalars
     ModelOptions options{.device = device,

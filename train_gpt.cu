@@ -1538,8 +1538,8 @@ template <class S, class G> struct CudaModel : Model {
     CudaModel(const Config& c, int max_B, int max_T, const ModelOptions& o, const Ranks& ranks)
         : Model(c, *o.optimizer), options(o), padded_config(pad_config(c)),
           padded_registry(make_registry(padded_config)),
-          optimizer_layout(*optimizer, padded_registry),
-          multiprocessors(lns::gpu().multiprocessors), cublas(stream) {
+          multiprocessors(lns::gpu().multiprocessors), cublas(stream),
+          optimizer_layout(*optimizer, padded_registry) {
         if (c.width % 8)
             fail("a GPU takes 8 channels at once, and the model's width is ", c.width,
                  ": choose a --width that is a multiple of 8, or --device cpu");

@@ -49,12 +49,13 @@ struct Saved {
 
 // As Muon's will be: one buffer for matrices, two for the rest.
 TEST(Checkpoint, HoldsTheStatesThatEachParameterHas) {
-    const Optimizer mixed = {.name = "mixed",
-                             .title = "mixed",
-                             .matrices = UpdateRule::adamw,
-                             .rest = UpdateRule::adamw,
-                             .states = {{"momentum", "momentum", .rest = false},
-                                        {"v", "second moments", .matrices = false}}};
+    const Optimizer mixed = {
+        .name = "mixed",
+        .title = "mixed",
+        .matrices = UpdateRule::adamw,
+        .rest = UpdateRule::adamw,
+        .states = {{.name = "momentum", .what = "momentum", .rest = false},
+                   {.name = "v", .what = "second moments", .matrices = false}}};
     TemporaryDirectory dir;
     Holder model(small("gpt2"), mixed), other(model.config, mixed);
     model.initialize(3);
