@@ -299,28 +299,18 @@ Row check_qk_norm() {
                        });
 }
 
-Row check_gelu() {
-    return check_layer("gelu", {random_values(67, "h", 0, 2)},
-                       []<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-                           LayerResult<S> out{std::vector<S>(67), {std::vector<S>(67)}};
-                           gelu_forward(out.y.data(), x[0].data(), 67);
+Row check_activation(Activation activation) {
+    const ActivationRow& row = activations[int(activation)];
+    const int rows = 3, H = 21, hidden = rows * (row.gated ? 2 * H : H);
+    return check_layer(row.name, {random_values(hidden, "h", 0, 2)},
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(rows * H), {std::vector<S>(hidden)}};
+                           activation_forward(activation, out.y.data(), x[0].data(), rows, H);
                            if (!c.empty())
-                               gelu_backward(out.gradients[0].data(), c.data(), x[0].data(), 67);
+                               activation_backward(activation, out.gradients[0].data(), c.data(),
+                                                   x[0].data(), rows, H);
                            return out;
                        });
-}
-
-Row check_swiglu() {
-    const int rows = 3, H = 21;
-    return check_layer(
-        "swiglu", {random_values(rows * 2 * H, "h", 0, 2)},
-        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-            LayerResult<S> out{std::vector<S>(rows * H), {std::vector<S>(rows * 2 * H)}};
-            swiglu_forward(out.y.data(), x[0].data(), rows, H);
-            if (!c.empty())
-                swiglu_backward(out.gradients[0].data(), c.data(), x[0].data(), rows, H);
-            return out;
-        });
 }
 
 // y is the sum over rows; every second target is masked.
@@ -1499,7 +1489,7 @@ Row check_gpu_step(DType gradients) {
     const ModelOptions options{.dtype = DType::bf16, .moments = gradients, .gradients = gradients};
     std::unique_ptr<Model> whole = gpu_model(c, B, T, options), parts = gpu_model(c, B, T, options);
     fill_weights(*whole), fill_weights(*parts);
-    AdamW adam{.lr = 1e-2, .weight_decay = 0.1};
+    Hyperparameters adam{.lr = 1e-2, .weight_decay = 0.1};
     const double clip = 0.01;
     int differ = 0;
     for (adam.step = 1; adam.step <= 3; adam.step++) {
@@ -1533,6 +1523,60 @@ Row check_gpu_step(DType gradients) {
     whole->write(Buffer::parameters, p, values.data());
     differ += tensors_of(*whole, Buffer::parameters) != before;
     row.add("differ", differ, 0);
+    return row;
+}
+
+// A row whose states differ between matrices and the rest updates in ranges, of which each has its
+// own place in the states: AdamW's bits must not depend on that.
+Row check_ranges(Device device) {
+    Row row{cat(device == Device::cuda ? "cuda: " : "", "AdamW in ranges of the buffers")};
+    const Optimizer split = {.name = "split",
+                             .title = "split",
+                             .matrices = UpdateRule::adamw,
+                             .rest = UpdateRule::adamw,
+                             .states = {{"v", "second moments"},
+                                        {.name = "of matrices", .what = "unused", .rest = false},
+                                        {"m", "first moments"}}};
+    const Config c = bf16_config("qwen2", "layerscale+gpas"); // stacks of biases, scalars
+    ModelOptions options{.device = device,
+                         .dtype = DType::bf16,
+                         .master_weights = false,
+                         .moments = DType::bf16,
+                         .stochastic_rounding = true};
+    auto make = [&] {
+        return device == Device::cuda ? gpu_model(c, 1, 1, options)
+                                      : make_cpu_model(c, 1, 1, options);
+    };
+    const std::unique_ptr<Model> whole = make();
+    options.optimizer = &split;
+    const std::unique_ptr<Model> ranges = make();
+    for (Model* model : {whole.get(), ranges.get()}) {
+        model->initialize(1);
+        for (int64_t step = 1; step <= 3; step++) {
+            for (const Param& p : model->registry.params) {
+                const Doubles g = random_values(size_t(p.size()), cat(p.name, step));
+                const std::vector<float> values(g.begin(), g.end());
+                model->write(Buffer::gradients, p, values.data());
+            }
+            model->update({.lr = 0.01, .weight_decay = 0.1, .step = step});
+        }
+    }
+    auto differ = [&](Buffer a, Buffer b) {
+        return double(tensors_of(*whole, a) != tensors_of(*ranges, b));
+    };
+    row.add("weights", differ(Buffer::parameters, Buffer::parameters), 0);
+    row.add("first moments", differ({Buffer::state, 0}, {Buffer::state, 2}), 0);
+    row.add("second moments", differ({Buffer::state, 1}, {Buffer::state, 0}), 0);
+    const int64_t more = ranges->bytes() - whole->bytes();
+    auto plan_of = [&](const Optimizer* optimizer) {
+        options.optimizer = optimizer;
+        return (device == Device::cuda ? plan_cuda_memory(c, 1, 1, options)
+                                       : plan_cpu_memory(c, 1, 1, options))
+            .optimizer;
+    };
+    if (more <= 0) row.note = "a state of matrices takes no memory";
+    row.add("memory that was not planned",
+            double(std::abs(more - (plan_of(&split) - plan_of(&optimizers()[0])))), 0);
     return row;
 }
 
@@ -1704,7 +1748,7 @@ Row check_gpu_training(DType dtype, int steps, double tolerance) {
                 targets[b * T + t] = (start + (t + 1) * stride) % 29;
             }
         }
-        const AdamW adam{.lr = 3e-3, .beta2 = 0.95, .weight_decay = 0.1, .step = step};
+        const Hyperparameters adam{.lr = 3e-3, .beta2 = 0.95, .weight_decay = 0.1, .step = step};
         int n = 0;
         for (Model* m : {reference.get(), model.get()}) {
             m->begin_step({inputs.data(), targets.data(), 1, B, T, 1.0 / (B * T), 1, adam});
@@ -1769,6 +1813,7 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                  gradients == DType::bf16 ? "bf16" : "float32"),
              [&] { return check_gpu_step(gradients); });
     keep("AdamW in bf16: master weights, nearest, stochastic", check_gpu_rounding);
+    keep("AdamW in ranges of the buffers", [] { return check_ranges(Device::cuda); });
     keep("--dry-run's bytes are those allocated", check_gpu_plan);
     // Training is chaotic: two runs in float that differ only by rounding diverge this far.
     keep("200 steps in float32 as on the CPU in float32",
@@ -1818,7 +1863,8 @@ std::vector<Row> all_rows(const std::string& filter) {
                              {1, 35, 2, 1, 4},
                              {1, 64, 2, 2, 2}})
         keep(check_attention(a));
-    keep(check_gelu()), keep(check_swiglu()), keep(check_cross_entropy()), keep(check_adamw());
+    for (int i = 0; i < int(std::size(activations)); i++) keep(check_activation(Activation(i)));
+    keep(check_cross_entropy()), keep(check_adamw()), keep(check_ranges(Device::cpu));
     keep(check_rounding());
 
     for (const std::string& scheme : scheme_names()) keep(check_initialization(scheme));

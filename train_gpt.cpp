@@ -589,7 +589,7 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
 }
 
 // ---------------------------------------------------------------------------------------------
-// The MLP's activation functions: a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
+// The MLP's activation functions
 
 // GELU in its tanh form (arXiv 1606.08415): x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
 // That is x · sigmoid(2 · tanh's argument).
@@ -640,6 +640,28 @@ template <class S> void swiglu_backward(S* dh, const S* da, const S* h, int64_t 
     }
 }
 
+// a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
+template <class S>
+void activation_forward(Activation activation, S* out, const S* h, int64_t rows, int H) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_forward(out, h, rows * H);
+    case Activation::swiglu:
+        return swiglu_forward(out, h, rows, H);
+    }
+}
+
+template <class S>
+void activation_backward(Activation activation, S* dh, const S* da, const S* h, int64_t rows,
+                         int H) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_backward(dh, da, h, rows * H);
+    case Activation::swiglu:
+        return swiglu_backward(dh, da, h, rows, H);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Loss
 
@@ -681,7 +703,7 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
 // w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
 
 // The flat buffers. weights: the master weights, whose rounded copy is `parameters`; or the
-// parameters themselves, and `parameters` is null.
+// parameters themselves, and `parameters` is null. The moments are those of a range of them.
 template <class S, class W, class M> struct AdamWBuffers {
     W* weights;
     S* parameters;
@@ -689,10 +711,10 @@ template <class S, class W, class M> struct AdamWBuffers {
     M *moment1, *moment2;
 };
 
-// One pass over memory. stochastic: bf16 results are rounded stochastically.
+// One pass over the memory of a range. stochastic: bf16 results are rounded stochastically.
 template <bool stochastic, class S, class W, class M>
-void adamw_update(const AdamWBuffers<S, W, M>& x, const AdamW& o,
-                  const std::vector<Param>& params) {
+void adamw_update(const AdamWBuffers<S, W, M>& x, const Hyperparameters& o,
+                  const Registry& registry, const UpdateRange& range) {
     using A = Acc<S>;
     const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
     const A correction1 = A(1 / (1 - std::pow(o.beta1, double(o.step))));
@@ -710,11 +732,13 @@ void adamw_update(const AdamWBuffers<S, W, M>& x, const AdamW& o,
             x = value;
     };
 #pragma omp parallel
-    for (const Param& p : params) {
+    for (size_t n = range.first; n < range.last; n++) {
+        const Param& p = registry.params[n];
         const A decay = p.decay ? A(o.weight_decay) : A(0);
         const int64_t end = p.offset + p.size();
 #pragma omp for simd nowait schedule(static)
         for (int64_t i = p.offset; i < end; i++) {
+            const int64_t at = i - range.begin;
             // 16 random bits for each of the three, from (step, i).
             uint32_t random = 0, more = 0;
             if constexpr (stochastic) {
@@ -722,12 +746,12 @@ void adamw_update(const AdamWBuffers<S, W, M>& x, const AdamW& o,
                 more = mix_bits(random + uint32_t(i >> 32));
             }
             const A g = scale * gradients[i];
-            const A m = beta1 * A(moment1[i]) + (A(1) - beta1) * g;
-            const A v = beta2 * A(moment2[i]) + (A(1) - beta2) * g * g;
+            const A m = beta1 * A(moment1[at]) + (A(1) - beta1) * g;
+            const A v = beta2 * A(moment2[at]) + (A(1) - beta2) * g * g;
             const A w = A(weights[i]);
             const A step = m * correction1 / (std::sqrt(v * correction2) + eps);
             const A updated = w - lr * (step + decay * w);
-            store(moment1[i], m, random), store(moment2[i], v, random >> 16);
+            store(moment1[at], m, random), store(moment2[at], v, random >> 16);
             store(weights[i], updated, more);
             if (copy) copy[i] = updated;
         }
@@ -775,6 +799,7 @@ template <class S> struct CpuModel : Model {
         Array<A> full;
         Array<bf16> rounded;
     };
+    OptimizerLayout optimizer_layout;
     std::vector<State> states;
     bool overwrite_gradients = false; // of matrices, by the next backward pass: zero_gradients()
     Activations<S> acts;
@@ -791,7 +816,7 @@ template <class S> struct CpuModel : Model {
     std::vector<const A*> stopped; // of each junction; null but in gradient checks
 
     CpuModel(const Config& c, int max_B, int max_T, const ModelOptions& o)
-        : Model(c, *o.optimizer), options(o) {
+        : Model(c, *o.optimizer), options(o), optimizer_layout(*optimizer, registry) {
         auto make = [&](auto& array, int64_t n) {
             array = std::remove_reference_t<decltype(array)>(n);
             bytes_held += n * int64_t(sizeof(array[0]));
@@ -800,10 +825,10 @@ template <class S> struct CpuModel : Model {
         if (o.training) {
             make(master, exact || !o.master_weights ? 0 : registry.size);
             make(gradients, registry.size);
-            states.resize(optimizer->states.size());
-            for (State& state : states)
-                o.moments == DType::bf16 ? make(state.rounded, registry.size)
-                                         : make(state.full, registry.size);
+            for (int64_t n : optimizer_layout.sizes) {
+                State& state = states.emplace_back();
+                o.moments == DType::bf16 ? make(state.rounded, n) : make(state.full, n);
+            }
         }
         acts.layout(c, max_B, max_T, o, make);
         stopped.resize(2 * c.layers + 1);
@@ -1015,10 +1040,7 @@ template <class S> struct CpuModel : Model {
     }
     void activate(int l, const char* group) {
         const Timed timer(profile, costs().activation_forward(group));
-        if (config.gated_mlp())
-            swiglu_forward(activated(l), hidden(l), rows(), config.mlp_width);
-        else
-            gelu_forward(activated(l), hidden(l), rows() * config.mlp_width);
+        activation_forward(config.activation, activated(l), hidden(l), rows(), config.mlp_width);
     }
 
     // From dbranch to dinput.
@@ -1028,10 +1050,8 @@ template <class S> struct CpuModel : Model {
         multiply_backward(dactivated, acts.dbranch, activated(l), mlp_out_matrix(l));
         {
             const Timed timer(profile, costs().activation_backward());
-            if (config.gated_mlp())
-                swiglu_backward(dhidden, dactivated, hidden(l), rows(), config.mlp_width);
-            else
-                gelu_backward(dhidden, dactivated, hidden(l), rows() * config.mlp_width);
+            activation_backward(config.activation, dhidden, dactivated, hidden(l), rows(),
+                                config.mlp_width);
         }
         recompute_input(2 * l + 1);
         multiply_backward(acts.dinput, dhidden, input(2 * l + 1), mlp_in_matrix(l));
@@ -1155,11 +1175,7 @@ template <class S> struct CpuModel : Model {
         overwrite_gradients = true;
         zero_gradients_where([&](const Param& p) { return !overwritten(p); });
     }
-    bool overwritten(const Param& p) const {
-        if (p.offset == registry.head) return true;
-        return p.shape.size() == 2 && p.offset != registry.token_embedding &&
-               p.offset != registry.position_embedding;
-    }
+    bool overwritten(const Param& p) const { return p.layer_matrix || p.offset == registry.head; }
     // Before anything reads gradients that no pass has written.
     void zero_remaining_gradients() {
         if (!overwrite_gradients || gradients.size == 0) return;
@@ -1182,27 +1198,45 @@ template <class S> struct CpuModel : Model {
         return std::sqrt(sum_of_squares(gradients.begin(), registry.size));
     }
 
-    void update(const AdamW& o) override {
+    void update(const Hyperparameters& o) override {
         kv_cache_valid = false;
         zero_remaining_gradients();
-        master.size ? update_weights(o, master.begin(), parameters.begin())
-                    : update_weights(o, parameters.begin(), nullptr);
-    }
-    template <class W> void update_weights(const AdamW& o, W* weights, S* copy) {
-        switch (optimizer->kind) {
-        case Optimizer::Kind::adamw:
-            if (options.moments == DType::bf16)
-                update_all<W, bf16>(
-                    o, {weights, copy, gradients, states[0].rounded, states[1].rounded});
+        for (const UpdateRange& range : optimizer_layout.ranges) {
+            if (master.size)
+                update_range(o, range, master.begin(), parameters.begin());
             else
-                update_all<W, A>(o, {weights, copy, gradients, states[0].full, states[1].full});
+                update_range<S>(o, range, parameters.begin(), nullptr);
         }
     }
-    template <class W, class M> void update_all(const AdamW& o, const AdamWBuffers<S, W, M>& x) {
-        const Timed timer(profile, costs().adamw(registry.size, sizeof(M), x.parameters));
-        const bool rounds = !exact || !std::is_same_v<M, A>;
-        options.stochastic_rounding&& rounds ? adamw_update<true>(x, o, registry.params)
-                                             : adamw_update<false>(x, o, registry.params);
+    template <class W>
+    void update_range(const Hyperparameters& o, const UpdateRange& range, W* weights, S* copy) {
+        if (options.moments == DType::bf16)
+            update_range<W, bf16>(o, range, weights, copy);
+        else
+            update_range<W, A>(o, range, weights, copy);
+    }
+    template <class W, class M>
+    void update_range(const Hyperparameters& o, const UpdateRange& range, W* weights, S* copy) {
+        auto state = [&](const char* name) {
+            const size_t s = size_t(optimizer->index(name));
+            return state_array<M>(states[s]) + range.states[s];
+        };
+        const bool stochastic = options.stochastic_rounding && (!exact || !std::is_same_v<M, A>);
+        switch (range.rule) {
+        case UpdateRule::adamw: {
+            const Timed timer(profile, costs().adamw(range.size(), sizeof(M), copy));
+            const AdamWBuffers<S, W, M> x{weights, copy, gradients, state("m"), state("v")};
+            stochastic ? adamw_update<true>(x, o, registry, range)
+                       : adamw_update<false>(x, o, registry, range);
+            break;
+        }
+        }
+    }
+    template <class M> static M* state_array(const State& state) {
+        if constexpr (std::is_same_v<M, A>)
+            return state.full;
+        else
+            return state.rounded;
     }
 
     // gpt/cpu/inspect.h
@@ -1267,7 +1301,7 @@ std::optional<Step> train_step(Run& run) {
     input.loss_scale = 1 / count_targets(run);
     input.grad_clip = o.grad_clip;
     const double lr = learning_rate(run.schedule, number);
-    input.optimizer = {lr, o.beta1, o.beta2, o.eps, o.weight_decay, number};
+    input.hyperparameters = hyperparameters(o, lr, number);
 
     begin_step(run, input);
     draw_next_tokens(run);

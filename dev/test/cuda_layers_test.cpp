@@ -676,7 +676,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     std::vector<uint32_t> decays(n / 8 / 32 + 1);
     for (int64_t i = 0; i < n / 8; i += 3) decays[i / 32] |= 1u << i % 32;
     const double norm = 50;
-    AdamWStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
+    UpdateStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
     const double scale = c.grad_clip < 0                         ? 0.25
                          : c.grad_clip > 0 && norm > c.grad_clip ? c.grad_clip / norm
                                                                  : 1;
@@ -685,7 +685,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     OnDevice<M> m_(m), v_(v);
     const OnDevice<G> g_(g);
     const OnDevice<uint32_t> decays_(decays);
-    const OnDevice<AdamWStep> o_(std::vector<AdamWStep>{o});
+    const OnDevice<UpdateStep> o_(std::vector<UpdateStep>{o});
     const OnDevice<double> norm_(Doubles{norm}), loss(Doubles{3}), bad(Doubles{NAN});
     Stream stream;
     auto step = [&](const double* norm, const double* loss) {

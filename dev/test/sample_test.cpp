@@ -41,7 +41,7 @@ struct Counter : Model {
     }
     void zero_gradients() override {}
     double gradient_norm() override { return 0; }
-    void update(const AdamW&) override {}
+    void update(const Hyperparameters&) override {}
     void read(Buffer, const Param&, float*) override {}
     void write(Buffer, const Param&, const float*) override {}
     std::string first_nonfinite() override { return ""; }

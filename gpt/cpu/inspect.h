@@ -28,20 +28,19 @@ template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
 
 template <class S> void CpuModel<S>::read(Buffer buffer, const Param& p, float* out) {
     if (buffer == Buffer::gradients) zero_remaining_gradients();
-    with_buffer(*this, buffer, [&](const auto& from) {
-        for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[p.offset + i]);
+    with_buffer(*this, buffer, p, [&](const auto* from) {
+        for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[i]);
     });
 }
 
 template <class S> void CpuModel<S>::write(Buffer buffer, const Param& p, const float* values) {
     kv_cache_valid = false;
     if (buffer == Buffer::gradients) zero_remaining_gradients();
-    auto copy = [&](auto& to) {
-        using X = std::remove_reference_t<decltype(to[0])>;
-        for (int64_t i = 0; i < p.size(); i++) to[p.offset + i] = X(values[i]);
+    auto copy = [&]<class X>(X* to) {
+        for (int64_t i = 0; i < p.size(); i++) to[i] = X(values[i]);
     };
-    with_buffer(*this, buffer, copy);
-    if (buffer == Buffer::parameters && master.size) copy(parameters);
+    with_buffer(*this, buffer, p, copy);
+    if (buffer == Buffer::parameters && master.size) copy(parameters + p.offset);
 }
 
 template <class S> float* CpuModel<S>::host_gradients() {
@@ -237,8 +236,8 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     plan.parameters = n * int64_t(sizeof(S));
     if (o.training) {
         plan.gradients = n * int64_t(sizeof(Acc<S>));
-        plan.optimizer =
-            o.optimizer->bytes(n, o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
+        plan.optimizer = OptimizerLayout(*o.optimizer, registry)
+                             .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
         if (sizeof(S) < sizeof(Acc<S>) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(Acc<S>));
     }

@@ -25,8 +25,8 @@ namespace lns::cuda {
 template <class S, class G> void CudaModel<S, G>::read(Buffer buffer, const Param& p, float* out) {
     const Param& q = padded_param(p);
     const Placement place(p, q, config, padded_config);
-    with_buffer(*this, buffer, [&](auto& array) {
-        const auto values = fetch(array + q.offset, q.size());
+    with_buffer(*this, buffer, q, [&](auto* from) {
+        const auto values = fetch(from, q.size());
         place.each([&](int64_t i, int64_t j) { out[i] = float(values[j]); });
     });
 }
@@ -35,16 +35,16 @@ void CudaModel<S, G>::write(Buffer buffer, const Param& p, const float* values) 
     kv_cache_valid = false;
     const Param& q = padded_param(p);
     const Placement place(p, q, config, padded_config);
-    auto upload = [&](auto& array) {
-        using X = std::remove_reference_t<decltype(array[0])>;
+    auto upload = [&](auto* to) {
+        using X = std::remove_reference_t<decltype(*to)>;
         std::vector<X> padded(size_t(q.size()), X(0.0f));
         place.each([&](int64_t i, int64_t j) { padded[j] = X(values[i]); });
-        CUDA(cudaMemcpyAsync(array + q.offset, padded.data(), padded.size() * sizeof(X),
-                             cudaMemcpyHostToDevice, stream));
+        CUDA(cudaMemcpyAsync(to, padded.data(), padded.size() * sizeof(X), cudaMemcpyHostToDevice,
+                             stream));
         stream.wait();
     };
-    with_buffer(*this, buffer, upload);
-    if (buffer == Buffer::parameters && master.size) upload(parameters);
+    with_buffer(*this, buffer, q, upload);
+    if (buffer == Buffer::parameters && master.size) upload(parameters + q.offset);
 }
 template <class S, class G> const Param& CudaModel<S, G>::padded_param(const Param& p) const {
     return padded_registry.params[size_t(&p - registry.params.data())];
@@ -236,12 +236,13 @@ template <class S, class G>
 MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o) {
     MemoryPlan plan;
     const Config padded_config = pad_config(config);
-    const int64_t n = make_registry(padded_config).size;
+    const Registry registry = make_registry(padded_config);
+    const int64_t n = registry.size;
     plan.parameters = n * int64_t(sizeof(S));
     if (o.training) {
         plan.gradients = n * int64_t(sizeof(G));
-        plan.optimizer =
-            o.optimizer->bytes(n, o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
+        plan.optimizer = OptimizerLayout(*o.optimizer, registry)
+                             .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
         if (sizeof(S) < sizeof(float) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(float));
         plan.optimizer += n / 64;

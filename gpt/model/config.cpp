@@ -109,7 +109,7 @@ void complete_config(Config& c) {
                  " heads: choose --width and --heads so that it is");
         c.head_size = c.width / c.heads;
     }
-    // SwiGLU's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
+    // A gated MLP's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
     if (c.mlp_width == 0) c.mlp_width = c.gated_mlp() ? (8 * c.width / 3 + 7) / 8 * 8 : 4 * c.width;
     check_config(c);
 }

@@ -41,7 +41,8 @@ struct Config {
     std::vector<std::string> notes; // from reading a config.json, for the user
 
     bool rope() const { return position_type == PositionType::rotary; }
-    bool gated_mlp() const { return activation == Activation::swiglu; }
+    const ActivationRow& activation_row() const { return activations[int(activation)]; }
+    bool gated_mlp() const { return activation_row().gated; }
     int q_width() const { return heads * head_size; }
     int kv_width() const { return kv_heads * head_size; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }

@@ -25,10 +25,10 @@ void Model::begin_step(const StepInput& step) {
     }
     step_result = {loss * step.loss_scale, gradient_norm()};
     if (!std::isfinite(step_result.loss) || !std::isfinite(step_result.grad_norm)) return;
-    AdamW optimizer = step.optimizer;
+    Hyperparameters hyperparameters = step.hyperparameters;
     const bool clip = step.grad_clip > 0 && step_result.grad_norm > step.grad_clip;
-    optimizer.grad_scale = clip ? step.grad_clip / step_result.grad_norm : 1;
-    update(optimizer);
+    hyperparameters.grad_scale = clip ? step.grad_clip / step_result.grad_norm : 1;
+    update(hyperparameters);
 }
 
 void Model::check_tokens(const int* inputs, int B, int T, int64_t rows) const {

@@ -17,13 +17,6 @@
 
 namespace lns {
 
-// Adam with decoupled weight decay (arXiv 1711.05101), on matrices only.
-struct AdamW {
-    double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
-    int64_t step = 1;      // counts from 1, for the bias correction
-    double grad_scale = 1; // multiplies every gradient first: clipping
-};
-
 // One of a model's flat buffers.
 struct Buffer {
     enum Kind { parameters, gradients, state };
@@ -73,14 +66,13 @@ struct Moments {
     double sum_of_squares() const { return square + n * mean * mean; }
 };
 
-// A training step: the tokens of all its micro-batches on this rank, and the hyperparameters of the
-// update.
+// A training step: the tokens of all its micro-batches on this rank, and the update.
 struct StepInput {
     const int *inputs, *targets; // (micro_batches, B, T)
     int micro_batches, B, T;
-    double loss_scale = 1; // 1 / (targets ≥ 0, over all micro-batches and ranks)
-    double grad_clip = 0;  // the largest norm of the gradient; 0: any
-    AdamW optimizer = {};  // grad_scale is ignored
+    double loss_scale = 1;                // 1 / (targets ≥ 0, over all micro-batches and ranks)
+    double grad_clip = 0;                 // the largest norm of the gradient; 0: any
+    Hyperparameters hyperparameters = {}; // grad_scale is ignored
     // Asked between micro-batches; true ends the step there, and nothing is updated. All ranks must
     // get the same answer.
     std::function<bool()> stop = {};
@@ -125,7 +117,7 @@ struct Model {
 
     virtual void zero_gradients() = 0;
     virtual double gradient_norm() = 0; // ‖all gradients‖₂
-    virtual void update(const AdamW& optimizer) = 0;
+    virtual void update(const Hyperparameters& hyperparameters) = 0;
 
     // A whole training step: zero_gradients, loss_and_gradients of every micro-batch, their sum
     // over ranks, gradient_norm, update. begin_step may return while the device still works;
@@ -134,7 +126,8 @@ struct Model {
     virtual void begin_step(const StepInput& step);
     virtual StepResult end_step() { return step_result; }
 
-    // One parameter's values, gradient or moments as float32, in memory's layout (not the file's).
+    // One parameter's values, gradient or optimizer state, which it must have, as float32, in
+    // memory's layout (not the file's).
     virtual void read(Buffer buffer, const Param& param, float* out) = 0;
     virtual void write(Buffer buffer, const Param& param, const float* values) = 0;
 
@@ -198,16 +191,15 @@ struct Model {
     void check_targets(const int* targets, int64_t n) const;
 };
 
-// Calls f with the array of a buffer, as float or bf16. For both backends' models.
-template <class M, class F> void with_buffer(M& model, Buffer buffer, const F& f) {
+// Calls f with a parameter's place in the array of a buffer, in float or bf16. For both backends'
+// models; p as the model's arrays hold it.
+template <class M, class F> void with_buffer(M& model, Buffer buffer, const Param& p, const F& f) {
     if (buffer == Buffer::parameters)
-        model.master.size ? f(model.master) : f(model.parameters);
-    else if (buffer == Buffer::gradients)
-        f(model.gradients);
-    else if (auto& state = model.states[size_t(buffer.index)]; state.rounded.size)
-        f(state.rounded);
-    else
-        f(state.full);
+        return model.master.size ? f(model.master + p.offset) : f(model.parameters + p.offset);
+    if (buffer == Buffer::gradients) return f(model.gradients + p.offset);
+    const int64_t at = model.optimizer_layout.offset(buffer.index, p);
+    auto& state = model.states[size_t(buffer.index)];
+    state.rounded.size ? f(state.rounded + at) : f(state.full + at);
 }
 
 // A model's memory for micro-batches of (B, T), without making it.

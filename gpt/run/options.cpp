@@ -13,6 +13,7 @@
 #include "gpt/base/terminal.h"
 #include "gpt/data/paths.h"
 #include "gpt/model/config.h"
+#include "gpt/model/optimizer.h"
 #include "gpt/model/schedule.h"
 #include "gpt/run/config_file.h"
 #include "gpt/run/probe.h"
@@ -89,10 +90,15 @@ void check_warmup(const json& text) {
     o.warmup_steps();
 }
 
+void add_optimizer_name(FlagList& f, Options& o) {
+    f.choice("--optimizer", o.optimizer, optimizer_names(), join(optimizer_names(), " or "));
+}
+
 void add_optimizer(FlagList& f, Options& o) {
     f.group = "Optimizer";
     f.choice("--recipe", o.recipe, {"paper"},
              "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795");
+    add_optimizer_name(f, o);
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, most_seed, "steps of the whole run");
     f.number("-l,--lr", o.lr, 0, infinity, "peak learning rate; tiny's default is 0.003");
@@ -118,7 +124,8 @@ void add_precision(FlagList& f, Options& o) {
               "on a CPU that multiplies it");
     f.choice("--master-weights", o.master_weights, {"yes", "no"},
              "yes or no: with bf16, keep float32 weights for the optimizer");
-    f.choice("--moments", o.moments, {"float32", "bf16"}, "float32 or bf16: Adam's moments");
+    f.choice("--moments", o.moments, {"float32", "bf16"},
+             "float32 or bf16: the optimizer's states, Adam's moments");
     f.choice("--gradients", o.gradients, {"auto", "float32", "bf16"},
              "parameter gradients: float32, bf16 (GPU only), or auto: bf16 on a GPU if the weights "
              "are bf16 without master weights");
@@ -246,6 +253,7 @@ void add_bench(FlagList& f, Options& o) {
     f.count("-x,--steps", o.timed_steps, 1, most, "timed steps, after an untimed one");
     f.on_off("--json", o.json, "one JSON object on one line, instead of a table");
     f.on_off("--profile", o.profile, profile_help);
+    add_optimizer_name(f, o);
     add_precision(f, o);
     add_machine(f, o);
 }

@@ -225,7 +225,7 @@ void open_directory(Run& run) {
     const bool exists = o.resume && std::filesystem::is_directory(o.out);
     run.directory =
         exists ? RunDirectory::resume(o.out, std::move(run.lock)) : RunDirectory::create(o.out);
-    check_writable(o.out, uint64_t(checkpoint_bytes(run.model->registry)));
+    check_writable(o.out, uint64_t(checkpoint_bytes(*run.model->optimizer, run.model->registry)));
     if (int64_t damaged = run.directory->truncate_log_after(run.state.step))
         run.print(cat("note: ", damaged, damaged == 1 ? " line" : " lines", " of ", o.out,
                       "/log.jsonl could not be read and ", damaged == 1 ? "is" : "are", " now in ",
