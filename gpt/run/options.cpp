@@ -16,6 +16,7 @@
 #include "gpt/model/schedule.h"
 #include "gpt/run/config_file.h"
 #include "gpt/run/probe.h"
+#include "gpt/run/tasks.h"
 
 namespace lns {
 
@@ -213,13 +214,36 @@ void add_sample(FlagList& f, Options& o) {
     add_trained_machine(f, o);
 }
 
+void add_tasks(FlagList& f, const char* names, std::string& tasks, const char* help) {
+    f.text(names, "NAMES", tasks, help).check = [](const json& text) {
+        if (text != "") parse_tasks(text);
+    };
+}
+
+void add_task_data(FlagList& f, Options& o) {
+    f.path("--task-data", "DIR", o.task_data, "their data: NAME.jsonl or NAME.jsonl.xz");
+}
+
 void add_eval(FlagList& f, Options& o) {
+    f.group = "Flags";
     add_checkpoint(f, o);
     add_tokenizer(f, o);
+    add_trained_machine(f, o);
+    f.group = "Validation loss";
     f.text("-j,--val", "GLOB", o.val, "token shards; default: the run's");
     f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "tokens to measure on");
     add_sequences(f, o);
-    add_trained_machine(f, o);
+    f.group = "Benchmarks, instead of the loss";
+    add_tasks(f, "--tasks", o.tasks,
+              "some of hellaswag,piqa,arc_easy,arc_challenge,boolq,openbookqa,winogrande,mmlu; "
+              "-t is then the longest sequence (default: the model's)");
+    add_task_data(f, o);
+    f.count("--fewshot", o.fewshot, 0, 1000, "solved examples before each question");
+    f.count("--limit", o.limit, 0, most,
+            "the first N questions of each task and of each subject of mmlu; 0: all");
+    f.on_off("--json", o.json, "print JSON in lm-evaluation-harness's layout, not a table");
+    f.path("-o,--out", "FILE", o.out, "write that JSON to a file, too");
+    f.path("--log-samples", "FILE", o.log_samples, "write every question's answers as JSON lines");
 }
 
 void add_probe(FlagList& f, Options& o) {

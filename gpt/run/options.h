@@ -64,6 +64,10 @@ struct Options {
     std::string checkpoint;
     bool ignore_eot = false;
 
+    // eval: benchmarks; tasks "": the validation loss
+    std::string tasks, task_data = "data/evals", log_samples;
+    int64_t fewshot = 0, limit = 0;
+
     // probe
     std::string probes = "all";
     int64_t probe_tokens = 16384, jacobian_samples = 128, jacobian_layer = 0;

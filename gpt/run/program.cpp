@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "gpt/base/build.h"
+#include "gpt/base/clock.h"
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/base/random.h"
@@ -29,6 +30,7 @@
 #include "gpt/run/sample.h"
 #include "gpt/run/schemes.h"
 #include "gpt/run/setup.h"
+#include "gpt/run/task_results.h"
 #include "gpt/run/training.h"
 #include "gpt/run/verify.h"
 
@@ -91,21 +93,23 @@ struct Stream {
     }
 };
 
+// --tokenizer, or the one that lies with the weights.
+std::unique_ptr<Tokenizer> tokenizer_of(const Options& o, const Trained& trained) {
+    if (!o.tokenizer.empty()) return find_tokenizer(o.tokenizer, "", trained.state.tokenizer);
+    std::unique_ptr<Tokenizer> tokenizer;
+    try {
+        tokenizer = load_tokenizer(trained.path);
+    } catch (const Error& error) {
+        fail("no tokenizer lies with the weights (", error.what(), "): name one with --tokenizer");
+    }
+    expect_tokenizer(*tokenizer, trained.path, trained.state.tokenizer);
+    return tokenizer;
+}
+
 int sample(const Options& o, const Ranks& ranks) {
     use_threads(o);
     Trained trained(o.checkpoint);
-    std::unique_ptr<Tokenizer> tokenizer;
-    if (!o.tokenizer.empty()) {
-        tokenizer = find_tokenizer(o.tokenizer, "", trained.state.tokenizer);
-    } else {
-        try {
-            tokenizer = load_tokenizer(trained.path);
-        } catch (const Error& error) {
-            fail("no tokenizer lies with the weights (", error.what(),
-                 "): name one with --tokenizer");
-        }
-        expect_tokenizer(*tokenizer, trained.path, trained.state.tokenizer);
-    }
+    const std::unique_ptr<Tokenizer> tokenizer = tokenizer_of(o, trained);
     std::vector<int> tokens = tokenizer->encode_prompt(o.prompt);
     if (tokens.empty()) {
         if (tokenizer->eot() < 0)
@@ -150,7 +154,77 @@ std::shared_ptr<TokenSource> validation_tokens(const Options& o, const Trained& 
     return source;
 }
 
+// Reads the tasks for a model, or throws if their tokens are another model's.
+TaskWork read_tasks(const std::string& tasks, const Options& o, const Trained& trained,
+                    const Tokenizer& tokenizer, int64_t rows) {
+    TaskSettings settings;
+    settings.data = o.task_data, settings.fewshot = int(o.fewshot), settings.limit = o.limit;
+    const int length = int(o.seq_len > 0 ? o.seq_len : trained.config.positions);
+    check_length(1, length, trained.config);
+    return prepare_tasks(parse_tasks(tasks), settings, tokenizer, trained.config.vocab_size, length,
+                         rows);
+}
+
+int eval_tasks(const Options& o, const Ranks& ranks) {
+    for (const char* flag : {"--val", "--val-tokens"})
+        if (o.is_given(flag))
+            fail(flag, " belongs to the validation loss: leave out --tasks or it");
+    const double start = now();
+    use_threads(o);
+    Trained trained(o.checkpoint);
+    const auto tokenizer = tokenizer_of(o, trained);
+    const ModelOptions options = model_options(o, false, trained.dtype());
+    check_devices(options, ranks);
+    int64_t rows = options.device == Device::cuda ? 8192 : 2048; // enough for full speed
+    if (o.is_given("--batch")) rows = o.batch * std::max<int64_t>(o.seq_len, 256);
+    const TaskWork work = read_tasks(o.tasks, o, trained, *tokenizer, rows);
+    check_memory(trained.config, 1, int(work.rows), options);
+    const std::unique_ptr<Model> model =
+        make_model(trained.config, 1, int(work.rows), options, ranks);
+    load_weights(*model, trained.path);
+    if (ranks.size > 1)
+        ranks.compare({fingerprint_fact("weights", fingerprint(*model, Buffer::parameters))});
+
+    Progress progress(o.json ? stderr : stdout);
+    const double scoring = now();
+    const std::vector<double> scores =
+        score_requests(*model, work.batches, work.requests, ranks, [&](double done) {
+            if (!ranks.first() || !progress.due()) return;
+            progress.update(cat("answering: ", format_number("%.0f%%", 100 * done), " of ",
+                                work.requests, " choices  ",
+                                format_duration((now() - scoring) * (1 - done) / done), " left"));
+            if (!progress.failure().empty()) fail(progress.failure());
+        });
+    const double seconds = now() - scoring;
+    if (!ranks.first()) return 0;
+    const TaskScores found = judge(work.benchmark, scores);
+    nlohmann::ordered_json json = results_json(work.benchmark, found);
+    json["config"] = {{"model", "lns.cpp"},
+                      {"model_args", "pretrained=" + trained.path},
+                      {"model_num_parameters", model->registry.size},
+                      {"model_dtype", model->dtype()},
+                      {"batch_size", work.rows},
+                      {"device", model->device()},
+                      {"limit", o.limit > 0 ? nlohmann::json(o.limit) : nlohmann::json()}};
+    json["model_name"] = trained.path;
+    json["lns_cpp_version"] = build_info().version;
+    json["max_length"] = work.max_length;
+    json["scoring_seconds"] = seconds;
+    json["total_evaluation_time_seconds"] = cat(now() - start);
+    progress.finish();
+    if (!o.out.empty()) write_file_atomic(o.out, json.dump(2) + "\n");
+    if (!o.log_samples.empty())
+        write_file_atomic(o.log_samples, samples_jsonl(work.benchmark, scores));
+    if (o.json)
+        std::cout << json.dump(2) << std::endl;
+    else
+        std::cout << describe(work.benchmark, found) << work.requests << " choices in "
+                  << format_duration(seconds) << ", " << model->dtype() << std::endl;
+    return 0;
+}
+
 int eval(const Options& o, const Ranks& ranks) {
+    if (!o.tasks.empty()) return eval_tasks(o, ranks);
     use_threads(o);
     Trained trained(o.checkpoint);
     auto source = validation_tokens(o, trained);
