@@ -48,8 +48,8 @@ namespace lns {
 // out (rows, C) = wte[token] + wpe[position], wte (V, C), wpe (T, C) or null. positions (rows), or
 // null: the first row is at position `first`, which is 0 unless B is 1.
 template <class S>
-void embedding_forward(Acc<S>* out, const int* tokens, const int* positions, const S* wte,
-                       const S* wpe, int first, int64_t rows, int T, int C) {
+void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, int first,
+                       int64_t rows, int T, int C, const int* positions = nullptr) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const S* token = wte + int64_t(tokens[row]) * C;
@@ -899,9 +899,9 @@ template <class S> struct CpuModel : Model {
     }
     void embed() {
         const Timed timer(profile, costs().embedding_forward());
-        embedding_forward(embedded(), tokens.data() + first, branching().position,
-                          weight(registry.token_embedding), weight(registry.position_embedding),
-                          first, rows(), T, config.width);
+        embedding_forward(embedded(), tokens.data() + first, weight(registry.token_embedding),
+                          weight(registry.position_embedding), first, rows(), T, config.width,
+                          branching().position);
     }
 
     // From the gradient of the final norm's output, in dinput.

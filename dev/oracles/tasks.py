@@ -127,8 +127,10 @@ for name, result in ours["results"].items():
             if totals[1] == 0:
                 failed.add(name)
 for key in ("versions", "n-shot", "n-samples", "group_subtasks", "higher_is_better"):
-    if {k: v for k, v in theirs[key].items() if v or v == 0} != ours[key]:
-        print(f"{key}: {ours[key]}\n  lm_eval has {theirs[key]}")
+    for name, expected in theirs[key].items():
+        if (expected or expected == 0) and ours[key].get(name) != expected:
+            print(f"{key} of {name}: {ours[key].get(name)}, lm_eval has {expected}")
+            failed.add(name)
 print(f"{totals[0]} questions: {totals[2]} answers differ, {totals[1]} of nearly equal choices; "
       f"largest difference of a log-probability {largest:.1e}; lm_eval {lm_eval.__version__}")
 print(f"{our_seconds:.1f} s ({ours['scoring_seconds']:.1f} s of scoring), lm_eval {their_seconds:.1f} s")

@@ -206,7 +206,7 @@ Json results_json(const Benchmark& benchmark, const TaskScores& scores) {
                 });
     for (const TaskGroup& group : benchmark.groups) {
         json["group_subtasks"][group.name] = group.parts;
-        json["versions"][group.name] = 2;
+        json["versions"][group.name] = "2";
         json["n-shot"][group.name] = benchmark.tasks[size_t(group.tasks[0])].fewshot;
     }
     for (const Task& task : benchmark.tasks) {
