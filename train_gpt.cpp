@@ -1391,6 +1391,7 @@ bool train(Run& run) {
         double val_loss = NAN;
         if (due(o.val_every)) {
             val_loss = validate(run);
+            score_tasks(run);
             stop = stop || (std::isnan(val_loss) && !last);
         }
         if (!first) continue;

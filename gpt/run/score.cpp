@@ -216,7 +216,8 @@ std::vector<ScoreBatch> pack_requests(const std::vector<std::vector<Request>>& q
 
 std::vector<double> score_requests(Model& model, const std::vector<ScoreBatch>& batches,
                                    size_t requests, const Ranks& ranks,
-                                   const std::function<void(double)>& tell) {
+                                   const std::function<void(double)>& tell,
+                                   const std::function<bool()>& stop) {
     std::vector<double> sums(requests);
     int64_t all = 0, done = 0;
     for (const ScoreBatch& b : batches) all += int64_t(b.inputs.size());
@@ -224,6 +225,7 @@ std::vector<double> score_requests(Model& model, const std::vector<ScoreBatch>& 
     for (size_t i = 0; i < batches.size(); i++) {
         const ScoreBatch& b = batches[i];
         done += int64_t(b.inputs.size());
+        if (stop && int64_t(i) % ranks.size == 0 && ranks.any(stop())) return {};
         if (int64_t(i) % ranks.size != ranks.rank) continue;
         error.run([&] {
             std::vector<double> scores(b.scored.size());

@@ -47,10 +47,12 @@ std::vector<ScoreBatch> pack_requests(const std::vector<std::vector<Request>>& q
                                       int64_t rows);
 
 // The log-probability of each request's continuation, on every rank; each computes its share of
-// the batches. tell(done) reports the share of the work that is done, and may throw.
+// the batches. tell(done) reports the share of the work that is done, and may throw. stop is asked
+// between batches: true on any rank ends the work, and nothing is returned.
 std::vector<double> score_requests(Model& model, const std::vector<ScoreBatch>& batches,
                                    size_t requests, const Ranks& ranks,
-                                   const std::function<void(double)>& tell = {});
+                                   const std::function<void(double)>& tell = {},
+                                   const std::function<bool()>& stop = {});
 
 // The same without each layer in turn: [l] for layer l from 0; [L] is the whole model's. Requires a
 // model that runs layer by layer.

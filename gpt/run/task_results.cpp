@@ -47,20 +47,27 @@ std::string indent(int depth) { return depth == 0 ? "" : std::string(2 * depth -
 
 // f(name, alias, depth, score, whether it is a group): groups stand before their parts.
 template <class F> void each_result(const Benchmark& b, const TaskScores& scores, const F& f) {
-    std::vector<bool> shown(b.tasks.size());
+    std::vector<bool> shown(b.tasks.size()), shown_group(b.groups.size());
     auto show = [&](size_t t, int depth) {
         if (!shown[t]) f(b.tasks[t].name, b.tasks[t].alias, depth, scores.tasks[t], false);
         shown[t] = true;
     };
-    for (size_t t = 0; t < b.tasks.size(); t++) {
-        if (shown[t]) continue;
-        for (size_t g = 0; g < b.groups.size(); g++) {
+    auto show_group = [&](size_t g) { // and the groups in it
+        const int depth = b.groups[g].depth;
+        do {
             const TaskGroup& group = b.groups[g];
-            if (group.tasks[0] > int(t) || group.tasks.back() < int(t)) continue;
             f(group.name, group.alias, group.depth, scores.groups[g], true);
-            const bool lowest = g + 1 == b.groups.size() || b.groups[g + 1].depth <= group.depth;
+            shown_group[g++] = true;
+            const bool lowest = g == b.groups.size() || b.groups[g].depth <= group.depth;
             for (size_t i = 0; lowest && i < group.tasks.size(); i++)
                 show(size_t(group.tasks[i]), group.depth + 1);
+        } while (g < b.groups.size() && b.groups[g].depth > depth);
+    };
+    for (size_t t = 0; t < b.tasks.size(); t++) {
+        for (size_t g = 0; g < b.groups.size() && !shown[t]; g++) {
+            const std::vector<int>& tasks = b.groups[g].tasks;
+            if (!shown_group[g] && std::find(tasks.begin(), tasks.end(), int(t)) != tasks.end())
+                show_group(g);
         }
         show(t, 0);
     }
@@ -110,6 +117,14 @@ int chosen(const Question& question, const double* scores, bool normalized) {
     for (int i = 1; i < question.choices(); i++)
         if (value(i) > value(best)) best = i;
     return best;
+}
+
+std::vector<bool> right_answers(const Benchmark& benchmark, const std::vector<double>& scores) {
+    std::vector<bool> right;
+    each_question(benchmark, [&](size_t, const Question& q, size_t request) {
+        right.push_back(chosen(q, &scores[request], false) == q.gold);
+    });
+    return right;
 }
 
 TaskScores judge(const Benchmark& benchmark, const std::vector<double>& scores) {

@@ -49,6 +49,9 @@ struct TaskScores {
 // equals. scores: of the question's choices.
 int chosen(const Question& question, const double* scores, bool normalized);
 
+// Whether each question is answered correctly, by log-probability.
+std::vector<bool> right_answers(const Benchmark& benchmark, const std::vector<double>& scores);
+
 // scores: of all requests.
 TaskScores judge(const Benchmark& benchmark, const std::vector<double>& scores);
 

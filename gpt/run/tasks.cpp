@@ -343,7 +343,22 @@ Task load_task(const Definition& d, const TaskSettings& s) {
 // The chosen subjects, in the order of the categories.
 void load_mmlu(Benchmark& all, const std::vector<std::string>& names, TaskSettings s) {
     const std::string file = find_data(s.data, "mmlu_test", "mmlu");
-    std::map<std::string, int> index; // of a subject, in all.tasks
+    std::vector<std::string> known;
+    for (const Category& c : mmlu_categories)
+        known.insert(known.end(), c.subjects.begin(), c.subjects.end());
+    auto subject_of = [&](const Record& r) {
+        const std::string subject = r.text("subject");
+        if (std::find(known.begin(), known.end(), subject) == known.end())
+            r.wrong("mmlu has no subject ", quoted(subject), ".", did_you_mean(subject, known));
+        return subject;
+    };
+    std::map<std::string, std::vector<Item>> questions, examples;
+    each_record(file, [&](const Record& r) { questions[subject_of(r)].push_back(read_mmlu(r)); });
+    const std::string dev = s.fewshot > 0 ? find_data(s.data, "mmlu_dev", "mmlu") : "";
+    if (s.fewshot > 0)
+        each_record(dev, [&](const Record& r) { examples[subject_of(r)].push_back(read_mmlu(r)); });
+
+    std::vector<std::string> absent;
     std::vector<TaskGroup> groups;
     auto named = [&](const std::string& name) {
         return std::find(names.begin(), names.end(), name) != names.end();
@@ -355,46 +370,40 @@ void load_mmlu(Benchmark& all, const std::vector<std::string>& names, TaskSettin
         for (const char* subject : c.subjects) {
             Task task = {cat("mmlu_", subject), subject, "mmlu", false, 1, s.fewshot, file};
             if (!named("mmlu") && !named(name) && !named(task.name)) continue;
-            index[subject] = int(all.tasks.size());
+            if (questions[subject].empty()) {
+                if (named(task.name)) fail(file, " has no questions of the task ", task.name);
+                absent.push_back(subject);
+                continue;
+            }
             group.parts.push_back(task.name);
             group.tasks.push_back(int(all.tasks.size()));
             all.tasks.push_back(std::move(task));
         }
-        top.parts.push_back(name);
         top.tasks.insert(top.tasks.end(), group.tasks.begin(), group.tasks.end());
-        if (named("mmlu") || named(name)) groups.push_back(group);
+        if (group.tasks.empty() || (!named("mmlu") && !named(name))) continue;
+        top.parts.push_back(name);
+        groups.push_back(group);
     }
+    if (top.tasks.empty()) fail(file, " has no questions of ", join(names));
     if (named("mmlu")) groups.insert(groups.begin(), top);
     all.groups.insert(all.groups.end(), groups.begin(), groups.end());
 
-    auto subject_of = [&](const Record& r) {
-        const std::string subject = r.text("subject");
-        std::vector<std::string> known;
-        for (const Category& c : mmlu_categories)
-            known.insert(known.end(), c.subjects.begin(), c.subjects.end());
-        if (std::find(known.begin(), known.end(), subject) == known.end())
-            r.wrong("mmlu has no subject ", quoted(subject), ".", did_you_mean(subject, known));
-        return subject;
-    };
-    std::map<std::string, std::vector<Item>> examples;
-    const std::string dev = s.fewshot > 0 ? find_data(s.data, "mmlu_dev", "mmlu") : "";
-    if (s.fewshot > 0)
-        each_record(dev, [&](const Record& r) { examples[subject_of(r)].push_back(read_mmlu(r)); });
-    std::map<std::string, std::string> before;
-    for (const auto& [subject, i] : index)
-        before[subject] = "The following are multiple choice questions (with answers) about " +
-                          replaced(subject, "_", " ") + ".\n\n" +
-                          shots_of(examples[subject], s, all.tasks[size_t(i)].name, dev);
-    if (s.share_limit) s.limit = (s.limit + int64_t(index.size()) - 1) / int64_t(index.size());
-    each_record(file, [&](const Record& r) {
-        const std::string subject = subject_of(r);
-        const Item item = read_mmlu(r);
-        const auto found = index.find(subject);
-        if (found == index.end()) return;
-        Task& task = all.tasks[size_t(found->second)];
-        task.in_file++;
-        if (wanted(task, s.limit)) task.questions.push_back(question_of(item, before[subject]));
-    });
+    if (!absent.empty())
+        all.notes.push_back(cat(file, " has no questions of ", absent.size(), " of mmlu's ",
+                                known.size(), " subjects, ", absent[0], " among them"));
+    if (s.share_limit)
+        s.limit = (s.limit + int64_t(top.tasks.size()) - 1) / int64_t(top.tasks.size());
+    for (Task& task : all.tasks) {
+        if (task.family != "mmlu") continue;
+        const std::vector<Item>& items = questions[task.alias];
+        const std::string before =
+            "The following are multiple choice questions (with answers) about " +
+            replaced(task.alias, "_", " ") + ".\n\n" +
+            shots_of(examples[task.alias], s, task.name, dev);
+        task.in_file = int64_t(items.size());
+        for (const Item& item : items)
+            if (wanted(task, s.limit)) task.questions.push_back(question_of(item, before));
+    }
 }
 
 } // namespace

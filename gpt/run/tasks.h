@@ -61,6 +61,7 @@ struct TaskGroup {
 struct Benchmark {
     std::vector<Task> tasks;
     std::vector<TaskGroup> groups; // a group before its parts
+    std::vector<std::string> notes;
 };
 
 struct TaskSettings {
