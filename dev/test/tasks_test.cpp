@@ -59,7 +59,7 @@ struct SpaceTokenizer : Tokenizer {
     size_t safe_cut(std::string_view) const override { return 0; }
 };
 
-Config small_model(const std::string& arch, const std::string& scheme, int L = 3) {
+Config model_config_of(const std::string& arch, const std::string& scheme, int L = 3) {
     Config c = architecture(arch);
     c.vocab_size = 50, c.width = 16, c.layers = L, c.heads = 4, c.positions = 24;
     if (arch == "llama") c.kv_heads = 2;
@@ -293,11 +293,12 @@ TEST(Score, TokensOfAQuestion) {
     EXPECT_EQ(requests[0].tokens, tokenizer.encode("ab  \n c"));
     EXPECT_EQ(requests[1].tokens, tokenizer.encode("ab  \n dd"));
     // From the left; a token more than the longest sequence, for the last is no input.
-    requests = encode_question(tokenizer, q, 3);
-    EXPECT_EQ(requests[1].tokens.size(), 4u);
+    requests = encode_question(tokenizer, q, 4);
+    EXPECT_EQ(requests[1].tokens.size(), 5u);
+    EXPECT_EQ(requests[1].continuation, 1u);
     EXPECT_EQ(requests[1].tokens.back(), tokenizer.encode("d")[0]);
-    EXPECT_TRUE(says(error_of([&] { encode_question(tokenizer, q, 2); }),
-                     {"has 4 tokens, expected 1 to 2"}));
+    EXPECT_TRUE(says(error_of([&] { encode_question(tokenizer, q, 3); }),
+                     {"has 4 tokens, expected 1 to 3"}));
     // An empty context is the token that begins a text.
     q.contexts = {""};
     requests = encode_question(tokenizer, q, 100);
@@ -317,7 +318,7 @@ TEST(Score, PackedRequestsAreThoseOneByOne) {
     for (const auto& [arch, scheme] : std::vector<std::pair<std::string, std::string>>{
              {"gpt2", "pre"}, {"llama", "lns"}, {"olmo2", "olmo2"}, {"llama", "post"}}) {
         SCOPED_TRACE(arch);
-        CpuModel<float> model(small_model(arch, scheme), 1, 96, {.training = false});
+        CpuModel<float> model(model_config_of(arch, scheme), 1, 96, {.training = false});
         model.initialize(3);
         const auto expected = reference(model, questions);
         for (int64_t rows : {24, 60, 96}) {
@@ -333,7 +334,7 @@ TEST(Score, PackedRequestsAreThoseOneByOne) {
     for (const ScoreBatch& b : pack_requests(questions, 96)) packed += b.inputs.size();
     EXPECT_LT(double(packed), 0.7 * double(apart));
     EXPECT_TRUE(says(error_of([&] { pack_requests(questions, 8); }), {"and a batch 8"}));
-    CpuModel<float> model(small_model("gpt2", "pre"), 1, 96, {.training = false});
+    CpuModel<float> model(model_config_of("gpt2", "pre"), 1, 96, {.training = false});
     double out;
     const int tokens[] = {1, 2}, far[] = {0, 24}, branch[] = {0, 1};
     EXPECT_TRUE(says(error_of([&] {
@@ -364,7 +365,7 @@ TEST(Score, WithoutALayerAsExportDropsIt) {
                                                           {"llama", "post"},
                                                           {"olmo2", "olmo2"}}) {
         SCOPED_TRACE(cat(arch, " ", scheme));
-        const Config config = small_model(arch, scheme, 4);
+        const Config config = model_config_of(arch, scheme, 4);
         CpuModel<float> model(config, 1, 96, {});
         model.initialize(5);
         std::vector<float> values;
@@ -403,7 +404,7 @@ TEST(Score, WithoutALayerAsExportDropsIt) {
             expect_near(score_requests(pruned, batches, n, ranks), scores[size_t(l)], 1e-4);
         }
     }
-    const Config deep = small_model("llama", "deepnorm", 4);
+    const Config deep = model_config_of("llama", "deepnorm", 4);
     const Registry registry = make_registry(deep);
     EXPECT_TRUE(says(error_of([&] { plan_export(deep, registry, {2}); }),
                      {"deepnorm has scales that belong to 4 layers"}));
