@@ -45,15 +45,16 @@ namespace lns {
 // ---------------------------------------------------------------------------------------------
 // Embedding
 
-// out (rows, C) = wte[token] + wpe[position], wte (V, C), wpe (T, C) or null. The first row is at
-// position `first`, which is 0 unless B is 1.
+// out (rows, C) = wte[token] + wpe[position], wte (V, C), wpe (T, C) or null. positions (rows), or
+// null: the first row is at position `first`, which is 0 unless B is 1.
 template <class S>
 void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, int first,
-                       int64_t rows, int T, int C) {
+                       int64_t rows, int T, int C, const int* positions = nullptr) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const S* token = wte + int64_t(tokens[row]) * C;
-        const S* position = wpe ? wpe + (first + row) % T * C : nullptr;
+        const int64_t t = positions ? positions[row] : (first + row) % T;
+        const S* position = wpe ? wpe + t * C : nullptr;
         for (int i = 0; i < C; i++)
             out[row * C + i] = Acc<S>(token[i]) + (position ? Acc<S>(position[i]) : Acc<S>(0));
     }
@@ -372,10 +373,14 @@ void matmul_backward_weight(Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* i
 struct AttentionShape {
     int B, T, NH, KVH, HS;
     int first = 0; // positions before this one are in the KV cache; 0 unless B is 1
+    Branches branches = {};
     int64_t rows() const { return int64_t(B) * T; }
     int q_width() const { return NH * HS; }
     int kv_width() const { return KVH * HS; }
     int row() const { return (NH + 2 * KVH) * HS; }
+    int64_t position(int64_t row) const {
+        return branches.position ? branches.position[row] : row % T;
+    }
 };
 
 // Rotary positions (arXiv 2104.09864) of one head's HS channels, with Hugging Face's pairing:
@@ -419,7 +424,7 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
             norm_row_forward(stats[2 * row + 1], z + Q, k_weight, none, A(1), z + Q, K);
         }
         for (int head = 0; head < a.NH + a.KVH && table; head++)
-            rotate(z + head * HS, z + head * HS, table + row % a.T * (HS / 2), A(1), HS);
+            rotate(z + head * HS, z + head * HS, table + a.position(row) * (HS / 2), A(1), HS);
         for (int i = 0; i < a.row(); i++) y[i] = z[i];
     }
 }
@@ -462,6 +467,13 @@ const int attention_tile = 64;
 template <class A> void apply_causal_mask(A* score, int visible, int seen) {
     std::fill(score + visible, score + seen, A(-1e30));
 }
+// The same for other branches' keys of query t of sequence b.
+template <class A> void apply_branch_mask(A* score, int b, int t, const AttentionShape& a) {
+    if (!a.branches.branch) return;
+    const int64_t row = int64_t(b) * a.T + t;
+    const int own = a.branches.branch[row], hidden = t - a.branches.position[row];
+    std::fill(score + own - hidden, score + own, A(-1e30));
+}
 
 // out (B, T, NH·HS) = softmax(q kᵀ / sqrt(HS)) v, causal: position t attends to 0 … t. lse
 // (B, NH, T): the logarithm of each softmax's denominator.
@@ -493,6 +505,7 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                         A* score = scores + int64_t(i) * T;
                         S* probability = p + int64_t(i) * T; // not yet divided by the sum
                         apply_causal_mask(score, t0 + i + 1, seen);
+                        apply_branch_mask(score, b, t0 + i, a);
                         const A largest = largest_of(seen, score);
                         const A sum = A(sum_of<A>(seen, [=](int64_t t) {
                             const A e = exp_below(scale * (score[t] - largest));
@@ -807,7 +820,7 @@ template <class S> struct CpuModel : Model {
 
     // The last pass: its tokens (B, T), and the first position that it computed; the KV cache has
     // those before.
-    std::vector<int> tokens;
+    std::vector<int> tokens, positions, branches; // the last two (B, T), or empty: none branch
     int B = 0, T = 0, first = 0;
     bool kv_cache_valid = false;
     int between = 0; // layer by layer, r is residual(between)
@@ -878,7 +891,10 @@ template <class S> struct CpuModel : Model {
     S* attended(int l) { return acts.attended[l]; }
     A* lse(int l) { return acts.lse[l]; }
     AttentionShape attention() const {
-        return {B, T, config.heads, config.kv_heads, config.head_size, first};
+        return {B, T, config.heads, config.kv_heads, config.head_size, first, branching()};
+    }
+    Branches branching() const {
+        return positions.empty() ? Branches{} : Branches{positions.data(), branches.data()};
     }
     const CosSin<A>* cos_sin() const { return rotary_table; }
 
@@ -887,10 +903,8 @@ template <class S> struct CpuModel : Model {
     Costs<S> costs() const { return {config, double(rows()), double(T)}; }
 
     // Positions before `from` are in the KV cache.
-    void forward(const int* inputs, int b, int t, int from = 0) {
-        check_tokens(inputs, b, t, acts.rows);
-        B = b, T = t, first = from, kv_cache_valid = false;
-        tokens.assign(inputs, inputs + int64_t(B) * T);
+    void forward(const int* inputs, int b, int t, int from = 0, const Branches& branched = {}) {
+        set_tokens(inputs, b, t, from, branched);
         embed();
         join_forward(0);
         for (int l = 0; l < config.layers; l++) {
@@ -900,10 +914,19 @@ template <class S> struct CpuModel : Model {
             join_forward(2 * l + 2);
         }
     }
+    void set_tokens(const int* inputs, int b, int t, int from, const Branches& branched) {
+        check_tokens(inputs, b, t, acts.rows, branched);
+        B = b, T = t, first = from, kv_cache_valid = false;
+        const int64_t n = int64_t(B) * T;
+        tokens.assign(inputs, inputs + n);
+        positions.assign(branched.position, branched.position + (branched.position ? n : 0));
+        branches.assign(branched.branch, branched.branch + (branched.branch ? n : 0));
+    }
     void embed() {
         const Timed timer(profile, costs().embedding_forward());
         embedding_forward(embedded(), tokens.data() + first, weight(registry.token_embedding),
-                          weight(registry.position_embedding), first, rows(), T, config.width);
+                          weight(registry.position_embedding), first, rows(), T, config.width,
+                          branching().position);
     }
 
     // From the gradient of the final norm's output, in dinput.
@@ -1139,6 +1162,32 @@ template <class S> struct CpuModel : Model {
         return sum_of_losses();
     }
 
+    void score(const int* inputs, int b, int t, const Branches& branched,
+               const std::vector<ScoredToken>& scored, double* out) override {
+        forward(inputs, b, t, 0, branched);
+        score_rows(scored, out);
+    }
+    // The head on the rows that are scored, a part at a time.
+    void score_rows(const std::vector<ScoredToken>& scored, double* out) {
+        const int V = config.vocab_size, C = config.width;
+        check_scored(scored, rows());
+        std::vector<S> u(size_t(acts.logit_rows) * C);
+        std::vector<int> targets(acts.logit_rows);
+        for (size_t done = 0; done < scored.size(); done += targets.size()) {
+            const size_t n = std::min(targets.size(), scored.size() - done);
+            for (size_t i = 0; i < n; i++) {
+                const auto [row, token] = scored[done + i];
+                std::copy_n(input(2 * config.layers) + row * C, C, &u[i * C]);
+                targets[i] = token;
+            }
+            matmul_forward<S, A>(logits(), u.data(), weight(registry.head), nullptr, int64_t(n), C,
+                                 V);
+            cross_entropy<S>(acts.losses.begin(), logits(), nullptr, targets.data(), 0, int64_t(n),
+                             V);
+            for (size_t i = 0; i < n; i++) out[done + i] = -double(acts.losses[i]);
+        }
+    }
+
     double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
                               double loss_scale) override {
         if (!options.training) fail("this model was made without gradients");
@@ -1251,9 +1300,10 @@ template <class S> struct CpuModel : Model {
     void enter(int k);
     void enter_backward(int k);
     void leave(int k);
-    void embed(const int* inputs, int b, int t) override;
+    void embed(const int* inputs, int b, int t, const Branches& branched) override;
     void run_layer(int l) override;
     double finish(const int* targets) override;
+    void finish(const std::vector<ScoredToken>& scored, double* out) override;
     void finish_backward(const int* targets, double loss_scale) override;
     void run_layer_backward(int l) override;
     template <class F> void with_stream(Stream stream, const F& f);
@@ -1374,6 +1424,7 @@ bool train(Run& run) {
         double val_loss = NAN;
         if (due(o.val_every)) {
             val_loss = validate(run);
+            score_tasks(run);
             stop = stop || (std::isnan(val_loss) && !last);
         }
         if (!first) continue;

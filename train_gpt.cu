@@ -67,20 +67,21 @@ namespace lns::cuda {
 
 // ---------------------------------------------------------------------------------------------
 // Embedding: out[row] = wte[token] + wpe[t], out (rows, C). Its gradient is gathered token by
-// token, so that no two blocks write to the same row. The first row is at position `first`, which
-// is 0 unless B is 1.
+// token, so that no two blocks write to the same row. positions (rows), or null: the first row is
+// at position `first`, which is 0 unless B is 1.
 
 template <class S>
 __global__ static void embedding_forward_kernel(float* out, const int* tokens, const S* wte,
-                                                const S* wpe, int first, int64_t rows, int T,
-                                                int C) {
+                                                const S* wpe, int first, int64_t rows, int T, int C,
+                                                const int* positions) {
     const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
     if (at >= rows * C) return;
     const int64_t row = at / C;
     const int channel = int(at % C);
     float x[8], position[8] = {};
     load8(x, wte + int64_t(tokens[row]) * C + channel);
-    if (wpe) load8(position, wpe + (first + row) % T * C + channel);
+    const int64_t t = positions ? positions[row] : (first + row) % T;
+    if (wpe) load8(position, wpe + t * C + channel);
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] += position[i];
     store8(out + at, x);
@@ -88,9 +89,10 @@ __global__ static void embedding_forward_kernel(float* out, const int* tokens, c
 
 template <class S>
 void embedding_forward(float* out, const int* tokens, const S* wte, const S* wpe, int first,
-                       int64_t rows, int T, int C, cudaStream_t stream) {
+                       int64_t rows, int T, int C, cudaStream_t stream,
+                       const int* positions = nullptr) {
     launch(embedding_forward_kernel<S>, blocks_for(rows * C, 256 * 8), 256, 0, stream, out, tokens,
-           wte, wpe, first, rows, T, C);
+           wte, wpe, first, rows, T, C, positions);
 }
 
 // A block sums 256 channels of all rows of one token.
@@ -926,7 +928,7 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
             }
         }
         if (table) {
-            const float* pairs = &table[row % a.T * half + i0].cos; // cos, sin, cos, …
+            const float* pairs = &table[a.position(row) * half + i0].cos; // cos, sin, cos, …
             float turn[2][N];
             load_some(turn[0], pairs), load_some(turn[1], pairs + N);
 #pragma unroll
@@ -1182,6 +1184,21 @@ void activation_backward(Activation activation, S* dh, const S* da, const S* h, 
 
 // ---------------------------------------------------------------------------------------------
 // Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
+
+// out (n, C) = in[rows[i]], the rows that are scored.
+template <class S>
+__global__ static void gather_rows_kernel(S* out, const S* in, const int* rows, int64_t n, int C) {
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (at >= n * C) return;
+    float x[8];
+    load8(x, in + rows[at / C] * int64_t(C) + at % C);
+    store8(out + at, x);
+}
+
+template <class S>
+void gather_rows(S* out, const S* in, const int* rows, int64_t n, int C, cudaStream_t stream) {
+    launch(gather_rows_kernel<S>, blocks_for(n * C, 256 * 8), 256, 0, stream, out, in, rows, n, C);
+}
 
 // exp(x − y), exactly 1 where they are equal.
 __device__ inline float exp_of_difference(float x, float y) { return fast_exp2((x - y) * log2_e); }
@@ -1519,6 +1536,10 @@ template <class S, class G> struct CudaModel : Model {
     int B = 0, T = 0;            // of the last pass
     int first = 0;               // the first row that the last pass computed
     bool kv_cache_valid = false; // whether the next pass may reuse the last one's k and v
+    Branches branches;           // of the last pass, in branch_rows
+    Array<int> branch_rows;      // (2, rows), once a pass branches
+    Array<S> scored_input;       // (logit_rows, C), once tokens are scored, and their
+    Array<int> scored_rows;      // rows, then tokens: (2, logit_rows)
     int between = 0;             // layer by layer, r is residual(between)
     int64_t bytes_held = 0;
 
@@ -1639,7 +1660,7 @@ template <class S, class G> struct CudaModel : Model {
     float* lse(int l) { return acts.lse[l]; }
     AttentionShape attention() const {
         const Config& c = padded_config;
-        return {B, T, c.heads, c.kv_heads, c.head_size, config.head_size, first};
+        return {B, T, c.heads, c.kv_heads, c.head_size, config.head_size, first, branches};
     }
     const CosSin* cos_sin() const { return rotary_table; }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
@@ -1676,7 +1697,7 @@ template <class S, class G> struct CudaModel : Model {
         const Timed timer = timed(costs().embedding_forward());
         embedding_forward<S>(embedded(), inputs() + first, weight(padded_registry.token_embedding),
                              weight(padded_registry.position_embedding), first, rows(), T,
-                             padded_config.width, stream);
+                             padded_config.width, stream, branches.position);
     }
 
     // From the gradient of the final norm's output, in dinput.
@@ -1927,6 +1948,40 @@ template <class S, class G> struct CudaModel : Model {
         return head_loss();
     }
 
+    void score(const int* inputs, int b, int t, const Branches& branched,
+               const std::vector<ScoredToken>& scored, double* out) override {
+        begin_pass(inputs, nullptr, b, t, 0, branched);
+        kv_cache_valid = false;
+        forward();
+        score_rows(scored, out);
+    }
+    // The head on the rows that are scored, a part at a time. Waits.
+    void score_rows(const std::vector<ScoredToken>& scored, double* out) {
+        const int V = padded_config.vocab_size, C = padded_config.width;
+        check_scored(scored, rows());
+        const size_t part = size_t(acts.logit_rows);
+        if (scored_input.size == 0)
+            scored_input = Array<S>(acts.logit_rows * C),
+            scored_rows = Array<int>(2 * acts.logit_rows);
+        std::vector<int> at(2 * part); // rows, then tokens
+        float* logits = acts.logits.template as<float>();
+        for (size_t done = 0; done < scored.size(); done += part) {
+            const size_t n = std::min(part, scored.size() - done);
+            for (size_t i = 0; i < n; i++)
+                at[i] = int(scored[done + i].row), at[part + i] = scored[done + i].token;
+            CUDA(cudaMemcpyAsync(scored_rows, at.data(), at.size() * sizeof(int),
+                                 cudaMemcpyHostToDevice, stream));
+            gather_rows<S>(scored_input, input(2 * config.layers), scored_rows, int64_t(n), C,
+                           stream);
+            matmul_forward<S, float>(cublas, logits, V, scored_input, weight(padded_registry.head),
+                                     nullptr, int64_t(n), C, V);
+            cross_entropy<float>(acts.losses, logits, false, scored_rows + part, loss_scale(),
+                                 int64_t(n), config.vocab_size, V, stream);
+            const std::vector<float> losses = fetch(acts.losses + 0, int64_t(n));
+            for (size_t i = 0; i < n; i++) out[done + i] = -double(losses[i]);
+        }
+    }
+
     double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
                               double loss_scale) override {
         check_training();
@@ -1939,7 +1994,7 @@ template <class S, class G> struct CudaModel : Model {
     // Forward and backward of the micro-batch in `batch`; adds to the gradients and to the loss.
     void micro_step() {
         kv_cache_valid = false;
-        first = 0;
+        first = 0, branches = {};
         auto compute = [&] {
             forward();
             head_forward_backward();
@@ -2093,8 +2148,9 @@ template <class S, class G> struct CudaModel : Model {
     }
 
     // Checks a micro-batch and copies it to `batch`; targets may be null.
-    void begin_pass(const int* inputs, const int* targets, int b, int t, double loss_scale) {
-        check_tokens(inputs, b, t, acts.rows);
+    void begin_pass(const int* inputs, const int* targets, int b, int t, double loss_scale,
+                    const Branches& branched = {}) {
+        check_tokens(inputs, b, t, acts.rows, branched);
         if (targets) check_targets(targets, int64_t(b) * t);
         B = b, T = t, first = 0;
         reserve_batches(1);
@@ -2102,6 +2158,15 @@ template <class S, class G> struct CudaModel : Model {
                    counts);
         CUDA(cudaMemcpyAsync(batch, host_batches, size_t(layout().ints()) * sizeof(int),
                              cudaMemcpyHostToDevice, stream));
+        branches = {};
+        if (!branched.position) return;
+        if (branch_rows.size == 0) branch_rows = Array<int>(2 * acts.rows);
+        branches = {branch_rows, branch_rows + acts.rows};
+        for (auto [to, from] : {std::pair{branches.position, branched.position},
+                                std::pair{branches.branch, branched.branch}})
+            CUDA(cudaMemcpyAsync(const_cast<int*>(to), from, size_t(b) * size_t(t) * sizeof(int),
+                                 cudaMemcpyHostToDevice, stream));
+        stream.wait();
     }
     void reserve_batches(int n) {
         const int64_t ints = BatchLayout{acts.rows}.ints();
@@ -2144,10 +2209,11 @@ template <class S, class G> struct CudaModel : Model {
     void enter_backward(int k, bool last);
     void leave(int k, const float* r_prev);
     void leave_backward(int k, const float* r_prev);
-    void embed(const int* inputs, int b, int t) override;
+    void embed(const int* inputs, int b, int t, const Branches& branched) override;
     void run_layer(int l) override;
     void set_targets(const int* targets, double loss_scale);
     double finish(const int* targets) override;
+    void finish(const std::vector<ScoredToken>& scored, double* out) override;
     void finish_backward(const int* targets, double loss_scale) override;
     void run_layer_backward(int l) override;
     size_t stream_bytes() const { return size_t(rows()) * padded_config.width * sizeof(float); }

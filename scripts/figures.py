@@ -380,6 +380,46 @@ def validation_panel(groups, title, name, of=lambda loss: loss, unit="nats a tok
     return Panel(name, title, figure)
 
 
+def accuracy_panel(groups, task, name):
+    """A line per run, with standard errors; dotted: chance."""
+    curves = []
+    for group in groups:
+        for run in sorted(group.logged, key=lambda run: run not in group.counted):
+            if run.accuracies.get(task):
+                curves.append((group, run.accuracies[task]))
+    if not curves:
+        return None
+    title = f"Accuracy on {task}"
+    figure, axes = new_panel(title, [short(group.tag) for group, _ in curves])
+    ends, values = {}, []
+    for group, points in curves:
+        xs, ys, errors, chances = zip(*points)
+        first = group.label not in ends
+        draw_line(axes, group, xs, ys, alpha=0.95 if first else 0.5)
+        axes.errorbar(xs, ys, yerr=numpy.nan_to_num(errors), fmt="none", ecolor=colour_of(group),
+                      elinewidth=1, capsize=2, alpha=0.5)  # fmt: skip
+        ends.setdefault(group.label, (xs[-1], ys[-1], short(group.tag), colour_of(group)))
+        values += [y + sign * e for y, e in zip(ys, numpy.nan_to_num(errors)) for sign in (-1, 1)]
+        if math.isfinite(chances[-1]):
+            axes.axhline(chances[-1], color=TEXT, linewidth=0.8, linestyle=":")
+            values.append(chances[-1])
+    limits(axes, values, log=False)
+    tokens_axis(axes, 0, max(points[-1][0] for _, points in curves))
+    axes.set_ylabel("accuracy")
+    label_ends(axes, list(ends.values()))
+    return Panel(name, title, figure)
+
+
+def accuracy_picture(groups):
+    tasks = list(dict.fromkeys(task for g in groups for run in g.logged for task in run.accuracies))
+    return Picture(
+        "Benchmarks",
+        "Look whether a curve leaves the dotted line, which is chance, by more than its bars, the "
+        "standard errors; where it does not, the benchmark cannot tell the schemes apart.",
+        [accuracy_panel(groups, task, name_of("accuracy", task)) for task in tasks],
+    )
+
+
 def learning_rate_panel(groups, name):
     lines = {}
     for group in groups:
@@ -468,7 +508,7 @@ def loss_pictures(groups):
                 [learning_rate_panel(same, name_of("learning-rates", tag))],
             )
         )
-    return kept(pictures)
+    return kept([*pictures, accuracy_picture(drawn_of(groups))])
 
 
 # Layer diagnostics
@@ -632,10 +672,10 @@ def threshold(values):
     return 10.0 ** math.floor(math.log10(max(sizes[len(sizes) // 4], sizes[-1] * 1e-4)))
 
 
-def bar_panel(group, values, bounds, name, title, axis="layer"):
+def bar_panel(group, values, bounds, name, title, axis="layer", unit=None, errors=None):
     figure, axes = new_panel(title)
     layers = range(1, len(values) + 1)
-    axes.bar(layers, values, color=colour_of(group), width=0.72)
+    axes.bar(layers, values, color=colour_of(group), width=0.72, yerr=errors, ecolor=TEXT)
     axes.axhline(0, color=TEXT, linewidth=0.8)
     low, high = min(0, *bounds), max(0, *bounds)
     start = threshold(bounds)
@@ -650,7 +690,7 @@ def bar_panel(group, values, bounds, name, title, axis="layer"):
         axes.locator_params(axis="y", nbins=5)
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
     layer_axis(axes, 1, len(values), axis, 0.6)
-    axes.set_ylabel("loss, nats above the whole")
+    axes.set_ylabel(unit or "loss, nats above the whole")
     return Panel(name, title, figure)
 
 
@@ -767,6 +807,27 @@ def removal_pictures(groups):
                        lambda g: f"{short(g.tag)}: one layer removed"),
         )
     ]  # fmt: skip
+    changes = []
+    for group in groups:
+        for task in group.probe.removal_tasks:
+            values = group.probe.series("task_removal", task, "change")
+            errors = group.probe.series("task_removal", task, "change_error")
+            if values and not any(task.startswith(f"{other}_") for other in group.probe.removal_tasks):
+                changes.append((group, task, values, errors))
+    bounds = finite([v for *_, values, _ in changes for v in values])
+    pictures.append(
+        Picture(
+            "Accuracy without one layer",
+            "Look at the bars of the deep half, as above: an accuracy that does not fall says that "
+            "the benchmark can be answered without the layer; thin lines are standard errors.",
+            [
+                bar_panel(g, values, bounds, name_of("removal", task, g.tag),
+                          f"{short(g.tag)}: {task}, one layer removed",
+                          unit="change of accuracy", errors=errors)
+                for g, task, values, errors in changes
+            ],
+        )
+    )  # fmt: skip
     found = []
     for group in groups:
         rows, loss = group.probe.rows("removal", "blocks"), group.probe.number("loss")

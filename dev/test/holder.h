@@ -28,6 +28,8 @@ struct Holder : Model {
     double loss(const int*, const int*, int, int) override { return 0; }
     double loss_and_gradients(const int*, const int*, int, int, double) override { return 0; }
     void logits(const int*, int, int, bool, float*) override {}
+    void score(const int*, int, int, const Branches&, const std::vector<ScoredToken>&,
+               double*) override {}
     void zero_gradients() override {}
     double gradient_norm() override { return 0; }
     void update(const Hyperparameters&) override {}

@@ -89,11 +89,10 @@ template <class S> void CpuModel<S>::leave(int k) {
     junction_forward(x, stopped[k]);
 }
 
-template <class S> void CpuModel<S>::embed(const int* inputs, int b, int t) {
+template <class S>
+void CpuModel<S>::embed(const int* inputs, int b, int t, const Branches& branched) {
     if (!options.training || options.recompute != Recompute::none) fail_layer_by_layer();
-    check_tokens(inputs, b, t, acts.rows);
-    B = b, T = t, first = 0, kv_cache_valid = false;
-    tokens.assign(inputs, inputs + int64_t(B) * T);
+    set_tokens(inputs, b, t, 0, branched);
     embed();
     between = 0;
     leave(0);
@@ -111,6 +110,10 @@ template <class S> double CpuModel<S>::finish(const int* targets) {
     enter(2 * config.layers);
     head_forward(targets, nullptr, 0, 0, rows());
     return sum_of_losses();
+}
+template <class S> void CpuModel<S>::finish(const std::vector<ScoredToken>& scored, double* out) {
+    enter(2 * config.layers);
+    score_rows(scored, out);
 }
 template <class S> void CpuModel<S>::finish_backward(const int* targets, double loss_scale) {
     check_targets(targets, rows());

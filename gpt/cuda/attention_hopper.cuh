@@ -617,7 +617,7 @@ bool launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* 
 // not supported: heads have 64 or 128 channels, and positions start at 0.
 inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
                                      const AttentionShape& a, cudaStream_t stream) {
-    if (a.first != 0) return false;
+    if (a.first != 0 || a.branches.branch) return false;
     if (a.HS == 64) return hopper::launch_forward<64>(out, lse, qkv, a, stream);
     if (a.HS == 128) return hopper::launch_forward<128>(out, lse, qkv, a, stream);
     return false;

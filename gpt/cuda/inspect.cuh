@@ -96,9 +96,10 @@ template <class S, class G> void CudaModel<S, G>::leave_backward(int k, const fl
                       junction_gradients(k, false), multiprocessors, stream);
 }
 
-template <class S, class G> void CudaModel<S, G>::embed(const int* inputs, int b, int t) {
+template <class S, class G>
+void CudaModel<S, G>::embed(const int* inputs, int b, int t, const Branches& branched) {
     if (!options.training || options.recompute != Recompute::none) fail_layer_by_layer();
-    begin_pass(inputs, nullptr, b, t, 0);
+    begin_pass(inputs, nullptr, b, t, 0, branched);
     kv_cache_valid = false;
     embed();
     leave(0, embedded());
@@ -127,6 +128,11 @@ template <class S, class G> double CudaModel<S, G>::finish(const int* targets) {
     set_targets(targets, 0);
     enter(2 * config.layers);
     return head_loss();
+}
+template <class S, class G>
+void CudaModel<S, G>::finish(const std::vector<ScoredToken>& scored, double* out) {
+    enter(2 * config.layers);
+    score_rows(scored, out);
 }
 template <class S, class G>
 void CudaModel<S, G>::finish_backward(const int* targets, double loss_scale) {

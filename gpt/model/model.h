@@ -83,6 +83,20 @@ struct StepResult {
     bool stopped = false; // by StepInput::stop; the other fields are undefined then
 };
 
+// Sequences that branch: continuations of one beginning stand behind each other in a sequence of T
+// rows. Row t has the position position[t] in its own text. Rows of a continuation attend to the
+// beginning and to their continuation, which starts at row branch[t], but not to the t −
+// position[t] rows before that, which belong to others. Both arrays are (B, T); null: no sequence
+// branches.
+struct Branches {
+    const int *position = nullptr, *branch = nullptr;
+};
+// A token whose probability is asked for after those of `row`, of B·T.
+struct ScoredToken {
+    int64_t row;
+    int token;
+};
+
 struct Model {
     Config config;
     Registry registry;
@@ -115,6 +129,10 @@ struct Model {
     // logits (B, T, V), or (B, V) of the last position if last_only.
     virtual void logits(const int* inputs, int B, int T, bool last_only, float* out) = 0;
 
+    // out[i] = log p(scored[i].token), natural logarithm, after a forward pass over inputs (B, T).
+    virtual void score(const int* inputs, int B, int T, const Branches& branches,
+                       const std::vector<ScoredToken>& scored, double* out) = 0;
+
     virtual void zero_gradients() = 0;
     virtual double gradient_norm() = 0; // ‖all gradients‖₂
     virtual void update(const Hyperparameters& hyperparameters) = 0;
@@ -138,12 +156,14 @@ struct Model {
     // Layer by layer, for layer diagnostics: the residual stream r (B·T, C) can be read and written
     // between layers (l from 0), which may run in any order and number. Throws without training, or
     // with recompute.
-    // r ← the input of layer 0, of tokens (B, T)
-    virtual void embed(const int*, int, int) { fail_layer_by_layer(); }
+    // r ← the input of layer 0, of tokens (B, T); where sequences branch, nothing runs backward.
+    virtual void embed(const int*, int, int, const Branches& = {}) { fail_layer_by_layer(); }
     // r ← the output of layer l
     virtual void run_layer(int) { fail_layer_by_layer(); }
     // The loss of r after the final norm and the head, as loss(); targets (B, T).
     virtual double finish(const int*) { fail_layer_by_layer(); }
+    // The same for score().
+    virtual void finish(const std::vector<ScoredToken>&, double*) { fail_layer_by_layer(); }
     // Backward through what ran last: dr ← loss_scale × that loss's gradient by r; then dr ← the
     // gradient by the input of layer l. Both add to the parameters' gradients.
     virtual void finish_backward(const int*, double) { fail_layer_by_layer(); }
@@ -187,8 +207,10 @@ struct Model {
     virtual int64_t bytes() const = 0;
 
     // Throw unless a model of at most `rows` = B·T tokens can take these.
-    void check_tokens(const int* inputs, int B, int T, int64_t rows) const;
+    void check_tokens(const int* inputs, int B, int T, int64_t rows,
+                      const Branches& branches = {}) const;
     void check_targets(const int* targets, int64_t n) const;
+    void check_scored(const std::vector<ScoredToken>& scored, int64_t rows) const;
 };
 
 // Calls f with a parameter's place in the array of a buffer, in float or bf16. For both backends'

@@ -16,7 +16,9 @@
 #include "gpt/model/optimizer.h"
 #include "gpt/model/schedule.h"
 #include "gpt/run/config_file.h"
+#include "gpt/run/export.h"
 #include "gpt/run/probe.h"
+#include "gpt/run/tasks.h"
 
 namespace lns {
 
@@ -145,11 +147,26 @@ void add_sampling(FlagList& f, Options& o) {
              true);
 }
 
+void add_tasks(FlagList& f, const char* names, std::string& tasks, const char* help) {
+    f.text(names, "NAMES", tasks, help).check = [](const json& text) {
+        if (text != "") parse_tasks(text);
+    };
+}
+
+void add_task_data(FlagList& f, Options& o) {
+    f.path("--task-data", "DIR", o.task_data, "their data: NAME.jsonl or NAME.jsonl.xz");
+}
+
 void add_validation(FlagList& f, Options& o) {
     f.group = "Validation and samples";
     f.change = Change::free;
     f.count("-v,--val-every", o.val_every, 0, most, "steps; 0: only at the end");
     f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "tokens of a validation");
+    add_tasks(f, "--val-tasks", o.val_tasks,
+              "benchmarks to score with each validation, as in eval --tasks");
+    f.count("--val-task-limit", o.val_task_limit, 0, most,
+            "questions of each, which mmlu's subjects share; 0: all");
+    add_task_data(f, o);
     f.count("--probe-every", o.probe_every, 0, most,
             "steps between layer diagnostics (variance, gradients, angles); 0: never");
     f.count("--probe-tokens", o.probe_tokens, 1, 1000000000,
@@ -221,12 +238,25 @@ void add_sample(FlagList& f, Options& o) {
 }
 
 void add_eval(FlagList& f, Options& o) {
+    f.group = "Flags";
     add_checkpoint(f, o);
     add_tokenizer(f, o);
+    add_inference_machine(f, o);
+    f.group = "Validation loss";
     f.text("-j,--val", "GLOB", o.val, "token shards; default: the run's");
     f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "tokens to measure on");
     add_sequences(f, o);
-    add_inference_machine(f, o);
+    f.group = "Benchmarks, instead of the loss";
+    add_tasks(f, "--tasks", o.tasks,
+              "some of hellaswag,piqa,arc_easy,arc_challenge,boolq,openbookqa,winogrande,mmlu; "
+              "-t is then the longest sequence (default: the model's)");
+    add_task_data(f, o);
+    f.count("--fewshot", o.fewshot, 0, 1000, "solved examples before each question");
+    f.count("--limit", o.limit, 0, most,
+            "the first N questions of each task and of each subject of mmlu; 0: all");
+    f.on_off("--json", o.json, "print JSON in lm-evaluation-harness's layout, not a table");
+    f.path("-o,--out", "FILE", o.out, "write that JSON to a file, too");
+    f.path("--log-samples", "FILE", o.log_samples, "write every question's answers as JSON lines");
 }
 
 void add_probe(FlagList& f, Options& o) {
@@ -235,6 +265,12 @@ void add_probe(FlagList& f, Options& o) {
     f.text("--probes", "NAMES", o.probes,
            "all, or some of variance,gradients,angular,removal,jacobian,usefulness,permutation")
         .check = [](const json& text) { parse_probes(text); };
+    add_tasks(f, "--removal-tasks", o.removal_tasks,
+              "benchmarks whose accuracy removal measures without each layer, as in eval --tasks");
+    add_task_data(f, o);
+    f.count("--limit", o.limit, 0, most,
+            "the first N questions of each task and of each subject of mmlu; 0: all");
+    add_tokenizer(f, o);
     f.count("--probe-tokens", o.probe_tokens, 1, 1000000000, "tokens to measure on");
     f.count("--jacobian-samples", o.jacobian_samples, 2, most, "tokens to sample the Jacobian at");
     f.count("--jacobian-layer", o.jacobian_layer, 0, most,
@@ -265,6 +301,11 @@ void add_export(FlagList& f, Options& o) {
              "float32, float16 or bfloat16 (bf16), rounded to nearest");
     f.count("--shard-size", o.shard_size, 1, 1000000000000000,
             "largest file in bytes, 500M or 5G; beyond it the model is split");
+    f.text("--drop-layers", "LIST", o.drop_layers,
+           "leave out these layers, as in 5,6; the first is 1, as in the output of probe")
+        .check = [](const json& text) {
+        if (text != "") parse_layers(text);
+    };
 }
 
 void add_verify(FlagList& f, Options& o) {

@@ -44,7 +44,8 @@ struct Options {
 
     // validation and samples
     int64_t val_every = 100, val_tokens = 131072, sample_every = 250, sample_tokens = 256;
-    int64_t probe_every = 0;
+    int64_t probe_every = 0, val_task_limit = 100;
+    std::string val_tasks;
     std::string prompt;
     double temperature = 0.8, top_p = 1;
     int64_t top_k = 0;
@@ -64,12 +65,16 @@ struct Options {
     std::string checkpoint;
     bool ignore_eot = false;
 
+    // eval: benchmarks; tasks "": the validation loss
+    std::string tasks, task_data = "data/evals", log_samples;
+    int64_t fewshot = 0, limit = 0;
+
     // probe
-    std::string probes = "all";
+    std::string probes = "all", removal_tasks;
     int64_t probe_tokens = 16384, jacobian_samples = 128, jacobian_layer = 0;
 
     // export
-    std::string export_dir, export_dtype = "float32";
+    std::string export_dir, export_dtype = "float32", drop_layers;
     int64_t shard_size = 5000000000;
 
     // verify

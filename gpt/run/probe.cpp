@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <set>
 
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
@@ -562,6 +563,45 @@ LayerDiagnostics measure(Model& model, const std::vector<ProbeBatch>& batches,
     return found;
 }
 
+std::vector<LayerDiagnostics::TaskRemoval>
+measure_task_removal(Model& model, const TaskWork& work,
+                     const std::function<void(const std::string&)>& tell) {
+    const int L = model.config.layers;
+    const auto scores = score_without_layers(model, work.batches, work.requests, [&](double part) {
+        if (tell) tell(format_number("benchmarks without a layer  %.0f%%", 100 * part));
+    });
+    std::vector<std::vector<bool>> right;
+    for (const std::vector<double>& s : scores) right.push_back(right_answers(work.benchmark, s));
+
+    const Benchmark& b = work.benchmark;
+    std::vector<size_t> first = {0}; // question of each task
+    for (const Task& task : b.tasks) first.push_back(first.back() + task.questions.size());
+    std::vector<LayerDiagnostics::TaskRemoval> all;
+    auto add = [&](const std::string& name, const std::vector<int>& tasks, bool part) {
+        LayerDiagnostics::TaskRemoval& x = all.emplace_back();
+        x.task = name, x.part = part;
+        for (int l = 0; l < L; l++) {
+            Moments whole, change;
+            for (int t : tasks)
+                for (size_t q = first[size_t(t)]; q < first[size_t(t) + 1]; q++) {
+                    whole.add({1, double(right[size_t(L)][q]), 0});
+                    change.add({1, double(right[size_t(l)][q]) - double(right[size_t(L)][q]), 0});
+                }
+            x.questions = int64_t(whole.n), x.accuracy = whole.mean;
+            x.change.push_back(change.mean);
+            x.error.push_back(std::sqrt(change.square / (change.n - 1) / change.n));
+        }
+    };
+    std::set<int> in_groups;
+    for (const TaskGroup& group : b.groups) {
+        add(group.name, group.tasks, group.depth > 0);
+        in_groups.insert(group.tasks.begin(), group.tasks.end());
+    }
+    for (int t = 0; t < int(b.tasks.size()); t++)
+        add(b.tasks[size_t(t)].name, {t}, in_groups.count(t) > 0);
+    return all;
+}
+
 nlohmann::ordered_json to_json(const LayerDiagnostics& p, bool sparse) {
     using Json = nlohmann::ordered_json;
     Json json;
@@ -590,6 +630,11 @@ nlohmann::ordered_json to_json(const LayerDiagnostics& p, bool sparse) {
     add("removal", p.removal, [](const Rows& loss) {
         return Json{{"single", loss.at(0)}, {"blocks", loss}};
     });
+    for (const LayerDiagnostics::TaskRemoval& t : p.task_removal)
+        json["task_removal"][t.task] = {{"questions", t.questions},
+                                        {"accuracy", t.accuracy},
+                                        {"change", t.change},
+                                        {"change_error", t.error}};
     add("jacobian", p.jacobian, [](const LayerDiagnostics::Jacobian& j) {
         Json full;
         if (j.full_layer > 0) full = {{"layer", j.full_layer}, {"matrix", j.matrix}};
@@ -679,6 +724,13 @@ std::string describe_layers(const LayerDiagnostics& p) {
                          signed_number(of_n[l] - p.loss));
         }
         after += "\n";
+    }
+    for (const LayerDiagnostics::TaskRemoval& task : p.task_removal) {
+        if (task.part) continue;
+        t.column(task.task.c_str(), [&](int l) { return signed_number(task.change[l - 1]); });
+        t.column("+-", [&](int l) { return format_number("%.4f", task.error[l - 1]); });
+        after += cat(task.task, ": accuracy ", format_number("%.4f", task.accuracy), " of ",
+                     task.questions, " questions; the columns are its change without the layer\n");
     }
     if (p.permutation) costs("swapped", *p.permutation);
     if (p.usefulness) {

@@ -142,7 +142,7 @@ void find_saved_paths(Options& o, const SavedFlags& saved) {
     const std::string gpt2 = "gpt2:";
     for (auto [flag, value] :
          {std::pair{"--tokenizer", &o.tokenizer}, std::pair{"--init-from", &o.init_from},
-          std::pair{"--model", &o.model}}) {
+          std::pair{"--model", &o.model}, std::pair{"--task-data", &o.task_data}}) {
         if (!unchanged(flag, *value)) continue;
         const std::string kind = value->starts_with(gpt2) ? gpt2 : "";
         const std::string path = value->substr(kind.size());

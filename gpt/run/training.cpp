@@ -176,6 +176,17 @@ void prepare(Run& run, const std::string& resume_from) {
     run.val_loader.emplace(run.data.val, run.T, 0, false);
     run.schedule = {o.lr_schedule, o.lr, o.steps, o.warmup_steps(), o.final_lr_frac};
     run.flops = flops_per_token(run.config, run.T);
+    if (o.val_tasks.empty()) return;
+    if (!run.data.tokenizer)
+        fail("--val-tasks needs the tokenizer of the data, and there is none: ",
+             run.data.why_no_tokenizer.empty() ? "name it with --tokenizer"
+                                               : run.data.why_no_tokenizer);
+    TaskSettings settings;
+    settings.data = o.task_data, settings.limit = o.val_task_limit, settings.share_limit = true;
+    const int64_t rows = int64_t(run.B) * run.T;
+    run.tasks = prepare_tasks(parse_tasks(o.val_tasks), settings, *run.data.tokenizer,
+                              run.config.vocab_size,
+                              int(std::min<int64_t>(run.config.positions, rows)), rows);
 }
 
 // Ranks must agree on what the options led to on each machine, …
@@ -273,6 +284,8 @@ std::string log_line(const Run& run, const Step& step, double val_loss,
     nlohmann::ordered_json line = {{"step", run.state.step}, {"loss", step.loss}};
     if (std::isfinite(val_loss))
         line["val_loss"] = val_loss, line["residual_variance"] = run.variance;
+    if (std::isfinite(val_loss) && run.task_scores)
+        line["tasks"] = brief_json(run.tasks->benchmark, *run.task_scores);
     line["lr"] = step.lr;
     line["grad_norm"] = step.grad_norm;
     line["tokens"] = run.state.tokens;
@@ -465,6 +478,15 @@ void check_finite(Run& run, int64_t step, const char* what, double value) {
     if (!std::isfinite(value)) fail_nonfinite(run, step, what);
 }
 
+void score_tasks(Run& run) {
+    run.task_scores.reset();
+    if (!run.tasks) return;
+    const TaskWork& work = *run.tasks;
+    const std::vector<double> scores = score_requests(
+        *run.model, work.batches, work.requests, run.ranks, {}, [&] { return should_stop(run); });
+    if (!scores.empty()) run.task_scores = judge(work.benchmark, scores);
+}
+
 LayerDiagnostics probe_layers(Run& run) {
     if (run.probe_batch.empty()) {
         const uint64_t n = std::min({probe_windows(run.o.probe_tokens, run.T), uint64_t(run.B),
@@ -493,6 +515,12 @@ void print_step(Run& run, const Step& step, double val_loss, bool now) {
     if (std::isfinite(val_loss))
         run.print(cat("step ", run.state.step, format_number("  validation loss %.4f", val_loss),
                       format_number("  perplexity %.2f", std::exp(val_loss))));
+    if (!std::isfinite(val_loss) || !run.task_scores) return;
+    std::string accuracies;
+    const nlohmann::ordered_json scores = brief_json(run.tasks->benchmark, *run.task_scores);
+    for (const auto& [task, score] : scores.items())
+        accuracies += cat("  ", task, format_number(" %.3f", score["acc"].get<double>()));
+    run.print(cat("step ", run.state.step, "  accuracy", accuracies));
 }
 
 void print_sample(Run& run) {

@@ -67,6 +67,8 @@ struct Run {
     CaughtError draw_error;                // belongs to the step that they are for
     std::vector<double> variance;          // of the residual stream, at the last validation
     std::vector<ProbeBatch> probe_batch;   // with --probe-every: the first validation sequences
+    std::optional<TaskWork> tasks;         // of --val-tasks
+    std::optional<TaskScores> task_scores; // of the last validation
     std::optional<RunDirectory> directory; // of rank 0
     std::string last_checkpoint;           // "": none yet
     int64_t saved_step = -1;               // the step of last_checkpoint
@@ -123,6 +125,9 @@ bool should_stop(const Run& run);
 bool any_should_stop(const Run& run);
 // Throws, and names the first tensor that is not finite, if a value of this step is not.
 void check_finite(Run& run, int64_t step, const char* what, double value);
+
+// Scores --val-tasks, on all ranks. Does nothing without them, or if a stop is requested.
+void score_tasks(Run& run);
 
 // On rank 0.
 LayerDiagnostics probe_layers(Run& run); // on the same tokens each time; training is not affected
