@@ -4,7 +4,7 @@ compare_tokenizers.py [--strings N] [--text FILE ...] [FOLDER ...]: the FOLDERs 
 perhaps a tokenizer_config.json); without one, small tokenizers of each kind are trained on the text.
 TOKENS names the program dev/oracles/tokens.
 """
-import argparse, json, os, random, struct, subprocess, sys, tempfile, time
+import argparse, json, os, random, struct, subprocess, sys, tempfile, time, unicodedata
 
 import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -178,12 +178,14 @@ def compare(folder, texts, n_strings):
     added = t.get_added_tokens_decoder()
     names = [a.content for a in added.values()]
     strings = random_strings(n_strings, names[:200] + ["<0x41>", "<unk>"])
-    differences, shown = 0, 0
+    differences, newer, shown = 0, 0, 0
 
     def check(what, left, right, of):
-        nonlocal differences, shown
+        nonlocal differences, newer, shown
         for a, b, source in zip(left, right, of):
-            if a != b:
+            if a != b and any(unicodedata.category(c) == "Cn" for c in source if isinstance(c, str)):
+                newer += 1  # characters that one Unicode version has and another has not
+            elif a != b:
                 differences += 1
                 shown += 1
                 if shown <= 3: print(f"  {what} of {source[:200]!r}:\n    ours   {a[:60]!r}\n    theirs {b[:60]!r}")
@@ -220,7 +222,7 @@ def compare(folder, texts, n_strings):
             t.encode_batch(["".join(lines[i:i + 100]) for i in range(0, len(lines), 100)])
             other = os.path.getsize(file.name) / 1e6 / (time.perf_counter() - start)
         speed = f"  {mine:6.1f} MB/s, tokenizers {other:5.1f}"
-    print(f"{os.path.basename(folder):16} {2 * len(all_texts) + 2 * len(ids):8} comparisons, {differences:6} different{speed}", flush=True)
+    print(f"{os.path.basename(folder):16} {2 * len(all_texts) + 2 * len(ids):8} comparisons, {differences:4} different, and {newer} with new characters{speed}", flush=True)
     return differences
 
 

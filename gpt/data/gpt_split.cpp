@@ -1,44 +1,18 @@
 #include "gpt/data/gpt_split.h"
 
 #include <algorithm>
-#include <vector>
-
-#include "gpt/data/regex.h"
-#include "gpt/data/unicode.h"
 
 namespace lns {
 
+using enum CharacterClass;
+
 namespace {
-
-std::vector<GptSplit::Class> classify_unicode() {
-    std::string all;
-    for (uint32_t code = 0; code < 0x110000; code++)
-        if (code < 0xd800 || code >= 0xe000) append_utf8(all, code);
-    std::vector<GptSplit::Class> table(0x110000, GptSplit::other);
-    for (const auto& [pattern, kind] :
-         {std::pair(R"(\p{L}+)", GptSplit::letter), {R"(\p{N}+)", GptSplit::number}})
-        Regex(pattern, "GPT-2's splitting rule").each_match(all, [&](size_t begin, size_t end) {
-            while (begin < end) {
-                const Character c = character_at(all, begin);
-                table[c.code] = kind;
-                begin += c.length;
-            }
-        });
-    for (uint32_t code = 0; code < 0x3001; code++)
-        if (is_white_space(code)) table[code] = GptSplit::space;
-    return table;
-}
-
-const std::vector<GptSplit::Class>& unicode_classes() {
-    static const std::vector<GptSplit::Class> table = classify_unicode();
-    return table;
-}
 
 bool ends_line(char c) { return c == '\n' || c == '\r'; }
 
 } // namespace
 
-GptSplit::GptSplit() : table(unicode_classes().data()) {}
+GptSplit::GptSplit() : table(character_classes().data()) {}
 
 bool GptSplit::choose(const std::string& regex) {
     const std::string begin = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})",
@@ -52,7 +26,7 @@ bool GptSplit::choose(const std::string& regex) {
     return false;
 }
 
-GptSplit::Class GptSplit::at(std::string_view text, size_t i, size_t& length) const {
+CharacterClass GptSplit::at(std::string_view text, size_t i, size_t& length) const {
     const unsigned char byte = static_cast<unsigned char>(text[i]);
     if (byte < 0x80) {
         length = 1;
@@ -84,10 +58,10 @@ size_t GptSplit::next_piece_gpt2(std::string_view text, size_t i) const {
         if (rest == "re" || rest == "ve" || rest == "ll") return i + 3;
     }
     size_t length, end = i;
-    Class kind = at(text, i, length);
+    CharacterClass kind = at(text, i, length);
     if (text[i] == ' ' && i + 1 < text.size()) {
         size_t next_length;
-        Class next = at(text, i + 1, next_length);
+        CharacterClass next = at(text, i + 1, next_length);
         if (next != space) kind = next, length = next_length, end++;
     }
     size_t last = end; // start of the run's last character
@@ -101,7 +75,7 @@ size_t GptSplit::next_piece_gpt2(std::string_view text, size_t i) const {
     return kind == space && last > i ? last : end;
 }
 
-size_t GptSplit::run_end(std::string_view text, size_t i, Class kind) const {
+size_t GptSplit::run_end(std::string_view text, size_t i, CharacterClass kind) const {
     size_t length;
     while (i < text.size() && at(text, i, length) == kind) i += length;
     return i;
@@ -118,7 +92,7 @@ size_t GptSplit::next_piece_gpt4(std::string_view text, size_t i) const {
         if (rest == "\u017f") return i + 3; // a long s is an s in another case
     }
     size_t length;
-    const Class kind = at(text, i, length);
+    const CharacterClass kind = at(text, i, length);
     if (kind == letter) return run_end(text, i + length, letter);
     if (kind == number) {
         size_t end = i + length;
@@ -127,7 +101,7 @@ size_t GptSplit::next_piece_gpt4(std::string_view text, size_t i) const {
         return end;
     }
     const size_t second = i + length;
-    Class next = space;
+    CharacterClass next = space;
     if (second < text.size()) next = at(text, second, length);
     if (next == letter && second < text.size() && !ends_line(text[i]))
         return run_end(text, second, letter);
@@ -156,11 +130,11 @@ size_t GptSplit::safe_cut(std::string_view text) const {
         unsigned char byte = static_cast<unsigned char>(text[p]);
         if (byte >= 0x80 && byte < 0xc0) continue; // may be inside a character
         size_t length;
-        Class next = at(text, p, length);
+        CharacterClass next = at(text, p, length);
         if (byte >= 0xc0 && length == 1) continue; // following text may complete it
-        Class previous = other;                    // if no valid character ends at p
+        CharacterClass previous = other;           // if no valid character ends at p
         for (size_t back = 1; back <= std::min<size_t>(p, 4); back++) {
-            Class kind = at(text, p - back, length);
+            CharacterClass kind = at(text, p - back, length);
             bool continuation = (static_cast<unsigned char>(text[p - back]) & 0xc0) == 0x80;
             if (length == back && !continuation) previous = kind;
             if (!continuation) break;

@@ -7,9 +7,10 @@
 //   (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,k}|
 //    ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 //
-// They depend only on classes of characters, of which PCRE2 fills a table once. Each invalid byte
-// is a symbol, like U+FFFD.
+// They depend only on classes of characters. Each invalid byte is a symbol, like U+FFFD.
 #pragma once
+
+#include "gpt/data/unicode.h"
 
 #include <cstddef>
 #include <string>
@@ -22,9 +23,8 @@ struct GptSplit {
     size_t most_digits = 1; // of gpt4's pieces
     // gpt2: how digits are split off first, if they are.
     enum Digits { in_runs_with_spaces, each, runs } digits = in_runs_with_spaces;
-    enum Class : unsigned char { other, letter, number, space };
 
-    // Throws if PCRE2 is missing.
+    // Throws if the build has no library for the classes.
     GptSplit();
     // Whether the regex is that of a gpt4 rule, which is then chosen.
     bool choose(const std::string& regex);
@@ -38,9 +38,9 @@ struct GptSplit {
     size_t safe_cut(std::string_view text) const;
 
   private:
-    const Class* table;
-    Class at(std::string_view text, size_t i, size_t& length) const;
-    size_t run_end(std::string_view text, size_t i, Class kind) const;
+    const CharacterClass* table;
+    CharacterClass at(std::string_view text, size_t i, size_t& length) const;
+    size_t run_end(std::string_view text, size_t i, CharacterClass kind) const;
     size_t next_piece_gpt2(std::string_view text, size_t i) const;
     size_t next_piece_gpt4(std::string_view text, size_t i) const;
 };

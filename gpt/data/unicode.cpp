@@ -1,5 +1,7 @@
 #include "gpt/data/unicode.h"
 
+#include "gpt/data/regex.h"
+
 #ifdef LNS_UTF8PROC
 #include <cstdlib>
 #include <utf8proc.h>
@@ -86,6 +88,44 @@ std::string without_invalid_bytes(std::string_view text) {
         i += c.length;
     }
     return out;
+}
+
+namespace {
+
+std::vector<CharacterClass> classify_unicode() {
+    std::vector<CharacterClass> table(0x110000, CharacterClass::other);
+#ifdef LNS_UTF8PROC
+    for (uint32_t code = 0; code < 0x110000; code++) {
+        const utf8proc_category_t category = utf8proc_category(utf8proc_int32_t(code));
+        if (category >= UTF8PROC_CATEGORY_LU && category <= UTF8PROC_CATEGORY_LO)
+            table[code] = CharacterClass::letter;
+        if (category >= UTF8PROC_CATEGORY_ND && category <= UTF8PROC_CATEGORY_NO)
+            table[code] = CharacterClass::number;
+    }
+#else
+    std::string all;
+    for (uint32_t code = 0; code < 0x110000; code++)
+        if (code < 0xd800 || code >= 0xe000) append_utf8(all, code);
+    for (const auto& [pattern, kind] :
+         {std::pair("\\p{L}+", CharacterClass::letter), {"\\p{N}+", CharacterClass::number}})
+        Regex(pattern, "the splitting of words").each_match(all, [&](size_t begin, size_t end) {
+            while (begin < end) {
+                const Character c = character_at(all, begin);
+                table[c.code] = kind;
+                begin += c.length;
+            }
+        });
+#endif
+    for (uint32_t code = 0; code < 0x3001; code++)
+        if (is_white_space(code)) table[code] = CharacterClass::space;
+    return table;
+}
+
+} // namespace
+
+const std::vector<CharacterClass>& character_classes() {
+    static const std::vector<CharacterClass> table = classify_unicode();
+    return table;
 }
 
 #ifdef LNS_UTF8PROC

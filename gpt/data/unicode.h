@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace lns {
 
@@ -27,6 +28,11 @@ size_t trailing_space(std::string_view text);
 
 // The text with each byte that belongs to no character replaced by DEL, so that offsets are kept.
 std::string without_invalid_bytes(std::string_view text);
+
+enum class CharacterClass : unsigned char { other, letter, number, space };
+// The class of each character: \p{L}, \p{N}, White_Space, or none of them. By utf8proc, or PCRE2,
+// whichever there is; throws if there is neither.
+const std::vector<CharacterClass>& character_classes();
 
 // These need utf8proc: without it, unicode_unavailable() says what to install, and they return
 // their argument. Otherwise it is nullptr.
