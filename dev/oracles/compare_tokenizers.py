@@ -66,13 +66,13 @@ def random_strings(n, names, seed=1):
     return ["".join(piece() for _ in range(draw.randrange(1, 14))) for _ in range(n)]
 
 
-def train(text, folder):
-    """Small tokenizers of each kind, under folder."""
+def train(text, folder, size=3000):
+    """Small tokenizers of each kind, under folder; size: about how many tokens."""
     def byte_level(name, pre, normalizer=None, special=("<|endoftext|>",), post=None, added=(), **model):
         t = Tokenizer(models.BPE(**model))
         if normalizer: t.normalizer = normalizer
         t.pre_tokenizer, t.decoder = pre, decoders.ByteLevel()
-        t.train_from_iterator([text], trainers.BpeTrainer(vocab_size=3000, special_tokens=list(special), show_progress=False,
+        t.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size, special_tokens=list(special), show_progress=False,
                               initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         if added: t.add_tokens(list(added))
         if post: t.post_processor = post(t)
@@ -109,7 +109,6 @@ def train(text, folder):
                       AddedToken("[LR]", lstrip=True, rstrip=True, normalized=False), AddedToken("[L][R]", normalized=False)])
 
     mark = "▁"
-    alphabet = sorted(set(text))[:200]
     tail = [decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse()]
 
     def fallback(name, normalizer, pre, decoder, **model):
@@ -117,8 +116,8 @@ def train(text, folder):
         if normalizer: t.normalizer = normalizer
         t.pre_tokenizer = pre_tokenizers.Metaspace(mark, "always")  # learns pieces of words
         special = ["<unk>", "<s>", "</s>"]
-        t.train_from_iterator([text], trainers.BpeTrainer(vocab_size=3000, special_tokens=special + [f"<0x{b:02X}>" for b in range(256)],
-                                                          limit_alphabet=90, show_progress=False))
+        t.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size + 100, special_tokens=special + [f"<0x{b:02X}>" for b in range(256)],
+                                                          limit_alphabet=40, show_progress=False))
         spec = json.loads(t.to_str())
         spec["added_tokens"] = [a for a in spec["added_tokens"] if a["content"] in special]
         spec["pre_tokenizer"] = json.loads(pre.__getstate__()) if pre else None
@@ -137,7 +136,7 @@ def train(text, folder):
         t = Tokenizer(models.Unigram())
         if normalizer: t.normalizer = normalizer
         t.pre_tokenizer, t.decoder = pre, decoder
-        t.train_from_iterator([text], trainers.UnigramTrainer(vocab_size=2000, unk_token="<unk>", show_progress=False,
+        t.train_from_iterator([text], trainers.UnigramTrainer(vocab_size=size - 100, unk_token="<unk>", show_progress=False,
                               special_tokens=["<pad>", "</s>", "<unk>"] + options.get("pieces", [])))
         if "pieces" in options:
             spec = json.loads(t.to_str())
@@ -155,11 +154,16 @@ def train(text, folder):
     unigram("unigram-words", normalizers.NFD(), pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()]),
             decoders.Fuse())
     try:  # a table of normalizations, from SentencePiece's trainer
-        import base64, io
+        import io
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2 as proto
         out = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.split("\n")), model_writer=out, vocab_size=2000, minloglevel=2)
+        rules = {}
+        if size < 1000:  # the usual table has 240 kB
+            rules["normalization_rule_tsv"] = f"{folder}/rules.tsv"
+            open(rules["normalization_rule_tsv"], "w").write("A0\t20\nD\t20\nA\t20\nFB01\t66 69\n65 301\tE9\n200B\t\n")
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.split("\n")), model_writer=out, vocab_size=size - 100,
+                                                 hard_vocab_limit=False, minloglevel=2, **rules)
         model = proto.ModelProto.FromString(out.getvalue())
         t = Tokenizer(models.Unigram([(p.piece, p.score) for p in model.pieces], unk_id=0))
         t.normalizer = normalizers.Sequence([normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap),
@@ -172,7 +176,18 @@ def train(text, folder):
         print(f"no t5-like tokenizer: {error}")
 
 
-def compare(folder, texts, n_strings):
+def new_characters():
+    """Those that Python's Unicode does not have, or tokenizers' tables of marks and punctuation."""
+    marks, punctuation, found = normalizers.StripAccents(), pre_tokenizers.Punctuation("removed"), set()
+    for c in (chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000):
+        kind = unicodedata.category(c)
+        if kind == "Cn" or kind[0] == "M" and marks.normalize_str(c) or (
+                kind[0] == "P" and punctuation.pre_tokenize_str(c)):
+            found.add(c)
+    return found
+
+
+def compare(folder, texts, n_strings, new):
     """Prints a row, and returns the number of differences."""
     t = Tokenizer.from_file(f"{folder}/tokenizer.json")
     added = t.get_added_tokens_decoder()
@@ -183,7 +198,7 @@ def compare(folder, texts, n_strings):
     def check(what, left, right, of):
         nonlocal differences, newer, shown
         for a, b, source in zip(left, right, of):
-            if a != b and any(unicodedata.category(c) == "Cn" for c in source if isinstance(c, str)):
+            if a != b and not new.isdisjoint(source):
                 newer += 1  # characters that one Unicode version has and another has not
             elif a != b:
                 differences += 1
@@ -226,16 +241,46 @@ def compare(folder, texts, n_strings):
     return differences
 
 
+HARD = ["Hello, world! It's 12,345 o'clock.", "  leading  and   trailing  ", "\n\na\r\n \t b\n", "I'LL they'Ve 'sand 'ſ x's", "café café ﬁ ½ ２ Ⅷ",
+        "中文 日本のテスト 한국어", "👩‍👩‍👧‍👦🇩🇪❤️", "<|endoftext|>a<|im_start|> <s> </s><unk>", "a [L] b [R]  c [LR] d[L][R]e", "word sword Word word.", "day Day DAY",
+        "<tool_call>|||EMAIL|||    x", "▁▁ ▁a", "1234567 12 3", "don't\u00a0stop\u200b\u3000", "\u180e\x00\x7f", "x" * 100, " " * 50 + "y", "",
+        "İSTANBUL ΣΊΣΥΦΟΣ", "ⱥ̈̃ Å Å"]
+
+
+def make_fixtures(path):
+    """Tiny tokenizers of each kind, and what PyPI's tokenizers makes of hard texts, for the unit tests."""
+    text = "".join(open(f).read() for f in ("README.md", "CONTRIBUTING.md")) + " café 中文 1234 It's they'll\n" * 3
+    with tempfile.TemporaryDirectory() as folder, open(path, "w") as out:
+        train(text, folder, 340)
+        for name in sorted(f.name for f in os.scandir(folder) if f.is_dir()):
+            t = Tokenizer.from_file(f"{folder}/{name}/tokenizer.json")
+            cases = []
+            for text in HARD:
+                t.encode_special_tokens = False
+                spelled = t.encode(text).ids
+                t.encode_special_tokens = True
+                plain = t.encode(text, add_special_tokens=False).ids
+                cases.append({"text": text, "spelled": spelled, "plain": plain, "shown": t.decode(spelled, skip_special_tokens=False),
+                              "decoded": t.decode(spelled)})
+            line = {"name": name, "tokenizer": json.loads(t.to_str()), "cases": cases}
+            out.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
 if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strings", type=int, default=20_000)
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--keep", help="train the tokenizers into this folder")
+    parser.add_argument("--fixtures", metavar="FILE", help="write the unit tests' tokenizers and their tokens, and stop")
     parser.add_argument("folders", nargs="*")
     o = parser.parse_args()
+    if o.fixtures:
+        make_fixtures(o.fixtures)
+        sys.exit()
     texts = [open(path, encoding="utf-8", errors="ignore").read() for path in o.text]
     print(f"tokenizers {tokenizers.__version__}")
+    new = new_characters()
     with tempfile.TemporaryDirectory() as work:
         folders = o.folders
         if not folders or o.keep:
@@ -243,5 +288,5 @@ if __name__ == "__main__":
             sample = "".join(texts)[:2_000_000] or open("README.md").read() + "Ünï 中文 ½ café naïve"
             if not os.path.exists(f"{into}/gpt2-like"): train(sample, into)
             folders = folders + sorted(f.path for f in os.scandir(into))
-        bad = sum(compare(folder, texts, o.strings) for folder in folders)
+        bad = sum(compare(folder, texts, o.strings, new) for folder in folders)
     sys.exit(f"{bad} differences" if bad else 0)

@@ -327,7 +327,7 @@ TEST(Tokenizer, Gpt2RefusesDamagedFiles) {
     EXPECT_TRUE(says(refused("{\"!\": 0, \"!\": 1}", merges), {"twice"}));
     EXPECT_TRUE(says(refused("{\"!\": -1}", merges), {"\"!\" the id -1"}));
     EXPECT_TRUE(says(refused("{\"!\": 0, \"a\": 0}", merges), {"two tokens the id 0"}));
-    EXPECT_TRUE(says(refused("{\"\u4e2d\": 0}", merges), {"names no byte"}));
+    EXPECT_TRUE(says(refused("{\"\u4e2d\": 0}", merges), {"no token for any byte"}));
     EXPECT_TRUE(says(refused(vocab, "#version: 0.2\n"), {"has no merges"}));
     EXPECT_TRUE(says(refused(vocab, merges + "a b c\n"), {"is \"a b c\", expected two tokens"}));
     EXPECT_TRUE(

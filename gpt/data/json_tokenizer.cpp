@@ -141,6 +141,7 @@ class JsonTokenizer : public Tokenizer {
                                  identity.fingerprint);
         identity.fingerprint = model->fingerprint;
         read_bos_and_eos(config, around);
+        if (config.text.empty()) write_config();
         find_cuts(added);
     }
 
@@ -246,7 +247,8 @@ class JsonTokenizer : public Tokenizer {
             list.push_back(token);
             if (token.normalized && !normalizer.empty()) {
                 normalized.push_back(token);
-                normalized.back().content = normalizer(content);
+                normalized.back().content = vocabulary.names[size_t(token.id)] =
+                    normalizer(content); // which is also what it is decoded to
             } else {
                 (token.normalized ? normalized : raw).push_back(token);
             }
@@ -323,6 +325,17 @@ class JsonTokenizer : public Tokenizer {
                      "post-processor) that the vocabulary lacks: ",
                      quoted(name));
         }
+    }
+
+    // tokenizer_config.json, for transformers.
+    void write_config() {
+        json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                       {"clean_up_tokenization_spaces", false}};
+        auto name = [&](const char* role, int id) {
+            if (id >= 0) config[role] = vocabulary.names[size_t(id)];
+        };
+        name("bos_token", bos), name("eos_token", identity.eot), name("unk_token", model->unknown);
+        files.push_back({"tokenizer_config.json", config.dump(2) + "\n"});
     }
 
     void encode_word(std::string_view word, Cache& cache, std::vector<int>& out) const {

@@ -2,6 +2,8 @@
 
 #include "gpt/data/regex.h"
 
+#include <algorithm>
+
 #ifdef LNS_UTF8PROC
 #include <cstdlib>
 #include <utf8proc.h>
@@ -134,6 +136,28 @@ const char* unicode_unavailable() { return nullptr; }
 
 namespace {
 
+// Characters with a decomposition or a combining class that are newer than the tables of
+// `tokenizers` 0.23 (Unicode 9), to which they are characters like any other.
+constexpr uint32_t newer[][2] = {
+    {0x7fd, 0x7fd},     {0x898, 0x89f},     {0x8ca, 0x8d3},     {0x9fe, 0x9fe},
+    {0xc3c, 0xc3c},     {0xd3b, 0xd3c},     {0xeba, 0xeba},     {0xece, 0xece},
+    {0x1715, 0x1715},   {0x1abf, 0x1ace},   {0x1df6, 0x1dfa},   {0x32ff, 0x32ff},
+    {0xa7f2, 0xa7f4},   {0xa82c, 0xa82c},   {0xab69, 0xab69},   {0x10781, 0x10785},
+    {0x10787, 0x107b0}, {0x107b2, 0x107ba}, {0x10d24, 0x10d27}, {0x10eab, 0x10eac},
+    {0x10efd, 0x10eff}, {0x10f46, 0x10f50}, {0x10f82, 0x10f85}, {0x11070, 0x11070},
+    {0x1133b, 0x1133b}, {0x1145e, 0x1145e}, {0x11839, 0x1183a}, {0x11938, 0x11938},
+    {0x1193d, 0x1193e}, {0x11943, 0x11943}, {0x119e0, 0x119e0}, {0x11a34, 0x11a34},
+    {0x11a47, 0x11a47}, {0x11a99, 0x11a99}, {0x11d42, 0x11d42}, {0x11d44, 0x11d45},
+    {0x11d97, 0x11d97}, {0x11f41, 0x11f42}, {0x16ff0, 0x16ff1}, {0x1e030, 0x1e06d},
+    {0x1e08f, 0x1e08f}, {0x1e130, 0x1e136}, {0x1e2ae, 0x1e2ae}, {0x1e2ec, 0x1e2ef},
+    {0x1e4ec, 0x1e4ef}, {0x1f16c, 0x1f16c}, {0x1fbf0, 0x1fbf9}};
+
+bool is_newer(uint32_t code) {
+    const auto* range = std::lower_bound(std::begin(newer), std::end(newer), code,
+                                         [](auto& r, uint32_t c) { return r[1] < c; });
+    return range != std::end(newer) && (*range)[0] <= code;
+}
+
 // Appends a run of valid characters in the form.
 void append_normal_form(std::string& out, std::string_view run, NormalForm form) {
     int options = UTF8PROC_STABLE;
@@ -164,11 +188,15 @@ std::string normal_form(std::string_view text, NormalForm form) {
         size_t end = run;
         while (end < text.size() && text[end] < 0) {
             const Character c = character_at(text, end);
-            if (c.code == Character::invalid) break;
+            if (c.code == Character::invalid || is_newer(c.code)) break;
             end += c.length;
         }
         if (end > base) append_normal_form(out, text.substr(base, end - base), form);
-        if (end < text.size() && text[end] < 0) out += text[end++]; // invalid
+        if (end < text.size() && text[end] < 0) { // kept as it is
+            const uint32_t length = character_at(text, end).length;
+            out.append(text, end, length);
+            end += length;
+        }
         run = end;
     }
     return out;
