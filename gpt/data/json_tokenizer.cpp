@@ -100,14 +100,31 @@ void read_post_processor(const json& part, const std::string& path, Template& ou
     }
 }
 
+// A quick hash of a short text.
+uint64_t hash_of(std::string_view text) {
+    constexpr uint64_t odd = 0x9E3779B97F4A7C15;
+    uint64_t hash = text.size(), word;
+    const char* at = text.data();
+    size_t left = text.size();
+    for (; left >= 8; at += 8, left -= 8) {
+        std::memcpy(&word, at, 8);
+        hash = (hash ^ word) * odd;
+        hash ^= hash >> 32;
+    }
+    word = 0;
+    for (size_t i = 0; i < left; i++) word = word << 8 | static_cast<unsigned char>(at[i]);
+    hash = (hash ^ word) * odd;
+    return hash ^ hash >> 32;
+}
+
 // Most words were seen before. One entry per hash; new ones replace old ones.
 struct Cache {
-    struct Entry {
+    struct alignas(64) Entry { // a cache line
         unsigned char length = 0, count = 0; // length 0: empty
         char text[30];
         int tokens[8];
     };
-    static constexpr size_t size = 1 << 15;
+    static constexpr size_t size = 1 << 16;
     uint64_t serial = 0; // of the tokenizer
     std::vector<Entry> entries;
 };
@@ -140,6 +157,7 @@ class JsonTokenizer : public Tokenizer {
         model = read_token_model(model_spec, pre_tokenizer.byte_level, of_model, identity.eot,
                                  identity.fingerprint);
         identity.fingerprint = model->fingerprint;
+        splits_at_marks = model->splits_at_marks();
         read_bos_and_eos(config, around);
         if (config.text.empty()) write_config();
         find_cuts(added);
@@ -213,6 +231,7 @@ class JsonTokenizer : public Tokenizer {
     Vocabulary vocabulary;                     // with added tokens
     std::vector<std::string> texts;            // by id, if tokens name bytes
     std::unique_ptr<TokenModel> model;
+    bool splits_at_marks = false;
     TokenizerId identity;
     uint64_t serial;         // distinguishes cache entries of different tokenizers
     bool exact_cuts = false; // by gpt_rule()
@@ -341,7 +360,7 @@ class JsonTokenizer : public Tokenizer {
     void encode_word(std::string_view word, Cache& cache, std::vector<int>& out) const {
         // Long texts may be one word to the pre-tokenizer, and many to the model.
         constexpr std::string_view mark = "\u2581";
-        while (model->splits_at_marks()) {
+        while (splits_at_marks) {
             size_t at = 0;
             while (word.substr(at).starts_with(mark)) at += mark.size();
             at = word.find(mark, at);
@@ -353,11 +372,10 @@ class JsonTokenizer : public Tokenizer {
     }
     void encode_piece(std::string_view piece, Cache& cache, std::vector<int>& out) const {
         if (piece.size() > sizeof Cache::Entry::text) return model->encode(piece, out);
-        const uint64_t hash = std::hash<std::string_view>()(piece);
-        Cache::Entry& entry = cache.entries[hash % Cache::size];
+        Cache::Entry& entry = cache.entries[hash_of(piece) % Cache::size];
         if (entry.length == piece.size() &&
             std::memcmp(entry.text, piece.data(), piece.size()) == 0) {
-            out.insert(out.end(), entry.tokens, entry.tokens + entry.count);
+            for (int k = 0; k < entry.count; k++) out.push_back(entry.tokens[k]);
             return;
         }
         const size_t before = out.size();

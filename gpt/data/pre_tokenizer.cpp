@@ -197,7 +197,9 @@ void PreTokenizer::run(size_t k, std::string_view text, Position position, const
         return word(bytes);
     }
     const Step& step = steps[k];
+    const bool last = k + 1 == steps.size() && !names;
     auto next = [&](std::string_view whole, size_t begin, size_t end) {
+        if (last && begin < end) return word(whole.substr(begin, end - begin));
         run(k + 1, whole.substr(begin, end - begin),
             {position.at_start && begin == 0, position.continues && begin == 0}, word);
     };
