@@ -44,6 +44,8 @@ int byte_of(const std::string& token) {
 
 Decoder::Decoder(const json& spec, const std::string& path) : exists(!spec.is_null()) {
     add(spec, path);
+    limit_parts(steps.size(), "decoder", path);
+    for (const Step& step : steps) limit_text(step.text, path);
 }
 
 void Decoder::add(const json& spec, const std::string& path) {

@@ -119,7 +119,7 @@ uint64_t hash_of(std::string_view text) {
 
 // Most words were seen before. One entry per hash; new ones replace old ones.
 struct Cache {
-    struct alignas(64) Entry { // a cache line
+    struct alignas(64) Entry {               // a cache line
         unsigned char length = 0, count = 0; // length 0: empty
         char text[30];
         int tokens[8];
@@ -140,21 +140,17 @@ class JsonTokenizer : public Tokenizer {
         serial = ++count;
         const json& model_spec = field(document, "model");
         vocabulary = read_vocabulary(model_spec, path);
-        Vocabulary of_model = vocabulary;
         const std::vector<AddedToken> added = read_added_tokens(document, config);
         Template around;
         read_post_processor(field(document, "post_processor"), path, around);
         find_eot(config, around);
-        for (size_t id = 0; id < of_model.known.size(); id++)
-            of_model.special[id] = vocabulary.special[id];
-
         identity.vocab_size = int(vocabulary.known.size());
         identity.kind = type_of(model_spec) == "Unigram"                   ? "unigram"
                         : gpt_rule() && gpt_rule()->rule == GptSplit::gpt2 ? "gpt2"
                                                                            : "bpe";
         read_texts();
         mark_settings(document, config, added);
-        model = read_token_model(model_spec, pre_tokenizer.byte_level, of_model, identity.eot,
+        model = read_token_model(model_spec, pre_tokenizer.byte_level, vocabulary, identity.eot,
                                  identity.fingerprint);
         identity.fingerprint = model->fingerprint;
         splits_at_marks = model->splits_at_marks();

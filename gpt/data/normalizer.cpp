@@ -60,7 +60,11 @@ std::string mapped(std::string_view text, const Charsmap& map) {
 
 } // namespace
 
-Normalizer::Normalizer(const json& spec, const std::string& path) { add(spec, path); }
+Normalizer::Normalizer(const json& spec, const std::string& path) : path(path) {
+    add(spec, path);
+    limit_parts(steps.size(), "normalizer", path);
+    for (const Step& step : steps) limit_text(step.content, path);
+}
 
 void Normalizer::add(const json& spec, const std::string& path) {
     if (spec.is_null()) return;
@@ -134,6 +138,8 @@ std::string Normalizer::operator()(std::string_view text, bool continues) const 
             now = mapped(now, *step.map);
             break;
         }
+        if (now.size() > 100 * (text.size() + 1000))
+            fail(path, " has a normalizer that makes a text more than 100 times as long");
     }
     return now;
 }

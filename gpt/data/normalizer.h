@@ -32,6 +32,7 @@ class Normalizer {
         std::optional<Charsmap> map = {};
     };
     std::vector<Step> steps;
+    std::string path;
     void add(const nlohmann::json& spec, const std::string& path);
 };
 

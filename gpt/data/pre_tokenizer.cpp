@@ -51,6 +51,8 @@ bool bytes_of_name(std::string_view name, std::string& bytes) {
 
 PreTokenizer::PreTokenizer(const json& spec, const std::string& path) {
     add(spec, path);
+    limit_parts(steps.size(), "pre-tokenizer", path);
+    for (const Step& step : steps) limit_text(step.mark, path);
     // At the end there is no need for the characters that stand for bytes.
     if (!steps.empty() && steps.back().kind == Step::names) steps.pop_back();
     for (const Step& step : steps) names |= step.kind == Step::names;

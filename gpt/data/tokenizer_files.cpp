@@ -48,7 +48,7 @@ const json& list_field(const json& object, const char* key, const std::string& p
 }
 
 int token_id(const json& value, const std::string& path, const std::string& name) {
-    constexpr int max_tokens = 1 << 24;
+    constexpr int max_tokens = 1 << 22;
     if (!value.is_number_integer() || value < 0 || value >= max_tokens)
         fail(path, " gives the token ", quoted(name), " the id ", quoted(value),
              ", expected a number of 0 to ", max_tokens - 1, ". Fetch it again");
@@ -80,6 +80,16 @@ std::string description(const json& part) {
         for (const json& member : field(part, list))
             names += (names.empty() ? "" : ", ") + description(member);
     return "Sequence of " + names;
+}
+
+void limit_parts(size_t n, const char* what, const std::string& path) {
+    if (n > 100) fail(path, " has a ", what, " of ", n, " parts, expected at most 100");
+}
+
+void limit_text(const std::string& text, const std::string& path) {
+    if (text.size() > 1000)
+        fail(path, " puts ", text.size(), " bytes in the place of others: ", quoted(text),
+             ", expected at most 1000");
 }
 
 std::string from_base64(std::string_view text, const std::string& path) {

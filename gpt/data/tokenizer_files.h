@@ -66,6 +66,9 @@ AddedToken added_token(const nlohmann::json& entry, const nlohmann::json& id,
 // The part's type, and those of a Sequence's members.
 std::string description(const nlohmann::json& part);
 [[noreturn]] void unsupported(const std::string& path, const std::string& what);
+// Limits that no real file reaches, and a damaged one must not exceed.
+void limit_parts(size_t n, const char* what, const std::string& path);
+void limit_text(const std::string& text, const std::string& path);
 std::string from_base64(std::string_view text, const std::string& path);
 
 } // namespace lns
