@@ -241,6 +241,27 @@ def compare(folder, texts, n_strings, new):
     return differences
 
 
+def compare_saved(specs, n_strings):
+    """What we export, loaded by transformers. Returns the number of differences."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        print(f"SKIPPED: transformers: {error}")
+        return 0
+    different = 0
+    for spec in specs:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([PROGRAM, spec, "export", folder], check=True)
+            t = AutoTokenizer.from_pretrained(folder)
+            texts = [s for s in HARD + random_strings(n_strings, ["<s>", "<|endoftext|>"], 3) ]
+            theirs = [t.encode(s) for s in texts]
+            left = ours(spec, "spell", [s.encode() for s in texts], "b")
+            wrong = [s for s, a, b in zip(texts, left, theirs) if a != b]
+            print(f"{spec[-40:]:40} by {type(t).__name__}: {len(texts)} texts, {len(wrong)} different {[s[:40] for s in wrong[:2]] or ''}")
+            different += len(wrong) > 0
+    return different
+
+
 HARD = ["Hello, world! It's 12,345 o'clock.", "  leading  and   trailing  ", "\n\na\r\n \t b\n", "I'LL they'Ve 'sand 'ſ x's", "café café ﬁ ½ ２ Ⅷ",
         "中文 日本のテスト 한국어", "👩‍👩‍👧‍👦🇩🇪❤️", "<|endoftext|>a<|im_start|> <s> </s><unk>", "a [L] b [R]  c [LR] d[L][R]e", "word sword Word word.", "day Day DAY",
         "<tool_call>|||EMAIL|||    x", "▁▁ ▁a", "1234567 12 3", "don't\u00a0stop\u200b\u3000", "\u180e\x00\x7f", "x" * 100, " " * 50 + "y", "",
@@ -289,5 +310,9 @@ if __name__ == "__main__":
             if not os.path.exists(f"{into}/gpt2-like"): train(sample, into)
             folders = folders + sorted(f.path for f in os.scandir(into))
         failed = sum(compare(folder, texts, o.strings, new) > 0 for folder in folders)
-    print(f"{len(folders) - failed} passed, {failed} failed")
-    sys.exit(failed > 0)
+        fixtures = "dev/test/fixtures/tokenizers/"
+        saved = ["bytes", f"gpt2:{fixtures}gpt2-subset", f"{fixtures}exact.model"] + folders
+        failed += compare_saved(saved, 300)
+        folders += saved
+        print(f"{len(folders) - failed} passed, {failed} failed")
+        sys.exit(failed > 0)

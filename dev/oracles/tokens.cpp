@@ -1,16 +1,19 @@
-// tokens TOKENIZER encode|spell|decode|show: a filter for dev/oracles/compare_tokenizers.py, which compares
-// with PyPI's tokenizers. encode and spell (Specials::spelled) read texts and write tokens; decode
-// and show read tokens and write texts. A record is a count, then so many bytes or tokens; counts
-// and tokens are int32.
+// tokens TOKENIZER encode|spell|decode|show: a filter for dev/oracles/compare_tokenizers.py, which
+// compares with PyPI's tokenizers. encode and spell (Specials::spelled) read texts and write
+// tokens; decode and show read tokens and write texts. A record is a count, then so many bytes or
+// tokens; counts and tokens are int32.
 //
 // tokens TOKENIZER time FILE: prints the megabytes encoded per second on one core, best of three.
+// tokens TOKENIZER export FOLDER: as `train_gpt export` does.
 #include "gpt/base/clock.h"
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/data/tokenizer.h"
+#include "gpt/run/export_files.h"
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 
 namespace lns {
 namespace {
@@ -20,7 +23,8 @@ template <class T> bool read_record(std::vector<T>& record) {
     int32_t count;
     if (std::fread(&count, sizeof count, 1, stdin) != 1) return false;
     record.resize(size_t(count));
-    return count == 0 || std::fread(record.data(), sizeof(T), record.size(), stdin) == record.size();
+    return count == 0 ||
+           std::fread(record.data(), sizeof(T), record.size(), stdin) == record.size();
 }
 
 template <class T> void write_record(const T* values, size_t n) {
@@ -31,6 +35,12 @@ template <class T> void write_record(const T* values, size_t n) {
 
 void run(const std::string& spec, const std::string& mode, const std::string& path) {
     const auto tokenizer = load_tokenizer(spec);
+    if (mode == "export") {
+        std::filesystem::create_directories(path);
+        tokenizer->save(path + "/checkpoint");
+        export_tokenizer(path + "/checkpoint", path);
+        return;
+    }
     if (mode == "time") {
         const std::string text = read_file(path);
         double best = 0;
@@ -60,7 +70,7 @@ void run(const std::string& spec, const std::string& mode, const std::string& pa
             write_record(out.data(), out.size());
         }
     else
-        fail("the mode is ", mode, ", expected encode, spell, decode, show or time");
+        fail("the mode is ", mode, ", expected encode, spell, decode, show, time or export");
 }
 
 } // namespace
@@ -68,7 +78,8 @@ void run(const std::string& spec, const std::string& mode, const std::string& pa
 
 int main(int argc, char** argv) {
     try {
-        if (argc < 3) lns::fail("usage: tokens TOKENIZER encode|spell|decode|show|time [FILE]");
+        if (argc < 3)
+            lns::fail("usage: tokens TOKENIZER encode|spell|decode|show|time|export [PATH]");
         lns::run(argv[1], argv[2], argc > 3 ? argv[3] : "");
         return 0;
     } catch (const std::exception& error) {

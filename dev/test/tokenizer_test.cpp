@@ -394,6 +394,20 @@ TEST(Tokenizer, SentencePieceSavesItsModel) {
     expect_same_after_saving(*load_tokenizer(fixtures + "folding.model"), "Hello, world!");
 }
 
+TEST(Tokenizer, SentencePieceAsTokenizerJson) {
+    auto exact = load_tokenizer(fixtures + "exact.model");
+    TemporaryDirectory dir;
+    write_bytes(dir / "exact.json", exact->as_tokenizer_json());
+    auto other = load_tokenizer(dir / "exact.json");
+    for (uint64_t i = 0; i < 500; i++) {
+
+        EXPECT_EQ(other->encode(odd_text(i)), exact->encode(odd_text(i))) << odd_text(i);
+    }
+    // Tables of normalizations are applied in another way there.
+    EXPECT_EQ(load_tokenizer(fixtures + "folding.model")->as_tokenizer_json(), "");
+    EXPECT_EQ(load_tokenizer("bytes")->as_tokenizer_json(), "");
+}
+
 TEST(Tokenizer, SentencePieceRefusesWhatIsNotAModel) {
     auto refused = [](const std::string& bytes) {
         TemporaryDirectory dir;

@@ -1,51 +1,13 @@
 #include "gpt/data/charsmap.h"
 
+#include "gpt/data/protobuf.h"
+
 #include <cstring>
 
 #include "gpt/base/error.h"
 
 namespace lns {
 namespace {
-
-// Calls take(number, bytes) for each length-delimited field of a protocol buffer. False if it is
-// truncated.
-template <class Take> bool each_field(std::string_view data, const Take& take) {
-    auto varint = [&](uint64_t& value) {
-        value = 0;
-        for (int shift = 0; shift < 64 && !data.empty(); shift += 7) {
-            const auto byte = static_cast<unsigned char>(data[0]);
-            data.remove_prefix(1);
-            value |= uint64_t(byte & 127) << shift;
-            if (byte < 128) return true;
-        }
-        return false;
-    };
-    while (!data.empty()) {
-        uint64_t key, size = 0;
-        if (!varint(key)) return false;
-        switch (key & 7) {
-        case 0:
-            if (!varint(size)) return false;
-            size = 0;
-            break;
-        case 1:
-            size = 8;
-            break;
-        case 2:
-            if (!varint(size)) return false;
-            break;
-        case 5:
-            size = 4;
-            break;
-        default:
-            return false;
-        }
-        if (size > data.size()) return false;
-        if ((key & 7) == 2) take(key >> 3, data.substr(0, size));
-        data.remove_prefix(size);
-    }
-    return true;
-}
 
 // A unit of the trie. The next byte is added to its index by exclusive or with the offset.
 constexpr uint32_t is_value = 1u << 31, has_value = 1u << 8;
@@ -106,9 +68,9 @@ bool Charsmap::find(std::string_view text, std::string_view& replacement) const 
 std::string charsmap_fault(std::string_view model) {
     constexpr uint64_t normalizer = 3, denormalizer = 5, precompiled_charsmap = 2;
     std::string fault;
-    each_field(model, [&](uint64_t number, std::string_view spec) {
+    each_field(model, [&](uint64_t number, std::string_view spec, uint64_t) {
         if (number != normalizer && number != denormalizer) return;
-        each_field(spec, [&](uint64_t field, std::string_view table) {
+        each_field(spec, [&](uint64_t field, std::string_view table, uint64_t) {
             if (field == precompiled_charsmap && fault.empty()) fault = table_fault(table);
         });
     });

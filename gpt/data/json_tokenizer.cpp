@@ -58,8 +58,22 @@ json read_vocab_and_merges(const std::string& dir, const TokenizerConfig& config
         added.push_back({.id = token_id(eot, path, "<|endoftext|>"),
                          .content = "<|endoftext|>",
                          .special = true});
+    // tokenizer.json says it by its post-processor.
+    std::string around[2];
+    for (const auto& [flag, role, name] : {std::tuple("add_bos_token", "bos_token", &around[0]),
+                                           {"add_eos_token", "eos_token", &around[1]}}) {
+        if (!config.flag(flag).value_or(false)) continue;
+        *name = config.token(role).empty() ? "<|endoftext|>" : config.token(role);
+        if (!vocab.contains(*name) &&
+            std::none_of(added.begin(), added.end(),
+                         [&](const AddedToken& token) { return token.content == *name; }))
+            fail(config.path, " says ", flag, ", but the vocabulary has no ", role, " ",
+                 quoted(*name));
+    }
     const bool prefix = config.flag("add_prefix_space").value_or(false);
-    return byte_level_json(std::move(vocab), std::move(merges), added, prefix, true);
+    json document = byte_level_json(std::move(vocab), std::move(merges), added, prefix, true);
+    document["post_processor"] = template_json(document, around[0], around[1]);
+    return document;
 }
 
 // The tokens that the post-processor puts before and after a text; "" if there is none.
@@ -154,7 +168,7 @@ class JsonTokenizer : public Tokenizer {
                                  identity.fingerprint);
         identity.fingerprint = model->fingerprint;
         splits_at_marks = model->splits_at_marks();
-        read_bos_and_eos(config, around);
+        find_bos_and_eos(around);
         if (config.text.empty()) write_config();
         find_cuts(added);
     }
@@ -316,29 +330,14 @@ class JsonTokenizer : public Tokenizer {
                          token.normalized));
     }
 
-    // As transformers: if tokenizer_config.json says something, it says all.
-    void read_bos_and_eos(const TokenizerConfig& config, Template around) {
-        for (const auto& [flag, role, token] :
-             {std::tuple("add_bos_token", "bos_token", &around.before),
-              {"add_eos_token", "eos_token", &around.after}}) {
-            if (!config.values.contains("add_bos_token") &&
-                !config.values.contains("add_eos_token"))
-                break;
-            const bool add = config.flag(flag).value_or(false);
-            const std::string name = config.token(role);
-            if (!add) token->clear();
-            if (add && !name.empty()) *token = name;
-            if (add && token->empty()) *token = "<|endoftext|>";
-        }
+    void find_bos_and_eos(const Template& around) {
         for (const auto& [name, id] :
              {std::pair(around.before, &bos), std::pair(around.after, &eos)}) {
             if (name.empty()) continue;
             *id = vocabulary.find(name);
             if (*id < 0)
-                fail(config.text.empty() ? vocabulary.path : config.path,
-                     " puts a token around texts (add_bos_token, add_eos_token or the "
-                     "post-processor) that the vocabulary lacks: ",
-                     quoted(name));
+                fail(vocabulary.path, " puts the token ", quoted(name),
+                     " around a text, which is not in its vocabulary. Fetch it again");
         }
     }
 
@@ -467,6 +466,34 @@ json byte_level_json(json vocab, json merges, const std::vector<AddedToken>& add
               {"ignore_merges", false},
               {"vocab", std::move(vocab)},
               {"merges", std::move(merges)}}}};
+}
+
+json template_json(const json& document, const std::string& before, const std::string& after) {
+    if (before.empty() && after.empty()) return nullptr;
+    json specials = json::object(), single = json::array();
+    auto put = [&](const std::string& name) {
+        if (name.empty()) return;
+        single.push_back({{"SpecialToken", {{"id", name}, {"type_id", 0}}}});
+        json id = field(field(field(document, "model"), "vocab"), name.c_str());
+        for (const json& token : field(document, "added_tokens"))
+            if (token["content"] == name) id = token["id"];
+        specials[name] = {
+            {"id", name}, {"ids", json::array({id})}, {"tokens", json::array({name})}};
+    };
+    put(before);
+    single.push_back({{"Sequence", {{"id", "A"}, {"type_id", 0}}}});
+    put(after);
+    json pair = single;
+    pair.push_back({{"Sequence", {{"id", "B"}, {"type_id", 1}}}});
+    return {{"type", "TemplateProcessing"},
+            {"single", single},
+            {"pair", pair},
+            {"special_tokens", specials}};
+}
+
+std::unique_ptr<Tokenizer> make_json_tokenizer(const json& document, const std::string& path) {
+    return std::make_unique<JsonTokenizer>(document, path, TokenizerConfig(),
+                                           std::vector<TokenizerFile>());
 }
 
 std::unique_ptr<Tokenizer> load_json_tokenizer(const std::string& path) {

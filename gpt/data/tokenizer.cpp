@@ -8,6 +8,7 @@
 #include "gpt/data/charsmap.h"
 #include "gpt/data/json_tokenizer.h"
 #include "gpt/data/pre_tokenizer.h"
+#include "gpt/data/sentencepiece_json.h"
 #include "gpt/data/tokenizer_files.h"
 
 #include <filesystem>
@@ -90,6 +91,7 @@ struct SentencePiece : Tokenizer {
     TokenizerId identity;
 
     std::string config_file; // tokenizer_config.json as read, or ""
+    std::string settings;    // to append to the model
     AddedTokens special;     // control pieces and special added tokens
 
     explicit SentencePiece(const std::string& path) : model(read_tokenizer_file(path)) {
@@ -114,11 +116,10 @@ struct SentencePiece : Tokenizer {
         const fs::path dir = file.has_parent_path() ? file.parent_path() : ".";
         std::vector<AddedToken> control;
         for (int token = 0; token < identity.vocab_size; token++)
-            if (processor.IsControl(token))
+            if (processor.IsControl(token) || processor.IsUnknown(token))
                 control.push_back(
                     {.id = token, .content = processor.IdToPiece(token), .special = true});
         special = AddedTokens(control);
-        std::string settings; // to append to the model
         if (file.filename() == "tokenizer.model") settings = read_config(dir.string());
 
         // An appended protocol buffer is merged: here field 3 (normalizer_spec) with field 3
@@ -179,6 +180,17 @@ struct SentencePiece : Tokenizer {
                line.find_first_not_of("0123456789\r", gap + 1) == line.npos;
     }
 
+    // Texts in two parts.
+    static const std::vector<std::pair<std::string, std::string>>& samples() {
+        static const std::vector<std::pair<std::string, std::string>> all = {
+            {"a", "\nb"},       {"Hello there.", "\nGeneral 12"},
+            {"x1,", "\n\ny\n"}, {"\u00e9", "\n  \u00df"},
+            {"end", "\n"},      {"end", "\n'tis"},
+            {"a  ", "\n  b"},   {"a\n", "\n"},
+            {" \t", "\n\tb"}};
+        return all;
+    }
+
     // Whether a text cut before a newline encodes to the same tokens: no piece spans one (or the
     // space that it becomes), and samples confirm it.
     bool newlines_stand_alone() {
@@ -193,12 +205,7 @@ struct SentencePiece : Tokenizer {
             runs |= start > mark.size();
         }
         after_space = !runs || encode_with(processor, "a\nb") != encode_with(processor, "a b");
-        const std::string samples[][2] = {{"a", "\nb"},       {"Hello there.", "\nGeneral 12"},
-                                          {"x1,", "\n\ny\n"}, {"\u00e9", "\n  \u00df"},
-                                          {"end", "\n"},      {"end", "\n'tis"},
-                                          {"a  ", "\n  b"},   {"a\n", "\n"},
-                                          {" \t", "\n\tb"}};
-        for (const auto& [left, right] : samples) {
+        for (const auto& [left, right] : samples()) {
             if (!may_cut(left + right, left.size())) continue;
             std::vector<int> parts = encode_with(processor, left),
                              second = encode_with(rest, right);
@@ -221,9 +228,8 @@ struct SentencePiece : Tokenizer {
         std::vector<int> tokens;
         special.split(text, specials == Specials::spelled, [&](std::string_view part, int id) {
             if (id >= 0) return tokens.push_back(id);
-            const bool begins = !continues && part.data() == text.data();
-            const std::vector<int> more =
-                encode_lines(begins || !cuttable ? processor : rest, part);
+            const bool rests = continues && cuttable && part.data() == text.data();
+            const std::vector<int> more = encode_lines(rests ? rest : processor, part);
             tokens.insert(tokens.end(), more.begin(), more.end());
         });
         return tokens;
@@ -282,7 +288,8 @@ struct SentencePiece : Tokenizer {
         };
         for (size_t i = 0; i < n; i++) {
             if (!has(tokens[i])) fail_to_decode(tokens[i]);
-            if (specials == Specials::spelled && processor.IsControl(tokens[i])) {
+            if (specials == Specials::spelled &&
+                (processor.IsControl(tokens[i]) || processor.IsUnknown(tokens[i]))) {
                 flush();
                 text += processor.IdToPiece(tokens[i]);
             } else {
@@ -294,6 +301,22 @@ struct SentencePiece : Tokenizer {
     }
     bool has(int token) const override { return token >= 0 && token < identity.vocab_size; }
     TokenizerId id() const override { return identity; }
+    std::string as_tokenizer_json() const override {
+        json document = sentencepiece_as_json(model + settings);
+        if (document.is_null()) return "";
+        document["post_processor"] =
+            template_json(document, bos < 0 ? "" : processor.IdToPiece(bos), "");
+        try {
+            const auto other = make_json_tokenizer(document, "tokenizer.json");
+            for (const auto& [text, more] : samples())
+                for (const std::string& whole :
+                     {text, more, text + more, "  " + text + "  \u00e9 1"})
+                    if (other->encode(whole) != encode(whole)) return "";
+        } catch (const Error&) {
+            return ""; // PCRE2 or utf8proc is missing
+        }
+        return document.dump() + "\n";
+    }
     void save(const std::string& dir) const override {
         if (!config_file.empty())
             return save_tokenizer_files(
@@ -333,16 +356,19 @@ std::unique_ptr<Tokenizer> load_json(const std::string& path) {
     return load_json_tokenizer(path);
 }
 
-bool has_kind_bytes(const std::string& dir) {
+// Files of ours say what they are, beside a tokenizer.json for others.
+bool has_kind(const std::string& dir, const char* kind) {
     const std::string path = dir + "/tokenizer_config.json";
     if (!path_exists(path)) return false;
     const json config = parse_json(read_tokenizer_file(path), path);
-    return config.is_object() && config.value("kind", json()) == "bytes";
+    return config.is_object() && config.value("kind", json()) == kind;
 }
 
 std::unique_ptr<Tokenizer> load_directory(const std::string& dir) {
     auto has = [&](const char* name) { return path_exists(fs::path(dir) / name); };
-    if (has_kind_bytes(dir)) return std::make_unique<Bytes>();
+    if (has_kind(dir, "bytes")) return std::make_unique<Bytes>();
+    if (has("tokenizer.model") && has_kind(dir, "sentencepiece"))
+        return load_sentencepiece(dir + "/tokenizer.model");
     if (has("tokenizer.json")) return load_json_tokenizer(dir); // as transformers prefers
     if (has("tokenizer.model")) return load_sentencepiece(dir + "/tokenizer.model");
     if (has("vocab.json") || has("encoder.json")) return load_json_tokenizer(dir);
@@ -365,7 +391,7 @@ bool has_tokenizer(const std::string& dir) {
     for (const char* name : {"tokenizer.model", "tokenizer.json", "vocab.json", "encoder.json",
                              "vocab.txt", "spiece.model", "tekken.json"})
         if (path_exists(dir + "/" + name)) return true;
-    return has_kind_bytes(dir);
+    return has_kind(dir, "bytes");
 }
 
 void Tokenizer::fail_to_decode(int token) const {

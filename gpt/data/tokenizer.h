@@ -7,8 +7,9 @@
 //   treat each invalid byte as a symbol, and the byte itself is encoded.
 // - A byte-level vocabulary may lack bytes, such as SmolLM2's. As in Hugging Face's tokenizers such
 //   a byte becomes the model's unk_token, or nothing if it has none; count_unencodable counts them.
-// - Prompts and documents begin with `bos` if tokenizer_config.json says add_bos_token, or else if
-//   tokenizer.json's post-processor says so; encode does not add it.
+// - Prompts and documents begin with `bos` if tokenizer.json's post-processor says so or, where
+// there
+//   is none, add_bos_token in tokenizer_config.json, as in transformers 5; encode does not add it.
 // - SentencePiece normalizes. What its model folds (NFKC, runs of spaces, spaces at the ends) is
 //   lost, U+2581 decodes to a space, invalid UTF-8 to U+FFFD, and a character neither in the
 //   vocabulary nor covered by byte pieces to " \u2047 ". Models that fold nothing and have byte
@@ -60,6 +61,9 @@ struct Tokenizer {
     virtual size_t count_unencodable(std::string_view) const { return 0; }
     // Writes its files to dir (created if missing) under Hugging Face names, for load_tokenizer.
     virtual void save(const std::string& dir) const = 0;
+    // For other programs: a tokenizer.json that gives the same tokens, for a tokenizer that has
+    // none among its files; "" if there is none.
+    virtual std::string as_tokenizer_json() const { return ""; }
 
     // For encoding in parts: the last p such that, whatever follows the text, encode(all) =
     // encode(text[0, p)) + encode_continuation(text[p, ..) + the following); 0 if there is none.

@@ -14,6 +14,24 @@ namespace lns {
 
 using nlohmann::json;
 
+namespace {
+
+// Beside a tokenizer.model.
+void add_tokenizer_json(const Tokenizer& tokenizer, const std::string& to) {
+    const std::string text = tokenizer.as_tokenizer_json();
+    if (text.empty()) return;
+    write_file_atomic(to + "/tokenizer.json", text);
+    const std::string path = to + "/tokenizer_config.json";
+    json config = path_exists(path) ? parse_json(read_file(path), path) : json::object();
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"; // others ignore tokenizer.json
+    config["kind"] = tokenizer.id().kind;
+    config["add_bos_token"] = tokenizer.bos >= 0;
+    config["add_eos_token"] = config.value("add_eos_token", json(false));
+    write_file_atomic(path, config.dump(2) + "\n");
+}
+
+} // namespace
+
 std::string export_tokenizer(const std::string& from, const std::string& to) {
     const auto names = {"tokenizer.json",    "tokenizer.model",       "vocab.json",
                         "merges.txt",        "tokenizer_config.json", "special_tokens_map.json",
@@ -28,6 +46,8 @@ std::string export_tokenizer(const std::string& from, const std::string& to) {
         path_exists(to + "/tokenizer.model") ||
         (path_exists(to + "/tokenizer.json") && path_exists(to + "/tokenizer_config.json"));
     if (any && !whole) load_tokenizer(from)->save(to);
+    if (!path_exists(to + "/tokenizer.json") && path_exists(to + "/tokenizer.model"))
+        add_tokenizer_json(*load_tokenizer(from), to);
     std::string copied;
     for (const char* name : names)
         if (path_exists(to + "/" + name))
