@@ -50,7 +50,7 @@ printf '{"add_prefix_space": true, "add_bos_token": true, "bos_token": "<s>", "t
 printf '{}\xff{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true}]}, "post_processor": null, "decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}' | seed tokenizer_json tokenizer
 
 while read -r line; do
-    name=$(sed 's/^{"name":"\([^"]*\)".*/\1/' <<<"$line")
+    name=${line#'{"name":"'} name=${name%%'"'*}
     tokenizer=${line#*'"tokenizer":'}
     { printf '{}\xff%s\xffHello, 12 <s>world\xe2\x96\x81' "${tokenizer%',"cases":'*}"; } | seed tokenizer_json "$name"
 done <$fixtures/kinds.jsonl

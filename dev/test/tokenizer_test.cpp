@@ -2,6 +2,7 @@
 // LNS_GPT2_DIR has the full encoder.json and vocab.bpe, they are used too.
 #include "dev/test/data_helpers.h"
 #include "gpt/base/random.h"
+#include "gpt/base/terminal.h"
 #include "gpt/data/tokenizer.h"
 
 #include <gtest/gtest.h>
@@ -400,7 +401,7 @@ TEST(Tokenizer, SentencePieceAsTokenizerJson) {
     write_bytes(dir / "exact.json", exact->as_tokenizer_json());
     auto other = load_tokenizer(dir / "exact.json");
     for (uint64_t i = 0; i < 500; i++) {
-
+        if (!is_utf8(odd_text(i))) continue; // SentencePiece replaces other bytes
         EXPECT_EQ(other->encode(odd_text(i)), exact->encode(odd_text(i))) << odd_text(i);
     }
     // Tables of normalizations are applied in another way there.
