@@ -64,9 +64,9 @@ json read_vocab_and_merges(const std::string& dir, const TokenizerConfig& config
                                            {"add_eos_token", "eos_token", &around[1]}}) {
         if (!config.flag(flag).value_or(false)) continue;
         *name = config.token(role).empty() ? "<|endoftext|>" : config.token(role);
-        if (!vocab.contains(*name) &&
-            std::none_of(added.begin(), added.end(),
-                         [&](const AddedToken& token) { return token.content == *name; }))
+        bool exists = vocab.contains(*name);
+        for (const AddedToken& token : added) exists |= token.content == *name;
+        if (!exists)
             fail(config.path, " says ", flag, ", but the vocabulary has no ", role, " ",
                  quoted(*name));
     }

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
+#include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <queue>
 
@@ -313,6 +316,27 @@ class BytePairs : public TokenModel {
 
 // Unigram
 
+// The number as serde_json reads its shortest decimal form: the digits, rounded, divided by a power
+// of ten, rounded again. The last bit decides between segmentations of equal score.
+double as_serde_reads(double x) {
+    char text[40] = "";
+    std::to_chars(text, text + sizeof text - 1, std::abs(x), std::chars_format::scientific);
+    uint64_t digits = 0;
+    int exponent = 0;
+    const char* at = text;
+    for (bool fraction = false; *at && *at != 'e'; at++) {
+        if (*at == '.') {
+            fraction = true;
+        } else {
+            digits = digits * 10 + uint64_t(*at - '0');
+            exponent -= fraction;
+        }
+    }
+    if (*at == 'e') exponent += std::atoi(at + 1);
+    if (exponent < -300 || exponent > 0) return x; // written in another way
+    return std::copysign(double(digits) / std::pow(10.0, -exponent), x);
+}
+
 // The segmentation of highest total score (Kudo, arXiv 1804.10959, by the algorithm of Viterbi).
 class Unigram : public TokenModel {
   public:
@@ -323,7 +347,7 @@ class Unigram : public TokenModel {
         std::vector<std::pair<std::string, int>> entries;
         for (const json& entry : model["vocab"]) {
             entries.emplace_back(entry[0].get<std::string>(), int(scores.size()));
-            scores.push_back(entry[1].get<double>());
+            scores.push_back(as_serde_reads(entry[1].get<double>()));
             fingerprint = fnv1a(cat(std::hexfloat, scores.back(), ' '), fingerprint);
         }
         trie = Trie(std::move(entries));

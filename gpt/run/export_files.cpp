@@ -113,7 +113,8 @@ std::string model_card(const std::string& from, const std::string& name, const C
                                        format_number("%.2f", std::exp(state.val_loss))));
         std::string flags;
         for (const auto& [key, value] : state.flags)
-            flags += cat(flags.empty() ? "" : " ", key, "=", flag_text(value));
+            if (const std::string text = flag_text(value); !text.empty())
+                flags += cat(flags.empty() ? "" : " ", key, "=", text);
         if (!flags.empty()) row("flags", flags);
     }
     if (plan.beyond.empty())
