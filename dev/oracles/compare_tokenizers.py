@@ -241,7 +241,7 @@ def compare(folder, texts, n_strings, new):
     return differences
 
 
-def compare_saved(specs, n_strings):
+def compare_saved(specs, n_strings, new):
     """What we export, loaded by transformers. Returns the number of differences."""
     try:
         from transformers import AutoTokenizer
@@ -253,7 +253,7 @@ def compare_saved(specs, n_strings):
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([PROGRAM, spec, "export", folder], check=True)
             t = AutoTokenizer.from_pretrained(folder)
-            texts = [s for s in HARD + random_strings(n_strings, ["<s>", "<|endoftext|>"], 3) ]
+            texts = [s for s in HARD + random_strings(n_strings, ["<s>", "<|endoftext|>"], 3) if new.isdisjoint(s)]
             theirs = [t.encode(s) for s in texts]
             left = ours(spec, "spell", [s.encode() for s in texts], "b")
             wrong = [s for s, a, b in zip(texts, left, theirs) if a != b]
@@ -312,7 +312,7 @@ if __name__ == "__main__":
         failed = sum(compare(folder, texts, o.strings, new) > 0 for folder in folders)
         fixtures = "dev/test/fixtures/tokenizers/"
         saved = ["bytes", f"gpt2:{fixtures}gpt2-subset", f"{fixtures}exact.model"] + folders
-        failed += compare_saved(saved, 300)
+        failed += compare_saved(saved, 300, new)
         folders += saved
         print(f"{len(folders) - failed} passed, {failed} failed")
         sys.exit(failed > 0)
