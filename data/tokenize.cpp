@@ -629,7 +629,7 @@ int main(int argc, char** argv) {
     app.add_option(
            "--tokenizer", options.tokenizer,
            "bytes; gpt2:DIR, with encoder.json and vocab.bpe or vocab.json and merges.txt; a "
-           "SentencePiece FILE.model; a tokenizer.json of GPT-2's kind; or a directory with one of "
+           "SentencePiece FILE.model; a tokenizer.json of Hugging Face; or a directory with one of "
            "these and its tokenizer_config.json")
         ->type_name("SPEC");
     app.add_option(

@@ -13,6 +13,7 @@
 #include "gpt/cpu/bf16.h"
 #include "gpt/model/layers.h"
 #include "gpt/run/checkpoint.h"
+#include "gpt/run/export_files.h"
 #include "gpt/run/setup.h"
 
 namespace lns {
@@ -284,20 +285,6 @@ void write_weights(const std::string& dir, const std::vector<std::vector<TensorO
     write_file_atomic(dir + "/model.safetensors.index.json", index.dump(2) + "\n");
 }
 
-// Returns the names of the copied files.
-std::string copy_tokenizer(const std::string& from, const std::string& to) {
-    std::string copied;
-    for (const char* name :
-         {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
-          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}) {
-        const std::string path = from + "/" + name;
-        if (!is_regular_file_at(path)) continue;
-        write_file_atomic(to + "/" + name, read_file(path));
-        copied += (copied.empty() ? "" : ", ") + std::string(name);
-    }
-    return copied;
-}
-
 // A field of dir's tokenizer_config.json; null if absent.
 json tokenizer_field(const std::string& dir, const char* field) {
     const std::string path = dir + "/tokenizer_config.json";
@@ -359,10 +346,13 @@ int export_model(const Options& o) {
     write_weights(
         at, shards, bytes,
         {{"format", "pt"}, {"exported_from", "lns.cpp, norm scheme " + config.scheme.name()}});
-    write_file_atomic(at + "/config.json", exported_config(plan, from, type));
-    const std::string copied = is_directory_at(from) ? copy_tokenizer(from, at) : "";
-    // Older checkpoints of this tokenizer lack tokenizer.json.
-    if (tokenizer_field(at, "kind") == "bytes") load_tokenizer("bytes")->save(at);
+    const std::string config_json = exported_config(plan, from, type);
+    write_file_atomic(at + "/config.json", config_json);
+    const std::string copied = is_directory_at(from) ? export_tokenizer(from, at) : "";
+    write_file_atomic(at + "/generation_config.json", generation_config(from, config_json));
+    write_file_atomic(at + "/README.md",
+                      model_card(from, fs::path(dir).filename().string(), config, plan,
+                                 bytes / int64_t(dtype_bytes(type.file)), type.torch));
     // A model without byte pieces, such as T5's: no class of transformers is known to match it.
     const bool no_class = path_exists(at + "/tokenizer.model") &&
                           !path_exists(at + "/tokenizer.json") &&

@@ -64,7 +64,8 @@ void add_architecture(FlagList& f, Options& o) {
 
 void add_tokenizer(FlagList& f, Options& o) {
     f.path("--tokenizer", "SPEC", o.tokenizer,
-           "bytes, gpt2:DIR, FILE.model or a tokenizer's folder; default: the one beside the data")
+           "bytes, gpt2:DIR, FILE.model, tokenizer.json or a tokenizer's folder; default: the one "
+           "beside the data")
         .expand = expand_home_in_tokenizer;
 }
 
