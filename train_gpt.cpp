@@ -1300,7 +1300,7 @@ template <class S> struct CpuModel : Model {
     void enter(int k);
     void enter_backward(int k);
     void leave(int k);
-    void embed(const int* inputs, int b, int t, const Branches& branched) override;
+    void embed(const int* inputs, int b, int t, const Branches& branched = {}) override;
     void run_layer(int l) override;
     double finish(const int* targets) override;
     void finish(const std::vector<ScoredToken>& scored, double* out) override;

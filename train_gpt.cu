@@ -2209,7 +2209,7 @@ template <class S, class G> struct CudaModel : Model {
     void enter_backward(int k, bool last);
     void leave(int k, const float* r_prev);
     void leave_backward(int k, const float* r_prev);
-    void embed(const int* inputs, int b, int t, const Branches& branched) override;
+    void embed(const int* inputs, int b, int t, const Branches& branched = {}) override;
     void run_layer(int l) override;
     void set_targets(const int* targets, double loss_scale);
     double finish(const int* targets) override;
