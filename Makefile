@@ -103,6 +103,10 @@ ifneq ($(call found,SENTENCEPIECE),)
 flags += -DLNS_SENTENCEPIECE
 libs += $(filter -L%,$(call pkg,--libs sentencepiece)) -lsentencepiece
 endif
+ifneq ($(call found,LIBEDIT),)
+flags += -DLNS_LIBEDIT
+libs += $(or $(call pkg,--libs libedit),-ledit)
+endif
 ifneq ($(cuda_source),)
 # nvcc compiles train_gpt.cu, and calls the host's compiler for what is not a kernel.
 flags += -DLNS_CUDA
@@ -169,6 +173,7 @@ $O/gpt/base/build.o: $O/build_info.h
 version := $(shell sed -n 's/^## \([0-9][0-9.]*\).*/\1/p; T; q' CHANGELOG.md 2>/dev/null)
 features := {"OpenMP", "$(or $(call found,OPENMP),no)"}, {"oneDNN", "$(or $(call found,ONEDNN),no)"}, \
     {"MPI", "$(or $(subst -, ,$(subst _, ,$(call found,MPI))),no)"}, {"PCRE2", "$(or $(call found,PCRE2),no)"}, \
+    {"libedit", "$(or $(call found,LIBEDIT),no)"}, \
     {"SentencePiece", "$(if $(call found,SENTENCEPIECE),$(or $(call pkg,--modversion sentencepiece),yes),no)"}, \
     {"CUDA", "$(or $(if $(cuda_source),$(cuda)),no)"}, {"NCCL", "$(or $(nccl),no)"}
 $O/build_info.h: FORCE | $O/.found
@@ -188,6 +193,7 @@ $O/.found: | $(firstword $(foreach l,CLI11 JSON XXHASH,$(if $(call word_of,$l),,
 	$(call missing,MPI,MPI,one process only)\
 	$(call missing,PCRE2,PCRE2,no --tokenizer gpt2:DIR)\
 	$(call missing,SENTENCEPIECE,SentencePiece,no --tokenizer FILE.model)\
+	$(call missing,LIBEDIT,libedit,no line editing in train_gpt chat)\
 	$(if $(cuda_lacks),echo '  CUDA $(cuda) ($(nvcc)) is not used: $(cuda_lacks) is needed';)
 	@touch $@
 .PHONY: no-CLI11 no-JSON no-XXHASH no-GTEST

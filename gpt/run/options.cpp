@@ -131,11 +131,14 @@ void add_precision(FlagList& f, Options& o) {
 }
 
 void add_sampling(FlagList& f, Options& o) {
-    f.add("--prompt", "TEXT", &o.prompt, "beginning of a sample; default: the start of a text");
     f.number("--temperature", o.temperature, 0, 1000, "0: always the most likely token");
     f.count("--top-k", o.top_k, 0, most, "sample from the k most likely tokens; 0: from all");
     f.number("--top-p", o.top_p, 0, 1, "sample from the most likely tokens of total probability p",
              true);
+}
+
+void add_prompt(FlagList& f, Options& o) {
+    f.add("--prompt", "TEXT", &o.prompt, "beginning of a sample; default: the start of a text");
 }
 
 void add_validation(FlagList& f, Options& o) {
@@ -149,6 +152,7 @@ void add_validation(FlagList& f, Options& o) {
             "their validation tokens, in at most --batch sequences");
     f.count("-s,--sample-every", o.sample_every, 0, most, "steps; 0: only at the end");
     f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "tokens of a sample; 0: none");
+    add_prompt(f, o);
     add_sampling(f, o);
 }
 
@@ -206,10 +210,27 @@ void add_sequences(FlagList& f, Options& o) {
 void add_sample(FlagList& f, Options& o) {
     add_checkpoint(f, o);
     add_tokenizer(f, o);
+    add_prompt(f, o);
     add_sampling(f, o);
     f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "tokens of the sample");
     f.count("--seed", o.seed, 0, most_seed, "seed of the sample");
     f.on_off("--ignore-eot", o.ignore_eot, "continue after an end of text");
+    add_trained_machine(f, o);
+}
+
+void add_chat(FlagList& f, Options& o) {
+    add_checkpoint(f, o);
+    f.text("--system", "TEXT", o.system, "instructions for the whole conversation");
+    f.path("--template", "NAME", o.chat_template,
+           "alpaca, chatml, llama-3, plain, a file of Jinja, or a folder with a "
+           "tokenizer_config.json; default: the checkpoint's");
+    add_tokenizer(f, o);
+    add_sampling(f, o);
+    f.count("-g,--sample-tokens", o.sample_tokens, 1, 1000000, "longest answer, in tokens");
+    f.count("-t,--seq-len", o.seq_len, 0, 100000000,
+            "tokens of the conversation, of which the oldest turns are forgotten; default: the "
+            "run's");
+    f.count("--seed", o.seed, 0, most_seed, "seed of the answers");
     add_trained_machine(f, o);
 }
 
@@ -280,6 +301,7 @@ const CommandRow command_rows[] = {
     {Command::train, "", "[flags]", "train", add_training},
     {Command::sample, "sample", "CHECKPOINT [flags]", "write text with a trained model",
      add_sample},
+    {Command::chat, "chat", "CHECKPOINT [flags]", "talk with it", add_chat},
     {Command::eval, "eval", "CHECKPOINT [flags]", "measure its loss", add_eval},
     {Command::probe, "probe", "CHECKPOINT [flags]", "measure what each layer does", add_probe},
     {Command::export_model, "export", "CHECKPOINT DIR", "write it for Hugging Face's tools",
@@ -547,8 +569,9 @@ void print_version() {
 
 // Defaults that depend on the command.
 void set_command_defaults(Options& o) {
-    const bool measures = o.command == Command::eval || o.command == Command::probe;
-    if (measures && !o.is_given("--seq-len")) o.seq_len = 0;
+    const bool of_the_run =
+        o.command == Command::eval || o.command == Command::probe || o.command == Command::chat;
+    if (of_the_run && !o.is_given("--seq-len")) o.seq_len = 0;
     if (o.command == Command::eval && !o.is_given("--val-tokens")) o.val_tokens = 0;
     if (o.command == Command::bench && o.model == "tiny" && !o.is_given("--seq-len"))
         o.seq_len = 128;

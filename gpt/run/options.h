@@ -16,6 +16,7 @@ struct Options {
     enum class Command {
         train,
         sample,
+        chat,
         eval,
         bench,
         probe,
@@ -60,8 +61,8 @@ struct Options {
     bool profile = false;
     int64_t threads = 0; // 0: one per usable core
 
-    // sample, eval and probe
-    std::string checkpoint;
+    // sample, chat, eval and probe
+    std::string checkpoint, chat_template, system;
     bool ignore_eot = false;
 
     // probe
