@@ -91,10 +91,12 @@ void check_warmup(const json& text) {
 
 void add_optimizer(FlagList& f, Options& o) {
     f.group = "Optimizer";
-    f.choice("--recipe", o.recipe, {"paper"},
-             "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795");
+    f.choice("--recipe", o.recipe, {"paper", "paper-sft"},
+             "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795; "
+             "paper-sft: its fine-tuning, by LISA");
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, most_seed, "steps of the whole run");
+    f.number("--epochs", o.epochs, 0, 1e6, "or passes over the training data; 0: as --steps says");
     f.number("-l,--lr", o.lr, 0, infinity, "peak learning rate; tiny's default is 0.003");
     f.choice("--lr-schedule", o.lr_schedule, schedule_kinds,
              "cosine, linear, wsd (constant, then decay over the last fifth) or constant");
@@ -106,6 +108,10 @@ void add_optimizer(FlagList& f, Options& o) {
     f.number("--beta1", o.beta1, 0, 0.999999, "Adam's decay of the first moment");
     f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's decay of the second moment");
     f.number("--eps", o.eps, 0, 1, "Adam's epsilon, added to the second moment's root");
+    f.count("--lisa", o.lisa, 0, most,
+            "LISA: train the embeddings, the head and N layers, drawn anew every --lisa-interval "
+            "steps; 0: all layers");
+    f.count("--lisa-interval", o.lisa_interval, 1, most, "steps that the drawn layers train for");
 }
 
 void add_dtype(FlagList& f, Options& o, const char* help) {
@@ -620,6 +626,9 @@ Options parse_options(int argc, const char* const* argv) {
         if (find_flag(line.flags.at(used), flag->name()) == flag) o.given.insert(flag->name());
     }
     o.command = used;
+    if (o.is_given("--steps") && o.is_given("--epochs") && o.epochs > 0)
+        fail("--steps ", o.steps, " and --epochs ", flag_text(o.epochs),
+             " both say how long to train: give one");
     if (o.resume && o.out.empty()) fail("--resume: name the run to continue, with -o DIR");
     set_command_defaults(o);
     return o;

@@ -40,6 +40,8 @@ struct Options {
     // optimizer and schedule
     std::string recipe, lr_schedule = "cosine", warmup = "10%";
     int64_t steps = 600;
+    double epochs = 0;                    // 0: as many as the steps make
+    int64_t lisa = 0, lisa_interval = 20; // layers that train at a time, 0: all; for how many steps
     double lr = 1e-3, final_lr_frac = 0.1;
     double weight_decay = 0.1, grad_clip = 1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
 
