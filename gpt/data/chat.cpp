@@ -128,9 +128,9 @@ Messages checked(const Json& messages) {
         if (!message.is_object())
             fail("a message is ", quoted(nlohmann::json(message)),
                  ", expected an object with role and content");
-        Json copy = message;
-        copy["role"] = text_field(message, "role");
-        copy["content"] = content_of(message);
+        Json copy = {{"role", text_field(message, "role")}, {"content", content_of(message)}};
+        for (const auto& [key, value] : message.items())
+            if (!copy.contains(key)) copy[key] = value;
         out.push_back(std::move(copy));
     }
     return out;
@@ -200,7 +200,7 @@ std::vector<int> encode_rendered(std::string_view text, const Tokenizer& tokeniz
     const auto add = [&](std::string_view part) {
         if (part.empty()) return;
         const std::vector<int> more =
-            continues ? tokenizer.encode_rest(part) : tokenizer.encode(part);
+            continues ? tokenizer.encode_continuation(part) : tokenizer.encode(part);
         tokens.insert(tokens.end(), more.begin(), more.end());
         continues = true;
     };

@@ -55,7 +55,7 @@ Example encode_conversation(const Messages& messages, const ChatTemplate& format
 std::vector<int> answer_ends(const ChatTemplate& format, const Tokenizer& tokenizer);
 
 // The tokens of a rendered template: names of special tokens are those tokens. continues: as
-// Tokenizer::encode_rest.
+// Tokenizer::encode_continuation.
 std::vector<int> encode_rendered(std::string_view text, const Tokenizer& tokenizer, bool continues);
 
 // From a record with instruction, input (optional) and output; prompt and completion; or messages.

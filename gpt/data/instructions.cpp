@@ -14,6 +14,18 @@ bool is_blank(std::string_view text) {
     return text.find_first_not_of(" \t\r\n\v\f") == std::string_view::npos;
 }
 
+// The library says where in the text the error is, which here is a line.
+nlohmann::json parse_line(std::string_view line, const std::string& where) {
+    try {
+        return parse_json(line, where);
+    } catch (const Error& error) {
+        std::string sentence = error.what();
+        const size_t begin = sentence.find("[json.exception"), end = sentence.find("column ");
+        if (begin < end && end != std::string::npos) sentence.replace(begin, end - begin, "");
+        fail(sentence);
+    }
+}
+
 } // namespace
 
 void read_records(std::string_view text, const std::string& file,
@@ -32,7 +44,7 @@ void read_records(std::string_view text, const std::string& file,
         const std::string_view record = text.substr(begin, end - begin);
         if (is_blank(record)) continue;
         const std::string where = cat(file, ", line ", line);
-        use({where, parse_json(record, where)});
+        use({where, parse_line(record, where)});
     }
 }
 
