@@ -99,6 +99,10 @@ ifneq ($(call found,PCRE2),)
 flags += -DLNS_PCRE2 $(call pkg,--cflags libpcre2-8)
 libs += $(or $(call pkg,--libs libpcre2-8),-lpcre2-8)
 endif
+ifneq ($(call found,UTF8PROC),)
+flags += -DLNS_UTF8PROC $(call pkg,--cflags libutf8proc)
+libs += $(or $(call pkg,--libs libutf8proc),-lutf8proc)
+endif
 ifneq ($(call found,SENTENCEPIECE),)
 flags += -DLNS_SENTENCEPIECE
 libs += $(filter -L%,$(call pkg,--libs sentencepiece)) -lsentencepiece
@@ -134,14 +138,14 @@ sim_tests := $(wildcard dev/test/sim_test.cpp dev/test/cuda_*_test.cpp)
 tests := $(call objects,$(filter-out $(sim_tests),$(wildcard dev/test/*_test.cpp)))
 programs := train_gpt test_gpt $(patsubst %.cpp,%,$(wildcard data/tokenize.cpp data/stories.cpp data/vocabulary.cpp))
 existing := $(foreach p,$(programs),$(if $(wildcard $p.cpp),$p))
--include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing)) dev/fuzz/fuzz.cpp))
+-include $(patsubst %.o,%.d,$(cuda_object) $(library) $(tests) $(call objects,$(addsuffix .cpp,$(existing)) dev/fuzz/fuzz.cpp dev/oracles/tokens.cpp))
 
 # The program itself is a hard link to the variant built last.
 .PHONY: $(programs)
 $(programs): %: $O/% FORCE
 	@[ $< -ef $@ ] || ln -f $< $@ 2>/dev/null || cp -f $< $@
 
-$(addprefix $O/,$(programs)): $O/%: $O/%.o $O/libgpt.a
+$(addprefix $O/,$(programs) dev/oracles/tokens): $O/%: $O/%.o $O/libgpt.a
 	$(call say,LINK,$*)$(CXX) $(optimize) $(flags) $(filter %.o,$^) $O/libgpt.a -o $@ $(libs)
 ifneq ($(call found,SENTENCEPIECE),)
 $O/data/vocabulary: libs += -lsentencepiece_train
@@ -173,6 +177,7 @@ $O/gpt/base/build.o: $O/build_info.h
 version := $(shell sed -n 's/^## \([0-9][0-9.]*\).*/\1/p; T; q' CHANGELOG.md 2>/dev/null)
 features := {"OpenMP", "$(or $(call found,OPENMP),no)"}, {"oneDNN", "$(or $(call found,ONEDNN),no)"}, \
     {"MPI", "$(or $(subst -, ,$(subst _, ,$(call found,MPI))),no)"}, {"PCRE2", "$(or $(call found,PCRE2),no)"}, \
+    {"utf8proc", "$(or $(call found,UTF8PROC),no)"}, \
     {"libedit", "$(or $(call found,LIBEDIT),no)"}, \
     {"SentencePiece", "$(if $(call found,SENTENCEPIECE),$(or $(call pkg,--modversion sentencepiece),yes),no)"}, \
     {"CUDA", "$(or $(if $(cuda_source),$(cuda)),no)"}, {"NCCL", "$(or $(nccl),no)"}
@@ -187,11 +192,12 @@ $O/build_info.h: FORCE | $O/.found
 missing = $(if $(call found,$1),,echo '  without $2: $3';)
 $O/.found: | $(firstword $(foreach l,CLI11 JSON XXHASH,$(if $(call word_of,$l),,no-$l)))
 	@mkdir -p $O
-	@echo '$(variant): $(if $(cpu),$(cpu),generic CPU) · OpenMP $(or $(call found,OPENMP),no) · oneDNN $(or $(call found,ONEDNN),no) · MPI $(or $(subst -, ,$(subst _, ,$(call found,MPI))),no) · PCRE2 $(or $(call found,PCRE2),no) · SentencePiece $(or $(call found,SENTENCEPIECE),no) · CUDA $(if $(cuda_source),$(cuda) ($(nvcc): $(CUDA_ARCH)) · NCCL $(or $(nccl),no),no)'
+	@echo '$(variant): $(if $(cpu),$(cpu),generic CPU) · OpenMP $(or $(call found,OPENMP),no) · oneDNN $(or $(call found,ONEDNN),no) · MPI $(or $(subst -, ,$(subst _, ,$(call found,MPI))),no) · PCRE2 $(or $(call found,PCRE2),no) · utf8proc $(or $(call found,UTF8PROC),no) · SentencePiece $(or $(call found,SENTENCEPIECE),no) · CUDA $(if $(cuda_source),$(cuda) ($(nvcc): $(CUDA_ARCH)) · NCCL $(or $(nccl),no),no)'
 	@$(call missing,OPENMP,OpenMP,one thread only)\
 	$(call missing,ONEDNN,oneDNN,matmuls in plain loops$(comma) many times slower)\
 	$(call missing,MPI,MPI,one process only)\
-	$(call missing,PCRE2,PCRE2,no --tokenizer gpt2:DIR)\
+	$(call missing,PCRE2,PCRE2,no --tokenizer gpt2:DIR or tokenizer.json)\
+	$(call missing,UTF8PROC,utf8proc,no tokenizer.json with NFC$(comma) lowercase and the like)\
 	$(call missing,SENTENCEPIECE,SentencePiece,no --tokenizer FILE.model)\
 	$(call missing,LIBEDIT,libedit,no line editing in train_gpt chat)\
 	$(if $(cuda_lacks),echo '  CUDA $(cuda) ($(nvcc)) is not used: $(cuda_lacks) is needed';)
@@ -251,9 +257,9 @@ tidy: compile_commands
 	@printf '%s\n' $(filter-out dev/%,$(compiled)) | xargs -P $(JOBS) -n 1 clang-tidy -p . --quiet --warnings-as-errors='*'
 
 # Against PyTorch, transformers and TensorBoard, in an environment of their own.
-test-oracles: train_gpt
+test-oracles: train_gpt $O/dev/oracles/tokens
 	@dev/venv.sh $(BUILD)/oracles dev/oracles/requirements.txt
-	@PATH="$(abspath $(BUILD))/oracles/bin:$$PATH" dev/run_tests.sh $(wildcard dev/oracles/*.sh)
+	@TOKENS="$O/dev/oracles/tokens" PATH="$(abspath $(BUILD))/oracles/bin:$$PATH" dev/run_tests.sh $(wildcard dev/oracles/*.sh)
 
 # Options of its own: DEVICE=cuda, QUICK=1, TORCH=new (installs PyTorch under $(BUILD)),
 # ARGS='--only tiny --rounds 5'.

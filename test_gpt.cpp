@@ -1,15 +1,16 @@
-// Checks every gradient, and what each norm scheme claims. Prints a table; exits 1 if a row fails.
+// Checks every gradient and the properties of each norm scheme. Prints a table; exits with 1 if a
+// row fails.
 //
-//   ./test_gpt            all
-//   ./test_gpt -k NAME    the rows whose name contains NAME
+//   ./test_gpt            all rows
+//   ./test_gpt -k NAME    rows whose name contains NAME
 //
-// The chain of proof: gradients in double against finite differences; float against double; bf16
-// against float; the GPU against the CPU (on a card, or simulated: test_gpt_sim); float against an
-// independent PyTorch model (dev/reference, stored fixtures). An
-// error is ‖a − b‖ / ‖b‖ of one tensor, the worst over a row's tensors.
+// What is compared: gradients in double with finite differences; float with double; bf16 with
+// float; the GPU (real, or simulated by test_gpt_sim) with the CPU; float with an independent
+// PyTorch model (stored fixtures of dev/reference). The error of a tensor is ‖a − b‖ / ‖b‖; a row
+// reports the largest over its tensors.
 
 #ifndef TESTING
-#define TESTING // no main of its own
+#define TESTING // train_gpt.cpp without main
 #endif
 #include "train_gpt.cpp" // NOLINT(bugprone-suspicious-include)
 
@@ -28,16 +29,16 @@
 
 namespace lns {
 
-// Tolerances (design): finite differences to 1e-6, float against double to 1e-4, bf16 against float
-// to 2e-2, and float against PyTorch to 1e-5.
+// Largest errors allowed: of gradients against finite differences, of float against double, of bf16
+// against float, and of float against PyTorch.
 const double finite_difference_tolerance = 1e-6, float_tolerance = 1e-4, bf16_tolerance = 2e-2,
              torch_tolerance = 1e-5;
 
 struct Row {
     std::string name;
-    std::vector<std::pair<std::string, double>> errors; // of what, how much
-    std::vector<double> tolerances;
-    std::string note; // why it failed
+    std::vector<std::pair<std::string, double>> errors = {}; // what was compared, and its error
+    std::vector<double> tolerances = {};
+    std::string note = {}; // why it failed, if not for an error
     bool printed = false;
 
     void add(const char* what, double error, double tolerance) {
@@ -63,16 +64,17 @@ struct Row {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Numbers to test with, and comparing
+// Test values and comparisons
 
 using Doubles = std::vector<double>;
 
-// Normal; number i depends on the name alone. They are drawn once: most rows ask for the same.
+// Normal; value i depends on the name only. Values are kept, since most rows use the same ones.
 Doubles random_values(size_t n, const std::string& name, double mean = 0, double std = 1) {
     static thread_local std::map<std::string, Doubles> all;
-    Doubles &drawn = all[name], x(n);
-    for (size_t i = drawn.size(); i < n; i++) drawn.push_back(random_normal(1, fnv1a(name), i));
-    for (size_t i = 0; i < n; i++) x[i] = mean + std * drawn[i];
+    Doubles &standard = all[name], x(n);
+    for (size_t i = standard.size(); i < n; i++)
+        standard.push_back(random_normal(1, fnv1a(name), i));
+    for (size_t i = 0; i < n; i++) x[i] = mean + std * standard[i];
     return x;
 }
 
@@ -95,11 +97,11 @@ template <class X> double relative_error(const std::vector<X>& a, const Doubles&
     return std::sqrt(difference) / std::max(norm(b), floor);
 }
 
-// Small enough for the stencil's error at the most curved points (a residual stream that a gate has
-// nearly ended), large enough for 11 digits of the loss's differences.
+// Small enough for the stencil where curvature is largest (a residual stream that a gate has almost
+// closed), large enough for 11 digits in differences of the loss.
 const double difference_step = 2e-4;
 
-// The derivative of f along `direction` at x = 0 of x += step · direction, by a five-point stencil,
+// The derivative at 0 of f() after move(step), by step: a five-point stencil with an error of
 // O(h⁴).
 double difference_quotient(const std::function<void(double)>& move,
                            const std::function<double()>& f) {
@@ -113,13 +115,14 @@ double difference_quotient(const std::function<void(double)>& move,
     return (8 * near - far) / (12 * h);
 }
 
-// Difference quotients of f by the n numbers at x, and what the gradient g says of them. A small
-// tensor is compared number by number; of a large one, some numbers and, since a step along a
-// random direction moves all of them, some directions of length 1.
+// Difference quotients of f, and the gradient's values for them. Every element of a small tensor is
+// checked; of a large one some elements, and some random directions of length 1, each of which
+// moves all elements.
 struct Quotients {
     Doubles measured, expected;
 };
 
+// Appends those of the n elements at x; g is their gradient.
 void measure(Quotients& out, double* x, const double* g, size_t n,
              const std::function<double()>& f) {
     const size_t all = 24, some = 6, directions = 3;
@@ -134,38 +137,39 @@ void measure(Quotients& out, double* x, const double* g, size_t n,
     for (size_t k = 0; k < directions; k++) {
         Doubles d = random_values(n, cat("direction ", k));
         const double length = norm(d);
-        double along = 0;
-        for (size_t i = 0; i < n; i++) along += g[i] * (d[i] /= length);
+        double slope = 0;
+        for (size_t i = 0; i < n; i++) slope += g[i] * (d[i] /= length);
         auto move = [&](double h) {
             for (size_t i = 0; i < n; i++) x[i] = x0[i] + h * d[i];
         };
         out.measured.push_back(difference_quotient(move, f));
-        out.expected.push_back(along);
+        out.expected.push_back(slope);
     }
 }
 
-// Rounding of f leaves an error of some 3e-16 · |f| / h in each difference quotient: a gradient
-// below that has no digits to compare. The norm under which n of them are compared absolutely.
+// The rounding of f causes an error of about 3e-16 · |f| / h in each difference quotient, so
+// smaller gradients have no correct digits. Returns the norm below which n of them are compared
+// absolutely.
 double quotient_floor(double f, size_t n) {
     return std::sqrt(double(n)) * 3e-16 * std::max(std::fabs(f), 1.0) / difference_step /
            finite_difference_tolerance;
 }
 
 // ---------------------------------------------------------------------------------------------
-// Layers: y = f(x₁, x₂, …) and the gradients of Σ c · y, from the same templates in double and
-// float.
+// Layers: y = f(x₁, x₂, …) and the gradients of Σ c · y, in double and in float, from the same
+// templates
 
 template <class S> using Tensors = std::vector<std::vector<S>>;
 
 template <class S> struct LayerResult {
     std::vector<S> y;
-    Tensors<S> gradients; // of each x
+    Tensors<S> gradients; // by each x
 };
 
-// run(x, c): y, and gradients if c is not empty.
+// run(x, c) returns y, and the gradients if c is not empty.
 template <class Run>
 Row check_layer(const std::string& name, const std::vector<Doubles>& x, Run run) {
-    Row row{name, {}, {}, ""};
+    Row row{name};
     Tensors<double> xd = x;
     Doubles y = run(xd, Doubles()).y, c = random_values(y.size(), name + " cotangent");
     LayerResult<double> exact = run(xd, c);
@@ -252,7 +256,7 @@ template <class A> std::vector<CosSin<A>> test_rotation(const AttentionShape& a)
     return table;
 }
 
-// Attention of rotated q and k: the rotation's gradient is a part of attention's.
+// Attention applied to rotated q and k; its backward pass includes the rotation's.
 Row check_rope() {
     const AttentionShape a{2, 5, 3, 1, 6};
     return check_layer("rope, then attention", {random_values(a.rows() * a.row(), "qkv")},
@@ -295,31 +299,21 @@ Row check_qk_norm() {
                        });
 }
 
-Row check_gelu() {
-    return check_layer("gelu", {random_values(67, "h", 0, 2)},
-                       []<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-                           LayerResult<S> out{std::vector<S>(67), {std::vector<S>(67)}};
-                           gelu_forward(out.y.data(), x[0].data(), 67);
+Row check_activation(Activation activation) {
+    const ActivationRow& row = activations[int(activation)];
+    const int rows = 3, H = 21, hidden = rows * (row.gated ? 2 * H : H);
+    return check_layer(row.name, {random_values(hidden, "h", 0, 2)},
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(rows * H), {std::vector<S>(hidden)}};
+                           activation_forward(activation, out.y.data(), x[0].data(), rows, H);
                            if (!c.empty())
-                               gelu_backward(out.gradients[0].data(), c.data(), x[0].data(), 67);
+                               activation_backward(activation, out.gradients[0].data(), c.data(),
+                                                   x[0].data(), rows, H);
                            return out;
                        });
 }
 
-Row check_swiglu() {
-    const int rows = 3, H = 21;
-    return check_layer(
-        "swiglu", {random_values(rows * 2 * H, "h", 0, 2)},
-        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-            LayerResult<S> out{std::vector<S>(rows * H), {std::vector<S>(rows * 2 * H)}};
-            swiglu_forward(out.y.data(), x[0].data(), rows, H);
-            if (!c.empty())
-                swiglu_backward(out.gradients[0].data(), c.data(), x[0].data(), rows, H);
-            return out;
-        });
-}
-
-// y is Σ over rows; every second target is masked.
+// y is the sum over rows; every second target is masked.
 Row check_cross_entropy() {
     const int rows = 4, V = 37;
     const std::vector<int> targets = {5, -1, 36, -1};
@@ -335,7 +329,7 @@ Row check_cross_entropy() {
                        });
 }
 
-// One junction with everything that this one has; x is r_prev, b, then the parameters.
+// A junction with all its features; x is r_prev, b, then the parameters.
 Row check_junction(const std::string& name, Junction j, NormType type, bool weights, bool biases) {
     const int rows = 5, C = 11;
     j.in_scale = 0.7;
@@ -355,7 +349,7 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
     if (j.gate) at.gate = add("gate", 1, 0.5);
 
     const Doubles r_prev = x[0];
-    Doubles frozen; // what stop() saw before any x was moved
+    Doubles frozen; // the argument of stop(), before finite differences change x
     return check_layer(
         "junction: " + name, x, [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) mutable {
             auto pointers = [&](auto& tensors, auto kind) {
@@ -399,9 +393,9 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
         });
 }
 
-// Matrix products of every form, gemm() in float and the plain loops, against the definition.
+// All forms of matrix products, by gemm() in float and by plain loops, against the definition.
 Row check_gemm() {
-    Row row{"matrix products, all forms", {}, {}, ""};
+    Row row{"matrix products, all forms"};
     double worst = 0, worst_plain = 0;
     for (auto [m, n, k] : {std::array{1, 1, 1}, {3, 5, 7}, {65, 130, 257}, {33, 64, 19}})
         for (int form = 0; form < 16; form++) {
@@ -439,15 +433,16 @@ template <class X> std::vector<X> transposed(const std::vector<X>& x, int64_t ro
     return out;
 }
 
-// Long sums of heavy-tailed numbers z e^(2y), as the head's gradients are over a vocabulary, by
-// every way a product may take. All are numbers of bf16, so that products are exact and the
-// additions alone are measured. One is off by 0.4 · 2^-24 of the sum so far in the root mean
-// square, and such sums are 0.7 of the last: with parts of n summed from zero an error of 0.28 ·
-// 2^-24 √(n + K/n), 3.5e-7 for n = 256 and 5.5e-7 for 1,024; in one chain 3.7e-6.
+// Long sums of heavy-tailed numbers z e^(2y), like the head's gradients over a vocabulary, by every
+// implementation of matrix products. All factors are bf16, so products are exact and only the
+// rounding of additions is measured. The root mean square error of an addition is 0.4 · 2^-24 of
+// the partial sum, which is 0.7 of the final sum on average. If parts of n are summed from zero,
+// the expected error is 0.28 · 2^-24 √(n + K/n): 3.5e-7 for n = 256, 5.5e-7 for n = 1,024; in a
+// single chain it is 3.7e-6.
 Row check_long_sums(const std::string& name) {
-    const int64_t m = 136, n = 256, k = 50000; // more sums than split_gemm() takes
+    const int64_t m = 136, n = 256, k = 50000; // too many sums for split_gemm()
     const Doubles z = random_values(k, "z"), y = random_values(k, "y"), w = random_values(k, "w");
-    // Rows and columns are the same numbers from another place on, each a sum of its own.
+    // Rows and columns are rotations of the same numbers, so that every sum differs.
     std::vector<bf16> a(m * k), b(k * n);
     for (int64_t p = 0; p < k; p++) {
         const bf16 heavy = bf16(float(z[p] * std::exp(2 * y[p]))), other = bf16(float(w[p]));
@@ -483,7 +478,7 @@ Row check_long_sums(const std::string& name) {
     auto by_loops = [&](bool ta, bool tb, const float* a, const float* b, float* c, bool add) {
         plain_gemm(ta, tb, m, n, k, a, b, c, add, none);
     };
-    Row row{name, {}, {}, ""};
+    Row row{name};
     row.add("gemm", worst(af, bf, by_gemm), 1e-6);
     row.add("kernel", worst(af, bf, by_kernel), 1e-6);
     row.add("plain", worst(af, bf, by_loops), 1e-6);
@@ -491,9 +486,9 @@ Row check_long_sums(const std::string& name) {
     return row;
 }
 
-// The softmax of a vocabulary's logits: how far Σ eˣ is off is how far every probability is.
+// The softmax over a vocabulary: the relative error of Σ eˣ is that of every probability.
 Row check_long_softmax(const std::string& name) {
-    Row row{name, {}, {}, ""};
+    Row row{name};
     const int V = 50000;
     for (double spread : {0.02, 1.0, 4.0}) {
         const Doubles x = random_values(V, cat("logits ", spread), 0, spread);
@@ -517,7 +512,7 @@ Row check_long_softmax(const std::string& name) {
 }
 
 Row check_exp() {
-    Row row{"exp in float, units in the last place", {}, {}, ""};
+    Row row{"exp in float, units in the last place"};
     double worst = 0;
     for (int i = 0; i <= 200000; i++) {
         float x = -87.0f + 175.0f * float(i) / 200000;
@@ -526,7 +521,7 @@ Row check_exp() {
         worst = std::max(worst, std::fabs(double(exp_(x)) - exact) / unit);
     }
     row.add("ulp", worst, 2);
-    if (!std::isnan(exp_(std::nanf("")))) row.note = "exp of NaN is not NaN";
+    if (!std::isnan(exp_(std::nanf("")))) row.note = "exp(NaN) is not NaN";
     if (!(exp_(-1e9f) < 2e-38f) || !(exp_(1e9f) > 1e38f)) row.note = "exp does not saturate";
     return row;
 }
@@ -557,8 +552,8 @@ Config small_config(const std::string& architecture_name) {
 const std::vector<std::string> architectures = {"gpt2",  "llama", "llama-gqa",
                                                 "qwen2", "olmo",  "olmo2"};
 
-// Every row of the table, and each with a gate. +scaled-init changes no computation, only where it
-// starts, which check_initialization looks at.
+// Every scheme of the table, with and without a gate. +scaled-init only changes initial weights,
+// which check_initialization covers.
 std::vector<std::string> all_schemes() {
     std::vector<std::string> names;
     for (const SchemeRow& row : scheme_table()) {
@@ -570,16 +565,17 @@ std::vector<std::string> all_schemes() {
     return names;
 }
 
-bool has_scheme(const Config& c) {
+// Whether the architecture has what the scheme needs.
+bool supports_scheme(const Config& c) {
     return c.norm_weight || c.scheme.row->depth != DepthScale::init_weight;
 }
 
-// Values that are not special: norm weights around 1, biases and gates away from 0.
+// Generic values: norm weights around 1, biases and gates other than 0.
 Doubles test_values(const Param& p) {
     const size_t n = size_t(p.size());
     auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
     if (p.decay) return random_values(n, p.name, 0, 1 / std::sqrt(double(p.shape[1])));
-    if (named("_gate")) return random_values(n, p.name, 0.1, 0.3); // silu(g) = 1 would end r
+    if (named("_gate")) return random_values(n, p.name, 0.1, 0.3); // silu(g) = 1 would cancel r
     if (named("_gamma")) return random_values(n, p.name, 0.6, 0.3);
     if (named("norm") || named("ln_")) return random_values(n, p.name, named("bias") ? 0 : 1, 0.3);
     return random_values(n, p.name, 0, 0.3);
@@ -602,12 +598,12 @@ void test_batch(const Config& c, int n, std::vector<int>& inputs, std::vector<in
     }
 }
 
-// The gradient of p; all tensors of one number (gates, SkipInit's γ) count as one tensor, since
-// alone one of them may be 0 but for rounding: the last gate scales what the final norm norms.
+// Gradients by tensor name. All tensors with a single element (gates, SkipInit's γ) count as one
+// tensor, since one of them may be 0 up to rounding: the final norm cancels the last gate's scale.
 template <class S> std::map<std::string, Doubles> gradients_of(const CpuModel<S>& model) {
     std::map<std::string, Doubles> all;
     for (const Param& p : model.registry.params) {
-        Doubles& g = all[p.size() == 1 ? "numbers" : p.name];
+        Doubles& g = all[p.size() == 1 ? "scalars" : p.name];
         for (int64_t i = 0; i < p.size(); i++) g.push_back(double(model.gradients[p.offset + i]));
     }
     return all;
@@ -622,14 +618,14 @@ double compare_gradients(const std::map<std::string, Doubles>& a,
     return worst;
 }
 
-// Finite differences of the loss by every parameter, and float against double.
+// The gradient of every parameter against finite differences of the loss.
 Row check_model(const std::string& architecture_name, const std::string& scheme, int B, int T,
                 bool masked) {
     Config c = small_config(architecture_name);
     c.scheme = parse_scheme(scheme);
     c.scheme.lns_power = 0.7;
     complete_config(c);
-    Row row{architecture_name + "  " + scheme, {}, {}, ""};
+    Row row{architecture_name + "  " + scheme};
     if (B != 2 || T != 7) row.name += cat("  B=", B, " T=", T);
 
     std::vector<int> inputs, targets;
@@ -639,7 +635,7 @@ Row check_model(const std::string& architecture_name, const std::string& scheme,
     const double scale = 1.0 / double(B * T);
     const double loss = model.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
 
-    // What stop() sees stays as it is at the point of the gradient.
+    // Finite differences keep the argument of stop() constant.
     std::vector<Doubles> frozen(2 * c.layers + 1);
     for (int k = 1; k <= 2 * c.layers; k++) {
         Junction j = junction(c.scheme, c.layers, k);
@@ -655,7 +651,7 @@ Row check_model(const std::string& architecture_name, const std::string& scheme,
     std::map<std::string, Quotients> quotients;
     for (const Param& p : model.registry.params) {
         const Doubles g(model.gradients + p.offset, model.gradients + p.offset + p.size());
-        measure(quotients[p.size() == 1 ? "numbers" : p.name], model.parameters + p.offset,
+        measure(quotients[p.size() == 1 ? "scalars" : p.name], model.parameters + p.offset,
                 g.data(), g.size(), objective);
     }
     double worst = 0;
@@ -666,7 +662,8 @@ Row check_model(const std::string& architecture_name, const std::string& scheme,
     return row;
 }
 
-// gemm() in float may be oneDNN, whose primitives run on one thread at a time; so this is apart.
+// Float against double. Separate from check_model, which runs in parallel: gemm() in float may be
+// oneDNN, whose primitives run on one thread at a time.
 void check_float(Row& row, const std::string& architecture_name, const std::string& scheme, int B,
                  int T, bool masked) {
     Config c = small_config(architecture_name);
@@ -681,15 +678,13 @@ void check_float(Row& row, const std::string& architecture_name, const std::stri
     const double scale = 1.0 / double(B * T);
     const double loss = exact.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
     const double rounded = model.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
-    // Float resolves 6e-8 of the largest terms; a tensor far below the others is compared to 1e-3
-    // of the whole gradient.
+    // The resolution of float is 6e-8 of the largest terms, so the error of a small tensor is
+    // relative to 1e-3 of the whole gradient.
     double error = compare_gradients(gradients_of(model), gradients_of(exact), 1e-3);
     row.add("float", std::max(error, std::fabs(rounded - loss) / loss), float_tolerance);
 }
 
-// A model wide enough for a rounding error of 2^-9 in each number to average out of its sums, at
-// its initial weights: where they are large, attention is sharp, and e^x multiplies the error of
-// its argument by x.
+// A model wide enough that rounding errors of 2^-9 average out in its sums.
 Config bf16_config(const std::string& architecture_name, const std::string& scheme) {
     Config c = small_config(architecture_name);
     c.vocab_size = 97;
@@ -702,10 +697,10 @@ Config bf16_config(const std::string& architecture_name, const std::string& sche
     return c;
 }
 
-// bf16 against float, at the same weights, which bf16 has. They are about the 0.02 of a model's
-// start for every scheme: with larger ones attention is sharp, and eˣ makes of an error of x a
-// relative one of itself (deepnorm's own start, with Xavier's weights in q and k, gave 1.8e-2
-// to 2.3e-2 by seed).
+// bf16 against float, at the same weights, exact in bf16. Matrices have about the initial standard
+// deviation of 0.02 under every scheme: with larger weights attention is sharp, and an absolute
+// error of x becomes a relative error of eˣ (deepnorm's own initialization, with Xavier's weights
+// in q and k, gave errors of 1.8e-2 to 2.3e-2, depending on the seed).
 void check_bf16(Row& row, const std::string& architecture_name, const std::string& scheme) {
     const Config c = bf16_config(architecture_name, scheme);
     const int B = 2, T = c.positions;
@@ -726,9 +721,9 @@ void check_bf16(Row& row, const std::string& architecture_name, const std::strin
     const double scale = 1.0 / double(B * T);
     const double loss = exact.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
     const double rounded = model.loss_and_gradients(inputs.data(), targets.data(), B, T, scale);
-    // A tensor below 1/100 of the whole gradient is what is left of sums that cancel (the bias of k
-    // does not change a softmax, a gate's gradient is one sum over all channels), and is compared
-    // to that.
+    // A tensor below 1/100 of the whole gradient is the remainder of sums that cancel (the bias of
+    // k does not change a softmax; a gate's gradient is one sum over all channels), so its error is
+    // relative to that.
     double error = compare_gradients(gradients_of(model), gradients_of(exact), 1e-2);
     row.add("bf16", std::max(error, std::fabs(rounded - loss) / loss), bf16_tolerance);
 }
@@ -747,7 +742,7 @@ Config fixture_config(const nlohmann::json& j) {
     return c;
 }
 
-// From the file's layout to memory's.
+// Converts values from the file's layout to that of parameters.
 Doubles from_file(const Param& p, const Doubles& values) {
     if (!p.transposed) return values;
     Doubles out(values.size());
@@ -788,7 +783,7 @@ double fixture_error(const Safetensors& file, const Config& c, const std::string
     std::map<std::string, Doubles> expected;
     for (const Param& p : model.registry.params) {
         Doubles g = from_file(p, tensor(scheme + "/grad." + p.name));
-        Doubles& all = expected[p.size() == 1 ? "numbers" : p.name];
+        Doubles& all = expected[p.size() == 1 ? "scalars" : p.name];
         all.insert(all.end(), g.begin(), g.end());
     }
     const double loss = tensor(scheme + "/loss")[0];
@@ -803,12 +798,12 @@ std::vector<Row> check_fixtures(const std::string& filter) {
         Safetensors file("dev/reference/fixtures/" + name + ".safetensors");
         Config c = fixture_config(nlohmann::json::parse(file.metadata().at("config")));
         for (const std::string scheme : nlohmann::json::parse(file.metadata().at("schemes"))) {
-            Row row{"PyTorch: " + name + "  " + scheme, {}, {}, ""};
+            Row row{"PyTorch: " + name + "  " + scheme};
             if (row.name.find(filter) == std::string::npos) continue;
             c.scheme = parse_scheme(scheme);
             complete_config(c);
             row.add("float", fixture_error<float>(file, c, scheme), torch_tolerance);
-            // In double only the rounding of the stored float32 values is left.
+            // In double, the only error is the rounding of the stored float32 values.
             row.add("double", fixture_error<double>(file, c, scheme), 1e-6);
             rows.push_back(row);
         }
@@ -817,7 +812,7 @@ std::vector<Row> check_fixtures(const std::string& filter) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What makes a scheme that scheme
+// Properties of schemes, architectures and passes
 
 template <class S> struct Pass {
     double loss;
@@ -848,7 +843,7 @@ Pass<float> pass_of(Config c, const std::string& scheme, double lns_power = 0.5)
     return pass(model, 2, 7, inputs, targets);
 }
 
-// 0 if the two are equal to the bit, else 1.
+// 0 if all bits are equal, else 1.
 double bits_differ(const Pass<float>& a, const Pass<float>& b) {
     auto same = [](const std::vector<float>& x, const std::vector<float>& y) {
         return x.size() == y.size() &&
@@ -857,22 +852,19 @@ double bits_differ(const Pass<float>& a, const Pass<float>& b) {
     return same(a.logits, b.logits) && same(a.gradients, b.gradients) && a.loss == b.loss ? 0 : 1;
 }
 
-Row check_same(const std::string& architecture_name, const std::string& a, double power,
-               const std::string& b) {
+// The two schemes give the same bits; power is --lns-power for the first.
+Row check_same_bits(const std::string& architecture_name, const std::string& a, double power,
+                    const std::string& b) {
     Config c = small_config(architecture_name);
-    Row row{cat("claim: ", architecture_name, "  ", a, power == 0 ? " --lns-power 0" : "", " is ",
-                b, ", to the bit"),
-            {},
-            {},
-            ""};
+    Row row{cat("claim: ", architecture_name, "  ", a, power == 0 ? " --lns-power 0" : "",
+                " equals ", b, ", bit for bit")};
     row.add("differ", bits_differ(pass_of(c, a, power), pass_of(c, b)), 0);
     return row;
 }
 
-// The scale of LNS multiplied into the norms' weights and biases: the same model under pre.
+// Multiplying the scales of LNS into the norms' weights and biases gives the same model under pre.
 Row check_folded(const std::string& architecture_name) {
-    Row row{
-        "claim: " + architecture_name + "  lns folded into its norm weights is pre", {}, {}, ""};
+    Row row{"claim: " + architecture_name + "  lns folded into its norm weights is pre"};
     Config c = small_config(architecture_name);
     c.scheme = parse_scheme("lns");
     complete_config(c);
@@ -897,10 +889,7 @@ Row check_folded(const std::string& architecture_name) {
 
 // The scale is 1/sqrt(layer) on both norms of a layer, and 1 on the final norm.
 Row check_lns_scales() {
-    Row row{"claim: lns scales by 1/sqrt(1), 1/sqrt(1), 1/sqrt(2), 1/sqrt(2), ..., final 1",
-            {},
-            {},
-            ""};
+    Row row{"claim: lns scales by 1/sqrt(1), 1/sqrt(1), 1/sqrt(2), 1/sqrt(2), ..., final 1"};
     Scheme scheme = parse_scheme("lns");
     double worst = 0;
     for (int k = 0; k < 24; k++) {
@@ -912,12 +901,12 @@ Row check_lns_scales() {
     row.add("scale", worst, 1e-15);
     scheme.lns_mlp = false;
     if (junction(scheme, 12, 5).in_scale != 1 || junction(scheme, 12, 4).in_scale == 1)
-        row.note = "--lns-sites attn does not leave the MLP's norms alone";
+        row.note = "--lns-sites attn changes the MLP's norms";
     return row;
 }
 
 Row check_causal(const std::string& architecture_name) {
-    Row row{"claim: " + architecture_name + "  a token does not see those after it", {}, {}, ""};
+    Row row{"claim: " + architecture_name + "  tokens do not depend on later ones"};
     Config c = small_config(architecture_name);
     complete_config(c);
     std::vector<int> inputs, targets;
@@ -932,16 +921,16 @@ Row check_causal(const std::string& architecture_name) {
     model.logits(inputs.data(), 1, 7, false, after.data());
     row.add("differ", !std::equal(before.begin(), before.begin() + 4 * V, after.begin()), 0);
     if (std::equal(before.begin() + 4 * V, before.begin() + 5 * V, after.begin() + 4 * V))
-        row.note = "a token does not see itself";
+        row.note = "a position does not depend on its own token";
     if (!std::equal(last.begin(), last.end(), before.begin() + 6 * V))
-        row.note = "the last position's logits differ when they alone are asked for";
+        row.note = "the last position's logits differ if only they are requested";
     return row;
 }
 
-// Logits asked for token by token, as text is generated, where each call goes on from the last one,
-// equal those of the whole sequence at once; so they do when the sequence turns elsewhere.
+// Logits computed token by token with the KV cache, as when generating text, equal those of the
+// whole sequence, also after earlier tokens change.
 Row check_continuation(const std::string& architecture_name) {
-    Row row{"claim: " + architecture_name + "  generating goes on where it was", {}, {}, ""};
+    Row row{"claim: " + architecture_name + "  generating equals the whole sequence"};
     Config c = small_config(architecture_name);
     complete_config(c);
     std::vector<int> inputs, targets;
@@ -952,22 +941,23 @@ Row check_continuation(const std::string& architecture_name) {
     std::vector<float> expected(V), found(V);
     double worst = 0;
     for (int t : {2, 3, 4, 9, 5, 6, 3}) {
-        if (t == 5) inputs[3] = (inputs[3] + 1) % V; // another continuation
+        if (t == 5) inputs[3] = (inputs[3] + 1) % V; // earlier tokens change
         whole.kv_cache_valid = false;
         whole.logits(inputs.data(), 1, t, true, expected.data());
         parts.logits(inputs.data(), 1, t, true, found.data());
         worst =
             std::max(worst, relative_error(found, Doubles(expected.begin(), expected.end()), 0));
         if (whole.first != 0) row.note = "the whole sequence was not computed";
-        if (t == 9 && parts.first != 4) row.note = cat("position ", parts.first, " was the first");
+        if (t == 9 && parts.first != 4)
+            row.note = cat("the first computed position was ", parts.first, ", expected 4");
     }
     row.add("logits", worst, 1e-7);
     return row;
 }
 
-// Two micro-batches with masked targets are one batch of both.
+// Two micro-batches with masked targets give the gradients of one batch.
 Row check_accumulation() {
-    Row row{"claim: micro-batches add up to the batch", {}, {}, ""};
+    Row row{"claim: micro-batches add up to the batch"};
     Config c = small_config("llama");
     complete_config(c);
     std::vector<int> inputs, targets;
@@ -982,17 +972,17 @@ Row check_accumulation() {
     return row;
 }
 
-// A second pass with the same numbers gives the same bits, on any number of threads in double.
+// A second pass with the same parameters gives the same bits.
 Row check_deterministic() {
-    Row row{"claim: a pass repeats to the bit", {}, {}, ""};
+    Row row{"claim: a repeated pass gives the same bits"};
     Config c = small_config("llama");
     row.add("differ", bits_differ(pass_of(c, "sandwich+gpas"), pass_of(c, "sandwich+gpas")), 0);
     return row;
 }
 
-// Three steps of AdamW against the formula, written out once more.
+// Three steps of AdamW against the formula, written out independently.
 Row check_adamw() {
-    Row row{"AdamW against its formula, decay on matrices only", {}, {}, ""};
+    Row row{"AdamW against its formula, decay on matrices only"};
     Config c = small_config("qwen2");
     complete_config(c);
     CpuModel<double> model(c, 1, 1, {});
@@ -1031,38 +1021,37 @@ Row check_adamw() {
     return row;
 }
 
-// What is not kept is computed again to the bit, whatever of it a scheme has.
+// Recomputed activations have the same bits as stored ones, under every scheme.
 template <class S> Row check_recompute(const std::string& name, const std::string& scheme) {
     Row row{cat("claim: ", sizeof(S) == 2 ? "bf16 " : "", name, "  ", scheme,
-                "  gradients do not change with --recompute"),
-            {},
-            {},
-            ""};
+                "  gradients do not change with --recompute")};
     const Config c = bf16_config(name, scheme);
     std::vector<int> inputs, targets;
     test_batch(c, 2 * 7, inputs, targets, true);
     std::vector<float> kept;
     int64_t bytes = 0, differ = 0;
-    for (Recompute again : {Recompute::none, Recompute::activations, Recompute::layers}) {
-        CpuModel<S> model(c, 2, 7, {.recompute = again});
+    for (Recompute recompute : {Recompute::none, Recompute::activations, Recompute::layers}) {
+        CpuModel<S> model(c, 2, 7, {.recompute = recompute});
         model.initialize(1);
         for (int pass = 0; pass < 2; pass++) // the second adds to the first
             model.loss_and_gradients(inputs.data(), targets.data(), 2, 7, 0.1);
-        if (again == Recompute::none) kept.assign(model.gradients.begin(), model.gradients.end());
+        if (recompute == Recompute::none)
+            kept.assign(model.gradients.begin(), model.gradients.end());
         for (size_t i = 0; i < kept.size(); i++)
             differ += float(model.gradients[i]) != kept[i] || !std::isfinite(kept[i]);
-        if (again != Recompute::none && model.bytes() >= bytes) row.note = "it saves no memory";
+        if (recompute != Recompute::none && model.bytes() >= bytes)
+            row.note = "--recompute saves no memory";
         bytes = model.bytes();
     }
     row.add("differ", double(differ), 0);
     return row;
 }
 
-// The weights after steps with a gradient of 1, where Adam's step is the learning rate: float
-// master weights follow it; bf16 rounded to nearest loses what is below 1/512 of a weight; rounded
-// stochastically it is right in the mean.
+// The mean weight after steps with a gradient of 1, where Adam's step is the learning rate. Float
+// master weights follow it; bf16 weights rounded to nearest lose steps below 1/512 of a weight;
+// rounded stochastically they are correct on average.
 Row check_rounding() {
-    Row row{"AdamW in bf16: master weights, nearest, stochastic", {}, {}, ""};
+    Row row{"AdamW in bf16: master weights, nearest, stochastic"};
     Config c = bf16_config("llama", "pre");
     const int steps = 64;
     const double lr = 1e-3, expected = 1 - lr * steps;
@@ -1092,10 +1081,10 @@ Row check_rounding() {
     return row;
 }
 
-// Every matrix starts with the standard deviation of the design's table. For a sample of n normal
-// numbers the relative error of that is about 1/sqrt(2n).
+// Every matrix has the initial standard deviation of its scheme. Estimated from n normal numbers it
+// has a relative error of about 1/sqrt(2n).
 Row check_initialization(const std::string& scheme) {
-    Row row{"initialization: " + scheme, {}, {}, ""};
+    Row row{"initialization: " + scheme};
     Config c = preset_config("llama-9m");
     c.vocab_size = 500;
     c.scheme = parse_scheme(scheme);
@@ -1137,9 +1126,9 @@ Row check_initialization(const std::string& scheme) {
     return row;
 }
 
-// Philox's known answers, of the Random123 distribution's kat_vectors.
+// Philox against known answers from Random123's kat_vectors, and moments of normal numbers.
 Row check_random() {
-    Row row{"random numbers: Philox4x32-10, normal moments", {}, {}, ""};
+    Row row{"random numbers: Philox4x32-10, normal moments"};
     const auto zero = philox(0, 0, 0);
     const auto ones = philox(~0ull, ~0ull, ~0ull);
     const std::array<uint32_t, 4> zero_known = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
@@ -1158,22 +1147,23 @@ Row check_random() {
     return row;
 }
 
-// A buffer's tensors; all of one number count as one, as in gradients_of.
+// A buffer's tensors; those with a single element count as one, as in gradients_of.
 std::map<std::string, Doubles> tensors_of(Model& model, Buffer buffer) {
     std::map<std::string, Doubles> all;
     for (const Param& p : model.registry.params) {
         std::vector<float> values(p.size());
         model.read(buffer, p, values.data());
-        Doubles& tensor = all[p.size() == 1 ? "numbers" : p.name];
+        Doubles& tensor = all[p.size() == 1 ? "scalars" : p.name];
         tensor.insert(tensor.end(), values.begin(), values.end());
     }
     return all;
 }
 
-// Weights that bf16 has exactly: matrices of the size of a model's start; norms, biases and gates
-// as they start, or at values that are not special. Moments are 0 where the model is new.
-void fill_like(Model& model, bool as_started = false) {
-    if (as_started) model.initialize(1); // moments too
+// Fills the model with weights that are exact in bf16: matrices with about the initial standard
+// deviation; norms, biases and gates with their initial values if `initial`, else generic ones.
+// Moments become 0 if `initial`.
+void fill_weights(Model& model, bool initial = false) {
+    if (initial) model.initialize(1); // moments too
     for (const Param& p : model.registry.params) {
         std::vector<float> values(p.size());
         model.read(Buffer::parameters, p, values.data());
@@ -1182,13 +1172,13 @@ void fill_like(Model& model, bool as_started = false) {
             other =
                 random_values(size_t(p.size()), p.name, 0, 0.25 / std::sqrt(model.config.width));
         for (size_t i = 0; i < values.size(); i++)
-            values[i] = float(bf16(p.decay || !as_started ? float(other[i]) : values[i]));
+            values[i] = float(bf16(p.decay || !initial ? float(other[i]) : values[i]));
         model.write(Buffer::parameters, p, values.data());
     }
 }
 
-// What a model tells of its streams where they lie, against the same from copies of them, after a
-// pass forward and backward; the worst relative error.
+// Compares the statistics of streams that a model computes in place with those of copies of the
+// streams, in a forward and a backward pass. Returns the largest relative error.
 double statistics_error(Model& model, const std::vector<int>& inputs,
                         const std::vector<int>& targets, int B, int T) {
     const int L = model.config.layers, C = model.config.width, rows = B * T;
@@ -1243,7 +1233,7 @@ double statistics_error(Model& model, const std::vector<int>& inputs,
                 if (l == m && chords[row] != 0) worst = INFINITY;
             }
         }
-    // Back, and again from the middle.
+    // Rewinding to a layer and running the rest again
     const double loss = model.finish(targets.data());
     model.rewind(1);
     if (copy(Model::Stream::residual) != r[1]) worst = INFINITY;
@@ -1260,7 +1250,7 @@ double statistics_error(Model& model, const std::vector<int>& inputs,
         for (float x : g) square += double(x) * x;
         compare(squares[i], square, square > 0 ? square : 1);
     }
-    // Some rows, and none beside them.
+    // write_rows writes the given rows and zeroes the others.
     std::vector<float> values(2 * C), back(values.size());
     for (int i = 0; i < 2 * C; i++) values[i] = float(i + 1);
     model.write_rows(Model::Stream::gradient, {rows - 1, 2}, values.data());
@@ -1272,29 +1262,29 @@ double statistics_error(Model& model, const std::vector<int>& inputs,
     return worst;
 }
 
-// Layer by layer, a model computes what it computes at once, forward and backward; a layer that is
-// left out is as if the model had been built without it.
+// Running a model layer by layer gives the results of a whole pass, forward and backward; skipping
+// a layer gives those of a model built without it.
 template <class Make>
 Row check_layers(const std::string& prefix, const std::string& name, const std::string& scheme,
                  const Make& make) {
-    Row row{cat(prefix, name, "  ", scheme, "  layer by layer"), {}, {}, ""};
+    Row row{cat(prefix, name, "  ", scheme, "  layer by layer")};
     Config c = bf16_config(name, scheme);
     const int B = 2, T = 9;
     std::vector<int> inputs, targets;
     test_batch(c, B * T, inputs, targets, true);
     std::unique_ptr<Model> whole = make(c, B, T), parts = make(c, B, T);
-    fill_like(*whole), fill_like(*parts);
+    fill_weights(*whole), fill_weights(*parts);
     whole->zero_gradients(), parts->zero_gradients();
     const double loss = whole->loss_and_gradients(inputs.data(), targets.data(), B, T, 0.1);
     parts->embed(inputs.data(), B, T);
     for (int l = 0; l < c.layers; l++) parts->run_layer(l);
     const double found = parts->finish(targets.data());
-    row.add("loss", std::fabs(found - loss) / loss, 1e-6); // a pass may round its logits
+    row.add("loss", std::fabs(found - loss) / loss, 1e-6); // a whole pass may round its logits
     parts->finish_backward(targets.data(), 0.1);
     for (int l = c.layers - 1; l >= 0; l--) parts->run_layer_backward(l);
     auto gradients = tensors_of(*whole, Buffer::gradients);
     auto by_layer = tensors_of(*parts, Buffer::gradients);
-    double worst = 0, all = 0; // without what the embedding gets below its norm
+    double worst = 0, all = 0; // without embeddings, which run_layer_backward stops above
     for (const auto& [n, g] : gradients) all += norm(g) * norm(g);
     for (const auto& [n, g] : gradients) {
         const bool embedding = n.find("wte") != std::string::npos ||
@@ -1305,8 +1295,8 @@ Row check_layers(const std::string& prefix, const std::string& name, const std::
     }
     row.add("gradients", worst, 1e-5);
 
-    // Without the middle one of 3 layers. The scales of lns and the layers of mix are by number, so
-    // that only where they do not matter the shorter model is the same.
+    // Skips the middle one of 3 layers. The scales of lns and the layers of mix depend on the
+    // layer's number, so the shorter model is the same only under other schemes.
     parts->embed(inputs.data(), B, T);
     std::vector<float> before(size_t(B) * T * c.width), after(before.size()), b(before.size());
     parts->read(Model::Stream::residual, before.data());
@@ -1338,9 +1328,9 @@ Row check_layers(const std::string& prefix, const std::string& name, const std::
 }
 
 // ---------------------------------------------------------------------------------------------
-// The GPU, against the CPU: train_gpt.cu through the interface that both implement
+// The GPU against the CPU, through the Model interface
 
-// Of a program without the simulator.
+// The default for programs without the simulator.
 [[gnu::weak]] const SimulatedGpu* simulated_gpu() { return nullptr; }
 
 const Ranks& alone() {
@@ -1353,18 +1343,18 @@ std::unique_ptr<Model> gpu_model(const Config& c, int B, int T, ModelOptions opt
     return make_cuda_model(c, B, T, options, alone());
 }
 
-// Two passes, of which the second adds to the first, then a step of AdamW.
+// The results of two passes that accumulate gradients, then a step of AdamW.
 struct Trained {
     double loss = 0;
     std::map<std::string, Doubles> gradients, change;
     std::vector<float> logits;
 };
 
-Trained train_once(Model& model, int B, int T, bool as_started = false) {
+Trained train_once(Model& model, int B, int T, bool initial = false) {
     Trained out;
     std::vector<int> inputs, targets;
     test_batch(model.config, B * T, inputs, targets, B * T > 1);
-    fill_like(model, as_started);
+    fill_weights(model, initial);
     out.change = tensors_of(model, Buffer::parameters);
     model.zero_gradients();
     for (int pass = 0; pass < 2; pass++)
@@ -1372,8 +1362,8 @@ Trained train_once(Model& model, int B, int T, bool as_started = false) {
     out.gradients = tensors_of(model, Buffer::gradients);
     out.logits.resize(size_t(B) * T * model.config.vocab_size);
     model.logits(inputs.data(), B, T, false, out.logits.data());
-    // With so large an eps the step is nearly linear in the gradient, and with so large a rate it
-    // is not below the weights' rounding: its error is the gradient's.
+    // With this large eps the step is almost linear in the gradient, and with this large learning
+    // rate it exceeds the rounding of weights: its error is that of the gradient.
     model.update({.lr = 100, .eps = 1, .weight_decay = 1e-3, .step = 1, .grad_scale = 0.5});
     for (const auto& [name, after] : tensors_of(model, Buffer::parameters)) {
         Doubles& change = out.change[name];
@@ -1382,7 +1372,7 @@ Trained train_once(Model& model, int B, int T, bool as_started = false) {
     return out;
 }
 
-double error_of(const Trained& a, const Trained& b, double floor_share) {
+double largest_error(const Trained& a, const Trained& b, double floor_share) {
     return std::max({std::fabs(a.loss - b.loss) / b.loss,
                      relative_error(a.logits, Doubles(b.logits.begin(), b.logits.end()), 0),
                      compare_gradients(a.gradients, b.gradients, floor_share),
@@ -1395,22 +1385,24 @@ bool same_bits(const Trained& a, const Trained& b) {
 }
 
 Row check_gpu(const std::string& name, const Config& c, int B, int T) {
-    Row row{"cuda: " + name, {}, {}, ""};
+    Row row{"cuda: " + name};
     std::unique_ptr<Model> reference = make_cpu_model(c, B, T, {});
-    row.add("float",
-            error_of(train_once(*gpu_model(c, B, T), B, T), train_once(*reference, B, T), 1e-3),
-            float_tolerance);
-    // As check_bf16 has it: where norms' weights differ attention is sharper, and the CPU's bf16
-    // too is up to 2e-2 off.
+    row.add(
+        "float",
+        largest_error(train_once(*gpu_model(c, B, T), B, T), train_once(*reference, B, T), 1e-3),
+        float_tolerance);
+    // Initial norm weights, as in check_bf16: generic ones make attention sharper, and then bf16
+    // has errors of up to 2e-2 on the CPU too.
     std::unique_ptr<Model> rounded = gpu_model(c, B, T, {.dtype = DType::bf16});
-    row.add("bf16",
-            error_of(train_once(*rounded, B, T, true), train_once(*reference, B, T, true), 1e-2),
-            bf16_tolerance);
+    row.add(
+        "bf16",
+        largest_error(train_once(*rounded, B, T, true), train_once(*reference, B, T, true), 1e-2),
+        bf16_tolerance);
     return row;
 }
 
-// Sizes of every kind: several tiles of attention, groups of queries, heads, MLPs and vocabularies
-// that are padded, rows of several warps.
+// Sizes of every kind: several attention tiles, grouped queries, padded heads, MLPs and
+// vocabularies, rows that take several warps.
 std::vector<Row> check_gpu_shapes(const std::function<bool(const std::string&)>& wanted) {
     struct Shape {
         std::string architecture;
@@ -1441,15 +1433,11 @@ std::vector<Row> check_gpu_shapes(const std::function<bool(const std::string&)>&
     return rows;
 }
 
-// The same pass gives the same bits; so does what is computed again instead of kept (but for GELU,
-// which --recompute activations sees rounded); and so do threads of another order, in the
-// simulator.
+// Repeating a pass gives the same bits; so does --recompute, except for GELU, whose input
+// `--recompute activations` rounds; and in the simulator so does any order of threads.
 Row check_gpu_bits(const std::string& name, const std::string& scheme, DType dtype) {
     Row row{cat("cuda: ", name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float",
-                "  bits repeat"),
-            {},
-            {},
-            ""};
+                "  bits repeat")};
     const Config c = bf16_config(name, scheme);
     const int B = 2, T = 9;
     ModelOptions options{.dtype = dtype};
@@ -1458,18 +1446,18 @@ Row check_gpu_bits(const std::string& name, const std::string& scheme, DType dty
     model->initialize(1);
     row.add("again", !same_bits(train_once(*model, B, T), first), 0);
     int64_t bytes = model->bytes();
-    for (Recompute again : {Recompute::activations, Recompute::layers}) {
-        options.recompute = again;
+    for (Recompute recompute : {Recompute::activations, Recompute::layers}) {
+        options.recompute = recompute;
         std::unique_ptr<Model> other = gpu_model(c, B, T, options);
         const Trained found = train_once(*other, B, T);
-        if (other->bytes() >= bytes) row.note = "recomputing saves no memory";
+        if (other->bytes() >= bytes) row.note = "--recompute saves no memory";
         bytes = other->bytes();
-        if (again == Recompute::activations && !c.gated_mlp())
+        if (recompute == Recompute::activations && !c.gated_mlp())
             row.add("activations", compare_gradients(found.gradients, first.gradients, 1e-2),
                     bf16_tolerance);
         else
-            row.add(again == Recompute::layers ? "layers" : "activations", !same_bits(found, first),
-                    0);
+            row.add(recompute == Recompute::layers ? "layers" : "activations",
+                    !same_bits(found, first), 0);
     }
     if (const SimulatedGpu* gpu = simulated_gpu()) {
         options.recompute = Recompute::none;
@@ -1482,15 +1470,12 @@ Row check_gpu_bits(const std::string& name, const std::string& scheme, DType dty
     return row;
 }
 
-// begin_step and end_step do what the single calls do; and nothing to the weights if the loss is
+// begin_step and end_step equal the single calls, and leave the weights unchanged if the loss is
 // not finite.
 Row check_gpu_step(DType gradients) {
-    Row row{cat("cuda: a step at once is its parts, gradients in ",
-                gradients == DType::bf16 ? "bf16" : "float32"),
-            {},
-            {},
-            ""};
-    struct LateStreams { // of a simulated GPU: what is not waited for has not happened
+    Row row{cat("cuda: a step equals its parts, gradients in ",
+                gradients == DType::bf16 ? "bf16" : "float32")};
+    struct LateStreams { // a simulated GPU does asynchronous work only when waited for
         LateStreams() { set(true); }
         ~LateStreams() { set(false); }
         void set(bool late) {
@@ -1503,8 +1488,8 @@ Row check_gpu_step(DType gradients) {
     test_batch(c, M * B * T, inputs, targets, true);
     const ModelOptions options{.dtype = DType::bf16, .moments = gradients, .gradients = gradients};
     std::unique_ptr<Model> whole = gpu_model(c, B, T, options), parts = gpu_model(c, B, T, options);
-    fill_like(*whole), fill_like(*parts);
-    AdamW adam{.lr = 1e-2, .weight_decay = 0.1};
+    fill_weights(*whole), fill_weights(*parts);
+    Hyperparameters adam{.lr = 1e-2, .weight_decay = 0.1};
     const double clip = 0.01;
     int differ = 0;
     for (adam.step = 1; adam.step <= 3; adam.step++) {
@@ -1541,9 +1526,63 @@ Row check_gpu_step(DType gradients) {
     return row;
 }
 
-// Without master weights, and rounded stochastically: as the CPU's.
+// A row whose states differ between matrices and the rest updates in ranges, of which each has its
+// own place in the states: AdamW's bits must not depend on that.
+Row check_ranges(Device device) {
+    Row row{cat(device == Device::cuda ? "cuda: " : "", "AdamW in ranges of the buffers")};
+    const Optimizer split = {.name = "split",
+                             .title = "split",
+                             .matrices = UpdateRule::adamw,
+                             .rest = UpdateRule::adamw,
+                             .states = {{"v", "second moments"},
+                                        {.name = "of matrices", .what = "unused", .rest = false},
+                                        {"m", "first moments"}}};
+    const Config c = bf16_config("qwen2", "layerscale+gpas"); // stacks of biases, scalars
+    ModelOptions options{.device = device,
+                         .dtype = DType::bf16,
+                         .master_weights = false,
+                         .moments = DType::bf16,
+                         .stochastic_rounding = true};
+    auto make = [&] {
+        return device == Device::cuda ? gpu_model(c, 1, 1, options)
+                                      : make_cpu_model(c, 1, 1, options);
+    };
+    const std::unique_ptr<Model> whole = make();
+    options.optimizer = &split;
+    const std::unique_ptr<Model> ranges = make();
+    for (Model* model : {whole.get(), ranges.get()}) {
+        model->initialize(1);
+        for (int64_t step = 1; step <= 3; step++) {
+            for (const Param& p : model->registry.params) {
+                const Doubles g = random_values(size_t(p.size()), cat(p.name, step));
+                const std::vector<float> values(g.begin(), g.end());
+                model->write(Buffer::gradients, p, values.data());
+            }
+            model->update({.lr = 0.01, .weight_decay = 0.1, .step = step});
+        }
+    }
+    auto differ = [&](Buffer a, Buffer b) {
+        return double(tensors_of(*whole, a) != tensors_of(*ranges, b));
+    };
+    row.add("weights", differ(Buffer::parameters, Buffer::parameters), 0);
+    row.add("first moments", differ({Buffer::state, 0}, {Buffer::state, 2}), 0);
+    row.add("second moments", differ({Buffer::state, 1}, {Buffer::state, 0}), 0);
+    const int64_t more = ranges->bytes() - whole->bytes();
+    auto plan_of = [&](const Optimizer* optimizer) {
+        options.optimizer = optimizer;
+        return (device == Device::cuda ? plan_cuda_memory(c, 1, 1, options)
+                                       : plan_cpu_memory(c, 1, 1, options))
+            .optimizer;
+    };
+    if (more <= 0) row.note = "a state of matrices takes no memory";
+    row.add("memory that was not planned",
+            double(std::abs(more - (plan_of(&split) - plan_of(&optimizers()[0])))), 0);
+    return row;
+}
+
+// check_rounding on the GPU.
 Row check_gpu_rounding() {
-    Row row{"cuda: AdamW in bf16: master weights, nearest, stochastic", {}, {}, ""};
+    Row row{"cuda: AdamW in bf16: master weights, nearest, stochastic"};
     Config c = bf16_config("llama", "pre");
     const int steps = 64;
     const double lr = 1e-3, expected = 1 - lr * steps;
@@ -1572,22 +1611,22 @@ Row check_gpu_rounding() {
     return row;
 }
 
-// Logits asked for token by token equal those of the whole sequence; variance and the loss without
-// gradients are the CPU's.
+// Logits computed token by token equal those of the whole sequence; these, the variance and the
+// loss without gradients equal the CPU's.
 Row check_gpu_inference(const std::string& architecture_name) {
-    Row row{"cuda: " + architecture_name + "  generating, variance, evaluation", {}, {}, ""};
+    Row row{"cuda: " + architecture_name + "  generating, variance, evaluation"};
     const Config c = bf16_config(architecture_name, "lns");
     std::vector<int> inputs, targets;
     test_batch(c, 32, inputs, targets, true);
     std::unique_ptr<Model> reference = make_cpu_model(c, 1, 32, {.training = false}),
                            whole = gpu_model(c, 1, 32, {.training = false}),
                            parts = gpu_model(c, 1, 32, {.training = false});
-    for (Model* model : {reference.get(), whole.get(), parts.get()}) fill_like(*model);
+    for (Model* model : {reference.get(), whole.get(), parts.get()}) fill_weights(*model);
     const int V = c.vocab_size;
     std::vector<float> expected(V), found(V), all(32 * V);
     double worst = 0;
     for (int t : {2, 3, 4, 9, 5, 6, 3, 32}) {
-        if (t == 5) inputs[3] = (inputs[3] + 1) % V; // another continuation
+        if (t == 5) inputs[3] = (inputs[3] + 1) % V; // earlier tokens change
         whole->logits(inputs.data(), 1, t, false, all.data());
         parts->logits(inputs.data(), 1, t, true, found.data());
         reference->logits(inputs.data(), 1, t, true, expected.data());
@@ -1605,14 +1644,11 @@ Row check_gpu_inference(const std::string& architecture_name) {
     return row;
 }
 
-// All probes on the GPU find what they find on the CPU. Those of a run that trains bring numbers of
-// each row to the host, and no stream.
+// Layer diagnostics on the GPU equal those on the CPU. During training they copy only a few numbers
+// per row to the host, not whole streams.
 Row check_gpu_probes(const std::string& name, const std::string& scheme, DType dtype) {
     Row row{
-        cat("cuda: ", name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  probes"),
-        {},
-        {},
-        ""};
+        cat("cuda: ", name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  probes")};
     const Config c = bf16_config(name, scheme);
     const int B = 3, T = 16;
     std::vector<ProbeBatch> batches, others;
@@ -1626,15 +1662,15 @@ Row check_gpu_probes(const std::string& name, const std::string& scheme, DType d
     const ModelOptions options{.dtype = dtype};
     std::unique_ptr<Model> gpu = gpu_model(c, B, T, options),
                            cpu = make_cpu_model(c, B, T, options);
-    fill_like(*gpu), fill_like(*cpu);
-    auto numbers_of = [](const Probes& probes) {
+    fill_weights(*gpu), fill_weights(*cpu);
+    auto numbers_in = [](const LayerDiagnostics& diagnostics) {
         Doubles numbers;
         auto collect = [&](const auto& self, const nlohmann::ordered_json& value) -> void {
             if (value.is_number()) numbers.push_back(value);
             if (value.is_structured())
                 for (const auto& part : value) self(self, part);
         };
-        const nlohmann::ordered_json json = to_json(probes);
+        const nlohmann::ordered_json json = to_json(diagnostics);
         collect(collect, json);
         return numbers;
     };
@@ -1644,8 +1680,8 @@ Row check_gpu_probes(const std::string& name, const std::string& scheme, DType d
         ProbeSettings s;
         s.probes = parse_probes(probe);
         s.jacobian_layer = 2, s.jacobian_samples = 8;
-        const Doubles found = numbers_of(measure(*gpu, batches, others, s)),
-                      expected = numbers_of(measure(*cpu, batches, others, s));
+        const Doubles found = numbers_in(measure(*gpu, batches, others, s)),
+                      expected = numbers_in(measure(*cpu, batches, others, s));
         double worst = found.size() == expected.size() && !found.empty() ? 0 : INFINITY;
         for (size_t i = 0; i < expected.size() && worst < INFINITY; i++)
             worst = std::max(worst, std::fabs(found[i] - expected[i]) /
@@ -1666,9 +1702,9 @@ Row check_gpu_probes(const std::string& name, const std::string& scheme, DType d
     return row;
 }
 
-// What is planned is what is held.
+// The memory plan equals what the model allocates.
 Row check_gpu_plan() {
-    Row row{"cuda: --dry-run's bytes are the model's", {}, {}, ""};
+    Row row{"cuda: --dry-run's bytes are those allocated"};
     for (auto [name, options] :
          {std::pair{"llama", ModelOptions{}},
           {"gpt2", ModelOptions{.dtype = DType::bf16}},
@@ -1679,22 +1715,20 @@ Row check_gpu_plan() {
                     .recompute = Recompute::layers}},
           {"qwen2", ModelOptions{.training = false, .dtype = DType::bf16}}}) {
         const Config c = bf16_config(name, "peri");
-        const double held = double(gpu_model(c, 2, 32, options)->bytes());
+        const double allocated = double(gpu_model(c, 2, 32, options)->bytes());
         options.device = Device::cuda;
-        row.add(name, std::fabs(double(plan_cuda_memory(c, 2, 32, options).total()) / held - 1),
+        row.add(name,
+                std::fabs(double(plan_cuda_memory(c, 2, 32, options).total()) / allocated - 1),
                 1e-3);
     }
     return row;
 }
 
-// A few hundred steps from the same start on the same tokens, of a text that can be learned: the
-// losses stay together.
+// A few hundred steps from the same weights on the same tokens, which follow a pattern that can be
+// learned: the losses stay close.
 Row check_gpu_training(DType dtype, int steps, double tolerance) {
     Row row{cat("cuda: ", steps, " steps in ", dtype == DType::bf16 ? "bf16" : "float32",
-                " as on the CPU in float32"),
-            {},
-            {},
-            ""};
+                " as on the CPU in float32")};
     Config c = architecture("llama");
     c.vocab_size = 29, c.width = 32, c.layers = 2, c.heads = 2, c.mlp_width = 48, c.positions = 16;
     c.scheme = parse_scheme("lns");
@@ -1714,7 +1748,7 @@ Row check_gpu_training(DType dtype, int steps, double tolerance) {
                 targets[b * T + t] = (start + (t + 1) * stride) % 29;
             }
         }
-        const AdamW adam{.lr = 3e-3, .beta2 = 0.95, .weight_decay = 0.1, .step = step};
+        const Hyperparameters adam{.lr = 3e-3, .beta2 = 0.95, .weight_decay = 0.1, .step = step};
         int n = 0;
         for (Model* m : {reference.get(), model.get()}) {
             m->begin_step({inputs.data(), targets.data(), 1, B, T, 1.0 / (B * T), 1, adam});
@@ -1728,7 +1762,7 @@ Row check_gpu_training(DType dtype, int steps, double tolerance) {
     return row;
 }
 
-std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wanted) {
+std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wanted) {
     std::vector<Row> rows;
     if (const std::string why = why_no_gpu(); !why.empty()) {
         std::printf("SKIPPED: the rows `cuda: …`: %s\n", why.c_str());
@@ -1743,7 +1777,7 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
         for (const std::string& scheme : all_schemes()) {
             Config small = small_config(name);
             small.scheme = parse_scheme(scheme);
-            if (!has_scheme(small)) continue;
+            if (!supports_scheme(small)) continue;
             keep(name + "  " + scheme,
                  [&] { return check_gpu(name + "  " + scheme, bf16_config(name, scheme), 2, 8); });
         }
@@ -1775,12 +1809,13 @@ std::vector<Row> check_gpus(const std::function<bool(const std::string&)>& wante
         keep(name + "  generating, variance, evaluation",
              [&] { return check_gpu_inference(name); });
     for (DType gradients : {DType::float32, DType::bf16})
-        keep(cat("a step at once is its parts, gradients in ",
+        keep(cat("a step equals its parts, gradients in ",
                  gradients == DType::bf16 ? "bf16" : "float32"),
              [&] { return check_gpu_step(gradients); });
     keep("AdamW in bf16: master weights, nearest, stochastic", check_gpu_rounding);
-    keep("--dry-run's bytes are the model's", check_gpu_plan);
-    // Chaos: two trainings in float that differ by rounding alone drift apart this far.
+    keep("AdamW in ranges of the buffers", [] { return check_ranges(Device::cuda); });
+    keep("--dry-run's bytes are those allocated", check_gpu_plan);
+    // Training is chaotic: two runs in float that differ only by rounding diverge this far.
     keep("200 steps in float32 as on the CPU in float32",
          [] { return check_gpu_training(DType::float32, 200, 2e-2); });
     keep("200 steps in bf16 as on the CPU in float32",
@@ -1797,8 +1832,8 @@ std::vector<Row> all_rows(const std::string& filter) {
         if (wanted(row.name)) rows.push_back(std::move(row));
     };
     if (filter.rfind("PyTorch", 0) == 0) return check_fixtures(filter);
-    rows = check_gpus(wanted);
-    if (simulated_gpu()) return rows; // test_gpt has the others
+    rows = check_gpu_all(wanted);
+    if (simulated_gpu()) return rows; // test_gpt runs the other rows
     if (filter.rfind("cuda", 0) == 0) return rows;
 
     keep(check_random()), keep(check_exp()), keep(check_gemm()), keep(check_embedding());
@@ -1828,18 +1863,19 @@ std::vector<Row> all_rows(const std::string& filter) {
                              {1, 35, 2, 1, 4},
                              {1, 64, 2, 2, 2}})
         keep(check_attention(a));
-    keep(check_gelu()), keep(check_swiglu()), keep(check_cross_entropy()), keep(check_adamw());
+    for (int i = 0; i < int(std::size(activations)); i++) keep(check_activation(Activation(i)));
+    keep(check_cross_entropy()), keep(check_adamw()), keep(check_ranges(Device::cpu));
     keep(check_rounding());
 
     for (const std::string& scheme : scheme_names()) keep(check_initialization(scheme));
     for (const char* scheme : {"lns+gpas+scaled-init", "deepnorm+scaled-init"})
         keep(check_initialization(scheme));
     for (const std::string& name : architectures) {
-        keep(check_same(name, "lns", 0, "pre"));
-        keep(check_same(name, "mix:0", 0.5, "pre"));
-        keep(check_same(name, "mix:3", 0.5, "post"));
-        keep(check_same(name, "mix:3+gpas", 0.5, "post+gpas"));
-        if (small_config(name).norm_weight) keep(check_folded(name)); // OLMo has none to fold into
+        keep(check_same_bits(name, "lns", 0, "pre"));
+        keep(check_same_bits(name, "mix:0", 0.5, "pre"));
+        keep(check_same_bits(name, "mix:3", 0.5, "post"));
+        keep(check_same_bits(name, "mix:3+gpas", 0.5, "post+gpas"));
+        if (small_config(name).norm_weight) keep(check_folded(name)); // OLMo has no norm weights
         keep(check_causal(name)), keep(check_continuation(name));
     }
     keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
@@ -1873,7 +1909,7 @@ std::vector<Row> all_rows(const std::string& filter) {
     std::erase_if(cases, [&](const Case& c) {
         Config config = small_config(c.architecture);
         config.scheme = parse_scheme(c.scheme);
-        return !has_scheme(config) || !wanted(c.architecture + "  " + c.scheme);
+        return !supports_scheme(config) || !wanted(c.architecture + "  " + c.scheme);
     });
     const size_t first = rows.size();
     rows.resize(first + cases.size());

@@ -45,15 +45,16 @@ namespace lns {
 // ---------------------------------------------------------------------------------------------
 // Embedding
 
-// out (rows, C) = wte[token] + wpe[position], wte (V, C), wpe (T, C) or null. The first row is at
-// position `first`, which is 0 unless B is 1.
+// out (rows, C) = wte[token] + wpe[position], wte (V, C), wpe (T, C) or null. positions (rows), or
+// null: the first row is at position `first`, which is 0 unless B is 1.
 template <class S>
 void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, int first,
-                       int64_t rows, int T, int C) {
+                       int64_t rows, int T, int C, const int* positions = nullptr) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const S* token = wte + int64_t(tokens[row]) * C;
-        const S* position = wpe ? wpe + (first + row) % T * C : nullptr;
+        const int64_t t = positions ? positions[row] : (first + row) % T;
+        const S* position = wpe ? wpe + t * C : nullptr;
         for (int i = 0; i < C; i++)
             out[row * C + i] = Acc<S>(token[i]) + (position ? Acc<S>(position[i]) : Acc<S>(0));
     }
@@ -372,10 +373,14 @@ void matmul_backward_weight(Acc<S>* dw, Acc<S>* dbias, const S* dout, const S* i
 struct AttentionShape {
     int B, T, NH, KVH, HS;
     int first = 0; // positions before this one are in the KV cache; 0 unless B is 1
+    Branches branches = {};
     int64_t rows() const { return int64_t(B) * T; }
     int q_width() const { return NH * HS; }
     int kv_width() const { return KVH * HS; }
     int row() const { return (NH + 2 * KVH) * HS; }
+    int64_t position(int64_t row) const {
+        return branches.position ? branches.position[row] : row % T;
+    }
 };
 
 // Rotary positions (arXiv 2104.09864) of one head's HS channels, with Hugging Face's pairing:
@@ -419,7 +424,7 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
             norm_row_forward(stats[2 * row + 1], z + Q, k_weight, none, A(1), z + Q, K);
         }
         for (int head = 0; head < a.NH + a.KVH && table; head++)
-            rotate(z + head * HS, z + head * HS, table + row % a.T * (HS / 2), A(1), HS);
+            rotate(z + head * HS, z + head * HS, table + a.position(row) * (HS / 2), A(1), HS);
         for (int i = 0; i < a.row(); i++) y[i] = z[i];
     }
 }
@@ -462,6 +467,13 @@ const int attention_tile = 64;
 template <class A> void apply_causal_mask(A* score, int visible, int seen) {
     std::fill(score + visible, score + seen, A(-1e30));
 }
+// The same for other branches' keys of query t of sequence b.
+template <class A> void apply_branch_mask(A* score, int b, int t, const AttentionShape& a) {
+    if (!a.branches.branch) return;
+    const int64_t row = int64_t(b) * a.T + t;
+    const int own = a.branches.branch[row], hidden = t - a.branches.position[row];
+    std::fill(score + own - hidden, score + own, A(-1e30));
+}
 
 // out (B, T, NH·HS) = softmax(q kᵀ / sqrt(HS)) v, causal: position t attends to 0 … t. lse
 // (B, NH, T): the logarithm of each softmax's denominator.
@@ -493,6 +505,7 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                         A* score = scores + int64_t(i) * T;
                         S* probability = p + int64_t(i) * T; // not yet divided by the sum
                         apply_causal_mask(score, t0 + i + 1, seen);
+                        apply_branch_mask(score, b, t0 + i, a);
                         const A largest = largest_of(seen, score);
                         const A sum = A(sum_of<A>(seen, [=](int64_t t) {
                             const A e = exp_below(scale * (score[t] - largest));
@@ -589,7 +602,7 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
 }
 
 // ---------------------------------------------------------------------------------------------
-// The MLP's activation functions: a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
+// The MLP's activation functions
 
 // GELU in its tanh form (arXiv 1606.08415): x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
 // That is x · sigmoid(2 · tanh's argument).
@@ -640,6 +653,28 @@ template <class S> void swiglu_backward(S* dh, const S* da, const S* h, int64_t 
     }
 }
 
+// a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
+template <class S>
+void activation_forward(Activation activation, S* out, const S* h, int64_t rows, int H) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_forward(out, h, rows * H);
+    case Activation::swiglu:
+        return swiglu_forward(out, h, rows, H);
+    }
+}
+
+template <class S>
+void activation_backward(Activation activation, S* dh, const S* da, const S* h, int64_t rows,
+                         int H) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_backward(dh, da, h, rows * H);
+    case Activation::swiglu:
+        return swiglu_backward(dh, da, h, rows, H);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Loss
 
@@ -681,7 +716,7 @@ void cross_entropy(Acc<S>* losses, Acc<S>* logits, S* dlogits, const int* target
 // w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
 
 // The flat buffers. weights: the master weights, whose rounded copy is `parameters`; or the
-// parameters themselves, and `parameters` is null.
+// parameters themselves, and `parameters` is null. The moments are those of a range of them.
 template <class S, class W, class M> struct AdamWBuffers {
     W* weights;
     S* parameters;
@@ -689,10 +724,10 @@ template <class S, class W, class M> struct AdamWBuffers {
     M *moment1, *moment2;
 };
 
-// One pass over memory. stochastic: bf16 results are rounded stochastically.
+// One pass over the memory of a range. stochastic: bf16 results are rounded stochastically.
 template <bool stochastic, class S, class W, class M>
-void adamw_update(const AdamWBuffers<S, W, M>& x, const AdamW& o,
-                  const std::vector<Param>& params) {
+void adamw_update(const AdamWBuffers<S, W, M>& x, const Hyperparameters& o,
+                  const Registry& registry, const UpdateRange& range) {
     using A = Acc<S>;
     const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
     const A correction1 = A(1 / (1 - std::pow(o.beta1, double(o.step))));
@@ -710,11 +745,13 @@ void adamw_update(const AdamWBuffers<S, W, M>& x, const AdamW& o,
             x = value;
     };
 #pragma omp parallel
-    for (const Param& p : params) {
+    for (size_t n = range.first; n < range.last; n++) {
+        const Param& p = registry.params[n];
         const A decay = p.decay ? A(o.weight_decay) : A(0);
         const int64_t end = p.offset + p.size();
 #pragma omp for simd nowait schedule(static)
         for (int64_t i = p.offset; i < end; i++) {
+            const int64_t at = i - range.begin;
             // 16 random bits for each of the three, from (step, i).
             uint32_t random = 0, more = 0;
             if constexpr (stochastic) {
@@ -722,12 +759,12 @@ void adamw_update(const AdamWBuffers<S, W, M>& x, const AdamW& o,
                 more = mix_bits(random + uint32_t(i >> 32));
             }
             const A g = scale * gradients[i];
-            const A m = beta1 * A(moment1[i]) + (A(1) - beta1) * g;
-            const A v = beta2 * A(moment2[i]) + (A(1) - beta2) * g * g;
+            const A m = beta1 * A(moment1[at]) + (A(1) - beta1) * g;
+            const A v = beta2 * A(moment2[at]) + (A(1) - beta2) * g * g;
             const A w = A(weights[i]);
             const A step = m * correction1 / (std::sqrt(v * correction2) + eps);
             const A updated = w - lr * (step + decay * w);
-            store(moment1[i], m, random), store(moment2[i], v, random >> 16);
+            store(moment1[at], m, random), store(moment2[at], v, random >> 16);
             store(weights[i], updated, more);
             if (copy) copy[i] = updated;
         }
@@ -775,6 +812,7 @@ template <class S> struct CpuModel : Model {
         Array<A> full;
         Array<bf16> rounded;
     };
+    OptimizerLayout optimizer_layout;
     std::vector<State> states;
     bool overwrite_gradients = false; // of matrices, by the next backward pass: zero_gradients()
     Activations<S> acts;
@@ -782,7 +820,7 @@ template <class S> struct CpuModel : Model {
 
     // The last pass: its tokens (B, T), and the first position that it computed; the KV cache has
     // those before.
-    std::vector<int> tokens;
+    std::vector<int> tokens, positions, branches; // the last two (B, T), or empty: none branch
     int B = 0, T = 0, first = 0;
     bool kv_cache_valid = false;
     int between = 0; // layer by layer, r is residual(between)
@@ -791,7 +829,7 @@ template <class S> struct CpuModel : Model {
     std::vector<const A*> stopped; // of each junction; null but in gradient checks
 
     CpuModel(const Config& c, int max_B, int max_T, const ModelOptions& o)
-        : Model(c, *o.optimizer), options(o) {
+        : Model(c, *o.optimizer), options(o), optimizer_layout(*optimizer, registry) {
         auto make = [&](auto& array, int64_t n) {
             array = std::remove_reference_t<decltype(array)>(n);
             bytes_held += n * int64_t(sizeof(array[0]));
@@ -800,10 +838,10 @@ template <class S> struct CpuModel : Model {
         if (o.training) {
             make(master, exact || !o.master_weights ? 0 : registry.size);
             make(gradients, registry.size);
-            states.resize(optimizer->states.size());
-            for (State& state : states)
-                o.moments == DType::bf16 ? make(state.rounded, registry.size)
-                                         : make(state.full, registry.size);
+            for (int64_t n : optimizer_layout.sizes) {
+                State& state = states.emplace_back();
+                o.moments == DType::bf16 ? make(state.rounded, n) : make(state.full, n);
+            }
         }
         acts.layout(c, max_B, max_T, o, make);
         stopped.resize(2 * c.layers + 1);
@@ -853,7 +891,10 @@ template <class S> struct CpuModel : Model {
     S* attended(int l) { return acts.attended[l]; }
     A* lse(int l) { return acts.lse[l]; }
     AttentionShape attention() const {
-        return {B, T, config.heads, config.kv_heads, config.head_size, first};
+        return {B, T, config.heads, config.kv_heads, config.head_size, first, branching()};
+    }
+    Branches branching() const {
+        return positions.empty() ? Branches{} : Branches{positions.data(), branches.data()};
     }
     const CosSin<A>* cos_sin() const { return rotary_table; }
 
@@ -862,10 +903,8 @@ template <class S> struct CpuModel : Model {
     Costs<S> costs() const { return {config, double(rows()), double(T)}; }
 
     // Positions before `from` are in the KV cache.
-    void forward(const int* inputs, int b, int t, int from = 0) {
-        check_tokens(inputs, b, t, acts.rows);
-        B = b, T = t, first = from, kv_cache_valid = false;
-        tokens.assign(inputs, inputs + int64_t(B) * T);
+    void forward(const int* inputs, int b, int t, int from = 0, const Branches& branched = {}) {
+        set_tokens(inputs, b, t, from, branched);
         embed();
         join_forward(0);
         for (int l = 0; l < config.layers; l++) {
@@ -875,10 +914,19 @@ template <class S> struct CpuModel : Model {
             join_forward(2 * l + 2);
         }
     }
+    void set_tokens(const int* inputs, int b, int t, int from, const Branches& branched) {
+        check_tokens(inputs, b, t, acts.rows, branched);
+        B = b, T = t, first = from, kv_cache_valid = false;
+        const int64_t n = int64_t(B) * T;
+        tokens.assign(inputs, inputs + n);
+        positions.assign(branched.position, branched.position + (branched.position ? n : 0));
+        branches.assign(branched.branch, branched.branch + (branched.branch ? n : 0));
+    }
     void embed() {
         const Timed timer(profile, costs().embedding_forward());
         embedding_forward(embedded(), tokens.data() + first, weight(registry.token_embedding),
-                          weight(registry.position_embedding), first, rows(), T, config.width);
+                          weight(registry.position_embedding), first, rows(), T, config.width,
+                          branching().position);
     }
 
     // From the gradient of the final norm's output, in dinput.
@@ -1015,10 +1063,7 @@ template <class S> struct CpuModel : Model {
     }
     void activate(int l, const char* group) {
         const Timed timer(profile, costs().activation_forward(group));
-        if (config.gated_mlp())
-            swiglu_forward(activated(l), hidden(l), rows(), config.mlp_width);
-        else
-            gelu_forward(activated(l), hidden(l), rows() * config.mlp_width);
+        activation_forward(config.activation, activated(l), hidden(l), rows(), config.mlp_width);
     }
 
     // From dbranch to dinput.
@@ -1028,10 +1073,8 @@ template <class S> struct CpuModel : Model {
         multiply_backward(dactivated, acts.dbranch, activated(l), mlp_out_matrix(l));
         {
             const Timed timer(profile, costs().activation_backward());
-            if (config.gated_mlp())
-                swiglu_backward(dhidden, dactivated, hidden(l), rows(), config.mlp_width);
-            else
-                gelu_backward(dhidden, dactivated, hidden(l), rows() * config.mlp_width);
+            activation_backward(config.activation, dhidden, dactivated, hidden(l), rows(),
+                                config.mlp_width);
         }
         recompute_input(2 * l + 1);
         multiply_backward(acts.dinput, dhidden, input(2 * l + 1), mlp_in_matrix(l));
@@ -1119,6 +1162,32 @@ template <class S> struct CpuModel : Model {
         return sum_of_losses();
     }
 
+    void score(const int* inputs, int b, int t, const Branches& branched,
+               const std::vector<ScoredToken>& scored, double* out) override {
+        forward(inputs, b, t, 0, branched);
+        score_rows(scored, out);
+    }
+    // The head on the rows that are scored, a part at a time.
+    void score_rows(const std::vector<ScoredToken>& scored, double* out) {
+        const int V = config.vocab_size, C = config.width;
+        check_scored(scored, rows());
+        std::vector<S> u(size_t(acts.logit_rows) * C);
+        std::vector<int> targets(acts.logit_rows);
+        for (size_t done = 0; done < scored.size(); done += targets.size()) {
+            const size_t n = std::min(targets.size(), scored.size() - done);
+            for (size_t i = 0; i < n; i++) {
+                const auto [row, token] = scored[done + i];
+                std::copy_n(input(2 * config.layers) + row * C, C, &u[i * C]);
+                targets[i] = token;
+            }
+            matmul_forward<S, A>(logits(), u.data(), weight(registry.head), nullptr, int64_t(n), C,
+                                 V);
+            cross_entropy<S>(acts.losses.begin(), logits(), nullptr, targets.data(), 0, int64_t(n),
+                             V);
+            for (size_t i = 0; i < n; i++) out[done + i] = -double(acts.losses[i]);
+        }
+    }
+
     double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
                               double loss_scale) override {
         if (!options.training) fail("this model was made without gradients");
@@ -1155,11 +1224,7 @@ template <class S> struct CpuModel : Model {
         overwrite_gradients = true;
         zero_gradients_where([&](const Param& p) { return !overwritten(p); });
     }
-    bool overwritten(const Param& p) const {
-        if (p.offset == registry.head) return true;
-        return p.shape.size() == 2 && p.offset != registry.token_embedding &&
-               p.offset != registry.position_embedding;
-    }
+    bool overwritten(const Param& p) const { return p.layer_matrix || p.offset == registry.head; }
     // Before anything reads gradients that no pass has written.
     void zero_remaining_gradients() {
         if (!overwrite_gradients || gradients.size == 0) return;
@@ -1182,34 +1247,51 @@ template <class S> struct CpuModel : Model {
         return std::sqrt(sum_of_squares(gradients.begin(), registry.size));
     }
 
-    void update(const AdamW& o) override {
+    void update(const Hyperparameters& o) override {
         kv_cache_valid = false;
         zero_remaining_gradients();
-        master.size ? update_weights(o, master.begin(), parameters.begin())
-                    : update_weights(o, parameters.begin(), nullptr);
-    }
-    template <class W> void update_weights(const AdamW& o, W* weights, S* copy) {
-        switch (optimizer->kind) {
-        case Optimizer::Kind::adamw:
-            if (options.moments == DType::bf16)
-                update_all<W, bf16>(
-                    o, {weights, copy, gradients, states[0].rounded, states[1].rounded});
+        for (const UpdateRange& range : optimizer_layout.ranges) {
+            if (master.size)
+                update_range(o, range, master.begin(), parameters.begin());
             else
-                update_all<W, A>(o, {weights, copy, gradients, states[0].full, states[1].full});
+                update_range<S>(o, range, parameters.begin(), nullptr);
         }
     }
-    template <class W, class M> void update_all(const AdamW& o, const AdamWBuffers<S, W, M>& x) {
-        const Timed timer(profile, costs().adamw(registry.size, sizeof(M), x.parameters));
-        const bool rounds = !exact || !std::is_same_v<M, A>;
-        options.stochastic_rounding&& rounds ? adamw_update<true>(x, o, registry.params)
-                                             : adamw_update<false>(x, o, registry.params);
+    template <class W>
+    void update_range(const Hyperparameters& o, const UpdateRange& range, W* weights, S* copy) {
+        if (options.moments == DType::bf16)
+            update_range<W, bf16>(o, range, weights, copy);
+        else
+            update_range<W, A>(o, range, weights, copy);
+    }
+    template <class W, class M>
+    void update_range(const Hyperparameters& o, const UpdateRange& range, W* weights, S* copy) {
+        auto state = [&](const char* name) {
+            const size_t s = size_t(optimizer->index(name));
+            return state_array<M>(states[s]) + range.states[s];
+        };
+        const bool stochastic = options.stochastic_rounding && (!exact || !std::is_same_v<M, A>);
+        switch (range.rule) {
+        case UpdateRule::adamw: {
+            const Timed timer(profile, costs().adamw(range.size(), sizeof(M), copy));
+            const AdamWBuffers<S, W, M> x{weights, copy, gradients, state("m"), state("v")};
+            stochastic ? adamw_update<true>(x, o, registry, range)
+                       : adamw_update<false>(x, o, registry, range);
+            break;
+        }
+        }
+    }
+    template <class M> static M* state_array(const State& state) {
+        if constexpr (std::is_same_v<M, A>)
+            return state.full;
+        else
+            return state.rounded;
     }
 
     // gpt/cpu/inspect.h
     std::string device() const override { return "cpu"; }
     std::string dtype() const override;
     int64_t bytes() const override { return bytes_held; }
-    template <class F> void with_buffer(Buffer buffer, const F& f);
     void set_parameter(int64_t i, A value);
     void read(Buffer buffer, const Param& p, float* out) override;
     void write(Buffer buffer, const Param& p, const float* values) override;
@@ -1218,9 +1300,10 @@ template <class S> struct CpuModel : Model {
     void enter(int k);
     void enter_backward(int k);
     void leave(int k);
-    void embed(const int* inputs, int b, int t) override;
+    void embed(const int* inputs, int b, int t, const Branches& branched) override;
     void run_layer(int l) override;
     double finish(const int* targets) override;
+    void finish(const std::vector<ScoredToken>& scored, double* out) override;
     void finish_backward(const int* targets, double loss_scale) override;
     void run_layer_backward(int l) override;
     template <class F> void with_stream(Stream stream, const F& f);
@@ -1268,7 +1351,7 @@ std::optional<Step> train_step(Run& run) {
     input.loss_scale = 1 / count_targets(run);
     input.grad_clip = o.grad_clip;
     const double lr = learning_rate(run.schedule, number);
-    input.optimizer = {lr, o.beta1, o.beta2, o.eps, o.weight_decay, number};
+    input.hyperparameters = hyperparameters(o, lr, number);
 
     begin_step(run, input);
     draw_next_tokens(run);
@@ -1278,7 +1361,7 @@ std::optional<Step> train_step(Run& run) {
     run.state.step = number;
     run.state.tokens += run.tokens_per_step;
     const double seconds = now() - start;
-    book_time(run, seconds);
+    record_time(run, seconds);
     return Step{result.loss, lr, result.grad_norm, seconds};
 }
 
@@ -1297,7 +1380,7 @@ Evaluation evaluate(Model& model, Loader& loader, const Ranks& ranks, int B, int
         error.run([&] {
             loader.restore({0, window});
             loader.next(b, inputs.data(), targets.data());
-            Ranks::Steady steady(ranks, "a batch of validation");
+            Ranks::TimedSection section(ranks, "a batch of validation");
             loss_and_targets[0] += model.loss(inputs.data(), targets.data(), b, T);
         });
         for (size_t i = 0; i < size_t(b) * T; i++) loss_and_targets[1] += targets[i] >= 0;
@@ -1341,10 +1424,11 @@ bool train(Run& run) {
         double val_loss = NAN;
         if (due(o.val_every)) {
             val_loss = validate(run);
+            score_tasks(run);
             stop = stop || (std::isnan(val_loss) && !last);
         }
         if (!first) continue;
-        std::optional<Probes> probes;
+        std::optional<LayerDiagnostics> probes;
         if (o.probe_every > 0 && due(o.probe_every)) probes = probe_layers(run);
         log_step(run, *step, val_loss, probes);
         print_step(run, *step, val_loss, last || stop);

@@ -31,7 +31,8 @@
 #include "gpt/model/activations.h"
 // defines: JunctionPointers, junction_vectors, fill_rotary_table
 #include "gpt/model/layers.h"
-// defines: Config, Registry, Param, Junction, Model, ModelOptions, StepInput, AdamW, Profile, …
+// defines: Config, Registry, Param, Junction, Model, ModelOptions, StepInput, Hyperparameters,
+// Profile, …
 #include "gpt/model/model.h"
 
 // defines: CUDA, launch, blocks_at_once, shared_bytes, SharedMemory, copy_async, …
@@ -66,20 +67,21 @@ namespace lns::cuda {
 
 // ---------------------------------------------------------------------------------------------
 // Embedding: out[row] = wte[token] + wpe[t], out (rows, C). Its gradient is gathered token by
-// token, so that no two blocks write to the same row. The first row is at position `first`, which
-// is 0 unless B is 1.
+// token, so that no two blocks write to the same row. positions (rows), or null: the first row is
+// at position `first`, which is 0 unless B is 1.
 
 template <class S>
 __global__ static void embedding_forward_kernel(float* out, const int* tokens, const S* wte,
-                                                const S* wpe, int first, int64_t rows, int T,
-                                                int C) {
+                                                const S* wpe, int first, int64_t rows, int T, int C,
+                                                const int* positions) {
     const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
     if (at >= rows * C) return;
     const int64_t row = at / C;
     const int channel = int(at % C);
     float x[8], position[8] = {};
     load8(x, wte + int64_t(tokens[row]) * C + channel);
-    if (wpe) load8(position, wpe + (first + row) % T * C + channel);
+    const int64_t t = positions ? positions[row] : (first + row) % T;
+    if (wpe) load8(position, wpe + t * C + channel);
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] += position[i];
     store8(out + at, x);
@@ -87,9 +89,10 @@ __global__ static void embedding_forward_kernel(float* out, const int* tokens, c
 
 template <class S>
 void embedding_forward(float* out, const int* tokens, const S* wte, const S* wpe, int first,
-                       int64_t rows, int T, int C, cudaStream_t stream) {
+                       int64_t rows, int T, int C, cudaStream_t stream,
+                       const int* positions = nullptr) {
     launch(embedding_forward_kernel<S>, blocks_for(rows * C, 256 * 8), 256, 0, stream, out, tokens,
-           wte, wpe, first, rows, T, C);
+           wte, wpe, first, rows, T, C, positions);
 }
 
 // A block sums 256 channels of all rows of one token.
@@ -925,7 +928,7 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
             }
         }
         if (table) {
-            const float* pairs = &table[row % a.T * half + i0].cos; // cos, sin, cos, …
+            const float* pairs = &table[a.position(row) * half + i0].cos; // cos, sin, cos, …
             float turn[2][N];
             load_some(turn[0], pairs), load_some(turn[1], pairs + N);
 #pragma unroll
@@ -1156,8 +1159,46 @@ void swiglu_backward(S* dh, const S* da, const S* h, int64_t rows, int H, cudaSt
            dh, da, h, H);
 }
 
+// a (rows, H) from h (rows, H) or, gated, (rows, 2·H).
+template <class S>
+void activation_forward(Activation activation, S* out, const S* h, int64_t rows, int H,
+                        cudaStream_t stream) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_forward(out, h, rows * H, stream);
+    case Activation::swiglu:
+        return swiglu_forward(out, h, rows, H, stream);
+    }
+}
+
+template <class S>
+void activation_backward(Activation activation, S* dh, const S* da, const S* h, int64_t rows, int H,
+                         cudaStream_t stream) {
+    switch (activation) {
+    case Activation::gelu:
+        return gelu_backward(dh, da, h, rows * H, stream);
+    case Activation::swiglu:
+        return swiglu_backward(dh, da, h, rows, H, stream);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Loss: −log softmax(logits)[target] of each row, 0 where the target is −1.
+
+// out (n, C) = in[rows[i]], the rows that are scored.
+template <class S>
+__global__ static void gather_rows_kernel(S* out, const S* in, const int* rows, int64_t n, int C) {
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (at >= n * C) return;
+    float x[8];
+    load8(x, in + rows[at / C] * int64_t(C) + at % C);
+    store8(out + at, x);
+}
+
+template <class S>
+void gather_rows(S* out, const S* in, const int* rows, int64_t n, int C, cudaStream_t stream) {
+    launch(gather_rows_kernel<S>, blocks_for(n * C, 256 * 8), 256, 0, stream, out, in, rows, n, C);
+}
 
 // exp(x − y), exactly 1 where they are equal.
 __device__ inline float exp_of_difference(float x, float y) { return fast_exp2((x - y) * log2_e); }
@@ -1280,7 +1321,8 @@ inline void add_losses(double* sum, const float* losses, int64_t rows, cudaStrea
 }
 
 // ---------------------------------------------------------------------------------------------
-// AdamW (arXiv 1711.05101). n, the length of the flat buffers, is a multiple of 8.
+// AdamW (arXiv 1711.05101). The length of the flat buffers, and of a range of them, is a multiple
+// of 8.
 
 const int norm_blocks = 1024; // at most
 
@@ -1325,14 +1367,14 @@ void gradient_norm(double* norm, const G* gradients, int64_t n, double* scratch,
 }
 
 // A step's hyperparameters. They are on the GPU, so that a captured graph reads the current step's.
-struct AdamWStep {
+struct UpdateStep {
     float lr, beta1, beta2, eps, weight_decay;
     float correction1, correction2; // 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ)
     float grad_clip;                // clip the gradient's norm to this; 0: never
     float grad_scale;               // multiplies every gradient, where there is no norm
     uint32_t step;
 };
-inline AdamWStep make_adamw_step(const AdamW& o, double grad_clip) {
+inline UpdateStep make_update_step(const Hyperparameters& o, double grad_clip) {
     return {.lr = float(o.lr),
             .beta1 = float(o.beta1),
             .beta2 = float(o.beta2),
@@ -1345,17 +1387,18 @@ inline AdamWStep make_adamw_step(const AdamW& o, double grad_clip) {
             .step = uint32_t(o.step)};
 }
 
-// The optimizer's buffers, (n) each.
+// The optimizer's flat buffers, and the n elements from `begin` on that it updates. The moments are
+// those of these (n) alone.
 template <class S, class M, class G> struct AdamWBuffers {
     S* parameters;
     float* master; // may be null
     const G* gradients;
     M *moment1, *moment2;
     const uint32_t* decays; // a bit for each 8 elements: whether weight decay applies
-    const AdamWStep* step;
+    const UpdateStep* step;
     const double* norm; // the gradient's, for clipping; may be null
     const double* loss; // may be null
-    int64_t n;
+    int64_t n, begin = 0;
 };
 
 // Rounds up or down to a bf16, as a float, with probabilities that make the mean exact: as
@@ -1370,15 +1413,16 @@ __device__ inline float round_to_bf16_stochastically(float x, uint32_t random) {
 // w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
 template <bool stochastic, class S, class M, class G>
 __global__ static void adamw_kernel(AdamWBuffers<S, M, G> a) {
-    const int64_t vector = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, at = vector * 8;
-    if (at >= a.n) return;
+    const int64_t i0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (i0 >= a.n) return;
+    const int64_t at = a.begin + i0, vector = at / 8;
     float g[8], m[8], v[8], w[8];
-    load8(g, a.gradients + at), load8(m, a.moment1 + at), load8(v, a.moment2 + at);
+    load8(g, a.gradients + at), load8(m, a.moment1 + i0), load8(v, a.moment2 + i0);
     if (a.master)
         load8(w, a.master + at);
     else
         load8(w, a.parameters + at);
-    const AdamWStep o = *a.step;
+    const UpdateStep o = *a.step;
     if ((a.norm && !std::isfinite(*a.norm)) || (a.loss && !std::isfinite(*a.loss))) return;
     float scale = o.grad_scale;
     if (a.norm)
@@ -1401,7 +1445,7 @@ __global__ static void adamw_kernel(AdamWBuffers<S, M, G> a) {
             if (sizeof(S) == 2 && !a.master) w[i] = round_to_bf16_stochastically(w[i], more);
         }
     }
-    store8(a.moment1 + at, m), store8(a.moment2 + at, v);
+    store8(a.moment1 + i0, m), store8(a.moment2 + i0, v);
     if (a.master) store8(a.master + at, w);
     store8(a.parameters + at, w);
 }
@@ -1470,6 +1514,7 @@ template <class S, class G> struct CudaModel : Model {
         Array<float> full;
         Array<bf16> rounded;
     };
+    OptimizerLayout optimizer_layout; // padded
     std::vector<State> states;
     Array<uint32_t> decays; // a bit for each 8 parameters
     Activations<S> acts;
@@ -1478,8 +1523,8 @@ template <class S, class G> struct CudaModel : Model {
     // What a step computes and reads on the GPU without the host.
     Array<double> sums; // loss, gradient norm, then the norm's scratch
     Pinned<double> host_sums;
-    Array<AdamWStep> adamw_step;
-    Pinned<AdamWStep> host_adamw_step;
+    Array<UpdateStep> update_step;
+    Pinned<UpdateStep> host_update_step;
 
     Array<int> batch;   // the current micro-batch, as BatchLayout has it
     Array<int> batches; // a step's, copied ahead
@@ -1491,6 +1536,10 @@ template <class S, class G> struct CudaModel : Model {
     int B = 0, T = 0;            // of the last pass
     int first = 0;               // the first row that the last pass computed
     bool kv_cache_valid = false; // whether the next pass may reuse the last one's k and v
+    Branches branches;           // of the last pass, in branch_rows
+    Array<int> branch_rows;      // (2, rows), once a pass branches
+    Array<S> scored_input;       // (logit_rows, C), once tokens are scored, and their
+    Array<int> scored_rows;      // rows, then tokens: (2, logit_rows)
     int between = 0;             // layer by layer, r is residual(between)
     int64_t bytes_held = 0;
 
@@ -1510,7 +1559,8 @@ template <class S, class G> struct CudaModel : Model {
     CudaModel(const Config& c, int max_B, int max_T, const ModelOptions& o, const Ranks& ranks)
         : Model(c, *o.optimizer), options(o), padded_config(pad_config(c)),
           padded_registry(make_registry(padded_config)),
-          multiprocessors(lns::gpu().multiprocessors), cublas(stream) {
+          multiprocessors(lns::gpu().multiprocessors), cublas(stream),
+          optimizer_layout(*optimizer, padded_registry) {
         if (c.width % 8)
             fail("a GPU takes 8 channels at once, and the model's width is ", c.width,
                  ": choose a --width that is a multiple of 8, or --device cpu");
@@ -1525,13 +1575,14 @@ template <class S, class G> struct CudaModel : Model {
         if (o.training) {
             make(master, exact || !o.master_weights ? 0 : n);
             make(gradients, n);
-            states.resize(optimizer->states.size());
-            for (State& state : states)
-                o.moments == DType::bf16 ? make(state.rounded, n) : make(state.full, n);
+            for (int64_t size : optimizer_layout.sizes) {
+                State& state = states.emplace_back();
+                o.moments == DType::bf16 ? make(state.rounded, size) : make(state.full, size);
+            }
             make(decays, blocks_for(n, 8 * 32));
             upload_decays();
-            make(adamw_step, 1);
-            host_adamw_step = Pinned<AdamWStep>(1);
+            make(update_step, 1);
+            host_update_step = Pinned<UpdateStep>(1);
         }
         acts.layout(padded_config, max_B, max_T, o, multiprocessors, make);
         make(sums, 2 + norm_blocks);
@@ -1609,7 +1660,7 @@ template <class S, class G> struct CudaModel : Model {
     float* lse(int l) { return acts.lse[l]; }
     AttentionShape attention() const {
         const Config& c = padded_config;
-        return {B, T, c.heads, c.kv_heads, c.head_size, config.head_size, first};
+        return {B, T, c.heads, c.kv_heads, c.head_size, config.head_size, first, branches};
     }
     const CosSin* cos_sin() const { return rotary_table; }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
@@ -1646,7 +1697,7 @@ template <class S, class G> struct CudaModel : Model {
         const Timed timer = timed(costs().embedding_forward());
         embedding_forward<S>(embedded(), inputs() + first, weight(padded_registry.token_embedding),
                              weight(padded_registry.position_embedding), first, rows(), T,
-                             padded_config.width, stream);
+                             padded_config.width, stream, branches.position);
     }
 
     // From the gradient of the final norm's output, in dinput.
@@ -1794,7 +1845,7 @@ template <class S, class G> struct CudaModel : Model {
     void mlp_sublayer_forward(int l) {
         // GELU is part of the product before it, unless it is recomputed: then its input is
         // `hidden`, already rounded, and both passes must see the same values.
-        if (!config.gated_mlp() && options.recompute != Recompute::activations) {
+        if (config.activation == Activation::gelu && options.recompute != Recompute::activations) {
             const Matrix m = mlp_in_matrix(l);
             const Timed timer = timed(costs().matmul_gelu("forward", m.name));
             matmul_gelu_forward<S>(cublas, activated(l), hidden(l), input(2 * l + 1),
@@ -1808,10 +1859,7 @@ template <class S, class G> struct CudaModel : Model {
     void activate(int l, const char* group) {
         const int H = padded_config.mlp_width;
         const Timed timer = timed(costs().activation_forward(group));
-        if (config.gated_mlp())
-            swiglu_forward<S>(activated(l), hidden(l), rows(), H, stream);
-        else
-            gelu_forward<S>(activated(l), hidden(l), rows() * H, stream);
+        activation_forward<S>(config.activation, activated(l), hidden(l), rows(), H, stream);
     }
 
     // From dbranch to dinput.
@@ -1820,14 +1868,15 @@ template <class S, class G> struct CudaModel : Model {
         S *dactivated = acts.dnarrow, *dhidden = acts.dwide;
         if (options.recompute == Recompute::activations) activate(l, "recompute");
         multiply_backward_weight(acts.dbranch, activated(l), out);
-        if (config.gated_mlp()) {
-            multiply_backward_input(dactivated, acts.dbranch, out);
-            const Timed timer = timed(costs().activation_backward());
-            swiglu_backward<S>(dhidden, dactivated, hidden(l), rows(), out.C, stream);
-        } else {
+        if (config.activation == Activation::gelu) {
             const Timed timer = timed(costs().matmul_gelu("input gradient", out.name));
             matmul_gelu_backward_input<S>(cublas, dhidden, acts.dbranch, hidden(l),
                                           weight(out.weight), rows(), out.C, out.OC);
+        } else {
+            multiply_backward_input(dactivated, acts.dbranch, out);
+            const Timed timer = timed(costs().activation_backward());
+            activation_backward<S>(config.activation, dhidden, dactivated, hidden(l), rows(), out.C,
+                                   stream);
         }
         recompute_input(2 * l + 1);
         multiply_backward(acts.dinput, dhidden, input(2 * l + 1), mlp_in_matrix(l));
@@ -1899,6 +1948,40 @@ template <class S, class G> struct CudaModel : Model {
         return head_loss();
     }
 
+    void score(const int* inputs, int b, int t, const Branches& branched,
+               const std::vector<ScoredToken>& scored, double* out) override {
+        begin_pass(inputs, nullptr, b, t, 0, branched);
+        kv_cache_valid = false;
+        forward();
+        score_rows(scored, out);
+    }
+    // The head on the rows that are scored, a part at a time. Waits.
+    void score_rows(const std::vector<ScoredToken>& scored, double* out) {
+        const int V = padded_config.vocab_size, C = padded_config.width;
+        check_scored(scored, rows());
+        const size_t part = size_t(acts.logit_rows);
+        if (scored_input.size == 0)
+            scored_input = Array<S>(acts.logit_rows * C),
+            scored_rows = Array<int>(2 * acts.logit_rows);
+        std::vector<int> at(2 * part); // rows, then tokens
+        float* logits = acts.logits.template as<float>();
+        for (size_t done = 0; done < scored.size(); done += part) {
+            const size_t n = std::min(part, scored.size() - done);
+            for (size_t i = 0; i < n; i++)
+                at[i] = int(scored[done + i].row), at[part + i] = scored[done + i].token;
+            CUDA(cudaMemcpyAsync(scored_rows, at.data(), at.size() * sizeof(int),
+                                 cudaMemcpyHostToDevice, stream));
+            gather_rows<S>(scored_input, input(2 * config.layers), scored_rows, int64_t(n), C,
+                           stream);
+            matmul_forward<S, float>(cublas, logits, V, scored_input, weight(padded_registry.head),
+                                     nullptr, int64_t(n), C, V);
+            cross_entropy<float>(acts.losses, logits, false, scored_rows + part, loss_scale(),
+                                 int64_t(n), config.vocab_size, V, stream);
+            const std::vector<float> losses = fetch(acts.losses + 0, int64_t(n));
+            for (size_t i = 0; i < n; i++) out[done + i] = -double(losses[i]);
+        }
+    }
+
     double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
                               double loss_scale) override {
         check_training();
@@ -1911,7 +1994,7 @@ template <class S, class G> struct CudaModel : Model {
     // Forward and backward of the micro-batch in `batch`; adds to the gradients and to the loss.
     void micro_step() {
         kv_cache_valid = false;
-        first = 0;
+        first = 0, branches = {};
         auto compute = [&] {
             forward();
             head_forward_backward();
@@ -1978,7 +2061,7 @@ template <class S, class G> struct CudaModel : Model {
         // 3. Its norm, and the update.
         step_scale = step.loss_scale;
         enqueue_gradient_norm();
-        enqueue_update(step.optimizer, step.grad_clip, sums + 1, sums);
+        enqueue_update(step.hyperparameters, step.grad_clip, sums + 1, sums);
         CUDA(cudaMemcpyAsync(host_sums, sums, 2 * sizeof(double), cudaMemcpyDeviceToHost, stream));
     }
 
@@ -2025,37 +2108,49 @@ template <class S, class G> struct CudaModel : Model {
         cuda::gradient_norm<G>(sums + 1, gradients, padded_registry.size, sums + 2, stream);
     }
 
-    void update(const AdamW& o) override {
+    void update(const Hyperparameters& o) override {
         enqueue_update(o, 0, nullptr, nullptr);
         wait();
     }
     // norm, loss: on the GPU, or null.
-    void enqueue_update(const AdamW& o, double grad_clip, const double* norm, const double* loss) {
+    void enqueue_update(const Hyperparameters& o, double grad_clip, const double* norm,
+                        const double* loss) {
         kv_cache_valid = false;
-        host_adamw_step[0] = make_adamw_step(o, grad_clip);
-        CUDA(cudaMemcpyAsync(adamw_step, host_adamw_step, sizeof(AdamWStep), cudaMemcpyHostToDevice,
-                             stream));
-        auto with_moments = [&](auto* moment1, auto* moment2) {
-            using M = std::remove_reference_t<decltype(*moment1)>;
-            const Timed timer =
-                timed(costs().adamw(padded_registry.size, sizeof(M), master.size > 0));
-            adamw_update(AdamWBuffers<S, M, G>{parameters, master, gradients, moment1, moment2,
-                                               decays, adamw_step, norm, loss,
-                                               padded_registry.size},
-                         options.stochastic_rounding, stream);
+        host_update_step[0] = make_update_step(o, grad_clip);
+        CUDA(cudaMemcpyAsync(update_step, host_update_step, sizeof(UpdateStep),
+                             cudaMemcpyHostToDevice, stream));
+        for (const UpdateRange& range : optimizer_layout.ranges)
+            options.moments == DType::bf16 ? update_range<bf16>(range, norm, loss)
+                                           : update_range<float>(range, norm, loss);
+    }
+    template <class M>
+    void update_range(const UpdateRange& range, const double* norm, const double* loss) {
+        auto state = [&](const char* name) {
+            const size_t s = size_t(optimizer->index(name));
+            return state_array<M>(states[s]) + range.states[s];
         };
-        switch (optimizer->kind) {
-        case Optimizer::Kind::adamw:
-            if (options.moments == DType::bf16)
-                with_moments(states[0].rounded + 0, states[1].rounded + 0);
-            else
-                with_moments(states[0].full + 0, states[1].full + 0);
+        switch (range.rule) {
+        case UpdateRule::adamw: {
+            const Timed timer = timed(costs().adamw(range.size(), sizeof(M), master.size > 0));
+            adamw_update(AdamWBuffers<S, M, G>{parameters, master, gradients, state("m"),
+                                               state("v"), decays, update_step, norm, loss,
+                                               range.size(), range.begin},
+                         options.stochastic_rounding, stream);
+            break;
         }
+        }
+    }
+    template <class M> static M* state_array(const State& state) {
+        if constexpr (std::is_same_v<M, float>)
+            return state.full;
+        else
+            return state.rounded;
     }
 
     // Checks a micro-batch and copies it to `batch`; targets may be null.
-    void begin_pass(const int* inputs, const int* targets, int b, int t, double loss_scale) {
-        check_tokens(inputs, b, t, acts.rows);
+    void begin_pass(const int* inputs, const int* targets, int b, int t, double loss_scale,
+                    const Branches& branched = {}) {
+        check_tokens(inputs, b, t, acts.rows, branched);
         if (targets) check_targets(targets, int64_t(b) * t);
         B = b, T = t, first = 0;
         reserve_batches(1);
@@ -2063,6 +2158,15 @@ template <class S, class G> struct CudaModel : Model {
                    counts);
         CUDA(cudaMemcpyAsync(batch, host_batches, size_t(layout().ints()) * sizeof(int),
                              cudaMemcpyHostToDevice, stream));
+        branches = {};
+        if (!branched.position) return;
+        if (branch_rows.size == 0) branch_rows = Array<int>(2 * acts.rows);
+        branches = {branch_rows, branch_rows + acts.rows};
+        for (auto [to, from] : {std::pair{branches.position, branched.position},
+                                std::pair{branches.branch, branched.branch}})
+            CUDA(cudaMemcpyAsync(const_cast<int*>(to), from, size_t(b) * size_t(t) * sizeof(int),
+                                 cudaMemcpyHostToDevice, stream));
+        stream.wait();
     }
     void reserve_batches(int n) {
         const int64_t ints = BatchLayout{acts.rows}.ints();
@@ -2083,7 +2187,7 @@ template <class S, class G> struct CudaModel : Model {
 
     void wait() {
         stream.wait();
-        times.book(profile);
+        times.add_to(profile);
     }
     double fetch_sum(int i) {
         CUDA(cudaMemcpyAsync(host_sums + i, sums + i, sizeof(double), cudaMemcpyDeviceToHost,
@@ -2097,7 +2201,6 @@ template <class S, class G> struct CudaModel : Model {
     std::string dtype() const override { return exact ? "float32" : "bf16"; }
     int64_t bytes() const override { return bytes_held; }
     template <class X> std::vector<std::remove_const_t<X>> fetch(X* from, int64_t n);
-    template <class F> void with_buffer(Buffer buffer, const F& f);
     const Param& padded_param(const Param& p) const;
     void read(Buffer buffer, const Param& p, float* out) override;
     void write(Buffer buffer, const Param& p, const float* values) override;
@@ -2106,10 +2209,11 @@ template <class S, class G> struct CudaModel : Model {
     void enter_backward(int k, bool last);
     void leave(int k, const float* r_prev);
     void leave_backward(int k, const float* r_prev);
-    void embed(const int* inputs, int b, int t) override;
+    void embed(const int* inputs, int b, int t, const Branches& branched) override;
     void run_layer(int l) override;
     void set_targets(const int* targets, double loss_scale);
     double finish(const int* targets) override;
+    void finish(const std::vector<ScoredToken>& scored, double* out) override;
     void finish_backward(const int* targets, double loss_scale) override;
     void run_layer_backward(int l) override;
     size_t stream_bytes() const { return size_t(rows()) * padded_config.width * sizeof(float); }

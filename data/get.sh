@@ -13,8 +13,11 @@ Usage: data/get.sh NAME [DIR] [--tokenizer SPEC] [--files N] [--pad-documents N]
                     --files N of 103, default 10
   c4                the Colossal Clean Crawled Corpus (English), 320 MB compressed per file; default
                     tokenizer: t5; --files N of 1024, default 1
+  evals             the benchmarks of ./train_gpt eval --tasks, as JSON lines: HellaSwag, PIQA, ARC,
+                    BoolQ, OpenBookQA, WinoGrande, MMLU. ARC comes with a corpus: 850 MB are
+                    downloaded, and 20 MB kept
 
-Writes NAME_train_*.bin and NAME_val_*.bin to DIR (default: data/NAME). SPEC is bytes, gpt2, t5 (the
+Writes NAME_train_*.bin and NAME_val_*.bin to DIR (default: data/NAME), evals TASK.jsonl. SPEC is bytes, gpt2, t5 (the
 last two are downloaded as well), or whatever data/tokenize accepts. --pad-documents N (c4,
 tinystories) is passed on to data/tokenize.
 
@@ -245,6 +248,32 @@ tokenize_json() { # PREFIX FILE.json.gz... [-q]
     }
 }
 
+# The splits that lm-evaluation-harness scores. Of HellaSwag and MMLU no checksum is published:
+# evals.py counts their questions.
+evals() {
+    # shellcheck source=scripts/python.sh
+    . "$here/../scripts/python.sh"
+    need python3
+    space 900
+    local s3=https://ai2-public-datasets.s3.amazonaws.com mosaic=https://storage.googleapis.com/ai2-mosaic/public
+    download https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl "$dir/hellaswag_val.jsonl"
+    download $mosaic/physicaliqa/physicaliqa-train-dev.zip "$dir/physicaliqa-train-dev.zip" \
+        54d32a04f59a7e354396f321723c8d7ec35cc6b08506563d8d1ffcc15ce98ddd
+    download $s3/arc/ARC-V1-Feb2018.zip "$dir/ARC-V1-Feb2018.zip" \
+        6d2d5ab50b2ceec6ba5f79c921be77cf2de712ea25a2b3f4fff3acc101cecfa0
+    download https://dl.fbaipublicfiles.com/glue/superglue/data/v2/BoolQ.zip "$dir/BoolQ.zip" \
+        853fbe7922f70c59629f06a39e8d9ca440c3d740e760fd3b87a5ddf3dcba2436
+    download https://s3-us-west-2.amazonaws.com/ai2-website/data/OpenBookQA-V1-Sep2018.zip "$dir/OpenBookQA-V1-Sep2018.zip" \
+        82368cf05df2e3b309c17d162e10b888b4d768fad6e171e0a041954c8553be46
+    download $mosaic/winogrande/winogrande_1.1.zip "$dir/winogrande_1.1.zip" \
+        d5699402a41de2b4e6b3c6e2a1e6b4faab2130543a12019a8c5d4f35ec502d47
+    download https://people.eecs.berkeley.edu/~hendrycks/data.tar "$dir/data.tar"
+    python3 "$here/evals.py" "$dir" || fail "the benchmarks were not written; what was downloaded is kept in $dir"
+    rm -f "$dir"/{hellaswag_val.jsonl,physicaliqa-train-dev.zip,ARC-V1-Feb2018.zip,BoolQ.zip} \
+        "$dir"/{OpenBookQA-V1-Sep2018.zip,winogrande_1.1.zip,data.tar}
+    echo "Score a model: ./train_gpt eval CHECKPOINT --tasks hellaswag,mmlu --task-data '$dir'"
+}
+
 count_files() { # DEFAULT MOST
     files=${files:-$1}
     if ! [[ $files =~ ^[1-9][0-9]{0,4}$ ]] || ((files > $2)); then
@@ -254,14 +283,14 @@ count_files() { # DEFAULT MOST
 
 case $name in
 c4 | tinystories) ;;
-tinyshakespeare | fineweb-10B)
+tinyshakespeare | fineweb-10B | evals)
     ((${#pad[@]} == 0)) || fail "--pad-documents needs a text of documents, and $name is none or comes as shards"
     ;;
-*) fail "there is no data set '$name', expected tinyshakespeare, tinystories, fineweb-10B or c4" ;;
+*) fail "there is no data set '$name', expected tinyshakespeare, tinystories, fineweb-10B, c4 or evals" ;;
 esac
 need curl sha256sum
 mkdir -p "$dir"
 curl_progress=(--silent --show-error)
 [[ -t 2 ]] && curl_progress=(--progress-bar)
 "$name"
-echo "Train on it: ./train_gpt -i '$dir/${name}_train_*.bin' -j '$dir/${name}_val_*.bin'"
+[[ $name == evals ]] || echo "Train on it: ./train_gpt -i '$dir/${name}_train_*.bin' -j '$dir/${name}_val_*.bin'"

@@ -1,10 +1,6 @@
 // Prints the built-in corpus as text: documents separated by lines of <|endoftext|>.
 #include "gpt/data/stories.h"
-#include "gpt/base/error.h"
-#include "gpt/base/signals.h"
-#include "gpt/base/terminal.h"
-
-#include <CLI/CLI.hpp>
+#include "data/tool.h"
 
 #include <cerrno>
 #include <csignal>
@@ -38,19 +34,5 @@ int main(int argc, char** argv) {
         ->capture_default_str()
         ->check(CLI::Range(0.0, 1e9));
     app.add_option("--seed", seed, "different seeds give different stories")->capture_default_str();
-    try {
-        app.parse(argc, argv);
-        print(megabytes, seed);
-    } catch (const CLI::ParseError& error) {
-        if (error.get_exit_code() == 0) { // --help
-            app.exit(error);
-            return lns::output_status("data/stories");
-        }
-        std::fprintf(stderr, "data/stories: %s. See data/stories --help\n",
-                     lns::one_line(error.what()).c_str());
-        return 1;
-    } catch (const lns::Error& error) {
-        std::fprintf(stderr, "data/stories: %s\n", lns::one_line(error.what()).c_str());
-        return 1;
-    }
+    return lns::run_tool("stories", app, argc, argv, [&] { print(megabytes, seed); });
 }

@@ -6,6 +6,7 @@
 //
 // Shards are written into a hidden folder and, once complete, published as a set
 // (gpt/data/publish.h). An error, a full disk, Ctrl-C or a kill leaves earlier shards as they were.
+#include "data/tool.h"
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/base/signals.h"
@@ -766,7 +767,7 @@ int main(int argc, char** argv) {
     app.add_option(
            "--tokenizer", options.tokenizer,
            "bytes; gpt2:DIR, with encoder.json and vocab.bpe or vocab.json and merges.txt; a "
-           "SentencePiece FILE.model; a tokenizer.json of GPT-2's kind; or a directory with one of "
+           "SentencePiece FILE.model; a tokenizer.json of Hugging Face; or a directory with one of "
            "these and its tokenizer_config.json")
         ->type_name("SPEC");
     app.add_option(
@@ -822,8 +823,7 @@ int main(int argc, char** argv) {
     app.add_option("--threads", options.threads, "Encoding threads; they do not affect the result")
         ->check(CLI::Range(1, 1024));
     app.add_flag("-q,--quiet", options.quiet, "Print no progress and no summary");
-    try {
-        app.parse(argc, argv);
+    return lns::run_tool("tokenize", app, argc, argv, [&] {
         options.tokenizer = lns::expand_home_in_tokenizer(options.tokenizer);
         options.out = lns::expand_home(options.out);
         options.format = lns::expand_home(options.format);
@@ -853,16 +853,5 @@ int main(int argc, char** argv) {
             lns::run_instructions(options);
         else
             lns::run(options);
-        return 0;
-    } catch (const CLI::ParseError& error) {
-        if (error.get_exit_code() == 0) { // --help
-            app.exit(error);
-            return lns::output_status("tokenize");
-        }
-        std::fprintf(stderr, "tokenize: %s. See data/tokenize --help\n",
-                     lns::one_line(error.what()).c_str());
-    } catch (const std::exception& error) {
-        std::fprintf(stderr, "tokenize: %s\n", lns::one_line(error.what()).c_str());
-    }
-    return 1;
+    });
 }

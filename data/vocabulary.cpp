@@ -7,6 +7,7 @@
 // The trainer aborts at words of 65,536 characters, and skips lines that are long or contain its
 // own special characters. So long words and lines are split, and characters that it does not accept
 // become spaces. The program says how many.
+#include "data/tool.h"
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/base/signals.h"
@@ -241,22 +242,10 @@ int main(int argc, char** argv) {
     app.add_option("--doc-separator", options.separator,
                    "A line that ends a document, as for data/tokenize; it is not part of the text")
         ->type_name("STR");
-    try {
-        app.parse(argc, argv);
+    return lns::run_tool("vocabulary", app, argc, argv, [&] {
         options.out = lns::expand_home(options.out);
         for (std::string& file : options.files) file = lns::expand_home(file);
         if (options.files.empty()) options.files = {"-"};
         lns::run(options);
-        return lns::output_status("vocabulary");
-    } catch (const CLI::ParseError& error) {
-        if (error.get_exit_code() == 0) { // --help
-            app.exit(error);
-            return lns::output_status("vocabulary");
-        }
-        std::fprintf(stderr, "vocabulary: %s. See data/vocabulary --help\n",
-                     lns::one_line(error.what()).c_str());
-    } catch (const std::exception& error) {
-        std::fprintf(stderr, "vocabulary: %s\n", lns::one_line(error.what()).c_str());
-    }
-    return 1;
+    });
 }

@@ -11,7 +11,8 @@ header  CLI/CLI.hpp              |required|the command line                  |li
 header  nlohmann/json.hpp        |required|configurations and checkpoints    |nlohmann-json3-dev  |json-devel          |nlohmann-json|nlohmann-json
 header  xxhash.h                 |required|checksums                         |libxxhash-dev       |xxhash-devel        |xxhash       |xxhash
 header  dnnl.hpp                 |optional|fast matmuls (oneDNN)             |libdnnl-dev         |onednn-devel        |onednn       |onednn
-header  pcre2.h                  |optional|the GPT-2 tokenizer               |libpcre2-dev        |pcre2-devel         |pcre2        |pcre2
+header  pcre2.h                  |optional|tokenizer.json and GPT-2 tokenizer|libpcre2-dev        |pcre2-devel         |pcre2        |pcre2
+header  utf8proc.h               |optional|Unicode forms in tokenizer.json   |libutf8proc-dev     |utf8proc-devel      |libutf8proc  |utf8proc
 header  sentencepiece_processor.h|optional|SentencePiece tokenizers          |libsentencepiece-dev|sentencepiece-devel |sentencepiece|sentencepiece
 header  editline/readline.h      |optional|editing lines in train_gpt chat  |libedit-dev         |libedit-devel       |libedit      |libedit
 command mpicc                    |optional|training with several processes   |libopenmpi-dev      |openmpi-devel       |openmpi      |open-mpi

@@ -1,4 +1,4 @@
-"""Pictures of runs: what all share (Matplotlib, colours, axes), and the report's.
+"""Pictures of runs: shared parts (Matplotlib, colours, axes), and the pictures of the report.
 
 Okabe and Ito's colours remain distinct for colour-blind readers; line styles and markers differ too.
 A panel of the report is as wide as a phone can show without shrinking the text, so a page places as
@@ -81,7 +81,7 @@ def use_style(font_size, more=()):
 
 
 def line_style(index):
-    """Of the index-th line. 28 are distinct, and the first 4 also without colour."""
+    """The look of the index-th line. 28 are distinct, and the first 4 also without colour."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": LINES[index % len(LINES)],
@@ -184,7 +184,7 @@ def new_panel(title, labels=(), height=HEIGHT, right=0.15):
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=5)
-    # A fixed place, whatever the width of the tick labels.
+    # A fixed position, independent of the width of the tick labels.
     axes.yaxis.set_label_coords(0.2 / WIDTH, box[1] + box[3] / 2, transform=figure.transFigure)
     figure.text(0.1 / WIDTH, 1 - 0.08 / height, title, va="top", fontweight="bold")
     return figure, axes
@@ -194,7 +194,7 @@ def label_ends(axes, ends):
     """ends: [(x, y, text, colour)]. Writes each text to the right of the axes, with a thin line from
     its point, and an arrow if the point is above the frame."""
     figure = axes.figure
-    figure.canvas.draw()  # fixes the axes, so that points can be placed
+    figure.canvas.draw()  # fixes the axes, so that positions are known
     size, box = figure.bbox, axes.bbox
     gap = GAP * figure.dpi
     points = [axes.transData.transform((x, y)) for x, y, *_ in ends]
@@ -380,6 +380,46 @@ def validation_panel(groups, title, name, of=lambda loss: loss, unit="nats a tok
     return Panel(name, title, figure)
 
 
+def accuracy_panel(groups, task, name):
+    """A line per run, with standard errors; dotted: chance."""
+    curves = []
+    for group in groups:
+        for run in sorted(group.logged, key=lambda run: run not in group.counted):
+            if run.accuracies.get(task):
+                curves.append((group, run.accuracies[task]))
+    if not curves:
+        return None
+    title = f"Accuracy on {task}"
+    figure, axes = new_panel(title, [short(group.tag) for group, _ in curves])
+    ends, values = {}, []
+    for group, points in curves:
+        xs, ys, errors, chances = zip(*points)
+        first = group.label not in ends
+        draw_line(axes, group, xs, ys, alpha=0.95 if first else 0.5)
+        axes.errorbar(xs, ys, yerr=numpy.nan_to_num(errors), fmt="none", ecolor=colour_of(group),
+                      elinewidth=1, capsize=2, alpha=0.5)  # fmt: skip
+        ends.setdefault(group.label, (xs[-1], ys[-1], short(group.tag), colour_of(group)))
+        values += [y + sign * e for y, e in zip(ys, numpy.nan_to_num(errors)) for sign in (-1, 1)]
+        if math.isfinite(chances[-1]):
+            axes.axhline(chances[-1], color=TEXT, linewidth=0.8, linestyle=":")
+            values.append(chances[-1])
+    limits(axes, values, log=False)
+    tokens_axis(axes, 0, max(points[-1][0] for _, points in curves))
+    axes.set_ylabel("accuracy")
+    label_ends(axes, list(ends.values()))
+    return Panel(name, title, figure)
+
+
+def accuracy_picture(groups):
+    tasks = list(dict.fromkeys(task for g in groups for run in g.logged for task in run.accuracies))
+    return Picture(
+        "Benchmarks",
+        "Look whether a curve leaves the dotted line, which is chance, by more than its bars, the "
+        "standard errors; where it does not, the benchmark cannot tell the schemes apart.",
+        [accuracy_panel(groups, task, name_of("accuracy", task)) for task in tasks],
+    )
+
+
 def learning_rate_panel(groups, name):
     lines = {}
     for group in groups:
@@ -432,7 +472,7 @@ def loss_pictures(groups):
         drawn = drawn_of(same)
         chosen = ""
         if len(drawn) < len(same):
-            chosen = " Of each scheme the best learning rate is drawn."
+            chosen = " For each scheme, only the best learning rate is drawn."
         panels = [
             training_panel(drawn, "Training loss, smoothed", name_of("training-loss", tag)),
             validation_panel(drawn, "Validation loss", name_of("validation-loss", tag)),
@@ -468,14 +508,14 @@ def loss_pictures(groups):
                 [learning_rate_panel(same, name_of("learning-rates", tag))],
             )
         )
-    return kept(pictures)
+    return kept([*pictures, accuracy_picture(drawn_of(groups))])
 
 
-# Probes
+# Layer diagnostics
 
 
 def series(groups, *keys):
-    """[(group, one number per layer)] of the groups whose probe has it."""
+    """[(group, one number per layer)] of the groups whose probe.json has it."""
     return [(group, group.probe.series(*keys)) for group in groups if group.probe.series(*keys)]
 
 
@@ -632,10 +672,10 @@ def threshold(values):
     return 10.0 ** math.floor(math.log10(max(sizes[len(sizes) // 4], sizes[-1] * 1e-4)))
 
 
-def bar_panel(group, values, bounds, name, title, axis="layer"):
+def bar_panel(group, values, bounds, name, title, axis="layer", unit=None, errors=None):
     figure, axes = new_panel(title)
     layers = range(1, len(values) + 1)
-    axes.bar(layers, values, color=colour_of(group), width=0.72)
+    axes.bar(layers, values, color=colour_of(group), width=0.72, yerr=errors, ecolor=TEXT)
     axes.axhline(0, color=TEXT, linewidth=0.8)
     low, high = min(0, *bounds), max(0, *bounds)
     start = threshold(bounds)
@@ -650,7 +690,7 @@ def bar_panel(group, values, bounds, name, title, axis="layer"):
         axes.locator_params(axis="y", nbins=5)
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
     layer_axis(axes, 1, len(values), axis, 0.6)
-    axes.set_ylabel("loss, nats above the whole")
+    axes.set_ylabel(unit or "loss, nats above the whole")
     return Panel(name, title, figure)
 
 
@@ -767,6 +807,27 @@ def removal_pictures(groups):
                        lambda g: f"{short(g.tag)}: one layer removed"),
         )
     ]  # fmt: skip
+    changes = []
+    for group in groups:
+        for task in group.probe.removal_tasks:
+            values = group.probe.series("task_removal", task, "change")
+            errors = group.probe.series("task_removal", task, "change_error")
+            if values and not any(task.startswith(f"{other}_") for other in group.probe.removal_tasks):
+                changes.append((group, task, values, errors))
+    bounds = finite([v for *_, values, _ in changes for v in values])
+    pictures.append(
+        Picture(
+            "Accuracy without one layer",
+            "Look at the bars of the deep half, as above: an accuracy that does not fall says that "
+            "the benchmark can be answered without the layer; thin lines are standard errors.",
+            [
+                bar_panel(g, values, bounds, name_of("removal", task, g.tag),
+                          f"{short(g.tag)}: {task}, one layer removed",
+                          unit="change of accuracy", errors=errors)
+                for g, task, values, errors in changes
+            ],
+        )
+    )  # fmt: skip
     found = []
     for group in groups:
         rows, loss = group.probe.rows("removal", "blocks"), group.probe.number("loss")
@@ -782,7 +843,7 @@ def removal_pictures(groups):
     pictures.append(
         Picture(
             "Removal of a run of layers",
-            "Look how far up the dark region reaches: that many consecutive layers, from ℓ on, can "
+            "See how far up the dark region reaches: that many consecutive layers, from ℓ on, can "
             "be skipped at little cost; a model that uses its depth is bright throughout.",
             [
                 heat_panel(name_of("removal-blocks", g.tag), f"{short(g.tag)}: n layers removed",

@@ -31,17 +31,17 @@ def check(run):
     if run.variances is None:
         raise RunError(
             f"{run.path}/log.jsonl does not end with a line that has residual_variance: the run "
-            f"has not come to its end. Go on with it: ./train_gpt -o {run.path} -y"
+            f"has not finished. Continue it with: ./train_gpt -o {run.path} -y"
         )
     if len(run.validations) < 2:
         raise RunError(
-            f"{run.path} was validated fewer than 2 times, which makes no curve: train with a "
+            f"{run.path} has fewer than 2 validations, too few for a curve: train with a "
             "smaller --val-every"
         )
 
 
 def warn_of_differences(runs):
-    """A comparison means something where only the scheme differs."""
+    """Warns about differences other than the scheme: they make the comparison meaningless."""
     names = set(differing_flags(runs)) - (HARMLESS - {"--seed"})
     if names:
         print(f"picture.py: note: the runs differ in {', '.join(sorted(names))}", file=sys.stderr)
@@ -50,7 +50,7 @@ def warn_of_differences(runs):
 def label_ends(axes, ends, labels):
     """Writes each label to the right of its line's last point, in the line's colour."""
     figure = axes.figure
-    figure.canvas.draw()  # fixes the axes, so that points can be placed in pixels
+    figure.canvas.draw()  # fixes the axes, so that positions in pixels are known
     pixels = [axes.transData.transform(end) for end in ends]
     gap = 1.25 * FONT_SIZE * figure.dpi / 72
     heights = spread([y for _, y in pixels], gap, axes.bbox.y0 + gap / 2)

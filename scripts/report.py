@@ -196,7 +196,7 @@ def result(groups):
             "<p class=warn><b>These runs do not share a tokenizer, and their perplexities are not "
             "comparable</b>: a token of a larger vocabulary is more text, and harder to predict. "
             "So tables and curves are apart, and losses in nats a token, also those of the probes, "
-            f"are to be compared within one only. {ending} ({escape(words)}.)</p>"
+            f"are comparable within one only. {ending} ({escape(words)}.)</p>"
         )
     for key, same in classes:
         pre = reference(same)
@@ -228,12 +228,12 @@ def result(groups):
             "points; before the end the learning rate is still high, so a small saving is no proof."
         )
     else:
-        note += " There is no finished run of <code>pre</code>, so none is compared with it."
+        note += " There is no finished run of <code>pre</code>, so there is no comparison with it."
     return "\n".join([*parts, f"<p class=soft>{note}</p>"])
 
 
 def summary(groups, pre):
-    """Which scheme is ahead, in a sentence."""
+    """Which scheme is best, in a sentence."""
     finished = [group for group in groups if group.losses]
     failed = [group.label for group in groups if group.diverged]
     words = []

@@ -121,6 +121,17 @@ class Run:
         return [(tokens, loss) for tokens, loss in found if math.isfinite(loss)]
 
     @property
+    def accuracies(self):
+        """{task: [(training tokens, its accuracy, its standard error, chance)]} of --val-tasks."""
+        found = {}
+        for record in self.log:
+            for task, values in objects(record.get("tasks")).items():
+                values = [number(values.get(key)) for key in ("acc", "acc_stderr", "chance")]
+                if math.isfinite(values[0]):
+                    found.setdefault(task, []).append((record["tokens"], *values))
+        return found
+
+    @property
     def variance_history(self):
         """[(training tokens, variance of the residual stream after the embedding and each layer)]."""
         found = []
@@ -189,6 +200,10 @@ class Probe:
     @property
     def scheme(self):
         return str(self.values.get("scheme") or "")
+
+    @property
+    def removal_tasks(self):
+        return list(objects(self.values.get("task_removal")))
 
     def number(self, *keys):
         """The number under these keys, or NaN."""
@@ -283,6 +298,11 @@ def scalars(values):
     return {k: v for k, v in values.items() if isinstance(v, (str, int, float))}
 
 
+def objects(values):
+    """The objects of an object; {} if it is none."""
+    return {k: v for k, v in values.items() if isinstance(v, dict)} if isinstance(values, dict) else {}
+
+
 def section(values, key):
     """The strings and numbers of values[key], if that is an object; else {}."""
     found = values.get(key) if isinstance(values, dict) else None
@@ -311,7 +331,7 @@ def read_json(path):
 
 
 def read_record(line):
-    """One line of log.jsonl. Throws ValueError if it is invalid."""
+    """One line of log.jsonl. Raises ValueError if it is invalid."""
     try:
         record = json.loads(line)
     except RecursionError:

@@ -318,7 +318,7 @@ def notes_on(groups):
     if names:
         notes.append(
             f"The runs differ in more than the scheme, the learning rate and the seed: in "
-            f"{', '.join(names)}. A difference between them may come from that."
+            f"{', '.join(names)}. That may explain differences between them."
         )
     if {"--train", "--val", "--val-tokens", "--seq-len"} & set(names):
         notes.append(
@@ -336,7 +336,7 @@ def notes_on(groups):
             step = run.probe.number("step") if run.probe and run.log else math.nan
             if math.isfinite(step) and step != run.log[-1]["step"]:
                 notes.append(
-                    f"{run.path}: its probes are of step {step:g}, its log goes to step "
+                    f"{run.path}: its diagnostics are of step {step:g}, its log goes to step "
                     f"{run.log[-1]['step']:g}."
                 )
     probed = [group.probe for group in groups if group.probe]
@@ -344,18 +344,18 @@ def notes_on(groups):
         notes.append("The probed models differ in depth: compare shapes, not layers.")
     tokens = {group.probe.number("tokens") for group in groups if group.probe}
     if len({t for t in tokens if math.isfinite(t)}) > 1:
-        notes.append("The probes were measured on different numbers of tokens.")
+        notes.append("The diagnostics were measured on different numbers of tokens.")
     several = [group.label for group in groups if len(group.runs) > 1 and group.probe]
     if several:
         notes.append(
-            f"Probes are of one run of each group of seeds: {', '.join(several)} "
+            f"Diagnostics are from one run of each group of seeds: {', '.join(several)} "
             f"({', '.join(g.probed_run.path for g in groups if g.label in several)})."
         )
     return notes
 
 
 def check(runs):
-    """Throws if a run has nothing to show."""
+    """Raises RunError if a run has nothing to show."""
     for run in runs:
         if not run.log and not run.probe:
             raise RunError(

@@ -97,6 +97,7 @@ def scalars_of(line):
         (f"residual_variance/after_layer_{layer:02d}", number(value))
         for layer, value in enumerate(line.get("residual_variance") or [])
     ]
+    found += numbers_in(line.get("tasks") or {}, "tasks")
     probe = line.get("probe")
     found += numbers_in(probe, "probe") if isinstance(probe, dict) else []
     return [(tag, float32(value)) for tag, value in found]

@@ -7,12 +7,14 @@
 #include <fcntl.h>
 #include <filesystem>
 #include <functional>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <unistd.h>
 #include <vector>
 
 #include "gpt/base/error.h"
+#include "gpt/base/files.h"
 #include "gpt/base/json.h"
 #include "gpt/data/shard.h"
 #include "gpt/data/tokenizer.h"
@@ -196,9 +198,10 @@ void gpt2(std::string_view input) {
 
 const std::string fixtures = "dev/test/fixtures/tokenizers/";
 
-// A Hugging Face directory: tokenizer_config.json, then tokenizer.json, beside valid files.
+// A Hugging Face directory: tokenizer_config.json, then tokenizer.json, beside valid files, and a
+// text. Safe cuts are not checked: loading tests them on samples, which a made-up regex may pass.
 void tokenizer_json(std::string_view input) {
-    const auto part = parts(input, 2);
+    const auto part = parts(input, 3);
     const std::string dir = scratch() + "/hf";
     fs::create_directories(dir);
     for (const auto& [from, to] :
@@ -210,7 +213,14 @@ void tokenizer_json(std::string_view input) {
         fs::remove(dir + "/tokenizer.json");
     else
         file("hf/tokenizer.json", part[1]);
-    check_encoding(*load_tokenizer(dir), sample_text, false);
+    const auto tokenizer = load_tokenizer(dir);
+    for (const std::string_view text : {std::string_view(sample_text), part[2]})
+        for (const Specials specials : {Specials::ignored, Specials::spelled}) {
+            const std::vector<int> tokens = tokenizer->encode(text, specials);
+            for (int token : tokens) must(tokenizer->has(token), "tokens are known");
+            tokenizer->decode(tokens, specials);
+            must(tokenizer->safe_cut(text) <= text.size(), "a cut is inside the text");
+        }
 }
 
 // Safe cuts are not checked: loading a model tests them on samples, and a damaged model may behave
@@ -228,6 +238,19 @@ struct Known {
     std::string spec;
     bool exact;
 };
+// Those of kinds.jsonl.
+std::vector<std::string> each_kind() {
+    std::vector<std::string> folders;
+    std::istringstream lines(read_file(fixtures + "kinds.jsonl"));
+    for (std::string line; std::getline(lines, line);) {
+        const nlohmann::json kind = parse_json(line, "kinds.jsonl");
+        const std::string name = kind["name"];
+        fs::create_directories(scratch() + "/" + name);
+        folders.push_back(scratch() + "/" + name);
+        file(name + "/tokenizer.json", kind["tokenizer"].dump());
+    }
+    return folders;
+}
 const std::vector<std::pair<std::unique_ptr<Tokenizer>, bool>>& known_tokenizers() {
     static const auto all = [] {
         std::vector<std::pair<std::unique_ptr<Tokenizer>, bool>> loaded;
@@ -236,6 +259,8 @@ const std::vector<std::pair<std::unique_ptr<Tokenizer>, bool>>& known_tokenizers
                                           {fixtures + "exact.model", false},
                                           {fixtures + "folding.model", false}})
             loaded.emplace_back(load_tokenizer(spec), exact);
+        for (const std::string& folder : each_kind())
+            loaded.emplace_back(load_tokenizer(folder), false);
         return loaded;
     }();
     return all;

@@ -49,6 +49,12 @@ for name in exact folding; do seed sentencepiece $name <$fixtures/$name.model; d
 printf '{"add_prefix_space": true, "add_bos_token": true, "bos_token": "<s>", "tokenizer_class": "GPT2Tokenizer"}\xff' | seed tokenizer_json config
 printf '{}\xff{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true}]}, "post_processor": null, "decoder": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}' | seed tokenizer_json tokenizer
 
+while read -r line; do
+    name=${line#'{"name":"'} name=${name%%'"'*}
+    tokenizer=${line#*'"tokenizer":'}
+    { printf '{}\xff%s\xffHello, 12 <s>world\xe2\x96\x81' "${tokenizer%',"cases":'*}"; } | seed tokenizer_json "$name"
+done <$fixtures/kinds.jsonl
+
 seed encode prose <"$work/README.md"
 printf "It's 12 o'clock \t\n\n  \xe2\x96\x81 \xf0\x9f\x99\x82 \xff\xc3 <|endoftext|>" | seed encode odd
 head -c 64 "$work/LICENSE" | seed decode text

@@ -42,7 +42,7 @@ def schemes_of(config):
     names = []
     for name, row in scheme_rows(L).items():
         if row["depth"] == "init_weight" and config.architecture == "olmo":
-            continue  # which has no norm weights
+            continue  # OLMo has no norm weights
         names.append(name + (":1" if row["out_norm"] == "first_k" else ""))
     return names + [name + "+gpas" for name in names]
 

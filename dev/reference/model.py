@@ -72,7 +72,7 @@ class Config:
 
 @functools.lru_cache
 def scheme_rows(layers):
-    """{name: ingredients} of the schemes that train_gpt knows, in a model of so many layers."""
+    """{name: ingredients} of the schemes that train_gpt knows, in a model of `layers` layers."""
     program = os.environ.get("TRAIN_GPT", "./train_gpt")
     command = [program, "schemes", "--format", "json", "--layers", str(layers)]
     rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

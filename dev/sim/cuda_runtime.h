@@ -85,7 +85,8 @@ T shuffle(const char* name, Site where, uint32_t mask, T value, int source, int 
             auto& lane = *static_cast<Exchanged<T>*>(lanes.operands[i]);
             const auto* from = static_cast<Exchanged<T>*>(lanes.operands[lane.source]);
             if (!from)
-                fail_in_kernel(cat("a shuffle reads lane ", lane.source, ", which is not in it"));
+                fail_in_kernel(
+                    cat("a shuffle reads lane ", lane.source, ", which is not in its mask"));
             lane.received = from->value;
         }
     });

@@ -316,20 +316,20 @@ inline void barrier_init(uint64_t* barrier, int arrivals) {
 inline void barrier_init_done() {}
 inline void barrier_arrive(uint64_t* barrier) {
     sim::hopper::Barrier state = sim::hopper::read(barrier);
-    if (state.pending == 0) sim::fail_in_kernel("more arrivals at an mbarrier than it counts");
+    if (state.pending == 0) sim::fail_in_kernel("more arrivals at an mbarrier than it expects");
     state.pending--;
     sim::hopper::write(barrier, state);
 }
 inline void barrier_expect(uint64_t* barrier, int bytes) {
     sim::hopper::Barrier state = sim::hopper::read(barrier);
-    if (state.pending == 0) sim::fail_in_kernel("more arrivals at an mbarrier than it counts");
+    if (state.pending == 0) sim::fail_in_kernel("more arrivals at an mbarrier than it expects");
     state.pending--, state.bytes += bytes;
     sim::hopper::write(barrier, state);
 }
 inline void barrier_wait(uint64_t* barrier, int phase, sim::Site where = sim::here()) {
-    bool again = false;
+    bool polled = false;
     sim::wait_until("barrier_wait", where, [&] {
-        if (again) { // copies arrive when no other thread can continue
+        if (polled) { // copies arrive when no other thread can continue
             std::vector<sim::hopper::Copy>& copies = sim::hopper::block().copies;
             std::vector<sim::hopper::Copy> others;
             for (const sim::hopper::Copy& copy : copies)
@@ -338,7 +338,7 @@ inline void barrier_wait(uint64_t* barrier, int phase, sim::Site where = sim::he
             for (const sim::hopper::Copy& copy : others)
                 if (copy.barrier == barrier) sim::hopper::land(copy);
         }
-        again = true;
+        polled = true;
         return int(sim::hopper::read(barrier).phase) != (phase & 1);
     });
 }

@@ -159,7 +159,7 @@ std::string damage(uintptr_t at, const Piece& piece) {
                        kind, " memory at ", static_cast<const void*>(first));
     for (size_t i = piece.bytes; i < behind; i++)
         if (first[i] != red_zone_byte)
-            return cat("something was written ", i - piece.bytes, " bytes behind the end of the ",
+            return cat("something was written ", i - piece.bytes, " bytes after the end of the ",
                        piece.bytes, " bytes of ", kind, " memory at ",
                        static_cast<const void*>(first));
 #else
@@ -205,8 +205,8 @@ void check_device_range(const std::string& what, const void* at, size_t bytes) {
     const auto* piece = piece_at(at);
     if (!piece && bytes) fail(what, ": the address ", at, " is not in the device's memory");
     if (bytes && uintptr_t(at) + bytes > piece->first + piece->second.bytes)
-        fail(what, ": ", bytes, " bytes from ", at, " on go beyond the end of the ",
-             piece->second.bytes, " bytes of device memory there, of which it has ",
+        fail(what, ": ", bytes, " bytes from ", at, " exceed the end of the ", piece->second.bytes,
+             " bytes of device memory there, of which it has ",
              piece->first + piece->second.bytes - uintptr_t(at));
 }
 
@@ -403,7 +403,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           size_t shared) {
     if (threads < 1 || threads > lns::sim::max_threads) return result(cudaErrorInvalidValue);
     const Limits limit = limits();
-    const size_t of_block = shared + 1024; // reserved by the system
+    const size_t of_block = shared + 1024; // with what the system reserves
     *blocks = std::min({limit.threads_of_multiprocessor / ((threads + 31) / 32 * 32),
                         int(limit.shared_of_multiprocessor / of_block), 2});
     return cudaSuccess;
@@ -562,7 +562,7 @@ cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= device_count()) return result(cudaErrorInvalidDevice);
     if (memory().used > 0 && device != current_device)
         fail("cudaSetDevice: the simulator's process has memory on GPU ", current_device,
-             " already, and uses one only");
+             " already; a process uses only one");
     current_device = device;
     return cudaSuccess;
 }

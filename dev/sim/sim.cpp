@@ -248,7 +248,7 @@ struct Block {
     // which it does not wait are then missing.
     Thread* pick() {
         if (!ready_warps) {
-            look_again();
+            poll_conditions();
             if (!ready_warps) return nullptr;
         }
         const int warp = choose(ready_warps, direction, random);
@@ -259,7 +259,7 @@ struct Block {
     }
 
     // No thread can continue: those that wait for a condition poll again, if anything has changed.
-    void look_again() {
+    void poll_conditions() {
         if (finished == threads) return;
         if (polled_at != progress) {
             polled_at = progress;
@@ -267,7 +267,7 @@ struct Block {
                 for (; spinning[warp]; spinning[warp] &= spinning[warp] - 1)
                     make_ready(warp * 32 + __builtin_ctz(spinning[warp]));
         }
-        if (!ready_warps) fail(prefix(), "no thread can go on: ", what_all_do());
+        if (!ready_warps) fail(prefix(), "no thread can continue: ", what_all_do());
     }
 
     void resume(Thread* t) {
@@ -420,7 +420,7 @@ struct Block {
 
     void arrive(const char* name, Site where, int id, int count, bool predicate, bool waits) {
         if (id < 0 || id >= barriers)
-            fail(prefix(self), name, " of barrier ", id, ": there are 0 to ", barriers - 1);
+            fail(prefix(self), name, " of barrier ", id, ": barriers are 0 to ", barriers - 1);
         Barrier& b = barrier[id];
         if (b.arrived == 0) b = {name, where, count, 0, 0};
         if (waits) wait_at(name, where, 0, id, State::waiting);
@@ -458,7 +458,7 @@ struct Block {
             if (arrays[n].bytes != bytes)
                 fail(prefix(self), "array ", n, " of shared memory has ", bytes,
                      " bytes in this thread and ", arrays[n].bytes,
-                     " in another: every thread takes the same ones in the same order");
+                     " in another: all threads must declare the same arrays in the same order");
             return arena + arrays[n].offset;
         }
         const size_t begin = taken;
@@ -488,7 +488,7 @@ struct Block {
             for (const unsigned char* p = at; p < end; p++)
                 if (*p != red_zone_byte)
                     fail(prefix(), "something was written ", p - at,
-                         " bytes behind the end of array ", n, " of shared memory (",
+                         " bytes after the end of array ", n, " of shared memory (",
                          arrays[n].bytes, " bytes)");
         }
 #endif

@@ -9,7 +9,7 @@ namespace lns {
 struct SimulatedGpu {
     // Runs body in every order of threads that the simulator has.
     void (*in_every_order)(const std::function<void()>& body);
-    // Streams do their work as late as they may, or at once.
+    // Whether streams do their work as late as possible, or at once.
     void (*set_late_streams)(bool late);
     uint64_t (*bytes_to_host)(); // of all copies so far
 };

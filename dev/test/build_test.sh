@@ -128,7 +128,7 @@ test_that old 'echo "SKIPPED: a GPU: there is none"; echo "0 passed, 0 failed"'
 test_that gtests 'for i in 1 2; do echo "a.cpp:3: Skipped"; echo "no curl here"; echo; done
 echo "[  PASSED  ] 1 test."; echo "[  SKIPPED ] 2 tests."'
 for jobs in 1 3; do
-    out=$(JOBS=$jobs "$here/dev/run_tests.sh" numbers silent crash gtest some old gtests)
+    out=$(JOBS=$jobs "$here/dev/run_tests.sh" numbers silent crash gtest some old gtests 2>&1)
     check "failures are a failure" test $? -eq 1
     check "all are counted" test "$(tail -1 <<<"$out")" = "19 passed, 4 failed, 4 skipped"
     check "why a script skips" says "$out" $'\nSKIPPED: some: ranks: there is no mpirun\n'

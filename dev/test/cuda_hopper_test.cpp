@@ -300,7 +300,7 @@ TEST_F(HopperGpu, FaultsAreFound) {
     EXPECT_EQ(found<Fault::not_awaited>(), "poison");
     EXPECT_EQ(found<Fault::read_early>(), "poison");
     EXPECT_EQ(found<Fault::stride>(), "wrong numbers");
-    has(found<Fault::bytes>(), "no thread can go on");
+    has(found<Fault::bytes>(), "no thread can continue");
     has(found<Fault::no_fence>(), "registers that no wgmma_fence has named");
     has(found<Fault::written_early>(), "sums were written before wgmma_wait");
 }

@@ -308,17 +308,17 @@ TEST(CudaLayers, CacheKeepsTheFirst) {
     const Variable where("LNS_CACHE", directory.path);
     Cache one("test.txt"), other("test.txt");
     EXPECT_EQ(one.find("key"), nullptr);
-    EXPECT_EQ(one.settle("key", "first"), "first");
-    EXPECT_EQ(other.settle("key", "second"), "first");
-    EXPECT_EQ(other.settle("another key", "value"), "value");
-    EXPECT_EQ(one.settle("third", "value"), "value");
+    EXPECT_EQ(one.find_or_insert("key", "first"), "first");
+    EXPECT_EQ(other.find_or_insert("key", "second"), "first");
+    EXPECT_EQ(other.find_or_insert("another key", "value"), "value");
+    EXPECT_EQ(one.find_or_insert("third", "value"), "value");
     const Cache later("test.txt");
     for (const char* key : {"key", "another key", "third"}) ASSERT_NE(later.find(key), nullptr);
     EXPECT_EQ(*later.find("key"), "first");
     std::filesystem::remove_all(directory.path);
     const Variable none("LNS_CACHE", "none");
     Cache nothing("test.txt");
-    EXPECT_EQ(nothing.settle("key", "value"), std::nullopt);
+    EXPECT_EQ(nothing.find_or_insert("key", "value"), std::nullopt);
     EXPECT_EQ(nothing.find("key"), nullptr);
     EXPECT_FALSE(std::filesystem::exists(directory.path));
 }
@@ -676,7 +676,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     std::vector<uint32_t> decays(n / 8 / 32 + 1);
     for (int64_t i = 0; i < n / 8; i += 3) decays[i / 32] |= 1u << i % 32;
     const double norm = 50;
-    AdamWStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
+    UpdateStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
     const double scale = c.grad_clip < 0                         ? 0.25
                          : c.grad_clip > 0 && norm > c.grad_clip ? c.grad_clip / norm
                                                                  : 1;
@@ -685,7 +685,7 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     OnDevice<M> m_(m), v_(v);
     const OnDevice<G> g_(g);
     const OnDevice<uint32_t> decays_(decays);
-    const OnDevice<AdamWStep> o_(std::vector<AdamWStep>{o});
+    const OnDevice<UpdateStep> o_(std::vector<UpdateStep>{o});
     const OnDevice<double> norm_(Doubles{norm}), loss(Doubles{3}), bad(Doubles{NAN});
     Stream stream;
     auto step = [&](const double* norm, const double* loss) {

@@ -4,7 +4,7 @@
 # shellcheck source=dev/test/lib/checks.sh
 . "$(dirname "$0")/lib/checks.sh"
 flags=$(
-    for command in '' probe export; do ./train_gpt $command --help; done
+    for command in '' eval probe export; do ./train_gpt $command --help; done
     cat data/*.cpp data/get.sh scripts/*.{sh,py} dev/reference/*.py
 )
 for document in *.md {data,docs,gpt,scripts,dev/*}/*.md; do

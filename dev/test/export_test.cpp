@@ -259,6 +259,8 @@ TEST(Export, TokenizerAndItsTokens) {
     model.initialize(1);
     TrainerState state;
     state.tokenizer = load_tokenizer("bytes")->id();
+    state.step = 7, state.tokens = 800, state.val_loss = 1.25;
+    state.flags = {{"--train", "a|b_*.bin"}};
     save_checkpoint(dir / "c", model, state, load_tokenizer("bytes").get());
     for (const char* name : {"tokenizer.json", "checksums.json"}) // older checkpoints have none
         fs::remove(fs::path(dir / "c") / name);
@@ -273,6 +275,12 @@ TEST(Export, TokenizerAndItsTokens) {
         257u);
     auto config = json::parse(read_bytes(dir / "new/out/config.json"));
     EXPECT_EQ(config.at("eos_token_id"), 256);
+    const json generation = json::parse(read_bytes(dir / "new/out/generation_config.json"));
+    EXPECT_EQ(generation, json({{"bos_token_id", 256}, {"eos_token_id", 256}}));
+    const std::string card = read_bytes(dir / "new/out/README.md");
+    EXPECT_TRUE(says(card, {"library_name: transformers", "# out", "norm scheme | lns, folded",
+                            "| validation loss | 1.2500, perplexity 3.49 |", "license",
+                            "| training | 7 steps, 800 tokens |", "| data | a\\|b_*.bin |"}));
     EXPECT_TRUE(config.at("pad_token_id").is_null());
     // Settings of a foreign config.json are kept.
     config["eos_token_id"] = {1, 2};

@@ -13,7 +13,8 @@ namespace lns::test {
 // Holds parameters and moments, and computes nothing.
 struct Holder : Model {
     std::vector<float> held[4];
-    explicit Holder(const Config& c) : Model(c) {
+    explicit Holder(const Config& c, const Optimizer& optimizer = optimizers()[0])
+        : Model(c, optimizer) {
         for (auto& buffer : held) buffer.assign(registry.size, 0);
     }
     std::string device() const override { return "cpu"; }
@@ -27,9 +28,11 @@ struct Holder : Model {
     double loss(const int*, const int*, int, int) override { return 0; }
     double loss_and_gradients(const int*, const int*, int, int, double) override { return 0; }
     void logits(const int*, int, int, bool, float*) override {}
+    void score(const int*, int, int, const Branches&, const std::vector<ScoredToken>&,
+               double*) override {}
     void zero_gradients() override {}
     double gradient_norm() override { return 0; }
-    void update(const AdamW&) override {}
+    void update(const Hyperparameters&) override {}
     void read(Buffer buffer, const Param& p, float* out) override {
         std::memcpy(out, &held[buffer.kind + buffer.index][p.offset], p.size() * sizeof(float));
     }

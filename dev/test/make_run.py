@@ -25,6 +25,7 @@ parser.add_argument("--end", choices=["whole", "cut", "nan", "rise", "none"], de
 parser.add_argument("--tokenizer", default="gpt2:50257")
 parser.add_argument("--bits", action="store_true", help="val_bits_per_byte, half the loss")
 parser.add_argument("--probe", action="store_true")
+parser.add_argument("--tasks", action="store_true", help="accuracies that rise from chance")
 parser.add_argument("--no-log", action="store_true")
 args = parser.parse_args()
 L, width, per_step = args.layers, 24, 1000
@@ -58,6 +59,11 @@ if not args.no_log:
             record = {"step": step, "loss": loss_at(step) + random.gauss(0, 0.05)}
             if step % 10 == 0 or step == last:
                 record["val_loss"] = loss_at(step)
+                if args.tasks:
+                    record["tasks"] = {
+                        name: {"acc": chance + 0.3 * step / args.steps, "acc_stderr": 0.02,
+                               "chance": chance, "questions": 100}
+                        for name, chance in (("arc_easy", 0.25), ("boolq", 0.5))}  # fmt: skip
                 record["residual_variance"] = [v ** (step / args.steps) for v in variance]
                 if args.bits:
                     record["val_bits_per_byte"] = loss_at(step) / 2
@@ -106,4 +112,7 @@ if args.probe:
         "usefulness": {"linear_loss": [args.final + 0.6 * f for f in fade],
                        "share": sum(0.6 * f > 0.1 * args.final for f in fade) / L},
         "permutation": [args.final + 0.5 * f for f in fade[1:]],
+        **({"task_removal": {"arc_easy": {
+            "questions": 100, "accuracy": 0.55, "change": [-0.3 * f for f in fade],
+            "change_error": [0.02] * L}}} if args.tasks else {}),
     })  # fmt: skip

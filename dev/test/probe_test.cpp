@@ -88,7 +88,7 @@ struct Fixture {
         }
         return r;
     }
-    Probes probe(const std::string& names, int jacobian_layer = 0, int64_t samples = 16) {
+    LayerDiagnostics probe(const std::string& names, int jacobian_layer = 0, int64_t samples = 16) {
         ProbeSettings s;
         s.probes = parse_probes(names);
         s.jacobian_layer = jacobian_layer;
@@ -114,7 +114,7 @@ TEST(Probe, IdentityLayersDoNothing) {
             SCOPED_TRACE(cat(arch, " ", scheme));
             Fixture f(small_config(arch, scheme, 3));
             for (const char* part : {"o_proj", "down_proj", "c_proj"}) f.fill(part, 0);
-            const Probes p = f.probe("all", 2);
+            const LayerDiagnostics p = f.probe("all", 2);
             EXPECT_NEAR(p.loss, f.mean_loss(f.model), 1e-12);
             EXPECT_EQ(p.tokens, 21);
             for (double x : p.variance->residual) EXPECT_EQ(x, p.variance->residual[0]);
@@ -136,7 +136,7 @@ TEST(Probe, IdentityLayersDoNothing) {
             for (double x : *p.permutation) EXPECT_NEAR(x, p.loss, 1e-7);
             for (double x : p.usefulness->linear_loss) EXPECT_NEAR(x, p.loss, 1e-7);
             EXPECT_EQ(p.usefulness->share, 0);
-            const Probes::Jacobian& j = *p.jacobian;
+            const LayerDiagnostics::Jacobian& j = *p.jacobian;
             EXPECT_GE(j.probes, 16);
             for (int l = 0; l < 3; l++) {
                 EXPECT_EQ(j.deviation[l], 0);
@@ -231,7 +231,7 @@ TEST(Probe, JacobianOfALayerInClosedForm) {
     for (const char* scheme : {"pre", "lns"}) {
         SCOPED_TRACE(scheme);
         Fixture f(small_config("llama", scheme, 2), 5, 1);
-        const Probes::Jacobian j = *f.probe("jacobian", 2, 3000).jacobian;
+        const LayerDiagnostics::Jacobian j = *f.probe("jacobian", 2, 3000).jacobian;
         const int C = 8;
         for (int layer : {1, 2}) {
             double deviation = 0, norm = 0; // over all tokens, which the samples are drawn from
@@ -272,7 +272,7 @@ TEST(Probe, JacobianIsThatOfTheForwardPass) {
         for (const std::string& scheme : schemes) {
             SCOPED_TRACE(cat(arch, " ", scheme));
             Fixture f(small_config(arch, scheme, 2));
-            const Probes::Jacobian j = *f.probe("jacobian", 2).jacobian;
+            const LayerDiagnostics::Jacobian j = *f.probe("jacobian", 2).jacobian;
             ProbeBatch& batch = f.batches[0];
             const Floats r = f.residuals(batch)[1];
             const int C = 8, t = 3; // the first sequence's last token with a target
@@ -304,7 +304,7 @@ TEST(Probe, RemovalEqualsAModelWithoutTheLayers) {
         for (const char* scheme : {"pre", "post", "sandwich"}) {
             SCOPED_TRACE(cat(arch, " ", scheme));
             Fixture f(small_config(arch, scheme, L));
-            const Probes p = f.probe("removal,permutation");
+            const LayerDiagnostics p = f.probe("removal,permutation");
             // The loss of a model of these layers.
             auto loss_of = [&](const std::vector<int>& layers) {
                 Config c = f.model.config;
@@ -340,7 +340,7 @@ TEST(Probe, RemovalEqualsAModelWithoutTheLayers) {
 TEST(Probe, VarianceAndAnglesAreThoseOfTheResiduals) {
     Fixture f(small_config("llama", "sandwich", 3));
     const int L = 3, C = 8;
-    const Probes p = f.probe("variance,angular");
+    const LayerDiagnostics p = f.probe("variance,angular");
     std::vector<Doubles> r(L + 1), attention(L), mlp(L); // tokens with a target
     std::vector<bool> last;
     for (const ProbeBatch& batch : f.batches) {
@@ -402,9 +402,9 @@ TEST(Probe, GradientNormsAreThoseOfTheMeanLoss) {
     for (const char* arch : {"gpt2", "llama", "olmo2"}) {
         SCOPED_TRACE(arch);
         Fixture f(small_config(arch, "lns", 2));
-        const Probes p = f.probe("gradients");
+        const LayerDiagnostics p = f.probe("gradients");
         EXPECT_EQ(f.model.gradient_norm(), 0) << "gradients are left behind";
-        const Probes::GradientNorm& g = *p.gradient_norm;
+        const LayerDiagnostics::GradientNorm& g = *p.gradient_norm;
         for (const ProbeBatch& b : f.batches)
             f.model.loss_and_gradients(b.inputs.data(), b.targets.data(), b.B, b.T,
                                        1 / double(p.tokens));
@@ -430,7 +430,7 @@ TEST(Probe, GradientNormsAreThoseOfTheMeanLoss) {
         }
         // ∂loss/∂r: the loss's slope along the gradient is the gradient's norm. A single batch.
         f.batches.resize(1);
-        const Probes one = f.probe("gradients");
+        const LayerDiagnostics one = f.probe("gradients");
         const ProbeBatch& b = f.batches[0];
         for (int l = 0; l <= 2; l++) {
             const std::vector<Floats> r = f.residuals(b);
@@ -474,7 +474,7 @@ TEST(Probe, ALinearLayerIsUselessAndAnotherIsNot) {
     Floats weights(down.size());
     f.model.read(Buffer::parameters, down, weights.data());
     f.fill("down_proj", 0);
-    Probes p = f.probe("usefulness,removal");
+    LayerDiagnostics p = f.probe("usefulness,removal");
     EXPECT_NEAR(p.usefulness->linear_loss[0], p.loss, 1e-4);
     EXPECT_GT(std::fabs(p.removal->at(0)[0] - p.loss), 1e-2) << "the layer does nothing";
     EXPECT_EQ(p.usefulness->share, 0);

@@ -95,7 +95,7 @@ for case in "STOP 0" "STOP 1" "KILL 0" "KILL 1" "SEGV 1"; do
     check "$name: in time" [ $((SECONDS - start)) -le 12 ]
     check "$name: reported" out_says "train_gpt: rank "
     check "$name: what is saved" out_says "The newest checkpoint is $name/step-"
-    check "$name: how to go on" out_says "go on with: mpirun -np 2 $program -o $name -y"
+    check "$name: how to continue" out_says "continue with: mpirun -np 2 $program -o $name -y"
 done
 ranks 2 -o KILL-0 -y -x 0
 check "that works" is $? 0

@@ -146,11 +146,11 @@ TEST(WatchDeathTest, AStepThatTakesFarLongerEndsAllRanks) {
     GTEST_FLAG_SET(death_test_style, "threadsafe");
     auto hang = [] {
         Two two;
-        two.zero.advise("Saved is x");
+        two.zero.set_advice("Saved is x");
         two.one.waiting = true;
         for (int i = 0; i < 2; i++) {
-            two.zero.begin_steady("a step");
-            if (i == 0) two.zero.end_steady();
+            two.zero.begin_section("a step");
+            if (i == 0) two.zero.end_section();
         }
         sleep(30);
     };
@@ -162,9 +162,9 @@ TEST(WatchDeathTest, AFirstStepMayTakeLong) {
     GTEST_FLAG_SET(death_test_style, "threadsafe");
     auto work = [] {
         Two two;
-        two.zero.begin_steady("a step");
+        two.zero.begin_section("a step");
         sleep(2);
-        two.zero.end_steady();
+        two.zero.end_section();
         two.one.leave();
         two.zero.leave();
         std::_Exit(7);

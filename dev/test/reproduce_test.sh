@@ -36,7 +36,7 @@ check "the whole: every scheme at three rates, variants, second seeds" says "$ou
 out=$(reproduce all --dry-run --quick)
 check "quick: ten schemes at two rates" says "$out" "20 runs of 3 steps, 20 of them left"
 
-# Interrupted in the second of its runs (exit status 130, saved), it goes on with that.
+# Interrupted in the second of its runs (exit status 130, saved), it continues with that one.
 cat >"$dir/launch" <<'END'
 #!/bin/bash
 # Stops the second run after a step of it.
@@ -61,12 +61,12 @@ check "interrupted: and has begun" test "$(steps run/lns-lr1e-2-seed1)" -lt 200
 check "interrupted: the third has not begun" absent run/post-lr1e-2-seed1
 before=$(stat -c %Y.%i "$dir/run/pre-lr1e-2-seed1/log.jsonl")
 out=$(SCHEMES="pre lns post" RATES=1e-2 reproduce run)
-check "going on: ends well" test $? -eq 0
-check "going on: says what is left" says "$out" "3 runs of 200 steps, 2 of them left"
-check "going on: the first is not run again" test "$before" = "$(stat -c %Y.%i "$dir/run/pre-lr1e-2-seed1/log.jsonl")"
-check "going on: the second continues" says "$out" "going on from $dir/run/lns-lr1e-2-seed1/step-"
-check "going on: each step once" test "$(steps run/lns-lr1e-2-seed1)" = 200
-check "going on: to its end" here run/lns-lr1e-2-seed1/step-000200
+check "continuing: ends well" test $? -eq 0
+check "continuing: says what is left" says "$out" "3 runs of 200 steps, 2 of them left"
+check "continuing: the first is not run again" test "$before" = "$(stat -c %Y.%i "$dir/run/pre-lr1e-2-seed1/log.jsonl")"
+check "continuing: the second continues" says "$out" "continuing from $dir/run/lns-lr1e-2-seed1/step-"
+check "continuing: each step once" test "$(steps run/lns-lr1e-2-seed1)" = 200
+check "continuing: to its end" here run/lns-lr1e-2-seed1/step-000200
 check "the table has all" test "$(grep -cE '^(pre|lns|post) .* finished$' "$dir/run/table.txt")" = 3
 out=$(SCHEMES="pre lns post" RATES=1e-2 reproduce run)
 check "all done: nothing runs" test "$(count "$out" "step 1/")" = 0
@@ -107,11 +107,11 @@ SCHEMES=pre RATES=1e-3 reproduce killed >/dev/null
 check "killed: an empty directory is begun" test "$(cat "$killed/outcome")" = finished
 rm -r "$killed/outcome" "$killed/step-000003" # as if killed after step 2
 out=$(SCHEMES=pre RATES=1e-3 reproduce killed)
-check "killed: goes on from the last checkpoint" says "$out" "going on from $killed/step-000002"
+check "killed: continues from the last checkpoint" says "$out" "continuing from $killed/step-000002"
 check "killed: to the end" test "$(steps killed/pre-lr1e-3-seed1)" = 3
 rm "$killed/outcome"
 SCHEMES=pre RATES=1e-3 reproduce killed >/dev/null
-check "killed behind the last step: recognized" test "$(cat "$killed/outcome")" = finished
+check "killed after the last step: recognized" test "$(cat "$killed/outcome")" = finished
 
 # A run that diverges is a result; the next ones are run, the best get a second seed.
 small+=(--warmup 0)

@@ -147,23 +147,23 @@ TEST(RunDirectory, OneThatDisappearsIsReportedAndRecreated) {
     TemporaryDirectory dir;
     RunDirectory run = RunDirectory::create(dir / "runs/a");
     run.append("{\"step\":1}");
-    EXPECT_EQ(run.mend(), "");
+    EXPECT_EQ(run.recreate_if_lost(), "");
     fs::rename(dir / "runs", dir / "moved");
-    EXPECT_TRUE(says(run.mend(), {dir / "runs/a was removed, renamed", "recreated"}));
-    EXPECT_EQ(run.mend(), "");
+    EXPECT_TRUE(says(run.recreate_if_lost(), {dir / "runs/a was removed, renamed", "recreated"}));
+    EXPECT_EQ(run.recreate_if_lost(), "");
     run.append("{\"step\":2}");
     EXPECT_EQ(read_bytes(dir / "runs/a/log.jsonl"), "{\"step\":2}\n");
     EXPECT_EQ(read_bytes(dir / "moved/a/log.jsonl"), "{\"step\":1}\n");
     EXPECT_TRUE(says(error_of([&] { RunDirectory::lock(dir / "runs/a"); }), {"another run"}));
 
     fs::remove(dir / "runs/a/log.jsonl");
-    EXPECT_TRUE(says(run.mend(), {"log.jsonl was removed", "recreated"}));
+    EXPECT_TRUE(says(run.recreate_if_lost(), {"log.jsonl was removed", "recreated"}));
     fs::remove_all(dir / "runs");
     write_bytes(dir / "runs", "a file in its way");
-    EXPECT_TRUE(says(run.mend(), {"cannot be recreated"}));
+    EXPECT_TRUE(says(run.recreate_if_lost(), {"cannot be recreated"}));
     EXPECT_TRUE(says(error_of([&] { run.checkpoint_path(2); }), {"cannot be recreated"}));
     fs::remove(dir / "runs");
-    EXPECT_TRUE(says(run.mend(), {"recreated without"}));
+    EXPECT_TRUE(says(run.recreate_if_lost(), {"recreated without"}));
     make_checkpoint(run, 2);
     EXPECT_EQ(steps(run), Steps{2});
 }

@@ -39,9 +39,11 @@ struct Counter : Model {
         asked.push_back({inputs, inputs + T});
         for (int v = 0; v < 4; v++) out[v] = v == (inputs[T - 1] + 1) % 4 ? 100.0f : 0.0f;
     }
+    void score(const int*, int, int, const Branches&, const std::vector<ScoredToken>&,
+               double*) override {}
     void zero_gradients() override {}
     double gradient_norm() override { return 0; }
-    void update(const AdamW&) override {}
+    void update(const Hyperparameters&) override {}
     void read(Buffer, const Param&, float*) override {}
     void write(Buffer, const Param&, const float*) override {}
     std::string first_nonfinite() override { return ""; }

@@ -44,7 +44,7 @@ TEST(Signals, TheFirstRequestsAStop) {
     for (int signal : stop_signals) {
         Finished f = in_child([&] {
             install_stop_handlers();
-            enter(Stage::training);
+            set_stage(Stage::training);
             if (stop_requested()) _exit(1);
             raise(signal);
             // Terminals, shells and launchers repeat signals.
@@ -59,7 +59,7 @@ TEST(Signals, TheFirstRequestsAStop) {
 TEST(Signals, ALaterOneEndsAtOnceWithAMessage) {
     Finished f = in_child([&] {
         install_stop_handlers();
-        enter(Stage::training);
+        set_stage(Stage::training);
         raise(SIGTERM);
         std::this_thread::sleep_for(a_second);
         raise(SIGXCPU); // the kernel repeats it every second
@@ -71,9 +71,9 @@ TEST(Signals, ALaterOneEndsAtOnceWithAMessage) {
               "since the last checkpoint\n");
     f = in_child([&] {
         install_stop_handlers();
-        enter(Stage::training);
+        set_stage(Stage::training);
         raise(SIGTERM);
-        enter(Stage::saved);
+        set_stage(Stage::saved);
         std::this_thread::sleep_for(a_second);
         raise(SIGINT);
     });
@@ -97,7 +97,7 @@ TEST(Signals, NohupIsRespected) {
         std::signal(SIGHUP, SIG_IGN);
         std::signal(SIGINT, SIG_IGN); // as in a script's background jobs
         install_stop_handlers();
-        enter(Stage::training);
+        set_stage(Stage::training);
         raise(SIGHUP);
         if (stop_requested()) _exit(1);
         raise(SIGINT);
@@ -111,7 +111,7 @@ TEST(Signals, OpenMpiAnnouncesTheEnd) {
         Finished f = in_child([&] {
             launched ? setenv("OMPI_COMM_WORLD_SIZE", "2", 1) : unsetenv("OMPI_COMM_WORLD_SIZE");
             install_stop_handlers();
-            enter(Stage::training);
+            set_stage(Stage::training);
             raise(SIGCONT); // from this process, not its parent
             if (stop_requested()) _exit(1);
             // A child of this process, which acts as its launcher.

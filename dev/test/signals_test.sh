@@ -43,7 +43,7 @@ for signal in HUP INT TERM USR1 USR2 XCPU; do
     kill -$signal $pid 2>/dev/null # repeated
     check "$signal: 130" ends_with 130
     check "$signal: the last step is saved" saved_last_step
-    check "$signal: out_says how to go on" out_says "go on with:"
+    check "$signal: out_says how to continue" out_says "continue with:"
 done
 
 # A step of 2,000 micro-batches is abandoned, and repeated with the same bits.

@@ -289,7 +289,7 @@ TEST(Simulator, says_who_waits_in_vain_and_where) {
     sim::in_every_order([&] {
         EXPECT_TRUE(has(error(at_a_shuffle_kernel),
                         {"kernel at_a_shuffle_kernel, block (0, 0, 0): ",
-                         "no thread can go on: 63 threads, the first (0, 0, 0), wait at "
+                         "no thread can continue: 63 threads, the first (0, 0, 0), wait at "
                          "__syncthreads (",
                          "sim_test.cpp:",
                          "thread (3, 0, 0) waits at __shfl_sync of lanes "
@@ -532,12 +532,12 @@ TEST(Simulator, finds_writes_beyond_the_end) {
     EXPECT_DEATH(out.data[0] = 1, "use-after-poison"); // the host touches the device's memory
 #else
     EXPECT_TRUE(has(error_of([&] { writes_at(10); }),
-                    {"writes_at_kernel: something was written 0 bytes behind the end of the 40 "
+                    {"writes_at_kernel: something was written 0 bytes after the end of the 40 "
                      "bytes of device memory"}));
     EXPECT_TRUE(has(error_of([&] { writes_at(-1); }), {"writes_at_kernel: something was written 1 "
                                                        "bytes before the 40 bytes of device"}));
     EXPECT_TRUE(has(error_of([&] { shared_at(6); }),
-                    {"shared_at_kernel, block (0, 0, 0): something was written 0 bytes behind the "
+                    {"shared_at_kernel, block (0, 0, 0): something was written 0 bytes after the "
                      "end of array 0 of shared memory (24 bytes)"}));
     (void)reads_at_kernel;
     float* pinned = nullptr;
@@ -548,7 +548,7 @@ TEST(Simulator, finds_writes_beyond_the_end) {
             *at = 1;
             cudaFreeHost(pinned);
         },
-        "on freeing: something was written 0 bytes behind the end of the 8 bytes of host memory");
+        "on freeing: something was written 0 bytes after the end of the 8 bytes of host memory");
     cudaFreeHost(pinned);
 #endif
 }

@@ -231,11 +231,19 @@ TEST(TokenizerFiles, AddedTokens) {
     EXPECT_EQ(by_config.load()->id(), tokenizer->id());
     expect_kept(by_config);
 
+    // The name of a special token stands for it where the caller says so.
+    EXPECT_EQ(tokenizer->encode("b<|im_start|>c", Specials::spelled),
+              (std::vector<int>{'b', 300, 'c'}));
+    EXPECT_EQ(tokenizer->decode({'b', 300, 'c'}, Specials::spelled), "b<|im_start|>c");
+
+    // A token that is not special stands for its text everywhere.
     all["added_tokens"][1]["special"] = false;
-    EXPECT_TRUE(says(Folder(all).refused(), {"not supported yet", "<|im_start|>"}));
+    EXPECT_EQ(tokens_of(Folder(all), "b<|im_start|>c"), (std::vector<int>{'b', 300, 'c'}));
+    EXPECT_EQ(Folder(all).load()->decode({'b', 300, 'c'}), "b<|im_start|>c");
+    EXPECT_NE(Folder(all).load()->id(), tokenizer->id());
     const Folder beside(nullptr);
     write_bytes(beside / "added_tokens.json", R"({"<new>": 258})");
-    EXPECT_TRUE(says(beside.refused(), {"not supported yet", "<new>"}));
+    EXPECT_EQ(tokens_of(beside, "b<new>"), (std::vector<int>{'b', 258}));
     write_bytes(beside / "tokenizer_config.json", R"({"pad_token": "<new>"})");
     EXPECT_EQ(beside.load()->vocab_size(), 259);
     expect_kept(beside);
@@ -249,34 +257,26 @@ TEST(TokenizerFiles, UnsupportedSettingsAreNamed) {
         json value;
         std::string name;
     };
-    const json split = {{"type", "Split"}, {"pattern", {{"Regex", "x"}}}};
-    const json level = {{"type", "ByteLevel"}, {"use_regex", false}};
     for (const Change& c : std::vector<Change>{
              {"/model/type", "WordPiece", "WordPiece"},
-             {"/model/type", "Unigram", "Unigram"},
-             {"/model/byte_fallback", true, "byte_fallback"},
-             {"/model/ignore_merges", true, "ignore_merges"},
              {"/model/end_of_word_suffix", "</w>", "end_of_word_suffix"},
              {"/model/dropout", 0.1, "dropout"},
-             {"/normalizer", {{"type", "NFC"}}, "NFC"},
-             {"/normalizer", {{"type", "Sequence"}, {"normalizers", {{{"type", "NFKC"}}}}}, "NFKC"},
-             {"/pre_tokenizer", {{"type", "Metaspace"}}, "Metaspace"},
-             {"/pre_tokenizer", level, "use_regex"},
-             {"/pre_tokenizer", nullptr, "pre-tokenizer"},
-             {"/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", {split, level}}}, "Split"},
-             {"/post_processor", {{"type", "RobertaProcessing"}}, "RobertaProcessing"},
-             {"/decoder", {{"type", "Metaspace"}}, "Metaspace"}}) {
+             {"/normalizer", {{"type", "Nmt"}}, "Nmt"},
+             {"/normalizer", {{"type", "Sequence"}, {"normalizers", {{{"type", "Nmt"}}}}}, "Nmt"},
+             {"/pre_tokenizer", {{"type", "UnicodeScripts"}}, "UnicodeScripts"},
+             {"/post_processor",
+              {{"type", "TemplateProcessing"},
+               {"single", {{{"SpecialToken", {{"id", "!"}}}}, {{"SpecialToken", {{"id", "a"}}}}}}},
+              "several tokens before"},
+             {"/decoder", {{"type", "CTC"}}, "CTC"}}) {
         json all = tokenizer_json();
         all[json::json_pointer(c.at)] = c.value;
         const std::string sentence = Folder(all).refused();
         EXPECT_TRUE(says(sentence, {"not supported yet", c.name})) << c.at;
         EXPECT_EQ(sentence.find("damaged"), std::string::npos) << sentence;
     }
-    json digits = with_digits(true);
-    digits["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = true;
-    EXPECT_TRUE(says(Folder(digits).refused(), {"not supported yet", "add_prefix_space"}));
-    EXPECT_TRUE(says(Folder(tokenizer_json(), {{"tokenizer_class", "RobertaTokenizer"}}).refused(),
-                     {"RobertaTokenizer", "not supported yet"}));
+    const Folder pair(nullptr, {{"tokenizer_class", "Qwen2Tokenizer"}});
+    EXPECT_TRUE(says(pair.refused(), {"Qwen2Tokenizer", "not supported yet"}));
     // Malformed parts are errors with a message.
     for (const char* at : {"/model", "/model/vocab", "/model/merges", "/added_tokens",
                            "/model/merges/0", "/post_processor", "/normalizer", "/decoder",
@@ -286,6 +286,53 @@ TEST(TokenizerFiles, UnsupportedSettingsAreNamed) {
             all[json::json_pointer(at)] = value;
             EXPECT_NE(Folder(all).refused(), "") << at << value;
         }
+}
+
+TEST(TokenizerFiles, RegexesThatWouldDifferAreNamed) {
+    auto refused = [](const std::string& regex) {
+        json all = tokenizer_json();
+        all["pre_tokenizer"] = {
+            {"type", "Sequence"},
+            {"pretokenizers",
+             {{{"type", "Split"}, {"pattern", {{"Regex", regex}}}}, all["pre_tokenizer"]}}};
+        return Folder(all).refused();
+    };
+    EXPECT_EQ(refused(R"((?i:'s)|\s+(?!\S)|\p{N}{1,3}+|[^\s\w]++|\u00e9|\h)"), "");
+    EXPECT_TRUE(says(refused("(a"), {"regex \"(a\"", "PCRE2 refuses", "at byte 2"}));
+    EXPECT_TRUE(says(refused("[a[b]]"), {"brackets in brackets", "not supported yet"}));
+    EXPECT_TRUE(says(refused("[a&&b]"), {"&&", "not supported yet"}));
+    EXPECT_TRUE(says(refused(R"([\W])"), {"\\W in brackets", "not supported yet"}));
+    EXPECT_TRUE(says(refused("a{2,3}+"), {"{2,3}+", "not supported yet"}));
+    EXPECT_TRUE(says(refused("\\p{Nonsense}"), {"PCRE2 refuses"}));
+}
+
+TEST(TokenizerFiles, TheTokensAroundATextAreThoseOfTransformers) {
+    json all = tokenizer_json();
+    auto around = [&](const json& config) {
+        const auto tokenizer = Folder(all, config).load();
+        return std::pair(tokenizer->bos, tokenizer->eos);
+    };
+    EXPECT_EQ(around(nullptr), std::pair(-1, -1));
+    all["post_processor"] = {{"type", "RobertaProcessing"}, {"sep", {"!", 33}}, {"cls", {"a", 97}}};
+    EXPECT_EQ(around(nullptr), std::pair('a' + 0, '!' + 0));
+    // transformers 5 ignores the configuration's flags beside a tokenizer.json.
+    EXPECT_EQ(around({{"add_bos_token", false}, {"eos_token", "b"}}), std::pair('a' + 0, '!' + 0));
+    const Folder pair(nullptr, {{"add_eos_token", true}, {"eos_token", "b"}});
+    EXPECT_EQ(pair.load()->eos, 'b');
+    EXPECT_EQ(pair.load()->bos, -1);
+    expect_kept(pair);
+    all["post_processor"]["cls"] = 3;
+    EXPECT_TRUE(says(Folder(all).refused(), {"cls", "expected a list"}));
+}
+
+TEST(TokenizerFiles, ManyEqualCharactersTakeLinearTime) {
+    const Folder folder(tokenizer_json());
+    const auto tokenizer = folder.load();
+    for (const char* unit : {" ", "\n", "a", " a", "1", "\u4e2d", "<|", "'"}) {
+        std::string text;
+        while (text.size() < 1'000'000) text += unit;
+        EXPECT_EQ(tokenizer->decode(tokenizer->encode(text)), text) << unit;
+    }
 }
 
 TEST(TokenizerFiles, OtherKindsAreNamed) {

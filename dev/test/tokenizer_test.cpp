@@ -2,6 +2,7 @@
 // LNS_GPT2_DIR has the full encoder.json and vocab.bpe, they are used too.
 #include "dev/test/data_helpers.h"
 #include "gpt/base/random.h"
+#include "gpt/base/terminal.h"
 #include "gpt/data/tokenizer.h"
 
 #include <gtest/gtest.h>
@@ -327,7 +328,7 @@ TEST(Tokenizer, Gpt2RefusesDamagedFiles) {
     EXPECT_TRUE(says(refused("{\"!\": 0, \"!\": 1}", merges), {"twice"}));
     EXPECT_TRUE(says(refused("{\"!\": -1}", merges), {"\"!\" the id -1"}));
     EXPECT_TRUE(says(refused("{\"!\": 0, \"a\": 0}", merges), {"two tokens the id 0"}));
-    EXPECT_TRUE(says(refused("{\"\u4e2d\": 0}", merges), {"names no byte"}));
+    EXPECT_TRUE(says(refused("{\"\u4e2d\": 0}", merges), {"no token for any byte"}));
     EXPECT_TRUE(says(refused(vocab, "#version: 0.2\n"), {"has no merges"}));
     EXPECT_TRUE(says(refused(vocab, merges + "a b c\n"), {"is \"a b c\", expected two tokens"}));
     EXPECT_TRUE(
@@ -392,6 +393,20 @@ TEST(Tokenizer, SentencePieceCutsAreExact) {
 TEST(Tokenizer, SentencePieceSavesItsModel) {
     expect_same_after_saving(*load_tokenizer(fixtures + "exact.model"), "Hello, world!");
     expect_same_after_saving(*load_tokenizer(fixtures + "folding.model"), "Hello, world!");
+}
+
+TEST(Tokenizer, SentencePieceAsTokenizerJson) {
+    auto exact = load_tokenizer(fixtures + "exact.model");
+    TemporaryDirectory dir;
+    write_bytes(dir / "exact.json", exact->as_tokenizer_json());
+    auto other = load_tokenizer(dir / "exact.json");
+    for (uint64_t i = 0; i < 500; i++) {
+        if (!is_utf8(odd_text(i))) continue; // SentencePiece replaces other bytes
+        EXPECT_EQ(other->encode(odd_text(i)), exact->encode(odd_text(i))) << odd_text(i);
+    }
+    // Tables of normalizations are applied in another way there.
+    EXPECT_EQ(load_tokenizer(fixtures + "folding.model")->as_tokenizer_json(), "");
+    EXPECT_EQ(load_tokenizer("bytes")->as_tokenizer_json(), "");
 }
 
 TEST(Tokenizer, SentencePieceRefusesWhatIsNotAModel) {

@@ -103,7 +103,7 @@ TEST(Train, AResumedRunHasTheSameBits) {
         std::ofstream(dir / "resumed/log.jsonl", std::ios::app) << "{\"step\":31,\"lo"; // cut short
         Finished f = train_gpt("-y -o " + dir / "resumed");
         ASSERT_EQ(f.status, 0) << f.output;
-        EXPECT_TRUE(says(f.output, {"going on from", "step 13"}));
+        EXPECT_TRUE(says(f.output, {"continuing from", "step 13"}));
         expect_same_checkpoint(dir / "straight/step-000030", dir / "resumed/step-000030");
         EXPECT_EQ(without_times(log_of(dir / "straight")), without_times(log_of(dir / "resumed")));
     }

@@ -65,7 +65,7 @@ const std::string* Cache::find(const std::string& key) const {
     return found == entries_.end() ? nullptr : &found->second;
 }
 
-std::optional<std::string> Cache::settle(const std::string& key, const std::string& value) {
+std::optional<std::string> Cache::find_or_insert(const std::string& key, const std::string& value) {
     if (path_.empty()) return std::nullopt;
     try {
         std::filesystem::create_directories(std::filesystem::path(path_).parent_path());

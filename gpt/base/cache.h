@@ -17,7 +17,7 @@ class Cache {
 
     // Stores the value unless another process has stored one, and returns the stored one, so that
     // all processes use the same. nullopt if the file cannot be written.
-    std::optional<std::string> settle(const std::string& key, const std::string& value);
+    std::optional<std::string> find_or_insert(const std::string& key, const std::string& value);
 
     const std::string& path() const { return path_; } // "" if disabled
 

@@ -167,15 +167,15 @@ double Ranks::sum(double value) const {
 
 bool Ranks::any(bool value) const { return sum(value ? 1.0 : 0.0) > 0; }
 
-void Ranks::advise(const std::string& text) const {
-    if (watch) watch->advise(text);
+void Ranks::set_advice(const std::string& text) const {
+    if (watch) watch->set_advice(text);
 }
 
-Ranks::Steady::Steady(const Ranks& ranks, const char* what) : watch(ranks.watch.get()) {
-    if (watch) watch->begin_steady(what);
+Ranks::TimedSection::TimedSection(const Ranks& ranks, const char* what) : watch(ranks.watch.get()) {
+    if (watch) watch->begin_section(what);
 }
-Ranks::Steady::~Steady() {
-    if (watch) watch->end_steady();
+Ranks::TimedSection::~TimedSection() {
+    if (watch) watch->end_section();
 }
 
 std::string differences(const std::vector<Facts>& facts) {

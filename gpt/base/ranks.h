@@ -44,16 +44,16 @@ struct Ranks {
     // Ends all ranks' processes at once, after an error on this rank only.
     [[noreturn]] void abort(int exit_code) const;
 
-    // On rank 0: sets the advice for when a rank is lost, such as "saved is …; go on with: …".
-    void advise(const std::string& text) const;
+    // On rank 0: sets the advice for when a rank is lost, such as "saved is …; continue with: …".
+    void set_advice(const std::string& text) const;
 
     // Encloses work that takes about the same time on every call, such as a step. If it takes far
     // longer than ever before, a rank hangs, and all ranks end.
-    struct Steady {
-        Steady(const Ranks& ranks, const char* what);
-        ~Steady();
-        Steady(const Steady&) = delete;
-        Steady& operator=(const Steady&) = delete;
+    struct TimedSection {
+        TimedSection(const Ranks& ranks, const char* what);
+        ~TimedSection();
+        TimedSection(const TimedSection&) = delete;
+        TimedSection& operator=(const TimedSection&) = delete;
 
       private:
         Watch* watch;

@@ -102,7 +102,7 @@ void remove_stop_handlers() {
     std::signal(SIGCONT, SIG_DFL);
 }
 
-void enter(Stage next) { stage = next; }
+void set_stage(Stage next) { stage = next; }
 
 bool stop_requested() { return first_signal != 0 || launcher_stopping; }
 

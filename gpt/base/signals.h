@@ -17,7 +17,7 @@ enum class Stage {
     saved,    // none: the process is about to exit
 };
 void install_stop_handlers(); // in Stage::starting
-void enter(Stage stage);
+void set_stage(Stage stage);
 void remove_stop_handlers(); // restores the default actions
 bool stop_requested();
 

@@ -201,7 +201,7 @@ void Watch::start(const std::vector<char>& connected) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-void Watch::advise(const std::string& text) {
+void Watch::set_advice(const std::string& text) {
     std::lock_guard lock(mutex);
     advice = text.substr(0, 16000);
     const uint32_t length = uint32_t(advice.size());
@@ -215,18 +215,18 @@ void Watch::leave() {
     for (Peer& peer : peers) send(peer, {leaves});
 }
 
-void Watch::begin_steady(const std::string& what) {
+void Watch::begin_section(const std::string& what) {
     std::lock_guard lock(mutex);
-    steady = what;
+    section = what;
     spent = 0;
     began = now();
 }
 
-void Watch::end_steady() {
+void Watch::end_section() {
     std::lock_guard lock(mutex);
-    double& most = longest[steady];
+    double& most = longest[section];
     most = std::max(most, std::min(now() - began, spent + 2)); // without suspended time
-    steady.clear();
+    section.clear();
 }
 
 void Watch::send(Peer& peer, const std::string& bytes) {
@@ -268,18 +268,18 @@ void Watch::receive(Peer& peer) {
     peer.fd = -1;
 }
 
-void Watch::check_steady(double elapsed) {
+void Watch::check_section(double elapsed) {
     std::string sentence;
     {
         std::lock_guard lock(mutex);
-        if (steady.empty()) return;
+        if (section.empty()) return;
         spent += elapsed;
         // The first call also compiles, tunes and allocates: by default it may take half an hour.
-        const auto known = longest.find(steady);
+        const auto known = longest.find(section);
         const bool first = known == longest.end();
         if (spent < (first ? 90 * timeout : timeout + 10 * known->second)) return;
         sentence = cat(
-            steady, " has taken ", format_duration(spent),
+            section, " has taken ", format_duration(spent),
             first ? "" : cat(", and the longest before ", format_duration(known->second)), ": ");
     }
     std::string busy;
@@ -348,7 +348,7 @@ void Watch::run() {
                 fail_all(cat(peer.name, " has not answered for ", timeout,
                              " s: it is stopped, or its machine or the network to it hangs"));
         }
-        check_steady(elapsed);
+        check_section(elapsed);
         if (rank == 0 && stopping_for >= 0 && stop_requested() && (stopping_for += elapsed) > 0.4) {
             print_stop_advice();
             stopping_for = -1;

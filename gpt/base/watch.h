@@ -1,10 +1,11 @@
 // Detects ranks that died or hang. MPI and NCCL wait forever, so a thread of each rank keeps a TCP
 // connection (IPv4) for heartbeats: every rank to rank 0, and rank 0 to every rank. If a rank ends
-// unannounced, or is silent for the timeout, all others end with a message that says how to go on.
-// So they do if a step takes far longer than any before: heartbeats continue while a GPU hangs.
+// unannounced, or is silent for the timeout, all others end with a message that says how to
+// continue. So they do if a step takes far longer than any before: heartbeats continue while a GPU
+// hangs.
 //
 // Time counts only while this process itself runs: ranks that were suspended together, or slept
-// with their laptop, go on.
+// with their laptop, continue.
 #pragma once
 
 #include <atomic>
@@ -47,14 +48,14 @@ class Watch {
     void start(const std::vector<char>& connected);
 
     // On rank 0: sets the advice that any rank prints when it loses another.
-    void advise(const std::string& text);
+    void set_advice(const std::string& text);
     // Announces that this rank ends normally.
     void leave();
 
     std::atomic<bool> waiting{false}; // for the other ranks, in a collective
     // Enclose work that takes about the same time on every call, except the first.
-    void begin_steady(const std::string& what);
-    void end_steady();
+    void begin_section(const std::string& what);
+    void end_section();
 
   private:
     struct Peer {
@@ -69,7 +70,7 @@ class Watch {
     void run();
     void receive(Peer& peer);
     void send(Peer& peer, const std::string& bytes);
-    void check_steady(double elapsed);
+    void check_section(double elapsed);
     [[noreturn]] void fail_all(const std::string& reason);
     [[noreturn]] void quit();
     void broadcast_end();
@@ -85,7 +86,7 @@ class Watch {
     std::mutex mutex; // guards sending, and everything below
     std::string advice;
     bool leaving = false, stopping = false;
-    std::string steady; // the steady work under way, or ""
+    std::string section; // the section under way, or ""
     double spent = 0, began = 0;
     std::map<std::string, double> longest;
 };

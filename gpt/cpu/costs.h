@@ -66,7 +66,7 @@ template <class S> struct Costs {
     Cost activation_backward() const {
         return {"backward", activation(), 0, rows * s * (2.0 * c.mlp_in_width() + c.mlp_width)};
     }
-    const char* activation() const { return c.gated_mlp() ? "swiglu" : "gelu"; }
+    const char* activation() const { return c.activation_row().name; }
 
     Cost loss(int64_t n) const {
         return {"forward", "loss", 0, double(n) * c.vocab_size * (a + s)};

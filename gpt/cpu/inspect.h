@@ -21,18 +21,6 @@ template <class S> std::string CpuModel<S>::dtype() const {
 // ---------------------------------------------------------------------------------------------
 // Parameters, gradients and moments
 
-// f(the array of a buffer)
-template <class S> template <class F> void CpuModel<S>::with_buffer(Buffer buffer, const F& f) {
-    if (buffer == Buffer::parameters)
-        master.size ? f(master) : f(parameters);
-    else if (buffer == Buffer::gradients)
-        f(gradients);
-    else if (State& state = states[size_t(buffer.index)]; state.rounded.size)
-        f(state.rounded);
-    else
-        f(state.full);
-}
-
 template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
     parameters[i] = value;
     if (master.size) master[i] = value;
@@ -40,20 +28,19 @@ template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
 
 template <class S> void CpuModel<S>::read(Buffer buffer, const Param& p, float* out) {
     if (buffer == Buffer::gradients) zero_remaining_gradients();
-    with_buffer(buffer, [&](const auto& from) {
-        for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[p.offset + i]);
+    with_buffer(*this, buffer, p, [&](const auto* from) {
+        for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[i]);
     });
 }
 
 template <class S> void CpuModel<S>::write(Buffer buffer, const Param& p, const float* values) {
     kv_cache_valid = false;
     if (buffer == Buffer::gradients) zero_remaining_gradients();
-    auto copy = [&](auto& to) {
-        using X = std::remove_reference_t<decltype(to[0])>;
-        for (int64_t i = 0; i < p.size(); i++) to[p.offset + i] = X(values[i]);
+    auto copy = [&]<class X>(X* to) {
+        for (int64_t i = 0; i < p.size(); i++) to[i] = X(values[i]);
     };
-    with_buffer(buffer, copy);
-    if (buffer == Buffer::parameters && master.size) copy(parameters);
+    with_buffer(*this, buffer, p, copy);
+    if (buffer == Buffer::parameters && master.size) copy(parameters + p.offset);
 }
 
 template <class S> float* CpuModel<S>::host_gradients() {
@@ -102,11 +89,10 @@ template <class S> void CpuModel<S>::leave(int k) {
     junction_forward(x, stopped[k]);
 }
 
-template <class S> void CpuModel<S>::embed(const int* inputs, int b, int t) {
-    if (!options.training || options.recompute != Recompute::none) no_layers();
-    check_tokens(inputs, b, t, acts.rows);
-    B = b, T = t, first = 0, kv_cache_valid = false;
-    tokens.assign(inputs, inputs + int64_t(B) * T);
+template <class S>
+void CpuModel<S>::embed(const int* inputs, int b, int t, const Branches& branched) {
+    if (!options.training || options.recompute != Recompute::none) fail_layer_by_layer();
+    set_tokens(inputs, b, t, 0, branched);
     embed();
     between = 0;
     leave(0);
@@ -124,6 +110,10 @@ template <class S> double CpuModel<S>::finish(const int* targets) {
     enter(2 * config.layers);
     head_forward(targets, nullptr, 0, 0, rows());
     return sum_of_losses();
+}
+template <class S> void CpuModel<S>::finish(const std::vector<ScoredToken>& scored, double* out) {
+    enter(2 * config.layers);
+    score_rows(scored, out);
 }
 template <class S> void CpuModel<S>::finish_backward(const int* targets, double loss_scale) {
     check_targets(targets, rows());
@@ -249,8 +239,8 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     plan.parameters = n * int64_t(sizeof(S));
     if (o.training) {
         plan.gradients = n * int64_t(sizeof(Acc<S>));
-        plan.optimizer =
-            o.optimizer->bytes(n, o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
+        plan.optimizer = OptimizerLayout(*o.optimizer, registry)
+                             .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
         if (sizeof(S) < sizeof(Acc<S>) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(Acc<S>));
     }

@@ -8,6 +8,7 @@
 
 // defines: bf16, warp, load8, store8, warp_sum, quad_sum, quad_max, OnlineSoftmax
 #include "gpt/cuda/kernel.cuh"
+#include "gpt/model/model.h" // defines: Branches
 
 namespace lns::cuda {
 
@@ -17,10 +18,14 @@ struct AttentionShape {
     int B, T, NH, KVH, HS;
     int channels;  // of a head without padding; HS or a few less
     int first = 0; // the first position to compute: k and v before it are valid; 0 unless B is 1
+    Branches branches = {}; // on the GPU
     __host__ __device__ int64_t rows() const { return int64_t(B) * T; }
     __host__ __device__ int q_width() const { return NH * HS; }
     __host__ __device__ int kv_width() const { return KVH * HS; }
     __host__ __device__ int row() const { return (NH + 2 * KVH) * HS; }
+    __device__ int64_t position(int64_t row) const {
+        return branches.position ? branches.position[row] : row % T;
+    }
     __host__ __device__ float scale() const { return 1.0f / sqrtf(float(channels)); }
 };
 
@@ -396,6 +401,29 @@ __device__ inline void causal_mask(Accumulator<M, N>& s, int first_row, int firs
             }
 }
 
+// Hides other branches' keys, the columns, from queries of sequence b, the rows. Their score is
+// finite, for a whole tile may be hidden: what it adds to the softmax is then rescaled to 0.
+template <int M, int N>
+__device__ inline void branch_mask(Accumulator<M, N>& s, int b, int first_row, int first_column,
+                                   const AttentionShape& a) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int t = first_row + s.row(m, 2 * i);
+            if (t >= a.T) continue;
+            const int own = a.branches.branch[int64_t(b) * a.T + t];
+            const int begin = own - (t - a.branches.position[int64_t(b) * a.T + t]);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                for (int e = 2 * i; e < 2 * i + 2; e++) {
+                    const int column = first_column + s.column(n, e);
+                    if (column >= begin && column < own) s.x[m][n][e] = -1e6f;
+                }
+        }
+}
+
 template <class S, int D, int M, int STEP, bool IN_REGISTERS>
 __global__ static void __launch_bounds__(attention_threads)
     attention_forward_kernel(S* out, float* lse, const S* qkv, AttentionShape a,
@@ -442,6 +470,7 @@ __global__ static void __launch_bounds__(attention_threads)
         Accumulator<M, STEP> s = {};
         matmul_transposed(s, q, k);
         if (key + STEP > t + 1) causal_mask<false>(s, t, key);
+        if (a.branches.branch) branch_mask(s, b, t, key, a);
         softmax.step(s, o, c);
         matmul(o, left_operand(s, own_scratch<M, S, STEP>(scratch)), v);
     }

@@ -164,7 +164,7 @@ struct RowsSoftmax {
     }
 };
 
-inline int most_heads(const AttentionShape& a) {
+inline int heads_in_l2_cache(const AttentionShape& a) {
     const int64_t cache = 32 << 20, each = int64_t(a.T) * a.HS * 2 * int(sizeof(bf16));
     return int(std::clamp<int64_t>(cache / each, 8, 1 << 12));
 }
@@ -324,7 +324,7 @@ bool launch_forward(bf16* out, float* lse, const bf16* qkv, const AttentionShape
     const int work = a.B * a.NH * blocks_for(a.T, block_rows);
     launch(forward_kernel<HS>, std::min(work, multiprocessors()), block_threads,
            ForwardTiles<HS>::shared(), stream, out, lse, heads_map(qkv, a.NH + 2 * a.KVH, a), a,
-           most_heads(a));
+           heads_in_l2_cache(a));
     return true;
 }
 
@@ -602,7 +602,7 @@ bool launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* 
            delta, dout, out, a);
     const TensorMap heads = heads_map(qkv, a.NH + 2 * a.KVH, a),
                     dout_heads = heads_map(dout, a.NH, a);
-    const int rows = blocks_for(a.T, block_rows), heads_at_once = most_heads(a);
+    const int rows = blocks_for(a.T, block_rows), heads_at_once = heads_in_l2_cache(a);
     const size_t shared = BackwardTiles<HS>::shared();
     launch(dkv_kernel<HS>, a.B * a.KVH * rows, block_threads, shared, stream, dqkv, lse, delta,
            table, heads, dout_heads, a, heads_at_once);
@@ -617,7 +617,7 @@ bool launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* 
 // not supported: heads have 64 or 128 channels, and positions start at 0.
 inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
                                      const AttentionShape& a, cudaStream_t stream) {
-    if (a.first != 0) return false;
+    if (a.first != 0 || a.branches.branch) return false;
     if (a.HS == 64) return hopper::launch_forward<64>(out, lse, qkv, a, stream);
     if (a.HS == 128) return hopper::launch_forward<128>(out, lse, qkv, a, stream);
     return false;

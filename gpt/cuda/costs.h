@@ -81,7 +81,7 @@ template <class S, class G> struct Costs {
     Cost activation_backward() const {
         return {"backward", activation(), 0, rows * (2.0 * c.mlp_in_width() + c.mlp_width) * s};
     }
-    const char* activation() const { return c.gated_mlp() ? "swiglu" : "gelu"; }
+    const char* activation() const { return c.activation_row().name; }
 
     Cost loss(int64_t n, bool gradients, double logit_bytes) const {
         return {"forward", "loss", 0, double(n) * c.vocab_size * (1 + gradients) * logit_bytes};

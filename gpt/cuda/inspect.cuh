@@ -25,8 +25,8 @@ namespace lns::cuda {
 template <class S, class G> void CudaModel<S, G>::read(Buffer buffer, const Param& p, float* out) {
     const Param& q = padded_param(p);
     const Placement place(p, q, config, padded_config);
-    with_buffer(buffer, [&](auto& array) {
-        const auto values = fetch(array + q.offset, q.size());
+    with_buffer(*this, buffer, q, [&](auto* from) {
+        const auto values = fetch(from, q.size());
         place.each([&](int64_t i, int64_t j) { out[i] = float(values[j]); });
     });
 }
@@ -35,29 +35,16 @@ void CudaModel<S, G>::write(Buffer buffer, const Param& p, const float* values) 
     kv_cache_valid = false;
     const Param& q = padded_param(p);
     const Placement place(p, q, config, padded_config);
-    auto upload = [&](auto& array) {
-        using X = std::remove_reference_t<decltype(array[0])>;
+    auto upload = [&](auto* to) {
+        using X = std::remove_reference_t<decltype(*to)>;
         std::vector<X> padded(size_t(q.size()), X(0.0f));
         place.each([&](int64_t i, int64_t j) { padded[j] = X(values[i]); });
-        CUDA(cudaMemcpyAsync(array + q.offset, padded.data(), padded.size() * sizeof(X),
-                             cudaMemcpyHostToDevice, stream));
+        CUDA(cudaMemcpyAsync(to, padded.data(), padded.size() * sizeof(X), cudaMemcpyHostToDevice,
+                             stream));
         stream.wait();
     };
-    with_buffer(buffer, upload);
-    if (buffer == Buffer::parameters && master.size) upload(parameters);
-}
-// f(the array of a buffer)
-template <class S, class G>
-template <class F>
-void CudaModel<S, G>::with_buffer(Buffer buffer, const F& f) {
-    if (buffer == Buffer::parameters)
-        master.size ? f(master) : f(parameters);
-    else if (buffer == Buffer::gradients)
-        f(gradients);
-    else if (State& state = states[size_t(buffer.index)]; state.rounded.size)
-        f(state.rounded);
-    else
-        f(state.full);
+    with_buffer(*this, buffer, q, upload);
+    if (buffer == Buffer::parameters && master.size) upload(parameters + q.offset);
 }
 template <class S, class G> const Param& CudaModel<S, G>::padded_param(const Param& p) const {
     return padded_registry.params[size_t(&p - registry.params.data())];
@@ -109,9 +96,10 @@ template <class S, class G> void CudaModel<S, G>::leave_backward(int k, const fl
                       junction_gradients(k, false), multiprocessors, stream);
 }
 
-template <class S, class G> void CudaModel<S, G>::embed(const int* inputs, int b, int t) {
-    if (!options.training || options.recompute != Recompute::none) no_layers();
-    begin_pass(inputs, nullptr, b, t, 0);
+template <class S, class G>
+void CudaModel<S, G>::embed(const int* inputs, int b, int t, const Branches& branched) {
+    if (!options.training || options.recompute != Recompute::none) fail_layer_by_layer();
+    begin_pass(inputs, nullptr, b, t, 0, branched);
     kv_cache_valid = false;
     embed();
     leave(0, embedded());
@@ -140,6 +128,11 @@ template <class S, class G> double CudaModel<S, G>::finish(const int* targets) {
     set_targets(targets, 0);
     enter(2 * config.layers);
     return head_loss();
+}
+template <class S, class G>
+void CudaModel<S, G>::finish(const std::vector<ScoredToken>& scored, double* out) {
+    enter(2 * config.layers);
+    score_rows(scored, out);
 }
 template <class S, class G>
 void CudaModel<S, G>::finish_backward(const int* targets, double loss_scale) {
@@ -249,12 +242,13 @@ template <class S, class G>
 MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o) {
     MemoryPlan plan;
     const Config padded_config = pad_config(config);
-    const int64_t n = make_registry(padded_config).size;
+    const Registry registry = make_registry(padded_config);
+    const int64_t n = registry.size;
     plan.parameters = n * int64_t(sizeof(S));
     if (o.training) {
         plan.gradients = n * int64_t(sizeof(G));
-        plan.optimizer =
-            o.optimizer->bytes(n, o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
+        plan.optimizer = OptimizerLayout(*o.optimizer, registry)
+                             .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
         if (sizeof(S) < sizeof(float) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(float));
         plan.optimizer += n / 64;

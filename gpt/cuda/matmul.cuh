@@ -169,7 +169,7 @@ class CublasLt {
         CUDA(cudaStreamIsCapturing(stream, &capture));
         if (capture != cudaStreamCaptureStatusNone || cache.path().empty()) return candidates[0];
         const std::optional<std::string> text =
-            cache.settle(key, to_text(fastest(p, q, candidates)));
+            cache.find_or_insert(key, to_text(fastest(p, q, candidates)));
         const std::optional<Algorithm> settled = text ? from_text(*text) : std::nullopt;
         return settled && is_usable(q, *settled) ? *settled : candidates[0];
     }

@@ -33,7 +33,7 @@ struct EventTimes {
         return event;
     }
     // Adds all spans to the profile, if there is one. The stream must have been synchronized.
-    void book(Profile* profile) {
+    void add_to(Profile* profile) {
         for (const Span& span : spans) {
             float milliseconds = 0;
             CUDA(cudaEventElapsedTime(&milliseconds, span.begin, span.end));

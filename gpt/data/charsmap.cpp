@@ -1,51 +1,17 @@
 #include "gpt/data/charsmap.h"
 
-#include <cstdint>
+#include "gpt/data/protobuf.h"
+
 #include <cstring>
-#include <vector>
+
+#include "gpt/base/error.h"
 
 namespace lns {
 namespace {
 
-// Calls take(number, bytes) for each length-delimited field of a protocol buffer. False if it is
-// truncated.
-template <class Take> bool each_field(std::string_view data, const Take& take) {
-    auto varint = [&](uint64_t& value) {
-        value = 0;
-        for (int shift = 0; shift < 64 && !data.empty(); shift += 7) {
-            const auto byte = static_cast<unsigned char>(data[0]);
-            data.remove_prefix(1);
-            value |= uint64_t(byte & 127) << shift;
-            if (byte < 128) return true;
-        }
-        return false;
-    };
-    while (!data.empty()) {
-        uint64_t key, size = 0;
-        if (!varint(key)) return false;
-        switch (key & 7) {
-        case 0:
-            if (!varint(size)) return false;
-            size = 0;
-            break;
-        case 1:
-            size = 8;
-            break;
-        case 2:
-            if (!varint(size)) return false;
-            break;
-        case 5:
-            size = 4;
-            break;
-        default:
-            return false;
-        }
-        if (size > data.size()) return false;
-        if ((key & 7) == 2) take(key >> 3, data.substr(0, size));
-        data.remove_prefix(size);
-    }
-    return true;
-}
+// A unit of the trie. The next byte is added to its index by exclusive or with the offset.
+constexpr uint32_t is_value = 1u << 31, has_value = 1u << 8;
+size_t offset_of(uint32_t unit) { return size_t(unit >> 10) << ((unit & 1u << 9) >> 6); }
 
 std::string table_fault(std::string_view table) {
     if (table.empty()) return "";
@@ -60,12 +26,10 @@ std::string table_fault(std::string_view table) {
     const std::string_view strings = table.substr(trie_bytes);
     if (strings.back() != '\0') return "its last string is not terminated";
 
-    constexpr uint32_t is_value = 1u << 31, has_value = 1u << 8;
     for (size_t i = 0; i < units.size(); i++) {
         const uint32_t unit = units[i];
         if (i > 0 && (unit & is_value)) continue; // not a node
-        // The next byte is added to this offset by exclusive or.
-        const size_t children = i ^ (size_t(unit >> 10) << ((unit & 1u << 9) >> 6));
+        const size_t children = i ^ offset_of(unit);
         if ((children | 255) >= units.size()) return "its trie points beyond its end";
         if ((unit & has_value) && (units[children] & ~is_value) >= strings.size())
             return "its trie points beyond the last string";
@@ -75,12 +39,38 @@ std::string table_fault(std::string_view table) {
 
 } // namespace
 
+Charsmap::Charsmap(std::string_view table, const std::string& where) {
+    const std::string fault = table.empty() ? "it is empty" : table_fault(table);
+    if (!fault.empty()) fail(where, " has a damaged table of normalizations: ", fault);
+    uint32_t trie_bytes;
+    std::memcpy(&trie_bytes, table.data(), sizeof trie_bytes);
+    units.resize(trie_bytes / 4);
+    std::memcpy(units.data(), table.data() + sizeof trie_bytes, trie_bytes);
+    strings = table.substr(sizeof trie_bytes + trie_bytes);
+}
+
+bool Charsmap::find(std::string_view text, std::string_view& replacement) const {
+    size_t node = offset_of(units[0]);
+    for (char c : text) {
+        const auto byte = static_cast<unsigned char>(c);
+        if (byte == 0) return false;
+        node ^= byte;
+        const uint32_t unit = units[node];
+        if ((unit & (is_value | 0xff)) != byte) return false;
+        node ^= offset_of(unit);
+        if (!(unit & has_value)) continue;
+        replacement = strings.c_str() + (units[node] & ~is_value);
+        return true;
+    }
+    return false;
+}
+
 std::string charsmap_fault(std::string_view model) {
     constexpr uint64_t normalizer = 3, denormalizer = 5, precompiled_charsmap = 2;
     std::string fault;
-    each_field(model, [&](uint64_t number, std::string_view spec) {
+    each_field(model, [&](uint64_t number, std::string_view spec, uint64_t) {
         if (number != normalizer && number != denormalizer) return;
-        each_field(spec, [&](uint64_t field, std::string_view table) {
+        each_field(spec, [&](uint64_t field, std::string_view table, uint64_t) {
             if (field == precompiled_charsmap && fault.empty()) fault = table_fault(table);
         });
     });

@@ -63,14 +63,15 @@ constexpr NamedTemplate named_templates[] = {
 {%- endfor %})"},
 };
 
-// Special tokens without a name of their own.
-constexpr std::string_view eos_name = "<|endoftext|>", bos_name = "<|startoftext|>";
+std::string spelled(int token, const Tokenizer& tokenizer) {
+    return token < 0 ? "" : tokenizer.decode(&token, 1, Specials::spelled);
+}
 
 Json variables(const Messages& messages, const Tokenizer& tokenizer, bool prompt) {
     return {{"messages", messages},
             {"add_generation_prompt", prompt},
-            {"bos_token", tokenizer.bos < 0 ? "" : std::string(bos_name)},
-            {"eos_token", tokenizer.eot() < 0 ? "" : std::string(eos_name)},
+            {"bos_token", spelled(tokenizer.bos, tokenizer)},
+            {"eos_token", spelled(tokenizer.eot(), tokenizer)},
             {"add_bos_token", tokenizer.bos >= 0}};
 }
 
@@ -196,27 +197,8 @@ Jinja::Output ChatTemplate::conversation(const Messages& messages,
 
 std::vector<int> encode_rendered(std::string_view text, const Tokenizer& tokenizer,
                                  bool continues) {
-    std::vector<int> tokens;
-    const auto add = [&](std::string_view part) {
-        if (part.empty()) return;
-        const std::vector<int> more =
-            continues ? tokenizer.encode_continuation(part) : tokenizer.encode(part);
-        tokens.insert(tokens.end(), more.begin(), more.end());
-        continues = true;
-    };
-    for (size_t at = 0;;) {
-        size_t next = std::string_view::npos, length = 0;
-        int token = -1;
-        for (const auto& [name, id] :
-             {std::pair(eos_name, tokenizer.eot()), {bos_name, tokenizer.bos}})
-            if (const size_t found = text.find(name, at); id >= 0 && found < next)
-                next = found, length = name.size(), token = id;
-        add(text.substr(at, next - at));
-        if (next == std::string_view::npos) return tokens;
-        tokens.push_back(token);
-        continues = true;
-        at = next + length;
-    }
+    return continues ? tokenizer.encode_continuation(text, Specials::spelled)
+                     : tokenizer.encode(text, Specials::spelled);
 }
 
 Example encode_conversation(const Messages& messages, const ChatTemplate& format,

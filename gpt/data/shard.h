@@ -36,7 +36,7 @@ namespace lns {
 
 // The tokenizer that made the tokens. vocab_size 0: unknown (a file from another program).
 struct TokenizerId {
-    std::string kind; // bytes, gpt2, sentencepiece
+    std::string kind; // bytes, gpt2, bpe, unigram, sentencepiece
     int vocab_size = 0;
     int eot = -1; // id of end-of-text, -1 if there is none
     uint64_t fingerprint = 0;

@@ -8,7 +8,6 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 namespace lns {
@@ -16,11 +15,20 @@ namespace lns {
 // Reads the whole file. Throws if it is a Git LFS pointer.
 std::string read_tokenizer_file(const std::string& path);
 
-// A token outside the vocabulary. Encoding text never yields special ones.
+struct TokenizerFile {
+    std::string name, content;
+};
+// Writes a tokenizer's files to dir, and removes those of other kinds.
+void save_tokenizer_files(const std::string& dir, const std::vector<TokenizerFile>& files);
+
+// A token that stands for its text wherever that occurs, outside the model's vocabulary or in it.
 struct AddedToken {
     int id;
     std::string content;
-    bool special;
+    bool special = false;                // only where the caller allows it
+    bool single_word = false;            // not beside a letter or digit
+    bool lstrip = false, rstrip = false; // with the white space before and after it
+    bool normalized = false;             // looked for after normalization
 };
 
 // tokenizer_config.json, and added_tokens.json if the former lists no added tokens.
@@ -40,22 +48,27 @@ struct TokenizerConfig {
     void expect_class(std::initializer_list<const char*> known) const;
 };
 
-enum class Digits { in_runs_with_spaces, each, runs };
+// Parts of a tokenizer.json. `path` names the file in errors.
 
-// A byte-level BPE, from tokenizer.json or from vocab.json and merges.txt.
-struct BytePairs {
-    std::string path;                                        // of the vocabulary's file
-    nlohmann::json vocab;                                    // token to id
-    std::vector<std::pair<std::string, std::string>> merges; // in order of priority
-    std::vector<AddedToken> added;
-    std::string unknown;       // unk_token, for bytes without a token; "" drops them
-    bool fuse_unknown = false; // adjacent ones become one
-    Digits digits = Digits::in_runs_with_spaces;
-    std::optional<bool> add_prefix_space; // nullopt if absent
-    std::string prefix_token;             // which the post-processor puts before a text, or ""
-};
-
-// Throws "… is not supported yet" for valid but unsupported settings.
-BytePairs read_tokenizer_json(std::string_view text, const std::string& path);
+// object[key], null if there is none.
+const nlohmann::json& field(const nlohmann::json& object, const char* key);
+std::string text_of(const nlohmann::json& value); // "" if it is no string
+std::string type_of(const nlohmann::json& part);  // its field "type", or ""
+// These throw if the field has another type; a list and a text must not be missing either.
+bool bool_field(const nlohmann::json& object, const char* key, bool fallback,
+                const std::string& path);
+std::string text_field(const nlohmann::json& object, const char* key, const std::string& path);
+const nlohmann::json& list_field(const nlohmann::json& object, const char* key,
+                                 const std::string& path);
+int token_id(const nlohmann::json& value, const std::string& path, const std::string& name);
+AddedToken added_token(const nlohmann::json& entry, const nlohmann::json& id,
+                       const std::string& path);
+// The part's type, and those of a Sequence's members.
+std::string description(const nlohmann::json& part);
+[[noreturn]] void unsupported(const std::string& path, const std::string& what);
+// Limits that no real file reaches, and a damaged one must not exceed.
+void limit_parts(size_t n, const char* what, const std::string& path);
+void limit_text(const std::string& text, const std::string& path);
+std::string from_base64(std::string_view text, const std::string& path);
 
 } // namespace lns

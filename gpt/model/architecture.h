@@ -15,7 +15,18 @@ namespace lns {
 
 enum class NormType { layer, rms };
 enum class PositionType { learned, rotary };
-enum class Activation { gelu, swiglu }; // tanh GELU; SwiGLU, of a gate and an up matrix
+
+// The MLP's activations, each a function of each backend.
+enum class Activation { gelu, swiglu };
+struct ActivationRow {
+    const char* name;
+    bool gated; // of a gate and an up matrix, else of one
+};
+inline constexpr ActivationRow activations[] = {
+    // in the order of Activation
+    {.name = "gelu", .gated = false}, // in its tanh form
+    {.name = "swiglu", .gated = true},
+};
 
 // Names of the parts in Hugging Face's checkpoints, without ".weight" and ".bias".
 struct TensorNames {
@@ -26,7 +37,7 @@ struct TensorNames {
     const char* attention = "self_attn.";
     const char *q = "q_proj", *k = "k_proj", *v = "v_proj"; // k "": one matrix, named q, for all
     const char* attn_out = "o_proj";
-    const char *mlp_in = "gate_proj", *mlp_up = "up_proj"; // up: SwiGLU only
+    const char *mlp_in = "gate_proj", *mlp_up = "up_proj"; // up: gated only
     const char* mlp_out = "down_proj";
     // A sublayer's norms: in front of it or after the sum, and on the branch. mlp_norm_beside: in
     // place of mlp_norm in a model with branch norms.

@@ -109,7 +109,7 @@ void complete_config(Config& c) {
                  " heads: choose --width and --heads so that it is");
         c.head_size = c.width / c.heads;
     }
-    // SwiGLU's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
+    // A gated MLP's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
     if (c.mlp_width == 0) c.mlp_width = c.gated_mlp() ? (8 * c.width / 3 + 7) / 8 * 8 : 4 * c.width;
     check_config(c);
 }
@@ -373,7 +373,7 @@ Config config_from_json(const std::string& text, const std::string& where) {
 }
 
 std::string config_to_json(const Config& c) {
-    const bool stock = beyond_stock(c).empty();
+    const bool stock = beyond_stock_model(c).empty();
     const Architecture& a = architecture_row(c.model_type);
     const ConfigKeys& k = a.keys;
     json j;
@@ -405,7 +405,7 @@ std::string config_to_json(const Config& c) {
     return j.dump(2) + "\n";
 }
 
-std::string beyond_stock(const Config& c) {
+std::string beyond_stock_model(const Config& c) {
     // Compared by what junctions do, not by name: mix:0 is pre. Initial values make no difference.
     const Scheme stock = stock_scheme(c.model_type);
     for (int k = 0; k <= 2 * c.layers; k++) {

@@ -41,7 +41,8 @@ struct Config {
     std::vector<std::string> notes; // from reading a config.json, for the user
 
     bool rope() const { return position_type == PositionType::rotary; }
-    bool gated_mlp() const { return activation == Activation::swiglu; }
+    const ActivationRow& activation_row() const { return activations[int(activation)]; }
+    bool gated_mlp() const { return activation_row().gated; }
     int q_width() const { return heads * head_size; }
     int kv_width() const { return kv_heads * head_size; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }
@@ -70,7 +71,7 @@ std::string config_to_json(const Config& config);
 // "" if the stock model of this architecture computes the same, else what this one has beyond it.
 // Its model_type is then "lns-llama" for "llama": other tools refuse it instead of computing
 // something else.
-std::string beyond_stock(const Config& config);
+std::string beyond_stock_model(const Config& config);
 
 // The scheme of an architecture's stock model.
 Scheme stock_scheme(const std::string& model_type);

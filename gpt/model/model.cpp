@@ -1,5 +1,6 @@
 #include "gpt/model/model.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "gpt/base/ranks.h"
@@ -25,17 +26,20 @@ void Model::begin_step(const StepInput& step) {
     }
     step_result = {loss * step.loss_scale, gradient_norm()};
     if (!std::isfinite(step_result.loss) || !std::isfinite(step_result.grad_norm)) return;
-    AdamW optimizer = step.optimizer;
+    Hyperparameters hyperparameters = step.hyperparameters;
     const bool clip = step.grad_clip > 0 && step_result.grad_norm > step.grad_clip;
-    optimizer.grad_scale = clip ? step.grad_clip / step_result.grad_norm : 1;
-    update(optimizer);
+    hyperparameters.grad_scale = clip ? step.grad_clip / step_result.grad_norm : 1;
+    update(hyperparameters);
 }
 
-void Model::check_tokens(const int* inputs, int B, int T, int64_t rows) const {
+void Model::check_tokens(const int* inputs, int B, int T, int64_t rows,
+                         const Branches& branches) const {
     if (B < 1 || T < 1 || int64_t(B) * T > rows)
         fail("a batch of ", B, " x ", T, " tokens was given to a model made for ", rows);
-    if (T > config.positions)
-        fail("a sequence of ", T, " tokens was given to a model of ", config.positions,
+    const int* position = branches.position;
+    const int longest = position ? 1 + *std::max_element(position, position + int64_t(B) * T) : T;
+    if (longest > config.positions)
+        fail("a sequence of ", longest, " tokens was given to a model of ", config.positions,
              " positions");
     for (int64_t i = 0; i < int64_t(B) * T; i++)
         if (inputs[i] < 0 || inputs[i] >= config.vocab_size)
@@ -47,6 +51,13 @@ void Model::check_targets(const int* targets, int64_t n) const {
         if (targets[i] < -1 || targets[i] >= config.vocab_size)
             fail("target ", targets[i], " is neither -1 nor in the model's vocabulary of ",
                  config.vocab_size);
+}
+
+void Model::check_scored(const std::vector<ScoredToken>& scored, int64_t rows) const {
+    for (const auto& [row, token] : scored)
+        if (row < 0 || row >= rows || token < 0 || token >= config.vocab_size)
+            fail("token ", token, " at row ", row, " of ", rows,
+                 " cannot be scored by a model with a ", "vocabulary of ", config.vocab_size);
 }
 
 std::vector<double> Model::residual_variance() {

@@ -17,13 +17,6 @@
 
 namespace lns {
 
-// Adam with decoupled weight decay (arXiv 1711.05101), on matrices only.
-struct AdamW {
-    double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0;
-    int64_t step = 1;      // counts from 1, for the bias correction
-    double grad_scale = 1; // multiplies every gradient first: clipping
-};
-
 // One of a model's flat buffers.
 struct Buffer {
     enum Kind { parameters, gradients, state };
@@ -73,14 +66,13 @@ struct Moments {
     double sum_of_squares() const { return square + n * mean * mean; }
 };
 
-// A training step: the tokens of all its micro-batches on this rank, and the hyperparameters of the
-// update.
+// A training step: the tokens of all its micro-batches on this rank, and the update.
 struct StepInput {
     const int *inputs, *targets; // (micro_batches, B, T)
     int micro_batches, B, T;
-    double loss_scale = 1; // 1 / (targets ≥ 0, over all micro-batches and ranks)
-    double grad_clip = 0;  // the largest norm of the gradient; 0: any
-    AdamW optimizer = {};  // grad_scale is ignored
+    double loss_scale = 1;                // 1 / (targets ≥ 0, over all micro-batches and ranks)
+    double grad_clip = 0;                 // the largest norm of the gradient; 0: any
+    Hyperparameters hyperparameters = {}; // grad_scale is ignored
     // Asked between micro-batches; true ends the step there, and nothing is updated. All ranks must
     // get the same answer.
     std::function<bool()> stop = {};
@@ -89,6 +81,20 @@ struct StepResult {
     double loss = 0;      // the mean over all ranks' targets
     double grad_norm = 0; // of the mean's gradient, before clipping
     bool stopped = false; // by StepInput::stop; the other fields are undefined then
+};
+
+// Sequences that branch: continuations of one beginning stand behind each other in a sequence of T
+// rows. Row t has the position position[t] in its own text. Rows of a continuation attend to the
+// beginning and to their continuation, which starts at row branch[t], but not to the t −
+// position[t] rows before that, which belong to others. Both arrays are (B, T); null: no sequence
+// branches.
+struct Branches {
+    const int *position = nullptr, *branch = nullptr;
+};
+// A token whose probability is asked for after those of `row`, of B·T.
+struct ScoredToken {
+    int64_t row;
+    int token;
 };
 
 struct Model {
@@ -123,9 +129,13 @@ struct Model {
     // logits (B, T, V), or (B, V) of the last position if last_only.
     virtual void logits(const int* inputs, int B, int T, bool last_only, float* out) = 0;
 
+    // out[i] = log p(scored[i].token), natural logarithm, after a forward pass over inputs (B, T).
+    virtual void score(const int* inputs, int B, int T, const Branches& branches,
+                       const std::vector<ScoredToken>& scored, double* out) = 0;
+
     virtual void zero_gradients() = 0;
     virtual double gradient_norm() = 0; // ‖all gradients‖₂
-    virtual void update(const AdamW& optimizer) = 0;
+    virtual void update(const Hyperparameters& hyperparameters) = 0;
 
     // A whole training step: zero_gradients, loss_and_gradients of every micro-batch, their sum
     // over ranks, gradient_norm, update. begin_step may return while the device still works;
@@ -134,7 +144,8 @@ struct Model {
     virtual void begin_step(const StepInput& step);
     virtual StepResult end_step() { return step_result; }
 
-    // One parameter's values, gradient or moments as float32, in memory's layout (not the file's).
+    // One parameter's values, gradient or optimizer state, which it must have, as float32, in
+    // memory's layout (not the file's).
     virtual void read(Buffer buffer, const Param& param, float* out) = 0;
     virtual void write(Buffer buffer, const Param& param, const float* values) = 0;
 
@@ -145,16 +156,18 @@ struct Model {
     // Layer by layer, for layer diagnostics: the residual stream r (B·T, C) can be read and written
     // between layers (l from 0), which may run in any order and number. Throws without training, or
     // with recompute.
-    // r ← the input of layer 0, of tokens (B, T)
-    virtual void embed(const int*, int, int) { no_layers(); }
+    // r ← the input of layer 0, of tokens (B, T); where sequences branch, nothing runs backward.
+    virtual void embed(const int*, int, int, const Branches& = {}) { fail_layer_by_layer(); }
     // r ← the output of layer l
-    virtual void run_layer(int) { no_layers(); }
+    virtual void run_layer(int) { fail_layer_by_layer(); }
     // The loss of r after the final norm and the head, as loss(); targets (B, T).
-    virtual double finish(const int*) { no_layers(); }
+    virtual double finish(const int*) { fail_layer_by_layer(); }
+    // The same for score().
+    virtual void finish(const std::vector<ScoredToken>&, double*) { fail_layer_by_layer(); }
     // Backward through what ran last: dr ← loss_scale × that loss's gradient by r; then dr ← the
     // gradient by the input of layer l. Both add to the parameters' gradients.
-    virtual void finish_backward(const int*, double) { no_layers(); }
-    virtual void run_layer_backward(int) { no_layers(); }
+    virtual void finish_backward(const int*, double) { fail_layer_by_layer(); }
+    virtual void run_layer_backward(int) { fail_layer_by_layer(); }
     enum class Stream {
         residual,  // r
         attention, // b of the attention of the last layer that ran
@@ -162,22 +175,24 @@ struct Model {
         gradient,  // dr
     };
     // (B·T, C); only r and dr can be written.
-    virtual void read(Stream, float*) { no_layers(); }
-    virtual void write(Stream, const float*) { no_layers(); }
+    virtual void read(Stream, float*) { fail_layer_by_layer(); }
+    virtual void write(Stream, const float*) { fail_layer_by_layer(); }
     // Some rows (n, C) of r or dr; writing sets all others to 0.
-    virtual void read_rows(Stream, const std::vector<int64_t>&, float*) { no_layers(); }
-    virtual void write_rows(Stream, const std::vector<int64_t>&, const float*) { no_layers(); }
+    virtual void read_rows(Stream, const std::vector<int64_t>&, float*) { fail_layer_by_layer(); }
+    virtual void write_rows(Stream, const std::vector<int64_t>&, const float*) {
+        fail_layer_by_layer();
+    }
     // r ← the last input of layer l; l = L: the output of layer L − 1. A layer that runs overwrites
     // its own input and that of the next layer, nothing before.
-    virtual void rewind(int) { no_layers(); }
+    virtual void rewind(int) { fail_layer_by_layer(); }
     // Statistics of each row, computed on the device in double: the moments of a stream; and
     // ‖a/‖a‖ − b/‖b‖‖², where a and b are r after rewind(l) and rewind(m).
-    virtual std::vector<Moments> row_moments(Stream) { no_layers(); }
-    virtual std::vector<double> row_chords(int, int) { no_layers(); }
+    virtual std::vector<Moments> row_moments(Stream) { fail_layer_by_layer(); }
+    virtual std::vector<double> row_chords(int, int) { fail_layer_by_layer(); }
     // Σ g² over the gradient of each parameter, in the registry's order.
-    virtual std::vector<double> gradient_squares() { no_layers(); }
-    [[noreturn]] static void no_layers() {
-        fail("a model that runs layer by layer must be made to train, without --recompute");
+    virtual std::vector<double> gradient_squares() { fail_layer_by_layer(); }
+    [[noreturn]] static void fail_layer_by_layer() {
+        fail("a model that runs layer by layer must be made for training, without --recompute");
     }
 
     // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after
@@ -192,9 +207,22 @@ struct Model {
     virtual int64_t bytes() const = 0;
 
     // Throw unless a model of at most `rows` = B·T tokens can take these.
-    void check_tokens(const int* inputs, int B, int T, int64_t rows) const;
+    void check_tokens(const int* inputs, int B, int T, int64_t rows,
+                      const Branches& branches = {}) const;
     void check_targets(const int* targets, int64_t n) const;
+    void check_scored(const std::vector<ScoredToken>& scored, int64_t rows) const;
 };
+
+// Calls f with a parameter's place in the array of a buffer, in float or bf16. For both backends'
+// models; p as the model's arrays hold it.
+template <class M, class F> void with_buffer(M& model, Buffer buffer, const Param& p, const F& f) {
+    if (buffer == Buffer::parameters)
+        return model.master.size ? f(model.master + p.offset) : f(model.parameters + p.offset);
+    if (buffer == Buffer::gradients) return f(model.gradients + p.offset);
+    const int64_t at = model.optimizer_layout.offset(buffer.index, p);
+    auto& state = model.states[size_t(buffer.index)];
+    state.rounded.size ? f(state.rounded + at) : f(state.full + at);
+}
 
 // A model's memory for micro-batches of (B, T), without making it.
 struct MemoryPlan {

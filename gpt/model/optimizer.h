@@ -1,35 +1,78 @@
-// Optimizers: how weights are updated, and what is remembered of each from step to step. Memory
-// plans, checkpoints, the comparison of ranks and the dispatch of the update follow from a row of
-// the table.
+// Optimizers: how weights are updated, and what is remembered of each from step to step. The flag
+// --optimizer, memory plans, checkpoints, the comparison of ranks and the dispatch of the update
+// follow from a row of the table in optimizer.cpp.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "gpt/model/params.h"
+
 namespace lns {
 
-// A buffer with a number for every parameter.
+// How a parameter is updated: a function of each backend.
+enum class UpdateRule { adamw };
+
+// A buffer with a number for each element of the parameters that have this state.
 struct OptimizerState {
-    std::string name; // the prefix of its tensors in optimizer.safetensors: "m" for m.NAME
-    std::string what; // for messages: "first moments"
+    std::string name;                  // the prefix of its tensors in optimizer.safetensors: m.NAME
+    std::string what;                  // for messages: "first moments"
+    bool matrices = true, rest = true; // whether these have it: Param::layer_matrix; the others
 };
 
 struct Optimizer {
-    enum class Kind { adamw } kind;
+    std::string name;          // as --optimizer has it
+    std::string title;         // for people
+    UpdateRule matrices, rest; // of Param::layer_matrix, of the others
     std::vector<OptimizerState> states;
 
-    int64_t bytes(int64_t parameters, int64_t bytes_each) const {
-        return int64_t(states.size()) * parameters * bytes_each;
+    // The index of a state by its name.
+    int index(const char* state) const {
+        int i = 0;
+        while (states.at(size_t(i)).name != state) i++;
+        return i;
+    }
+    UpdateRule rule(const Param& p) const { return p.layer_matrix ? matrices : rest; }
+    bool has(int state, const Param& p) const {
+        return p.layer_matrix ? states[size_t(state)].matrices : states[size_t(state)].rest;
     }
 };
 
-inline const std::vector<Optimizer>& optimizers() {
-    static const std::vector<Optimizer> table = {
-        {.kind = Optimizer::Kind::adamw,
-         .states = {{"m", "first moments"}, {"v", "second moments"}}},
-    };
-    return table;
-}
+const std::vector<Optimizer>& optimizers();
+std::vector<std::string> optimizer_names();
+
+// Throws for an unknown name, suggesting similar ones.
+const Optimizer& optimizer_row(const std::string& name);
+
+// Hyperparameters of an update; a rule reads those that it has.
+struct Hyperparameters {
+    double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+    double weight_decay = 0; // decoupled, on matrices only
+    int64_t step = 1;        // counts from 1, for the bias correction
+    double grad_scale = 1;   // multiplies every gradient first: clipping
+};
+
+// Parameters that follow each other in the flat buffers, [begin, end), and share a rule.
+struct UpdateRange {
+    UpdateRule rule;
+    size_t first, last; // of Registry::params, `last` excluded
+    int64_t begin, end;
+    std::vector<int64_t> states; // where each state has its numbers of these; −1: it has none
+
+    int64_t size() const { return end - begin; }
+};
+
+// Where each optimizer state is in memory. The ranges cover the flat buffers, alignment included.
+struct OptimizerLayout {
+    std::vector<UpdateRange> ranges;
+    std::vector<int64_t> sizes; // elements of each state
+
+    OptimizerLayout(const Optimizer& optimizer, const Registry& registry);
+
+    // Where a parameter's numbers begin in a state that it has.
+    int64_t offset(int state, const Param& p) const;
+    int64_t bytes(int64_t bytes_each) const; // of all states
+};
 
 } // namespace lns

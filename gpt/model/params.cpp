@@ -18,7 +18,8 @@ struct Builder {
     const SchemeRow& row = *c.scheme.row;
     const int L = c.layers, C = c.width;
 
-    // Every parameter that does not continue a stack starts aligned.
+    // Every parameter that does not continue a stack starts aligned, so kinds of parameters never
+    // share a vector of a kernel.
     void align() { registry.size = (registry.size + alignment - 1) / alignment * alignment; }
 
     int64_t add(const std::string& name, std::vector<int64_t> shape, double mean, double std) {
@@ -36,6 +37,7 @@ struct Builder {
     int64_t matrix(const std::string& name, int64_t rows, int64_t columns, double std) {
         int64_t offset = add(name + ".weight", {rows, columns}, 0, std);
         registry.params.back().transposed = names.transposed;
+        registry.params.back().layer_matrix = true;
         return offset;
     }
     int64_t vector(const std::string& name, int64_t n, double value) {

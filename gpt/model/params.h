@@ -22,7 +22,8 @@ struct Param {
     double mean = 0, std = 0;   // starts at normal(mean, std)
     int64_t tail = INT64_MAX;   // elements from here on (V in GPT-2's c_attn)
     double tail_std = 0;        // start at normal(mean, tail_std)
-    bool decay = false;         // AdamW's weight decay: matrices only
+    bool decay = false;         // weight decay: matrices only
+    bool layer_matrix = false;  // a matrix of a layer, not an embedding or the head
     bool transposed = false;    // the file has (C, OC): GPT-2's Conv1D
 
     int64_t size() const {

@@ -83,6 +83,42 @@ const std::vector<SchemeRow>& scheme_table() {
     return table;
 }
 
+const char* name_of(Layers layers) {
+    switch (layers) {
+    case none:
+        return "none";
+    case all:
+        return "all";
+    case first_k:
+        return "first_k";
+    case after_k:
+        return "after_k";
+    }
+    return "";
+}
+const char* name_of(Gamma gamma) {
+    switch (gamma) {
+    case Gamma::none:
+        return "none";
+    case Gamma::vector:
+        return "vector";
+    case Gamma::scalar:
+        return "scalar";
+    }
+    return "";
+}
+const char* name_of(DepthScale depth) {
+    switch (depth) {
+    case DepthScale::none:
+        return "none";
+    case DepthScale::output:
+        return "output";
+    case DepthScale::init_weight:
+        return "init_weight";
+    }
+    return "";
+}
+
 std::vector<std::string> scheme_names() {
     std::vector<std::string> names;
     for (const SchemeRow& row : scheme_table()) names.push_back(row.name);
@@ -205,9 +241,10 @@ Junction junction(const Scheme& scheme, int L, int k) {
     int next = k + 1, layer = (next + 1) / 2;
     j.in_norm = has(row.in_norm, layer, mix);
     bool site = next % 2 == 1 ? scheme.lns_attn : scheme.lns_mlp;
-    if (j.in_norm && site && row.depth != DepthScale::none) {
-        double factor = std::pow(double(layer), -scheme.lns_power);
-        (row.depth == DepthScale::output ? j.in_scale : j.in_weight_init) = factor;
+    if (j.in_norm && site) {
+        const double factor = std::pow(double(layer), -scheme.lns_power);
+        if (row.depth == DepthScale::output) j.in_scale = factor;
+        if (row.depth == DepthScale::init_weight) j.in_weight_init = factor;
     }
     return j;
 }

@@ -26,6 +26,11 @@ enum class Layers { none, all, first_k, after_k };   // the layers ℓ that have
 enum class Gamma { none, vector, scalar };           // a learned factor on the branch
 enum class DepthScale { none, output, init_weight }; // what ℓ^(−power) multiplies at the in-norm
 
+// As `train_gpt schemes --format json` has them, which dev/reference reads.
+const char* name_of(Layers layers);
+const char* name_of(Gamma gamma);
+const char* name_of(DepthScale depth);
+
 // One row. A function of L that is null stands for the constant 1; of init, for a plain normal.
 struct SchemeRow {
     const char* name;
@@ -86,7 +91,8 @@ struct Junction {
 
     bool operator==(const Junction&) const = default;
 
-    // Whether the backward pass needs the sublayer's output.
+    // Whether the backward pass needs the sublayer's output. Where it does not, that output is
+    // r − skip · r_prev, as layer diagnostics compute it.
     bool keeps_branch() const { return branch_norm || out_norm || gamma != Gamma::none || gate; }
 };
 

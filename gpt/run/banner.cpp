@@ -142,8 +142,9 @@ std::string describe_schedule(const Schedule& s, const Options& o, int64_t token
             micro_batches > 1 ? cat(" (", micro_batches, " micro-batches per rank)") : "", ", ",
             format_count(double(s.steps) * double(tokens_per_step)), " tokens in total\n");
     text +=
-        cat("optimizer  ", o.weight_decay > 0 ? cat("AdamW, decay ", o.weight_decay) : "Adam",
-            ", betas ", o.beta1, " ", o.beta2, ", eps ", o.eps,
+        cat("optimizer  ", optimizer_row(o.optimizer).title,
+            o.weight_decay > 0 ? cat(", decay ", o.weight_decay) : ", no decay", ", betas ",
+            o.beta1, " ", o.beta2, ", eps ", o.eps,
             o.grad_clip > 0 ? cat(", gradient clipped to ", o.grad_clip) : ", no clipping", "\n");
     text += cat("schedule   ", s.kind, ", peak ", s.peak, " after ", plural(s.warmup, "step"),
                 " of warmup");

@@ -37,10 +37,7 @@ double step(Model& model, const Options& o, const std::vector<int>& tokens, int 
     StepInput input = {tokens.data(), tokens.data() + n, 1, B, T};
     input.loss_scale = 1 / double(n);
     input.grad_clip = o.grad_clip;
-    AdamW& adam = input.optimizer;
-    adam.lr = o.lr, adam.beta1 = o.beta1, adam.beta2 = o.beta2, adam.eps = o.eps;
-    adam.weight_decay = o.weight_decay;
-    adam.step = number;
+    input.hyperparameters = hyperparameters(o, o.lr, number);
     model.begin_step(input);
     const StepResult result = model.end_step();
     const double loss = result.loss, norm = result.grad_norm;
@@ -159,6 +156,7 @@ std::string to_json(const Bench& b) {
         {"scheme", b.config.scheme.name()},
         {"device", b.device},
         {"dtype", b.dtype},
+        {"optimizer", b.options.optimizer->name},
         {"batch", b.B},
         {"seq_len", b.T},
         {"threads", b.threads},

@@ -178,20 +178,13 @@ template <class Read> auto with_advice(const std::string& path, Read read) {
     }
 }
 
-// The optimizer's buffers, and the prefixes of their tensors' names.
-std::vector<std::pair<Buffer, std::string>> optimizer_buffers(const Optimizer& optimizer) {
-    std::vector<std::pair<Buffer, std::string>> buffers;
-    for (int i = 0; const OptimizerState& state : optimizer.states)
-        buffers.push_back({{Buffer::state, i++}, state.name + "."});
-    return buffers;
-}
-
-void load_tensors(Model& model, Buffer buffer, const std::string& prefix,
-                  const WeightFiles& weights) {
-    std::vector<float> values;
-    for (const Param& p : model.registry.params) {
-        weights.read(p, prefix, values);
-        model.write(buffer, p, values.data());
+// The tensors of optimizer.safetensors: f(buffer, parameter, the prefix of its name).
+template <class F>
+void each_state(const Optimizer& optimizer, const Registry& registry, const F& f) {
+    for (int i = 0; const OptimizerState& state : optimizer.states) {
+        for (const Param& p : registry.params)
+            if (optimizer.has(i, p)) f(Buffer{Buffer::state, i}, p, state.name + ".");
+        i++;
     }
 }
 
@@ -335,9 +328,10 @@ void save_checkpoint(const std::string& dir, Model& model, const TrainerState& s
     std::vector<TensorOut> weights, state_tensors;
     for (const Param& p : model.registry.params)
         weights.push_back(param_tensor(model, Buffer::parameters, p, p.name));
-    for (const auto& [buffer, prefix] : optimizer_buffers(*model.optimizer))
-        for (const Param& p : model.registry.params)
-            state_tensors.push_back(param_tensor(model, buffer, p, prefix + p.name));
+    each_state(*model.optimizer, model.registry,
+               [&](Buffer buffer, const Param& p, const std::string& prefix) {
+                   state_tensors.push_back(param_tensor(model, buffer, p, prefix + p.name));
+               });
     write_safetensors(at + "/model.safetensors", weights, {{"format", "pt"}});
     write_safetensors(at + "/optimizer.safetensors", state_tensors);
     write_file_atomic(at + "/config.json", config_to_json(model.config));
@@ -347,9 +341,13 @@ void save_checkpoint(const std::string& dir, Model& model, const TrainerState& s
     directory.commit();
 }
 
-int64_t checkpoint_bytes(const Registry& registry) {
+int64_t checkpoint_bytes(const Optimizer& optimizer, const Registry& registry) {
+    int64_t bytes = 65536;
     // A tensor takes less than 512 bytes of header.
-    return 3 * (4 * registry.count() + 512 * int64_t(registry.params.size())) + 65536;
+    auto add = [&](const Param& p) { bytes += 4 * p.size() + 512; };
+    for (const Param& p : registry.params) add(p);
+    each_state(optimizer, registry, [&](Buffer, const Param& p, const std::string&) { add(p); });
+    return bytes;
 }
 
 std::string find_checkpoint(const std::string& path) {
@@ -459,10 +457,10 @@ TrainerState read_state(const std::string& at) {
     return s;
 }
 
-// Reads every parameter under a prefix, and so checks it.
-void read_all(const WeightFiles& files, const Registry& registry, const std::string& prefix) {
-    std::vector<float> values;
-    for (const Param& p : registry.params) files.read(p, prefix, values);
+// Of a run: those of older versions do not name it.
+const Optimizer& optimizer_of(const SavedFlags& flags) {
+    const auto found = flags.find("--optimizer");
+    return found == flags.end() ? optimizers()[0] : optimizer_row(flag_text(found->second));
 }
 
 } // namespace
@@ -473,14 +471,17 @@ std::string checkpoint_damage(const std::string& path) {
         const Registry registry = make_registry(config);
         const WeightFiles weights(path);
         weights.check(config, registry, !is_directory_at(path));
-        read_all(weights, registry, "");
+        std::vector<float> values;
+        for (const Param& p : registry.params) weights.read(p, "", values);
         if (!path_exists(path + "/trainer_state.json")) return "";
-        read_state(path);
+        const TrainerState state = read_state(path);
         if (!path_exists(path + "/optimizer.safetensors"))
             return path + " has no optimizer.safetensors: training cannot resume from it exactly";
         const WeightFiles tensors(path + "/optimizer.safetensors");
-        for (const auto& [buffer, prefix] : optimizer_buffers(optimizers()[0]))
-            read_all(tensors, registry, prefix);
+        each_state(optimizer_of(state.flags), registry,
+                   [&](Buffer, const Param& p, const std::string& prefix) {
+                       tensors.read(p, prefix, values);
+                   });
         return "";
     } catch (const Error& error) {
         return error.what();
@@ -506,7 +507,11 @@ void load_weights(Model& model, const std::string& path) {
     with_advice(at, [&] {
         WeightFiles weights(at);
         weights.check(model.config, model.registry, !is_directory_at(at));
-        load_tensors(model, Buffer::parameters, "", weights);
+        std::vector<float> values;
+        for (const Param& p : model.registry.params) {
+            weights.read(p, "", values);
+            model.write(Buffer::parameters, p, values.data());
+        }
     });
 }
 
@@ -526,8 +531,12 @@ TrainerState load_checkpoint(Model& model, const std::string& path) {
                  "from its weights with --init-from");
     with_advice(at, [&] {
         WeightFiles tensors(at + "/optimizer.safetensors");
-        for (const auto& [buffer, prefix] : optimizer_buffers(*model.optimizer))
-            load_tensors(model, buffer, prefix, tensors);
+        std::vector<float> values;
+        each_state(*model.optimizer, model.registry,
+                   [&](Buffer buffer, const Param& p, const std::string& prefix) {
+                       tensors.read(p, prefix, values);
+                       model.write(buffer, p, values.data());
+                   });
     });
     return read_trainer_state(at);
 }

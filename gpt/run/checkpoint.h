@@ -3,7 +3,7 @@
 //   config.json            the model: Hugging Face's fields and ours
 //   model.safetensors      the parameters, in Hugging Face's names and layout: GPT-2's matrices are
 //                          transposed, (in, out)
-//   optimizer.safetensors  Adam's moments, m.NAME and v.NAME, in the same layout
+//   optimizer.safetensors  the optimizer's states, AdamW's m.NAME and v.NAME, in the same layout
 //   trainer_state.json     everything else that the next step depends on
 //   the tokenizer's files
 //   checksums.json         a checksum of each file above (gpt/base/checksum.h): a safetensors
@@ -42,7 +42,7 @@ struct TrainerState {
 void save_checkpoint(const std::string& dir, Model& model, const TrainerState& state,
                      const Tokenizer* tokenizer);
 // An upper bound on a checkpoint's bytes, without the tokenizer's files.
-int64_t checkpoint_bytes(const Registry& registry);
+int64_t checkpoint_bytes(const Optimizer& optimizer, const Registry& registry);
 
 // The newest checkpoint if path is a run's directory, else path itself: a checkpoint, a Hugging
 // Face directory, a config.json or a --dump-state file. Throws if there is none.

@@ -84,9 +84,7 @@ std::string what_would_fit(const Config& config, int B, int T, ModelOptions opti
                           : advice;
 }
 
-} // namespace
-
-double memory_to_be_had(const ModelOptions& options) {
+double available_memory(const ModelOptions& options) {
     // CUDA's own memory is already in use; the reserve is for kernels that cuBLASLt loads later.
     if (options.device == Device::cuda) return std::max(double(gpu().free) - 256e6, 0.0);
 #ifdef _SC_PHYS_PAGES
@@ -96,9 +94,11 @@ double memory_to_be_had(const ModelOptions& options) {
     return INFINITY;
 }
 
+} // namespace
+
 void check_memory(const Config& config, int B, int T, const ModelOptions& options) {
     const double needs = double(plan_memory(config, B, T, options).total());
-    const double has = memory_to_be_had(options);
+    const double has = available_memory(options);
     if (needs <= has) return;
     if (options.device == Device::cuda)
         fail("this model needs ", format_bytes(needs), " of GPU memory; ", gpu().name, " has ",
@@ -110,7 +110,7 @@ void check_memory(const Config& config, int B, int T, const ModelOptions& option
 
 int batch_that_fits(const Config& config, int T, const ModelOptions& options) {
     check_memory(config, 1, T, options);
-    const double has = memory_to_be_had(options);
+    const double has = available_memory(options);
     const int64_t most = options.device == Device::cuda ? 1 << 18 : 1 << 12;
     int B = 1;
     while (2 * int64_t(B) * T <= most &&

@@ -4,13 +4,16 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
+#include <numeric>
 
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/base/json.h"
 #include "gpt/base/terminal.h"
 #include "gpt/cpu/bf16.h"
+#include "gpt/model/layers.h"
 #include "gpt/run/checkpoint.h"
+#include "gpt/run/export_files.h"
 #include "gpt/run/setup.h"
 
 namespace lns {
@@ -29,10 +32,83 @@ void fold_range(ExportPlan& plan, const Registry& registry, int64_t begin, int64
         if (p.offset >= begin && p.offset < begin + size) change(plan.folds[p.name]);
 }
 
+// The layers of L that remain, from 0.
+std::vector<int> layers_without(const std::vector<int>& dropped, int L) {
+    std::vector<int> layers(L);
+    std::iota(layers.begin(), layers.end(), 0);
+    for (int layer : dropped) {
+        if (layer < 1 || layer > L)
+            fail("layer ", layer, " cannot be dropped: the model has layers 1 to ", L);
+        if (std::erase(layers, layer - 1) == 0) fail("layer ", layer, " is to be dropped twice");
+    }
+    if (layers.empty()) fail("all ", L, " layers are to be dropped: leave at least one");
+    return layers;
+}
+
+// Whether a layer of `scheme` in a model of L layers does the same as layer `other_layer` (both
+// from 0) of `other`, but for scales and γ, which are folded.
+bool same_layer(const Scheme& scheme, int L, int layer, const Scheme& other, int other_L,
+                int other_layer) {
+    auto parts = [](const Scheme& s, int layers, int l) {
+        std::vector<Junction> all = {entering(junction(s, layers, 2 * l)),
+                                     junction(s, layers, 2 * l + 1),
+                                     leaving(junction(s, layers, 2 * l + 2))};
+        for (Junction& j : all) j.in_scale = j.in_weight_init = 1;
+        return all;
+    };
+    return parts(scheme, L, layer) == parts(other, other_L, other_layer);
+}
+
+// Drops layers from a plan for all of them.
+void drop_layers(ExportPlan& plan, const Config& model) {
+    const int L = model.layers, left = int(plan.layers.size());
+    Scheme& scheme = plan.config.scheme;
+    if (!plan.beyond.empty()) {
+        if (scheme.row->depth != DepthScale::none) scheme.row = parse_scheme("pre").row;
+        if (scheme.row->out_norm == Layers::first_k) {
+            const int k = scheme.mix_layers >= 0 ? scheme.mix_layers : L / 4;
+            scheme.mix_layers = int(std::count_if(plan.layers.begin(), plan.layers.end(),
+                                                  [&](int l) { return l < k; }));
+        }
+        for (int l = 0; l < left; l++)
+            if (!same_layer(scheme, left, l, model.scheme, L, plan.layers[l]))
+                fail("the norm scheme ", model.scheme.name(), " has scales that belong to ", L,
+                     " layers, and no scheme has them with ", left,
+                     ": layers of this model cannot be dropped");
+    }
+    plan.config.layers = left;
+}
+
 } // namespace
 
-ExportPlan plan_export(const Config& config, const Registry& registry) {
-    ExportPlan plan{config, "", {}};
+const Param& ExportPlan::source(const Param& exported) const {
+    const TensorNames& names = architecture_row(config.model_type).names;
+    const std::string stack = cat(names.root, names.layers);
+    std::string name = exported.name;
+    if (name.starts_with(stack)) {
+        size_t digits;
+        const int layer = std::stoi(name.substr(stack.size()), &digits);
+        name = cat(stack, layers[size_t(layer)], name.substr(stack.size() + digits));
+    }
+    return *registry->find(name);
+}
+
+std::vector<int> parse_layers(const std::string& text) {
+    std::vector<int> layers;
+    for (size_t begin = 0; begin <= text.size();) {
+        const size_t end = std::min(text.find(',', begin), text.size());
+        const std::string word = text.substr(begin, end - begin);
+        if (word.empty() || word.size() > 6 || word.find_first_not_of("0123456789") != word.npos)
+            fail("'", text, "' is not a list of layers, such as 5,6");
+        layers.push_back(std::stoi(word));
+        begin = end + 1;
+    }
+    return layers;
+}
+
+ExportPlan plan_export(const Config& config, const Registry& registry,
+                       const std::vector<int>& dropped) {
+    ExportPlan plan{config, "", {}, layers_without(dropped, config.layers), &registry};
     plan.config.scheme = stock_scheme(config.model_type);
     const Config& c = config;
     const int L = c.layers;
@@ -77,8 +153,14 @@ ExportPlan plan_export(const Config& config, const Registry& registry) {
         ours.in_weight_init = theirs.in_weight_init;
         folds &= ours == theirs;
     }
-    plan.beyond = folds ? beyond_stock(plan.config) : beyond_stock(config);
-    if (!plan.beyond.empty()) plan = {config, plan.beyond, {}};
+    plan.beyond = folds ? beyond_stock_model(plan.config) : beyond_stock_model(config);
+    if (!plan.beyond.empty()) {
+        plan.config = config;
+        for (auto& [name, fold] : plan.folds) fold.gamma = nullptr;
+        if (dropped.empty()) plan.folds.clear();
+        std::erase_if(plan.folds, [](const auto& fold) { return fold.second.scale == 1; });
+    }
+    if (!dropped.empty()) drop_layers(plan, config);
     return plan;
 }
 
@@ -126,9 +208,10 @@ void exported_values(const WeightFiles& weights, const Param& p, const Fold* fol
     to_file_layout(p, out);
 }
 
-TensorOut tensor_of(const WeightFiles& weights, const Param& p, const Fold* fold,
-                    const ExportType& type) {
-    return {p.name, type.file, p.file_shape(), [=, &weights, &p](const TensorSink& sink) {
+// Of parameter p, as `name`.
+TensorOut tensor_of(const WeightFiles& weights, const std::string& name, const Param& p,
+                    const Fold* fold, const ExportType& type) {
+    return {name, type.file, p.file_shape(), [=, &weights, &p](const TensorSink& sink) {
                 std::vector<float> values;
                 exported_values(weights, p, fold, values);
                 if (type.file == std::string("F32"))
@@ -202,20 +285,6 @@ void write_weights(const std::string& dir, const std::vector<std::vector<TensorO
     write_file_atomic(dir + "/model.safetensors.index.json", index.dump(2) + "\n");
 }
 
-// Returns the names of the copied files.
-std::string copy_tokenizer(const std::string& from, const std::string& to) {
-    std::string copied;
-    for (const char* name :
-         {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
-          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}) {
-        const std::string path = from + "/" + name;
-        if (!is_regular_file_at(path)) continue;
-        write_file_atomic(to + "/" + name, read_file(path));
-        copied += (copied.empty() ? "" : ", ") + std::string(name);
-    }
-    return copied;
-}
-
 // A field of dir's tokenizer_config.json; null if absent.
 json tokenizer_field(const std::string& dir, const char* field) {
     const std::string path = dir + "/tokenizer_config.json";
@@ -243,7 +312,8 @@ int export_model(const Options& o) {
     const Registry registry = make_registry(config);
     const WeightFiles weights(from);
     weights.check(config, registry, !is_directory_at(from));
-    const ExportPlan plan = plan_export(config, registry);
+    const ExportPlan plan = plan_export(
+        config, registry, o.drop_layers.empty() ? std::vector<int>() : parse_layers(o.drop_layers));
     const Registry written = make_registry(plan.config);
     const ExportType type = export_type(o.export_dtype);
 
@@ -262,9 +332,10 @@ int export_model(const Options& o) {
 
     std::vector<TensorOut> tensors;
     for (const Param& p : written.params) {
-        auto fold = plan.folds.find(p.name);
-        tensors.push_back(
-            tensor_of(weights, p, fold == plan.folds.end() ? nullptr : &fold->second, type));
+        const Param& source = plan.source(p);
+        const auto fold = plan.folds.find(source.name);
+        tensors.push_back(tensor_of(weights, p.name, source,
+                                    fold == plan.folds.end() ? nullptr : &fold->second, type));
     }
     int64_t bytes;
     const auto shards = shards_of(tensors, o.shard_size, bytes);
@@ -275,10 +346,13 @@ int export_model(const Options& o) {
     write_weights(
         at, shards, bytes,
         {{"format", "pt"}, {"exported_from", "lns.cpp, norm scheme " + config.scheme.name()}});
-    write_file_atomic(at + "/config.json", exported_config(plan, from, type));
-    const std::string copied = is_directory_at(from) ? copy_tokenizer(from, at) : "";
-    // Older checkpoints of this tokenizer lack tokenizer.json.
-    if (tokenizer_field(at, "kind") == "bytes") load_tokenizer("bytes")->save(at);
+    const std::string config_json = exported_config(plan, from, type);
+    write_file_atomic(at + "/config.json", config_json);
+    const std::string copied = is_directory_at(from) ? export_tokenizer(from, at) : "";
+    write_file_atomic(at + "/generation_config.json", generation_config(from, config_json));
+    write_file_atomic(at + "/README.md",
+                      model_card(from, fs::path(dir).filename().string(), config, plan,
+                                 bytes / int64_t(dtype_bytes(type.file)), type.torch));
     // A model without byte pieces, such as T5's: no class of transformers is known to match it.
     const bool no_class = path_exists(at + "/tokenizer.model") &&
                           !path_exists(at + "/tokenizer.json") &&
@@ -289,6 +363,9 @@ int export_model(const Options& o) {
                 json::parse(config_to_json(plan.config))["model_type"].get<std::string>().c_str(),
                 type.torch, tensors.size(), size_text(bytes).c_str(), shards.size(),
                 shards.size() == 1 ? "" : "s");
+    if (!o.drop_layers.empty())
+        std::printf("%zu of %d layers, without %s\n", plan.layers.size(), config.layers,
+                    o.drop_layers.c_str());
     if (!plan.beyond.empty())
         std::printf("stock tools cannot run it: it has %s; train_gpt can\n", plan.beyond.c_str());
     else if (!plan.folds.empty())

@@ -14,11 +14,17 @@
 //   post, deepnorm, mix, sandwich, peri, olmo2 (except in the OLMo 2 architecture) do not fold:
 //                they have norms, which are nonlinear, where stock models have none.
 // Other models are written unchanged, bit for bit, under a model_type of their own.
+//
+// Without some layers, as if each had been removed with its junctions (the `removal` of probe.h):
+// those that remain keep the scales of their depth, which are folded into norms (lns+gpas becomes
+// pre+gpas), and mix:k its k layers, if they remain. DeepNorm's scales belong to a number of layers
+// and cannot be kept.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "gpt/model/config.h"
 #include "gpt/model/params.h"
@@ -35,13 +41,23 @@ struct Fold {
 
 struct ExportPlan {
     Config config;                     // of the exported model
-    std::string beyond;                // beyond_stock(config): "" if stock tools can run it
-    std::map<std::string, Fold> folds; // by name, of the parameters that change
+    std::string beyond;                // beyond_stock_model(config): "" if stock tools can run it
+    std::map<std::string, Fold> folds; // by name in the model, of the parameters that change
+    std::vector<int> layers;           // of the model, from 0: those that are exported
+    const Registry* registry;          // of the model
+
+    // The model's parameter that becomes the exported model's.
+    const Param& source(const Param& exported) const;
 };
 
-// The stock form if there is one, else the model itself. The model's `registry` must outlive the
-// plan.
-ExportPlan plan_export(const Config& config, const Registry& registry);
+// The stock form if there is one, else the model itself; without the layers in `dropped`, from 1.
+// The model's `registry` must outlive the plan. Throws if a layer does not exist or is dropped
+// twice, if none is left, or if the scheme cannot be kept.
+ExportPlan plan_export(const Config& config, const Registry& registry,
+                       const std::vector<int>& dropped = {});
+
+// "5,6,12" into numbers. Throws for anything else.
+std::vector<int> parse_layers(const std::string& text);
 
 // Rounds to float16, to nearest even; values from 65520 on become infinite.
 uint16_t round_to_half(float x);

@@ -49,6 +49,7 @@ uint64_t fingerprint(Model& model, Buffer buffer) {
     uint64_t hash = fnv1a("");
     std::vector<float> values;
     for (const Param& p : model.registry.params) {
+        if (buffer.kind == Buffer::state && !model.optimizer->has(buffer.index, p)) continue;
         values.resize(size_t(p.size()));
         model.read(buffer, p, values.data());
         for (float value : values) {

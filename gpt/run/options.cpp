@@ -13,9 +13,12 @@
 #include "gpt/base/terminal.h"
 #include "gpt/data/paths.h"
 #include "gpt/model/config.h"
+#include "gpt/model/optimizer.h"
 #include "gpt/model/schedule.h"
 #include "gpt/run/config_file.h"
+#include "gpt/run/export.h"
 #include "gpt/run/probe.h"
+#include "gpt/run/tasks.h"
 
 namespace lns {
 
@@ -61,7 +64,8 @@ void add_architecture(FlagList& f, Options& o) {
 
 void add_tokenizer(FlagList& f, Options& o) {
     f.path("--tokenizer", "SPEC", o.tokenizer,
-           "bytes, gpt2:DIR, FILE.model or a tokenizer's folder; default: the one beside the data")
+           "bytes, gpt2:DIR, FILE.model, tokenizer.json or a tokenizer's folder; default: the one "
+           "beside the data")
         .expand = expand_home_in_tokenizer;
 }
 
@@ -89,11 +93,15 @@ void check_warmup(const json& text) {
     o.warmup_steps();
 }
 
+void add_optimizer_name(FlagList& f, Options& o) {
+    f.choice("--optimizer", o.optimizer, optimizer_names(), join(optimizer_names(), " or "));
+}
+
 void add_optimizer(FlagList& f, Options& o) {
     f.group = "Optimizer";
-    f.choice("--recipe", o.recipe, {"paper", "paper-sft"},
-             "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795; "
-             "paper-sft: its fine-tuning, by LISA");
+    f.choice("--recipe", o.recipe, {"paper"},
+             "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795");
+    add_optimizer_name(f, o);
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, most_seed, "steps of the whole run");
     f.number("--epochs", o.epochs, 0, 1e6, "or passes over the training data; 0: as --steps says");
@@ -108,10 +116,6 @@ void add_optimizer(FlagList& f, Options& o) {
     f.number("--beta1", o.beta1, 0, 0.999999, "Adam's decay of the first moment");
     f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's decay of the second moment");
     f.number("--eps", o.eps, 0, 1, "Adam's epsilon, added to the second moment's root");
-    f.count("--lisa", o.lisa, 0, most,
-            "LISA: train the embeddings, the head and N layers, drawn anew every --lisa-interval "
-            "steps; 0: all layers");
-    f.count("--lisa-interval", o.lisa_interval, 1, most, "steps that the drawn layers train for");
 }
 
 void add_dtype(FlagList& f, Options& o, const char* help) {
@@ -124,7 +128,8 @@ void add_precision(FlagList& f, Options& o) {
               "on a CPU that multiplies it");
     f.choice("--master-weights", o.master_weights, {"yes", "no"},
              "yes or no: with bf16, keep float32 weights for the optimizer");
-    f.choice("--moments", o.moments, {"float32", "bf16"}, "float32 or bf16: Adam's moments");
+    f.choice("--moments", o.moments, {"float32", "bf16"},
+             "float32 or bf16: the optimizer's states, Adam's moments");
     f.choice("--gradients", o.gradients, {"auto", "float32", "bf16"},
              "parameter gradients: float32, bf16 (GPU only), or auto: bf16 on a GPU if the weights "
              "are bf16 without master weights");
@@ -147,11 +152,26 @@ void add_prompt(FlagList& f, Options& o) {
     f.add("--prompt", "TEXT", &o.prompt, "beginning of a sample; default: the start of a text");
 }
 
+void add_tasks(FlagList& f, const char* names, std::string& tasks, const char* help) {
+    f.text(names, "NAMES", tasks, help).check = [](const json& text) {
+        if (text != "") parse_tasks(text);
+    };
+}
+
+void add_task_data(FlagList& f, Options& o) {
+    f.path("--task-data", "DIR", o.task_data, "their data: NAME.jsonl or NAME.jsonl.xz");
+}
+
 void add_validation(FlagList& f, Options& o) {
     f.group = "Validation and samples";
     f.change = Change::free;
     f.count("-v,--val-every", o.val_every, 0, most, "steps; 0: only at the end");
     f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "tokens of a validation");
+    add_tasks(f, "--val-tasks", o.val_tasks,
+              "benchmarks to score with each validation, as in eval --tasks");
+    f.count("--val-task-limit", o.val_task_limit, 0, most,
+            "questions of each, which mmlu's subjects share; 0: all");
+    add_task_data(f, o);
     f.count("--probe-every", o.probe_every, 0, most,
             "steps between layer diagnostics (variance, gradients, angles); 0: never");
     f.count("--probe-tokens", o.probe_tokens, 1, 1000000000,
@@ -203,7 +223,7 @@ void add_checkpoint(FlagList& f, Options& o) {
     f.path("CHECKPOINT", "PATH", o.checkpoint, "a run's directory, or one of its checkpoints");
 }
 
-void add_trained_machine(FlagList& f, Options& o) {
+void add_inference_machine(FlagList& f, Options& o) {
     add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
     add_machine(f, o);
 }
@@ -221,7 +241,7 @@ void add_sample(FlagList& f, Options& o) {
     f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "tokens of the sample");
     f.count("--seed", o.seed, 0, most_seed, "seed of the sample");
     f.on_off("--ignore-eot", o.ignore_eot, "continue after an end of text");
-    add_trained_machine(f, o);
+    add_inference_machine(f, o);
 }
 
 void add_chat(FlagList& f, Options& o) {
@@ -237,16 +257,29 @@ void add_chat(FlagList& f, Options& o) {
             "tokens of the conversation, of which the oldest turns are forgotten; default: the "
             "run's");
     f.count("--seed", o.seed, 0, most_seed, "seed of the answers");
-    add_trained_machine(f, o);
+    add_inference_machine(f, o);
 }
 
 void add_eval(FlagList& f, Options& o) {
+    f.group = "Flags";
     add_checkpoint(f, o);
     add_tokenizer(f, o);
+    add_inference_machine(f, o);
+    f.group = "Validation loss";
     f.text("-j,--val", "GLOB", o.val, "token shards; default: the run's");
     f.count("--val-tokens", o.val_tokens, 1, 1000000000000, "tokens to measure on");
     add_sequences(f, o);
-    add_trained_machine(f, o);
+    f.group = "Benchmarks, instead of the loss";
+    add_tasks(f, "--tasks", o.tasks,
+              "some of hellaswag,piqa,arc_easy,arc_challenge,boolq,openbookqa,winogrande,mmlu; "
+              "-t is then the longest sequence (default: the model's)");
+    add_task_data(f, o);
+    f.count("--fewshot", o.fewshot, 0, 1000, "solved examples before each question");
+    f.count("--limit", o.limit, 0, most,
+            "the first N questions of each task and of each subject of mmlu; 0: all");
+    f.on_off("--json", o.json, "print JSON in lm-evaluation-harness's layout, not a table");
+    f.path("-o,--out", "FILE", o.out, "write that JSON to a file, too");
+    f.path("--log-samples", "FILE", o.log_samples, "write every question's answers as JSON lines");
 }
 
 void add_probe(FlagList& f, Options& o) {
@@ -255,6 +288,12 @@ void add_probe(FlagList& f, Options& o) {
     f.text("--probes", "NAMES", o.probes,
            "all, or some of variance,gradients,angular,removal,jacobian,usefulness,permutation")
         .check = [](const json& text) { parse_probes(text); };
+    add_tasks(f, "--removal-tasks", o.removal_tasks,
+              "benchmarks whose accuracy removal measures without each layer, as in eval --tasks");
+    add_task_data(f, o);
+    f.count("--limit", o.limit, 0, most,
+            "the first N questions of each task and of each subject of mmlu; 0: all");
+    add_tokenizer(f, o);
     f.count("--probe-tokens", o.probe_tokens, 1, 1000000000, "tokens to measure on");
     f.count("--jacobian-samples", o.jacobian_samples, 2, most, "tokens to sample the Jacobian at");
     f.count("--jacobian-layer", o.jacobian_layer, 0, most,
@@ -262,7 +301,7 @@ void add_probe(FlagList& f, Options& o) {
     add_sequences(f, o);
     f.count("--seed", o.seed, 0, most_seed, "seed of what is sampled");
     f.path("-o,--out", "FILE", o.out, "output; default: probe.json in the run");
-    add_trained_machine(f, o);
+    add_inference_machine(f, o);
 }
 
 void add_bench(FlagList& f, Options& o) {
@@ -273,6 +312,7 @@ void add_bench(FlagList& f, Options& o) {
     f.count("-x,--steps", o.timed_steps, 1, most, "timed steps, after an untimed one");
     f.on_off("--json", o.json, "one JSON object on one line, instead of a table");
     f.on_off("--profile", o.profile, profile_help);
+    add_optimizer_name(f, o);
     add_precision(f, o);
     add_machine(f, o);
 }
@@ -284,6 +324,11 @@ void add_export(FlagList& f, Options& o) {
              "float32, float16 or bfloat16 (bf16), rounded to nearest");
     f.count("--shard-size", o.shard_size, 1, 1000000000000000,
             "largest file in bytes, 500M or 5G; beyond it the model is split");
+    f.text("--drop-layers", "LIST", o.drop_layers,
+           "leave out these layers, as in 5,6; the first is 1, as in the output of probe")
+        .check = [](const json& text) {
+        if (text != "") parse_layers(text);
+    };
 }
 
 void add_verify(FlagList& f, Options& o) {

@@ -38,16 +38,16 @@ struct Options {
     bool overfit_batch = false;
 
     // optimizer and schedule
-    std::string recipe, lr_schedule = "cosine", warmup = "10%";
+    std::string recipe, optimizer = "adamw", lr_schedule = "cosine", warmup = "10%";
     int64_t steps = 600;
     double epochs = 0;                    // 0: as many as the steps make
-    int64_t lisa = 0, lisa_interval = 20; // layers that train at a time, 0: all; for how many steps
     double lr = 1e-3, final_lr_frac = 0.1;
     double weight_decay = 0.1, grad_clip = 1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
 
     // validation and samples
     int64_t val_every = 100, val_tokens = 131072, sample_every = 250, sample_tokens = 256;
-    int64_t probe_every = 0;
+    int64_t probe_every = 0, val_task_limit = 100;
+    std::string val_tasks;
     std::string prompt;
     double temperature = 0.8, top_p = 1;
     int64_t top_k = 0;
@@ -67,12 +67,16 @@ struct Options {
     std::string checkpoint, chat_template, system;
     bool ignore_eot = false;
 
+    // eval: benchmarks; tasks "": the validation loss
+    std::string tasks, task_data = "data/evals", log_samples;
+    int64_t fewshot = 0, limit = 0;
+
     // probe
-    std::string probes = "all";
+    std::string probes = "all", removal_tasks;
     int64_t probe_tokens = 16384, jacobian_samples = 128, jacobian_layer = 0;
 
     // export
-    std::string export_dir, export_dtype = "float32";
+    std::string export_dir, export_dtype = "float32", drop_layers;
     int64_t shard_size = 5000000000;
 
     // verify

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <set>
 
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
@@ -130,8 +131,8 @@ struct Angles {
                 for (int64_t row : ends) last[n - 1][l] += angle_of_chord(chords[row]);
             }
     }
-    Probes::AngularDistance means() const {
-        Probes::AngularDistance mean = {last, all};
+    LayerDiagnostics::AngularDistance means() const {
+        LayerDiagnostics::AngularDistance mean = {last, all};
         for (PerLayer& row : mean.last_token)
             for (double& x : row) x /= double(sequences);
         for (PerLayer& row : mean.all_tokens)
@@ -140,7 +141,7 @@ struct Angles {
     }
 };
 
-void measure_parameter_gradients(Model& model, Probes::GradientNorm& g) {
+void measure_parameter_gradients(Model& model, LayerDiagnostics::GradientNorm& g) {
     const int L = model.config.layers;
     for (PerLayer* norms : {&g.attention, &g.mlp, &g.norm}) norms->assign(L, 0);
     const std::vector<double> squares = model.gradient_squares();
@@ -162,7 +163,7 @@ void measure_parameter_gradients(Model& model, Probes::GradientNorm& g) {
 }
 
 // The full model's loss, and the diagnostics of one forward and backward pass.
-void measure_streams(Probes& found, Model& model, const std::vector<ProbeBatch>& batches,
+void measure_streams(LayerDiagnostics& found, Model& model, const std::vector<ProbeBatch>& batches,
                      const ProbeSettings& s) {
     const int L = model.config.layers;
     std::vector<Moments> residual(L + 1), attention(L), mlp(L);
@@ -198,7 +199,7 @@ void measure_streams(Probes& found, Model& model, const std::vector<ProbeBatch>&
              first.empty() ? "" : "; the first tensor that is not finite: " + first);
     }
     if (s.probes.variance) {
-        Probes::Variance& v = found.variance.emplace();
+        LayerDiagnostics::Variance& v = found.variance.emplace();
         for (const Moments& m : residual) v.residual.push_back(m.variance());
         for (const Moments& m : attention) v.attention.push_back(m.variance());
         for (const Moments& m : mlp) v.mlp.push_back(m.variance());
@@ -212,14 +213,14 @@ void measure_streams(Probes& found, Model& model, const std::vector<ProbeBatch>&
     }
     if (s.probes.angular) found.angular_distance = angles.means();
     if (s.probes.gradients) {
-        Probes::GradientNorm& g = found.gradient_norm.emplace();
+        LayerDiagnostics::GradientNorm& g = found.gradient_norm.emplace();
         for (double x : dresidual) g.residual.push_back(std::sqrt(x));
         measure_parameter_gradients(model, g);
     }
     model.zero_gradients();
 }
 
-void measure_removal(Probes& found, Model& model, const std::vector<ProbeBatch>& batches,
+void measure_removal(LayerDiagnostics& found, Model& model, const std::vector<ProbeBatch>& batches,
                      const std::function<void(double)>& tell) {
     const int L = model.config.layers;
     Rows& loss = found.removal.emplace();
@@ -236,7 +237,8 @@ void measure_removal(Probes& found, Model& model, const std::vector<ProbeBatch>&
     }
 }
 
-void measure_permutation(Probes& found, Model& model, const std::vector<ProbeBatch>& batches) {
+void measure_permutation(LayerDiagnostics& found, Model& model,
+                         const std::vector<ProbeBatch>& batches) {
     const int L = model.config.layers;
     PerLayer& loss = found.permutation.emplace(std::max(L - 1, 0), 0.0);
     for (const ProbeBatch& batch : batches) {
@@ -270,10 +272,10 @@ struct RootMeanSquare {
     }
 };
 
-void measure_jacobian(Probes& found, Model& model, const std::vector<ProbeBatch>& batches,
+void measure_jacobian(LayerDiagnostics& found, Model& model, const std::vector<ProbeBatch>& batches,
                       const ProbeSettings& s) {
     const int L = model.config.layers, C = model.config.width;
-    Probes::Jacobian& j = found.jacobian.emplace(Probes::Jacobian{});
+    LayerDiagnostics::Jacobian& j = found.jacobian.emplace(LayerDiagnostics::Jacobian{});
     std::vector<RootMeanSquare> deviation(L), norm(L);
     const uint64_t tokens_stream = fnv1a("jacobian tokens"), signs_stream = fnv1a("jacobian signs");
 
@@ -469,11 +471,12 @@ struct LinearMap {
     }
 };
 
-void measure_usefulness(Probes& found, Model& model, const std::vector<ProbeBatch>& batches,
+void measure_usefulness(LayerDiagnostics& found, Model& model,
+                        const std::vector<ProbeBatch>& batches,
                         const std::vector<ProbeBatch>& fit_batches,
                         const std::function<void(double)>& tell) {
     const int L = model.config.layers, C = model.config.width;
-    Probes::Usefulness& u = found.usefulness.emplace(Probes::Usefulness{});
+    LayerDiagnostics::Usefulness& u = found.usefulness.emplace(LayerDiagnostics::Usefulness{});
     u.linear_loss.assign(L, 0);
     u.fit_tokens = count_tokens(fit_batches);
     if (u.fit_tokens == 0)
@@ -533,9 +536,9 @@ std::vector<ProbeBatch> read_batches(Loader& loader, int T, int B, uint64_t firs
     return batches;
 }
 
-Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
-               const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& s) {
-    Probes found;
+LayerDiagnostics measure(Model& model, const std::vector<ProbeBatch>& batches,
+                         const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& s) {
+    LayerDiagnostics found;
     found.layers = model.config.layers, found.width = model.config.width;
     found.tokens = count_tokens(batches);
     if (found.tokens == 0) fail("none of the tokens to measure on has a target");
@@ -560,7 +563,46 @@ Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
     return found;
 }
 
-nlohmann::ordered_json to_json(const Probes& p, bool sparse) {
+std::vector<LayerDiagnostics::TaskRemoval>
+measure_task_removal(Model& model, const TaskWork& work,
+                     const std::function<void(const std::string&)>& tell) {
+    const int L = model.config.layers;
+    const auto scores = score_without_layers(model, work.batches, work.requests, [&](double part) {
+        if (tell) tell(format_number("benchmarks without a layer  %.0f%%", 100 * part));
+    });
+    std::vector<std::vector<bool>> right;
+    for (const std::vector<double>& s : scores) right.push_back(right_answers(work.benchmark, s));
+
+    const Benchmark& b = work.benchmark;
+    std::vector<size_t> first = {0}; // question of each task
+    for (const Task& task : b.tasks) first.push_back(first.back() + task.questions.size());
+    std::vector<LayerDiagnostics::TaskRemoval> all;
+    auto add = [&](const std::string& name, const std::vector<int>& tasks, bool part) {
+        LayerDiagnostics::TaskRemoval& x = all.emplace_back();
+        x.task = name, x.part = part;
+        for (int l = 0; l < L; l++) {
+            Moments whole, change;
+            for (int t : tasks)
+                for (size_t q = first[size_t(t)]; q < first[size_t(t) + 1]; q++) {
+                    whole.add({1, double(right[size_t(L)][q]), 0});
+                    change.add({1, double(right[size_t(l)][q]) - double(right[size_t(L)][q]), 0});
+                }
+            x.questions = int64_t(whole.n), x.accuracy = whole.mean;
+            x.change.push_back(change.mean);
+            x.error.push_back(std::sqrt(change.square / (change.n - 1) / change.n));
+        }
+    };
+    std::set<int> in_groups;
+    for (const TaskGroup& group : b.groups) {
+        add(group.name, group.tasks, group.depth > 0);
+        in_groups.insert(group.tasks.begin(), group.tasks.end());
+    }
+    for (int t = 0; t < int(b.tasks.size()); t++)
+        add(b.tasks[size_t(t)].name, {t}, in_groups.count(t) > 0);
+    return all;
+}
+
+nlohmann::ordered_json to_json(const LayerDiagnostics& p, bool sparse) {
     using Json = nlohmann::ordered_json;
     Json json;
     auto add = [&](const char* key, const auto& part, auto to_object) {
@@ -569,7 +611,7 @@ nlohmann::ordered_json to_json(const Probes& p, bool sparse) {
         else if (!sparse)
             json[key] = nullptr;
     };
-    add("variance", p.variance, [](const Probes::Variance& v) {
+    add("variance", p.variance, [](const LayerDiagnostics::Variance& v) {
         return Json{{"residual", v.residual},
                     {"attention", v.attention},
                     {"mlp", v.mlp},
@@ -578,24 +620,29 @@ nlohmann::ordered_json to_json(const Probes& p, bool sparse) {
                     {"exponential_rate", v.exponential.slope},
                     {"exponential_r2", v.exponential.r2}};
     });
-    add("gradient_norm", p.gradient_norm, [](const Probes::GradientNorm& g) {
+    add("gradient_norm", p.gradient_norm, [](const LayerDiagnostics::GradientNorm& g) {
         return Json{
             {"residual", g.residual}, {"attention", g.attention}, {"mlp", g.mlp}, {"norm", g.norm}};
     });
-    add("angular_distance", p.angular_distance, [](const Probes::AngularDistance& a) {
+    add("angular_distance", p.angular_distance, [](const LayerDiagnostics::AngularDistance& a) {
         return Json{{"last_token", a.last_token}, {"all_tokens", a.all_tokens}};
     });
     add("removal", p.removal, [](const Rows& loss) {
         return Json{{"single", loss.at(0)}, {"blocks", loss}};
     });
-    add("jacobian", p.jacobian, [](const Probes::Jacobian& j) {
+    for (const LayerDiagnostics::TaskRemoval& t : p.task_removal)
+        json["task_removal"][t.task] = {{"questions", t.questions},
+                                        {"accuracy", t.accuracy},
+                                        {"change", t.change},
+                                        {"change_error", t.error}};
+    add("jacobian", p.jacobian, [](const LayerDiagnostics::Jacobian& j) {
         Json full;
         if (j.full_layer > 0) full = {{"layer", j.full_layer}, {"matrix", j.matrix}};
         return Json{{"deviation", j.deviation}, {"deviation_error", j.deviation_error},
                     {"norm", j.norm},           {"norm_error", j.norm_error},
                     {"probes", j.probes},       {"full", full}};
     });
-    add("usefulness", p.usefulness, [](const Probes::Usefulness& u) {
+    add("usefulness", p.usefulness, [](const LayerDiagnostics::Usefulness& u) {
         return Json{
             {"linear_loss", u.linear_loss}, {"share", u.share}, {"fit_tokens", u.fit_tokens}};
     });
@@ -630,14 +677,14 @@ struct LayerTable {
     std::string text() const { return table.headers.size() > 1 ? table.text() : ""; }
 };
 
-std::string describe_streams(const Probes& p) {
+std::string describe_streams(const LayerDiagnostics& p) {
     LayerTable t(0, p.layers);
     auto sublayers = [&](const char* name, const PerLayer& x) {
         t.column(name, [&](int l) { return cell(x, l - 1); });
     };
     std::string after;
     if (p.variance) {
-        const Probes::Variance& v = *p.variance;
+        const LayerDiagnostics::Variance& v = *p.variance;
         const double max = *std::max_element(v.residual.begin(), v.residual.end());
         t.column("var r", [&](int l) { return number(v.residual[l]); });
         t.column("", [&](int l) { return bar(v.residual[l], max, 16); });
@@ -648,7 +695,7 @@ std::string describe_streams(const Probes& p) {
     }
     if (p.angular_distance) sublayers("angle", p.angular_distance->all_tokens[0]);
     if (p.gradient_norm) {
-        const Probes::GradientNorm& g = *p.gradient_norm;
+        const LayerDiagnostics::GradientNorm& g = *p.gradient_norm;
         t.column("|dr|", [&](int l) { return number(g.residual[l]); });
         sublayers("|g| attn", g.attention), sublayers("|g| mlp", g.mlp),
             sublayers("|g| norm", g.norm);
@@ -656,7 +703,7 @@ std::string describe_streams(const Probes& p) {
     return t.text() + after;
 }
 
-std::string describe_layers(const Probes& p) {
+std::string describe_layers(const LayerDiagnostics& p) {
     LayerTable t(1, p.layers);
     auto costs = [&](const char* name, const PerLayer& loss) {
         t.column(name, [&, n = int(loss.size())](int l) {
@@ -678,6 +725,13 @@ std::string describe_layers(const Probes& p) {
         }
         after += "\n";
     }
+    for (const LayerDiagnostics::TaskRemoval& task : p.task_removal) {
+        if (task.part) continue;
+        t.column(task.task.c_str(), [&](int l) { return signed_number(task.change[l - 1]); });
+        t.column("+-", [&](int l) { return format_number("%.4f", task.error[l - 1]); });
+        after += cat(task.task, ": accuracy ", format_number("%.4f", task.accuracy), " of ",
+                     task.questions, " questions; the columns are its change without the layer\n");
+    }
     if (p.permutation) costs("swapped", *p.permutation);
     if (p.usefulness) {
         costs("linear", p.usefulness->linear_loss);
@@ -686,7 +740,7 @@ std::string describe_layers(const Probes& p) {
                      format_count(double(p.usefulness->fit_tokens)), " tokens)\n");
     }
     if (p.jacobian) {
-        const Probes::Jacobian& j = *p.jacobian;
+        const LayerDiagnostics::Jacobian& j = *p.jacobian;
         t.column("|J-I|", [&](int l) { return number(j.deviation[l - 1]); });
         t.column("+-", [&](int l) { return format_number("%.2g", j.deviation_error[l - 1]); });
         t.column("|J|", [&](int l) { return number(j.norm[l - 1]); });
@@ -698,7 +752,7 @@ std::string describe_layers(const Probes& p) {
 
 } // namespace
 
-std::string describe(const Probes& p) {
+std::string describe(const LayerDiagnostics& p) {
     const std::string streams = describe_streams(p), layers = describe_layers(p);
     return streams + (streams.empty() || layers.empty() ? "" : "\n") + layers;
 }

@@ -20,6 +20,9 @@
 //   removal     the loss without layers ℓ … ℓ+n−1: rows n = 1 … L of ℓ = 1 … L − n + 1. A layer is
 //               removed with its junctions: the input of layer ℓ+n is r_{ℓ−1}. The cost of removal
 //               is the increase over the full model's loss (ΔP of arXiv 2502.05795).
+//   The same for benchmarks: the change of accuracy without layer ℓ (L), beside the whole model's
+//               (figure 1 of arXiv 2502.05795). The standard error is that of the mean difference
+//               between the two answers to each question.
 //   jacobian    Of J = ∂r_ℓ[t]/∂r_{ℓ−1}[t] (C, C), at fixed earlier tokens: ‖J − I‖_F/√C and
 //               ‖J‖_F/√C (L each), as root mean squares over sampled tokens. For a vector v of
 //               random signs, E‖vᵀ(J − I)‖² = ‖J − I‖_F² (Hutchinson), and vᵀJ takes one backward
@@ -43,6 +46,7 @@
 
 #include "gpt/data/loader.h"
 #include "gpt/model/model.h"
+#include "gpt/run/task_results.h"
 
 namespace lns {
 
@@ -71,7 +75,7 @@ struct LineFit {
 };
 LineFit fit_line(const std::vector<double>& x, const std::vector<double>& y);
 
-struct Probes {
+struct LayerDiagnostics {
     int layers = 0, width = 0; // L, C
     int64_t tokens = 0;        // N
     double loss = 0;           // of the full model
@@ -101,6 +105,14 @@ struct Probes {
     std::optional<GradientNorm> gradient_norm;
     std::optional<AngularDistance> angular_distance;
     std::optional<Rows> removal;
+    struct TaskRemoval {
+        std::string task;  // or group
+        bool part = false; // of a group that is here, too
+        int64_t questions = 0;
+        double accuracy = 0; // of the whole model
+        PerLayer change, error;
+    };
+    std::vector<TaskRemoval> task_removal;
     std::optional<Jacobian> jacobian;
     std::optional<Usefulness> usefulness;
     std::optional<PerLayer> permutation;
@@ -118,8 +130,13 @@ struct ProbeSettings {
 
 // Requires a model for training, without --recompute, and for batches of this size. usefulness fits
 // on fit_batches. Throws if the loss is not finite.
-Probes measure(Model& model, const std::vector<ProbeBatch>& batches,
-               const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& settings);
+LayerDiagnostics measure(Model& model, const std::vector<ProbeBatch>& batches,
+                         const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& settings);
+
+// For each task and group of the work. Requires a model as above for batches of work.rows.
+std::vector<LayerDiagnostics::TaskRemoval>
+measure_task_removal(Model& model, const TaskWork& work,
+                     const std::function<void(const std::string&)>& tell = {});
 
 // The number of whole windows of T tokens in `tokens`, at least 1.
 uint64_t probe_windows(int64_t tokens, int T);
@@ -129,9 +146,9 @@ std::vector<ProbeBatch> read_batches(Loader& loader, int T, int B, uint64_t firs
 
 // The contents of probe.json: one object per measurement; those not taken are null, or absent if
 // `sparse`.
-nlohmann::ordered_json to_json(const Probes& probes, bool sparse = false);
+nlohmann::ordered_json to_json(const LayerDiagnostics& probes, bool sparse = false);
 
 // Tables with one row per layer.
-std::string describe(const Probes& probes);
+std::string describe(const LayerDiagnostics& probes);
 
 } // namespace lns

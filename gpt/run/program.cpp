@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "gpt/base/build.h"
+#include "gpt/base/clock.h"
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/base/random.h"
@@ -31,6 +32,7 @@
 #include "gpt/run/sample.h"
 #include "gpt/run/schemes.h"
 #include "gpt/run/setup.h"
+#include "gpt/run/task_results.h"
 #include "gpt/run/training.h"
 #include "gpt/run/verify.h"
 
@@ -187,7 +189,80 @@ std::shared_ptr<TokenSource> validation_tokens(const Options& o, const Trained& 
     return source;
 }
 
+// Reads the tasks for a model, or throws if their tokens are another model's.
+TaskWork read_tasks(const std::string& tasks, const Options& o, const Trained& trained,
+                    const Tokenizer& tokenizer, int64_t rows) {
+    TaskSettings settings;
+    settings.data = o.task_data, settings.fewshot = int(o.fewshot), settings.limit = o.limit;
+    const int length = int(o.seq_len > 0 ? o.seq_len : trained.config.positions);
+    check_length(1, length, trained.config);
+    return prepare_tasks(parse_tasks(tasks), settings, tokenizer, trained.config.vocab_size, length,
+                         rows);
+}
+
+int eval_tasks(const Options& o, const Ranks& ranks) {
+    for (const char* flag : {"--val", "--val-tokens"})
+        if (o.is_given(flag))
+            fail(flag, " belongs to the validation loss: leave out --tasks or it");
+    const double start = now();
+    use_threads(o);
+    Trained trained(o.checkpoint);
+    const auto tokenizer = tokenizer_of(o, trained);
+    const ModelOptions options = model_options(o, false, trained.dtype());
+    check_devices(options, ranks);
+    int64_t rows = options.device == Device::cuda ? 8192 : 2048; // enough for full speed
+    if (o.is_given("--batch")) rows = o.batch * std::max<int64_t>(o.seq_len, 256);
+    const TaskWork work = read_tasks(o.tasks, o, trained, *tokenizer, rows);
+    check_memory(trained.config, 1, int(work.rows), options);
+    const std::unique_ptr<Model> model =
+        make_model(trained.config, 1, int(work.rows), options, ranks);
+    load_weights(*model, trained.path);
+    if (ranks.size > 1)
+        ranks.compare({fingerprint_fact("weights", fingerprint(*model, Buffer::parameters))});
+
+    if (ranks.first())
+        for (const std::string& note : work.benchmark.notes)
+            std::fprintf(o.json ? stderr : stdout, "note: %s\n", printable(note).c_str());
+    Progress progress(o.json ? stderr : stdout);
+    const double scoring = now();
+    const std::vector<double> scores =
+        score_requests(*model, work.batches, work.requests, ranks, [&](double done) {
+            if (!ranks.first() || !progress.due() || now() - scoring < 1) return;
+            progress.update(cat("answering: ", format_number("%.0f%%", 100 * done), " of ",
+                                work.requests, " choices  ",
+                                format_duration((now() - scoring) * (1 - done) / done), " left"));
+            if (!progress.failure().empty()) fail(progress.failure());
+        });
+    const double seconds = now() - scoring;
+    if (!ranks.first()) return 0;
+    const TaskScores found = judge(work.benchmark, scores);
+    nlohmann::ordered_json json = results_json(work.benchmark, found);
+    json["config"] = {{"model", "lns.cpp"},
+                      {"model_args", "pretrained=" + trained.path},
+                      {"model_num_parameters", model->registry.size},
+                      {"model_dtype", model->dtype()},
+                      {"batch_size", work.rows},
+                      {"device", model->device()},
+                      {"limit", o.limit > 0 ? nlohmann::json(o.limit) : nlohmann::json()}};
+    json["model_name"] = trained.path;
+    json["lns_cpp_version"] = build_info().version;
+    json["max_length"] = work.max_length;
+    json["scoring_seconds"] = seconds;
+    json["total_evaluation_time_seconds"] = cat(now() - start);
+    progress.finish();
+    if (!o.out.empty()) write_file_atomic(o.out, json.dump(2) + "\n");
+    if (!o.log_samples.empty())
+        write_file_atomic(o.log_samples, samples_jsonl(work.benchmark, scores));
+    if (o.json)
+        std::cout << json.dump(2) << std::endl;
+    else
+        std::cout << describe(work.benchmark, found) << work.requests << " choices in "
+                  << format_duration(seconds) << ", " << model->dtype() << std::endl;
+    return 0;
+}
+
 int eval(const Options& o, const Ranks& ranks) {
+    if (!o.tasks.empty()) return eval_tasks(o, ranks);
     use_threads(o);
     Trained trained(o.checkpoint);
     auto source = validation_tokens(o, trained);
@@ -215,25 +290,18 @@ int eval(const Options& o, const Ranks& ranks) {
     return 0;
 }
 
-int probe(const Options& o, const Ranks& ranks) {
-    use_threads(o);
-    Trained trained(o.checkpoint);
+// The tokens that layers are measured on, in batches.
+struct ProbeData {
+    std::shared_ptr<TokenSource> source;
+    int T = 0, B = 0;
+    std::vector<ProbeBatch> measured, fitted;
+};
+
+ProbeData read_probe_data(const Options& o, const Trained& trained, const ProbeSettings& settings) {
     const Config& config = trained.config;
-    const std::string run = trained.run(), out = !o.out.empty() ? o.out : run + "/probe.json";
-    if (o.out.empty() && run.empty()) fail(trained.path, " does not belong to a run: pass -o FILE");
     auto source = validation_tokens(o, trained);
     const int T = o.seq_len > 0 ? int(o.seq_len) : trained.length();
     check_length(o.batch, T, config);
-
-    ProbeSettings settings;
-    settings.probes = parse_probes(o.probes);
-    settings.jacobian_samples = o.jacobian_samples;
-    settings.jacobian_layer =
-        o.jacobian_layer > 0 ? int(o.jacobian_layer) : (3 * config.layers + 3) / 4;
-    if (settings.jacobian_layer > config.layers)
-        fail("--jacobian-layer ", o.jacobian_layer, ": the model has ", config.layers, " layers");
-    settings.seed = uint64_t(o.seed);
-
     // The first windows to measure on, those behind them to fit on.
     Loader loader(source, T, 0, false);
     const uint64_t there = loader.windows_per_epoch();
@@ -260,10 +328,44 @@ int probe(const Options& o, const Ranks& ranks) {
     const int B =
         int(std::min(uint64_t(o.batch), std::max(measured, fitted))); // no more are needed
 
+    return {source, T, B, read_batches(loader, T, B, 0, measured),
+            read_batches(loader, T, B, measured, fitted)};
+}
+
+int probe(const Options& o, const Ranks& ranks) {
+    use_threads(o);
+    Trained trained(o.checkpoint);
+    const Config& config = trained.config;
+    const std::string run = trained.run(), out = !o.out.empty() ? o.out : run + "/probe.json";
+    if (o.out.empty() && run.empty()) fail(trained.path, " does not belong to a run: pass -o FILE");
+    ProbeSettings settings;
+    settings.probes = parse_probes(o.probes);
+    settings.jacobian_samples = o.jacobian_samples;
+    settings.jacobian_layer =
+        o.jacobian_layer > 0 ? int(o.jacobian_layer) : (3 * config.layers + 3) / 4;
+    if (settings.jacobian_layer > config.layers)
+        fail("--jacobian-layer ", o.jacobian_layer, ": the model has ", config.layers, " layers");
+    settings.seed = uint64_t(o.seed);
+    const bool tasks = !o.removal_tasks.empty();
+    if (tasks && !settings.probes.removal)
+        fail("--removal-tasks belongs to removal, which --probes leaves out");
+    // A model that is not of a run may be measured on benchmarks alone.
+    std::optional<ProbeData> data;
+    if (!tasks || !o.val.empty() || !trained.state.flags.empty())
+        data = read_probe_data(o, trained, settings);
+    std::optional<TaskWork> work;
+    int64_t rows = data ? int64_t(data->B) * data->T : 1;
+    if (tasks) {
+        work = read_tasks(o.removal_tasks, o, trained, *tokenizer_of(o, trained),
+                          std::max<int64_t>(rows, 1024));
+        rows = work->rows;
+    }
+
     // It is never updated: no master weights, and the least of moments.
     ModelOptions options = model_options(o, true, trained.dtype());
     options.moments = DType::bf16;
     if (options.dtype == DType::bf16) options.master_weights = false;
+    const int B = work ? 1 : data->B, T = work ? int(rows) : data->T;
     check_memory(config, B, T, options);
     std::unique_ptr<Model> model = make_model(config, B, T, options, ranks);
     load_weights(*model, trained.path);
@@ -272,11 +374,21 @@ int probe(const Options& o, const Ranks& ranks) {
         progress.update("probing: " + line);
         if (!progress.failure().empty()) fail(progress.failure());
     };
-    const Probes probes = measure(*model, read_batches(loader, T, B, 0, measured),
-                                  read_batches(loader, T, B, measured, fitted), settings);
+    LayerDiagnostics probes;
+    probes.layers = config.layers, probes.width = config.width, probes.loss = NAN;
+    if (data)
+        probes = measure(*model, data->measured, data->fitted, settings);
+    else
+        probes.notes.push_back("no validation data is known, so that only benchmarks are measured; "
+                               "-j names token shards");
+    if (work) {
+        probes.notes.insert(probes.notes.end(), work->benchmark.notes.begin(),
+                            work->benchmark.notes.end());
+        probes.task_removal = measure_task_removal(*model, *work, settings.tell);
+    }
     progress.finish();
-    source->finish_checks();
-    for (const std::string& note : probes.notes) std::printf("note: %s\n", note.c_str());
+    if (data) data->source->finish_checks();
+    for (const std::string& note : probes.notes) std::printf("note: %s\n", printable(note).c_str());
 
     nlohmann::ordered_json json = {
         {"version", 1},
@@ -287,7 +399,7 @@ int probe(const Options& o, const Ranks& ranks) {
         {"layers", probes.layers},
         {"width", probes.width},
         {"tokens", probes.tokens},
-        {"loss", probes.loss}};
+        {"loss", data ? nlohmann::json(probes.loss) : nlohmann::json()}};
     if (!trained.state.flags.empty()) json["step"] = trained.state.step;
     json.update(to_json(probes));
     std::string text; // a line a key
@@ -295,9 +407,12 @@ int probe(const Options& o, const Ranks& ranks) {
         text +=
             cat(text.empty() ? "{" : ",", "\n  ", nlohmann::json(key).dump(), ": ", value.dump());
     write_file_atomic(out, text + "\n}\n");
-    std::printf("%s, %s: loss %.4f on %lld tokens\n\n%s\nwrote %s\n",
-                printable(trained.path).c_str(), config.scheme.name().c_str(), probes.loss,
-                (long long)probes.tokens, describe(probes).c_str(), printable(out).c_str());
+    const std::string loss =
+        data ? cat(format_number(": loss %.4f", probes.loss), " on ", probes.tokens, " tokens")
+             : "";
+    std::printf("%s, %s%s\n\n%s\nwrote %s\n", printable(trained.path).c_str(),
+                config.scheme.name().c_str(), loss.c_str(), describe(probes).c_str(),
+                printable(out).c_str());
     return 0;
 }
 

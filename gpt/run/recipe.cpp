@@ -51,26 +51,6 @@ void apply_recipe(Options& o) {
         set("--dtype", o.dtype, "bf16");
         set("--master-weights", o.master_weights, "no");
         set("--moments", o.moments, "bf16");
-    } else if (o.recipe == "paper-sft") {
-        // Section 4.2, and the scripts of its authors' OwLore (github.com/pixeli99/OwLore:
-        // owlore_scripts/run_lisa.sh, scripts/run_finetune_with_lisa.sh) with the defaults of
-        // transformers' Trainer: linear to 0, clipping at 1, Adam without decay, pure bf16.
-        if (!o.is_given("--steps")) set("--epochs", o.epochs, 4);
-        set("--lr", o.lr, 3e-4);
-        set("--warmup", o.warmup, "0");
-        set("--lr-schedule", o.lr_schedule, "linear");
-        set("--final-lr-frac", o.final_lr_frac, 0);
-        set("--batch", o.batch, 16);
-        set("--beta1", o.beta1, 0.9);
-        set("--beta2", o.beta2, 0.999);
-        set("--eps", o.eps, 1e-8);
-        set("--weight-decay", o.weight_decay, 0);
-        set("--grad-clip", o.grad_clip, 1);
-        set("--lisa", o.lisa, 4);
-        set("--lisa-interval", o.lisa_interval, 3);
-        set("--dtype", o.dtype, "bf16");
-        set("--master-weights", o.master_weights, "no");
-        set("--moments", o.moments, "bf16");
     } else if (o.model == "tiny" && o.init_from.empty()) {
         set("--seq-len", o.seq_len, 128);
         set("--lr", o.lr, 0.003);

@@ -165,7 +165,7 @@ void RunDirectory::append(std::string_view json_line) {
     }
 }
 
-std::string RunDirectory::mend() {
+std::string RunDirectory::recreate_if_lost() {
     lost_.clear();
     if (is_same_file(log_of(path_), log_.fd)) return "";
     const bool locked = is_same_file(lock_of(path_), lock_.fd);

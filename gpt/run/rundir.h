@@ -36,7 +36,7 @@ class RunDirectory {
     void append(std::string_view json_line);
     // Recreates the directory and its log if they were removed, renamed or unmounted. Returns "" if
     // nothing was wrong, else a sentence about what was done or why it failed.
-    std::string mend();
+    std::string recreate_if_lost();
     // Drops lines with "step" > step, which a resumed run rewrites, and moves damaged lines to
     // damaged_log(). Returns the number of damaged lines.
     int64_t truncate_log_after(int64_t step);

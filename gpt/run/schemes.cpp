@@ -31,13 +31,6 @@ std::string linked(const std::string& source) {
                source.substr(arxiv.size() + number.size()));
 }
 
-const char* name_of(Layers layers) {
-    return layers == Layers::none      ? "none"
-           : layers == Layers::all     ? "all"
-           : layers == Layers::first_k ? "first_k"
-                                       : "after_k";
-}
-
 nlohmann::ordered_json ingredients(const SchemeRow& row, int L) {
     auto value = [L](double (*of_layers)(int)) -> nlohmann::ordered_json {
         if (!of_layers) return nullptr;
@@ -49,12 +42,8 @@ nlohmann::ordered_json ingredients(const SchemeRow& row, int L) {
             {"in_norm", name_of(row.in_norm)},
             {"embed_norm", row.embed_norm},
             {"skip", row.skip ? row.skip(L) : 1},
-            {"depth", row.depth == DepthScale::none     ? "none"
-                      : row.depth == DepthScale::output ? "output"
-                                                        : "init_weight"},
-            {"gamma", row.gamma == Gamma::none     ? "none"
-                      : row.gamma == Gamma::vector ? "vector"
-                                                   : "scalar"},
+            {"depth", name_of(row.depth)},
+            {"gamma", name_of(row.gamma)},
             {"gamma_init", value(row.gamma_init)},
             {"xavier_gain", value(row.xavier_gain)}};
 }

@@ -142,7 +142,7 @@ void find_saved_paths(Options& o, const SavedFlags& saved) {
     const std::string gpt2 = "gpt2:";
     for (auto [flag, value] :
          {std::pair{"--tokenizer", &o.tokenizer}, std::pair{"--init-from", &o.init_from},
-          std::pair{"--model", &o.model}}) {
+          std::pair{"--model", &o.model}, std::pair{"--task-data", &o.task_data}}) {
         if (!unchanged(flag, *value)) continue;
         const std::string kind = value->starts_with(gpt2) ? gpt2 : "";
         const std::string path = value->substr(kind.size());
@@ -339,6 +339,7 @@ ModelOptions model_options(const Options& o, bool training, const std::string& t
     m.training = training;
     m.dtype = dtype == "bf16" ? DType::bf16 : DType::float32;
     if (!training) return m;
+    m.optimizer = &optimizer_row(o.optimizer);
     m.master_weights = o.master_weights == "yes";
     m.moments = o.moments == "bf16" ? DType::bf16 : DType::float32;
     m.stochastic_rounding = o.rounding == "stochastic";
@@ -362,6 +363,15 @@ ModelOptions model_options(const Options& o, bool training, const std::string& t
         fail("--rounding stochastic: the optimizer writes no bf16 here: add --master-weights no or "
              "--moments bf16, or leave it out");
     return m;
+}
+
+Hyperparameters hyperparameters(const Options& o, double lr, int64_t step) {
+    return {.lr = lr,
+            .beta1 = o.beta1,
+            .beta2 = o.beta2,
+            .eps = o.eps,
+            .weight_decay = o.weight_decay,
+            .step = step};
 }
 
 std::string describe_precision(const ModelOptions& m) {

@@ -72,6 +72,9 @@ StepShape step_shape(const Options& options, int ranks);
 // multiplies it. Throws if flags contradict each other or the machine.
 ModelOptions model_options(const Options& options, bool training, const std::string& trained = "");
 
+// Those of an update that the flags choose.
+Hyperparameters hyperparameters(const Options& options, double lr, int64_t step);
+
 // "bf16 (AMX-BF16), float32 master weights and moments"
 std::string describe_precision(const ModelOptions& options);
 

@@ -94,16 +94,16 @@ std::string command_to_continue(const Run& run) {
 }
 
 // For any rank to print when another is lost.
-void advise(const Run& run) {
-    run.ranks.advise(cat(run.last_checkpoint.empty()
-                             ? "There is no checkpoint yet"
-                             : "The newest checkpoint is " + run.last_checkpoint,
-                         "; go on with: ", command_to_continue(run)));
+void set_advice(const Run& run) {
+    run.ranks.set_advice(cat(run.last_checkpoint.empty()
+                                 ? "There is no checkpoint yet"
+                                 : "The newest checkpoint is " + run.last_checkpoint,
+                             "; continue with: ", command_to_continue(run)));
 }
 
 // The run's directory may disappear during training.
 void restore_directory(Run& run) {
-    const std::string lost = run.directory->mend();
+    const std::string lost = run.directory->recreate_if_lost();
     if (!lost.empty() && lost != run.lost_directory)
         run.print(cat("WARNING: ", lost, ". Training goes on"));
     run.lost_directory = lost;
@@ -120,7 +120,7 @@ void save(Run& run) {
     save_checkpoint(path, *run.model, run.state, run.data.tokenizer.get());
     run.last_checkpoint = path;
     run.saved_step = run.state.step;
-    advise(run);
+    set_advice(run);
     run.directory->keep_last(int(run.o.keep));
 }
 
@@ -201,6 +201,17 @@ void prepare(Run& run, const std::string& resume_from) {
     }
     run.schedule = {o.lr_schedule, o.lr, o.steps, o.warmup_steps(), o.final_lr_frac};
     run.flops = flops_per_token(run.config, run.T);
+    if (o.val_tasks.empty()) return;
+    if (!run.data.tokenizer)
+        fail("--val-tasks needs the tokenizer of the data, and there is none: ",
+             run.data.why_no_tokenizer.empty() ? "name it with --tokenizer"
+                                               : run.data.why_no_tokenizer);
+    TaskSettings settings;
+    settings.data = o.task_data, settings.limit = o.val_task_limit, settings.share_limit = true;
+    const int64_t rows = int64_t(run.B) * run.T;
+    run.tasks = prepare_tasks(parse_tasks(o.val_tasks), settings, *run.data.tokenizer,
+                              run.config.vocab_size,
+                              int(std::min<int64_t>(run.config.positions, rows)), rows);
 }
 
 // Ranks must agree on what the options led to on each machine, …
@@ -250,7 +261,7 @@ void open_directory(Run& run) {
     const bool exists = o.resume && std::filesystem::is_directory(o.out);
     run.directory =
         exists ? RunDirectory::resume(o.out, std::move(run.lock)) : RunDirectory::create(o.out);
-    check_writable(o.out, uint64_t(checkpoint_bytes(run.model->registry)));
+    check_writable(o.out, uint64_t(checkpoint_bytes(*run.model->optimizer, run.model->registry)));
     if (int64_t damaged = run.directory->truncate_log_after(run.state.step))
         run.print(cat("note: ", damaged, damaged == 1 ? " line" : " lines", " of ", o.out,
                       "/log.jsonl could not be read and ", damaged == 1 ? "is" : "are", " now in ",
@@ -262,7 +273,7 @@ void open_directory(Run& run) {
                            {"threads", std::to_string(run.threads)},
                            {"from_step", std::to_string(run.state.step)}},
                           o.flags);
-    advise(run);
+    set_advice(run);
 }
 
 // Weights, moments and the position in the data, of a new or a continued run.
@@ -284,20 +295,22 @@ void start(Run& run, const std::string& resume_from) {
              run.state.windows == run.loader->windows_per_epoch()
                  ? "another tokenizer made it"
                  : cat(run.loader->windows_per_epoch(), " sequences, it had ", run.state.windows),
-             "): to go on with other data, start another run with --init-from ", run.o.out);
+             "): to continue with other data, start another run with --init-from ", run.o.out);
     run.loader->restore(run.state.loader);
     run.last_checkpoint = resume_from;
     run.saved_step = run.state.step;
-    run.print(cat("going on from ", resume_from, " (step ", run.state.step, ")"));
+    run.print(cat("continuing from ", resume_from, " (step ", run.state.step, ")"));
 }
 
 std::string log_line(const Run& run, const Step& step, double val_loss,
-                     const std::optional<Probes>& probes) {
+                     const std::optional<LayerDiagnostics>& probes) {
     auto finite = [](double x) { return std::isfinite(x) ? nlohmann::json(x) : nlohmann::json(); };
     double tokens_per_s = double(run.tokens_per_step) / step.seconds;
     nlohmann::ordered_json line = {{"step", run.state.step}, {"loss", step.loss}};
     if (std::isfinite(val_loss))
         line["val_loss"] = val_loss, line["residual_variance"] = run.variance;
+    if (std::isfinite(val_loss) && run.task_scores)
+        line["tasks"] = brief_json(run.tasks->benchmark, *run.task_scores);
     line["lr"] = step.lr;
     line["grad_norm"] = step.grad_norm;
     line["tokens"] = run.state.tokens;
@@ -323,7 +336,7 @@ std::string progress_line(const Run& run, const Step& step) {
 // The end of a stopped or finished run.
 std::string how_to_continue(const Run& run, bool finished) {
     const std::string command = command_to_continue(run);
-    if (!finished) return "go on with:    " + command;
+    if (!finished) return "continue with: " + command;
     const char* words[] = {run.o.argv.empty() ? "./train_gpt" : run.o.argv[0].c_str(), "sample",
                            run.o.out.c_str()};
     return cat(format_count(double(run.state.tokens)), " tokens in ",
@@ -335,7 +348,7 @@ std::string how_to_continue(const Run& run, bool finished) {
 
 std::string saved_where(const Run& run) {
     return run.last_checkpoint.empty() ? "there is no checkpoint"
-                                       : "-y goes on from " + run.last_checkpoint;
+                                       : "-y continues from " + run.last_checkpoint;
 }
 
 // Saves what was trained before an error ends the run. Returns the end of the error's sentence.
@@ -347,7 +360,7 @@ std::string save_before_error(Run& run) {
     } catch (const Error& error) {
         return cat(". ", error.what());
     }
-    return cat(". Step ", run.state.step, " is saved as ", run.last_checkpoint, "; go on with ",
+    return cat(". Step ", run.state.step, " is saved as ", run.last_checkpoint, "; continue with ",
                command_to_continue(run));
 }
 
@@ -412,7 +425,7 @@ bool set_up(Run& run) {
     }
     if (run.ranks.first()) open_directory(run);
     run.print("");
-    enter(Stage::training);
+    set_stage(Stage::training);
     return true;
 }
 
@@ -446,7 +459,7 @@ void begin_step(Run& run, StepInput& step) {
             return run.given_up;
         };
     run.updating = true;
-    Ranks::Steady steady(run.ranks, "a step");
+    Ranks::TimedSection section(run.ranks, "a step");
     run.model->begin_step(step);
     run.drawn = false;
 }
@@ -459,7 +472,7 @@ void draw_next_tokens(Run& run) {
 }
 
 StepResult end_step(Run& run) {
-    Ranks::Steady steady(run.ranks, "the end of a step");
+    Ranks::TimedSection section(run.ranks, "the end of a step");
     const StepResult result = run.model->end_step();
     run.updating = false;
     if (result.stopped) {
@@ -471,7 +484,7 @@ StepResult end_step(Run& run) {
     return result;
 }
 
-void book_time(Run& run, double seconds) {
+void record_time(Run& run, double seconds) {
     run.state.seconds += seconds;
     if (run.model->profile) run.profiled += seconds, run.profiled_steps++;
     run.model->profile = nullptr;
@@ -490,7 +503,16 @@ void check_finite(Run& run, int64_t step, const char* what, double value) {
     if (!std::isfinite(value)) fail_nonfinite(run, step, what);
 }
 
-Probes probe_layers(Run& run) {
+void score_tasks(Run& run) {
+    run.task_scores.reset();
+    if (!run.tasks) return;
+    const TaskWork& work = *run.tasks;
+    const std::vector<double> scores = score_requests(
+        *run.model, work.batches, work.requests, run.ranks, {}, [&] { return should_stop(run); });
+    if (!scores.empty()) run.task_scores = judge(work.benchmark, scores);
+}
+
+LayerDiagnostics probe_layers(Run& run) {
     if (run.probe_batch.empty()) {
         const uint64_t n = std::min({probe_windows(run.o.probe_tokens, run.T), uint64_t(run.B),
                                      run.val_loader->windows_per_epoch()});
@@ -502,7 +524,8 @@ Probes probe_layers(Run& run) {
     return measure(*run.model, run.probe_batch, {}, settings);
 }
 
-void log_step(Run& run, const Step& step, double val_loss, const std::optional<Probes>& probes) {
+void log_step(Run& run, const Step& step, double val_loss,
+              const std::optional<LayerDiagnostics>& probes) {
     restore_directory(run);
     try {
         run.directory->append(log_line(run, step, val_loss, probes));
@@ -517,6 +540,12 @@ void print_step(Run& run, const Step& step, double val_loss, bool now) {
     if (std::isfinite(val_loss))
         run.print(cat("step ", run.state.step, format_number("  validation loss %.4f", val_loss),
                       format_number("  perplexity %.2f", std::exp(val_loss))));
+    if (!std::isfinite(val_loss) || !run.task_scores) return;
+    std::string accuracies;
+    const nlohmann::ordered_json scores = brief_json(run.tasks->benchmark, *run.task_scores);
+    for (const auto& [task, score] : scores.items())
+        accuracies += cat("  ", task, format_number(" %.3f", score["acc"].get<double>()));
+    run.print(cat("step ", run.state.step, "  accuracy", accuracies));
 }
 
 void print_sample(Run& run) {
@@ -572,7 +601,7 @@ int finish(Run& run, bool finished) {
                                         device_bandwidth(run.model_options, run.threads).update}));
     if (o.steps == 0 && ranks.first()) save(run); // the initial weights
     ranks.barrier();
-    enter(Stage::saved);
+    set_stage(Stage::saved);
     run.progress.finish();
     if (finished) {
         if (!run.variance.empty()) run.print("\n" + describe_variance(run.variance));

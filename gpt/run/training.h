@@ -67,6 +67,8 @@ struct Run {
     CaughtError draw_error;                // belongs to the step that they are for
     std::vector<double> variance;          // of the residual stream, at the last validation
     std::vector<ProbeBatch> probe_batch;   // with --probe-every: the first validation sequences
+    std::optional<TaskWork> tasks;         // of --val-tasks
+    std::optional<TaskScores> task_scores; // of the last validation
     std::optional<RunDirectory> directory; // of rank 0
     std::string last_checkpoint;           // "": none yet
     int64_t saved_step = -1;               // the step of last_checkpoint
@@ -116,7 +118,7 @@ double count_targets(const Run& run); // over all micro-batches and ranks; throw
 void begin_step(Run& run, StepInput& step);
 void draw_next_tokens(Run& run); // while the step is computed; not after the last step
 StepResult end_step(Run& run);   // throws if the loss or the gradient is not finite
-void book_time(Run& run, double seconds);
+void record_time(Run& run, double seconds);
 
 // Whether this rank, or any rank, has a reason to stop.
 bool should_stop(const Run& run);
@@ -124,9 +126,13 @@ bool any_should_stop(const Run& run);
 // Throws, and names the first tensor that is not finite, if a value of this step is not.
 void check_finite(Run& run, int64_t step, const char* what, double value);
 
+// Scores --val-tasks, on all ranks. Does nothing without them, or if a stop is requested.
+void score_tasks(Run& run);
+
 // On rank 0.
-Probes probe_layers(Run& run); // on the same tokens each time; training is not affected
-void log_step(Run& run, const Step& step, double val_loss, const std::optional<Probes>& probes);
+LayerDiagnostics probe_layers(Run& run); // on the same tokens each time; training is not affected
+void log_step(Run& run, const Step& step, double val_loss,
+              const std::optional<LayerDiagnostics>& probes);
 void print_step(Run& run, const Step& step, double val_loss, bool now); // now: not only when due
 void print_sample(Run& run);
 // Saves the last step. An error of a run that ends here is thrown, else it is a warning.
