@@ -4,6 +4,7 @@
 
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
+#include "gpt/data/tokenizer_files.h"
 
 namespace lns {
 
@@ -75,30 +76,14 @@ Json variables(const Messages& messages, const Tokenizer& tokenizer, bool prompt
             {"add_bos_token", tokenizer.bos >= 0}};
 }
 
-// The chat_template of tokenizer_config.json: a string, or a list of which one is the default.
-std::optional<std::string> configured_template(const std::string& path) {
-    if (!is_regular_file_at(path)) return {};
-    const nlohmann::json config = parse_json(read_file(path), path);
-    const auto at = config.find("chat_template");
-    if (at == config.end() || at->is_null()) return {};
-    if (at->is_string()) return at->get<std::string>();
-    if (at->is_array())
-        for (const auto& entry : *at)
-            if (entry.is_object() && entry.value("name", Json()) == "default" &&
-                entry.contains("template") && entry["template"].is_string())
-                return entry["template"].get<std::string>();
-    fail(path, ": chat_template is ", quoted(*at),
-         ", expected a template, or a list of which one has the name default");
-}
-
-const Json& field(const Json& record, const char* name) {
+const Json& field_of(const Json& record, const char* name) {
     const auto at = record.find(name);
     if (at == record.end()) fail("there is no field '", name, "'");
     return *at;
 }
 
-std::string text_field(const Json& record, const char* name) {
-    const Json& value = field(record, name);
+std::string text_in(const Json& record, const char* name) {
+    const Json& value = field_of(record, name);
     if (!value.is_string())
         fail("the field '", name, "' is ", quoted(nlohmann::json(value)), ", expected text");
     return value.get<std::string>();
@@ -106,7 +91,7 @@ std::string text_field(const Json& record, const char* name) {
 
 // The text of a message's content: a string, or parts of type text.
 std::string content_of(const Json& message) {
-    const Json& content = field(message, "content");
+    const Json& content = field_of(message, "content");
     if (content.is_string()) return content.get<std::string>();
     std::string text;
     if (!content.is_array())
@@ -115,7 +100,7 @@ std::string content_of(const Json& message) {
         if (!part.is_object() || part.value("type", "") != "text")
             fail("a part of a message's content is ", quoted(nlohmann::json(part)),
                  ", expected one of type text");
-        text += text_field(part, "text");
+        text += text_in(part, "text");
     }
     return text;
 }
@@ -129,7 +114,7 @@ Messages checked(const Json& messages) {
         if (!message.is_object())
             fail("a message is ", quoted(nlohmann::json(message)),
                  ", expected an object with role and content");
-        Json copy = {{"role", text_field(message, "role")}, {"content", content_of(message)}};
+        Json copy = {{"role", text_in(message, "role")}, {"content", content_of(message)}};
         for (const auto& [key, value] : message.items())
             if (!copy.contains(key)) copy[key] = value;
         out.push_back(std::move(copy));
@@ -165,11 +150,8 @@ ChatTemplate ChatTemplate::load(const std::string& name) {
 }
 
 std::optional<ChatTemplate> ChatTemplate::in_folder(const std::string& folder) {
-    const std::string file = folder + "/chat_template.jinja",
-                      config = folder + "/tokenizer_config.json";
-    if (is_regular_file_at(file)) return ChatTemplate(file, read_file(file));
-    if (auto text = configured_template(config)) return ChatTemplate(config, *text);
-    return {};
+    const std::string text = chat_template_in(folder);
+    return text.empty() ? std::nullopt : std::optional(ChatTemplate("of " + folder, text));
 }
 
 std::string ChatTemplate::prompt(const Messages& messages, const Tokenizer& tokenizer) const {
@@ -249,22 +231,22 @@ Messages to_messages(const nlohmann::json& given) {
     if (record.contains("messages")) return checked(record["messages"]);
     if (record.contains("prompt") && record["prompt"].is_array()) {
         Json all = record["prompt"];
-        for (const Json& message : checked(field(record, "completion"))) all.push_back(message);
+        for (const Json& message : checked(field_of(record, "completion"))) all.push_back(message);
         return checked(all);
     }
     if (record.contains("prompt"))
-        return {{{"role", "user"}, {"content", text_field(record, "prompt")}},
-                {{"role", "assistant"}, {"content", text_field(record, "completion")}}};
+        return {{{"role", "user"}, {"content", text_in(record, "prompt")}},
+                {{"role", "assistant"}, {"content", text_in(record, "completion")}}};
     if (!record.contains("instruction"))
         fail("it has none of the fields instruction (with output, and perhaps input), prompt (with "
              "completion), and messages");
-    const std::string instruction = text_field(record, "instruction"),
-                      input = record.contains("input") ? text_field(record, "input") : "";
+    const std::string instruction = text_in(record, "instruction"),
+                      input = record.contains("input") ? text_in(record, "input") : "";
     return {{{"role", "user"},
              {"content", instruction + (input.empty() ? "" : "\n\n" + input)},
              {"instruction", instruction},
              {"input", input}},
-            {{"role", "assistant"}, {"content", text_field(record, "output")}}};
+            {{"role", "assistant"}, {"content", text_in(record, "output")}}};
 }
 
 } // namespace lns
