@@ -107,6 +107,10 @@ ifneq ($(call found,SENTENCEPIECE),)
 flags += -DLNS_SENTENCEPIECE
 libs += $(filter -L%,$(call pkg,--libs sentencepiece)) -lsentencepiece
 endif
+ifneq ($(call found,LIBEDIT),)
+flags += -DLNS_LIBEDIT
+libs += $(or $(call pkg,--libs libedit),-ledit)
+endif
 ifneq ($(cuda_source),)
 # nvcc compiles train_gpt.cu, and calls the host's compiler for what is not a kernel.
 flags += -DLNS_CUDA
@@ -174,6 +178,7 @@ version := $(shell sed -n 's/^## \([0-9][0-9.]*\).*/\1/p; T; q' CHANGELOG.md 2>/
 features := {"OpenMP", "$(or $(call found,OPENMP),no)"}, {"oneDNN", "$(or $(call found,ONEDNN),no)"}, \
     {"MPI", "$(or $(subst -, ,$(subst _, ,$(call found,MPI))),no)"}, {"PCRE2", "$(or $(call found,PCRE2),no)"}, \
     {"utf8proc", "$(or $(call found,UTF8PROC),no)"}, \
+    {"libedit", "$(or $(call found,LIBEDIT),no)"}, \
     {"SentencePiece", "$(if $(call found,SENTENCEPIECE),$(or $(call pkg,--modversion sentencepiece),yes),no)"}, \
     {"CUDA", "$(or $(if $(cuda_source),$(cuda)),no)"}, {"NCCL", "$(or $(nccl),no)"}
 $O/build_info.h: FORCE | $O/.found
@@ -194,6 +199,7 @@ $O/.found: | $(firstword $(foreach l,CLI11 JSON XXHASH,$(if $(call word_of,$l),,
 	$(call missing,PCRE2,PCRE2,no --tokenizer gpt2:DIR or tokenizer.json)\
 	$(call missing,UTF8PROC,utf8proc,no tokenizer.json with NFC$(comma) lowercase and the like)\
 	$(call missing,SENTENCEPIECE,SentencePiece,no --tokenizer FILE.model)\
+	$(call missing,LIBEDIT,libedit,no line editing in train_gpt chat)\
 	$(if $(cuda_lacks),echo '  CUDA $(cuda) ($(nvcc)) is not used: $(cuda_lacks) is needed';)
 	@touch $@
 .PHONY: no-CLI11 no-JSON no-XXHASH no-GTEST

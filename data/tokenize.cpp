@@ -8,9 +8,11 @@
 // (gpt/data/publish.h). An error, a full disk, Ctrl-C or a kill leaves earlier shards as they were.
 #include "data/tool.h"
 #include "gpt/base/error.h"
+#include "gpt/base/files.h"
 #include "gpt/base/signals.h"
 #include "gpt/base/terminal.h"
 #include "gpt/base/threads.h"
+#include "gpt/data/instructions.h"
 #include "gpt/data/paths.h"
 #include "gpt/data/publish.h"
 #include "gpt/data/text.h"
@@ -45,6 +47,9 @@ struct Options {
     int pad_documents = 0;
     int threads = 0;
     bool quiet = false;
+    bool instructions = false;
+    std::string format;
+    InstructionOptions examples;
     std::vector<std::string> files;
 };
 
@@ -67,7 +72,8 @@ struct ShardSet {
     const PublishedSet* files = nullptr;
     TokenizerId id;
     uint64_t shard_tokens = 0, tokens = 0;
-    int window = 0;        // of padded documents, or 0
+    int window = 0;        // of padded documents or instructions, or 0
+    bool masked = false;   // with a mask of the tokens to be learned
     std::vector<int> open; // the unfinished document, as far as it is kept
     bool cut = false;      // whether it was longer
     bool waits = false;    // for the next token, to see whether `waiting` is the last
@@ -104,16 +110,17 @@ struct ShardSet {
         if (waits) waiting = from[--n];
         put(from, n);
     }
-    void put(const int* from, size_t n) {
+    void put(const int* from, size_t n, const unsigned char* learned = nullptr) {
         while (n > 0) {
             if (shards.empty() || shards.back()->tokens == shard_tokens) {
                 if (!shards.empty()) shards.back()->close();
                 shards.push_back(std::make_unique<ShardWriter>(files->new_path(kind, shards.size()),
-                                                               id, window));
+                                                               id, window, masked));
             }
             size_t here = size_t(std::min<uint64_t>(n, shard_tokens - shards.back()->tokens));
-            shards.back()->write(from, here);
+            shards.back()->write(from, here, learned);
             from += here, n -= here, tokens += here;
+            if (learned) learned += here;
         }
     }
     void finish() {
@@ -135,6 +142,8 @@ struct Job {
     std::string text;
     std::vector<Part> parts;
     std::vector<int> tokens[2]; // train, val
+    std::vector<Record> records;
+    std::vector<Encoded> examples; // of the records
 };
 
 // Jobs pass through `work` on many threads, and through `finish` in order on one. push blocks while
@@ -499,18 +508,147 @@ void note(const std::string& text) {
     std::fprintf(stderr, "tokenize: %s\n", printable(text).c_str());
 }
 
+// How many of something there were, and where the first.
+struct Tally {
+    uint64_t count = 0;
+    std::string first;
+
+    void add(const std::string& where) {
+        if (count++ == 0) first = where;
+    }
+    std::string text(const std::string& what) const {
+        return cat(what, ": ", count, count == 1 ? " example" : " examples", " (the first: ", first,
+                   ")");
+    }
+};
+
+// The folder of an output prefix.
+void make_folder(const std::string& prefix) {
+    const fs::path folder = fs::path(prefix).parent_path();
+    std::error_code error;
+    if (!folder.empty()) fs::create_directories(folder, error);
+    if (error) fail("cannot make the directory ", folder.string(), ": ", error.message());
+    if (prefix.empty() || prefix.back() == '/')
+        fail("--out '", prefix, "' names no file, expected a prefix such as data/mytext");
+}
+
+std::string read_all(const std::string& path) {
+    File file(path);
+    std::string text;
+    while (file.fill(text, size_t(1) << 20)) {
+    }
+    return text;
+}
+
+// Instructions and answers, in windows with a mask.
+void run_instructions(const Options& options) {
+    std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(options.tokenizer);
+    std::optional<ChatTemplate> own;
+    if (options.format.empty() && is_directory_at(options.tokenizer))
+        own = ChatTemplate::in_folder(options.tokenizer);
+    const ChatTemplate format =
+        own ? *own : ChatTemplate::load(options.format.empty() ? "alpaca" : options.format);
+    make_folder(options.out);
+
+    PublishedSet files(options.out);
+    const TokenizerId id = tokenizer->id();
+    const uint64_t window = uint64_t(options.examples.window);
+    ShardSet sets[2];
+    std::vector<Packer> packers;
+    for (int k = 0; k < 2; k++) {
+        sets[k].kind = k == 0 ? "train" : "val", sets[k].files = &files, sets[k].id = id;
+        sets[k].window = int(window), sets[k].masked = true;
+        sets[k].shard_tokens = std::max<uint64_t>(options.shard_tokens / window, 1) * window;
+        packers.emplace_back(int(window), std::max(id.eot, 0), options.examples.pack,
+                             [&set = sets[k]](const Example& full) {
+                                 set.put(full.tokens.data(), full.tokens.size(),
+                                         full.learned.data());
+                             });
+    }
+
+    uint64_t examples = 0, used[2] = {0, 0}, bytes = 0;
+    Tally empty, cut, too_long;
+    Progress progress;
+    progress.quiet = options.quiet;
+    auto encode = [&](Job& job) {
+        for (const Record& record : job.records)
+            job.examples.push_back(encode_record(record, format, *tokenizer, options.examples));
+    };
+    auto write = [&](Job& job) {
+        for (Encoded& encoded : job.examples) {
+            examples++;
+            if (encoded.kind == Encoded::empty) empty.add(encoded.where);
+            if (encoded.kind == Encoded::too_long) too_long.add(encoded.where);
+            if (encoded.kind != Encoded::usable) continue;
+            if (encoded.cut) cut.add(encoded.where);
+            // The first is for training, then validation takes one whenever it has too few.
+            const bool validation =
+                double(used[1]) < options.val_fraction * double(used[0] + used[1]);
+            used[validation]++;
+            packers[validation].add(std::move(encoded.example));
+        }
+    };
+    Pipeline pipeline(options.threads, encode, write);
+    for (const std::string& path : options.files) {
+        const std::string text = read_all(path), name = path == "-" ? "stdin" : path;
+        if (std::string reason = why_not_text(text, name, "data/tokenize"); !reason.empty())
+            fail(reason);
+        Job job;
+        read_records(text, name, [&](Record record) {
+            stop_if_interrupted();
+            job.records.push_back(std::move(record));
+            if (job.records.size() < 64) return;
+            pipeline.push(std::move(job));
+            job = {};
+        });
+        pipeline.push(std::move(job));
+        bytes += text.size();
+        progress.show(bytes);
+    }
+    pipeline.close();
+    if (examples == 0) fail("there is no record in the input; no shard was written");
+    for (int k = 0; k < 2; k++) packers[size_t(k)].finish(), sets[k].finish();
+    if (used[0] == 0)
+        fail("none of the ", examples, " examples has an answer within ", window,
+             " tokens; no shard was written. Use a longer --seq-len");
+    const double seconds = progress.seconds();
+    stop_if_interrupted();
+    tokenizer->save(files.new_tokenizer());
+    write_file_atomic(files.new_tokenizer() + "/chat_template.jinja", format.text);
+    const int removed = files.publish();
+
+    if (removed)
+        note(cat("removed ", removed, " shards that an earlier run left under ", options.out));
+    if (empty.count) note(empty.text("left out, as their answer is empty"));
+    if (too_long.count)
+        note(too_long.text(cat("left out, as their prompt alone has ", window, " tokens or more")));
+    if (cut.count) note(cut.text(cat("cut to ", window, " tokens")));
+    if (options.quiet) return;
+    std::ostringstream out;
+    out << std::fixed << std::setprecision(1);
+    const uint64_t tokens = sets[0].tokens + sets[1].tokens;
+    out << examples << " examples by the template " << format.name << ", " << tokens
+        << " tokens of " << id.kind << " (vocabulary " << id.vocab_size << ") in windows of "
+        << window << "; " << seconds << " s\n  "
+        << 100 * double(packers[0].learned + packers[1].learned) / double(tokens)
+        << "% of the tokens are learned, "
+        << 100 * double(packers[0].padding + packers[1].padding) / double(tokens)
+        << "% are padding\n";
+    for (int k = 0; k < 2; k++)
+        if (!sets[k].shards.empty())
+            out << "  " << files.path(sets[k].kind, 0) << (sets[k].shards.size() > 1 ? " ..." : "")
+                << ": " << used[k] << " examples in " << packers[size_t(k)].windows << " windows\n";
+    out << "  " << options.out << "_tokenizer/\n";
+    std::fputs(printable(out.str()).c_str(), stdout);
+}
+
 void run(const Options& options) {
     if (options.separator.find('\n') != std::string::npos)
         fail("--doc-separator has a newline, expected the text of one line");
     for (const std::string& path : options.files)
         File file(path); // fail early if one cannot be opened
     std::unique_ptr<Tokenizer> tokenizer = load_tokenizer(options.tokenizer);
-    fs::path folder = fs::path(options.out).parent_path();
-    std::error_code error;
-    if (!folder.empty()) fs::create_directories(folder, error);
-    if (error) fail("cannot make the directory ", folder.string(), ": ", error.message());
-    if (options.out.empty() || options.out.back() == '/')
-        fail("--out '", options.out, "' names no file, expected a prefix such as data/mytext");
+    make_folder(options.out);
 
     PublishedSet files(options.out);
     TokenizerId id = tokenizer->id();
@@ -656,6 +794,30 @@ int main(int argc, char** argv) {
            "0: concatenate documents")
         ->check(CLI::Range(0, 1 << 24))
         ->type_name("N");
+    app.add_flag("--instructions", options.instructions,
+                 "The files are records of instructions and answers, in JSON Lines or one JSON "
+                 "list: instruction, input (optional) and output; prompt and completion; or "
+                 "messages, a list of role and content. Windows of --seq-len tokens, with a mask: "
+                 "answers are learned, the rest is context");
+    app.add_option("--template", options.format,
+                   "How a conversation becomes text: alpaca, chatml, llama-3, plain, a FILE of "
+                   "Jinja, or a folder with a tokenizer_config.json; default: the one in the "
+                   "tokenizer's folder, else alpaca")
+        ->type_name("NAME")
+        ->needs("--instructions")
+        ->always_capture_default(false);
+    app.add_option("--seq-len", options.examples.window,
+                   "Tokens of a window of instructions; longer examples are cut at the end")
+        ->check(CLI::Range(2, 1 << 24))
+        ->needs("--instructions")
+        ->type_name("N");
+    app.add_flag("--pack", options.examples.pack,
+                 "Several examples a window, of which later ones see the earlier ones; without "
+                 "it, one, and padding")
+        ->needs("--instructions");
+    app.add_flag("--train-on-prompt", options.examples.learn_all,
+                 "Learn prompts as well as answers")
+        ->needs("--instructions");
     app.add_option("--shard-tokens", shard_tokens, "Tokens per shard, such as 5000000, 500k, 100M")
         ->type_name("N");
     app.add_option("--threads", options.threads, "Encoding threads; they do not affect the result")
@@ -664,6 +826,10 @@ int main(int argc, char** argv) {
     return lns::run_tool("tokenize", app, argc, argv, [&] {
         options.tokenizer = lns::expand_home_in_tokenizer(options.tokenizer);
         options.out = lns::expand_home(options.out);
+        options.format = lns::expand_home(options.format);
+        if (options.instructions && (!options.separator.empty() || options.pad_documents))
+            lns::fail("--instructions has windows of its own: leave out --doc-separator and "
+                      "--pad-documents");
         for (std::string& file : options.files) file = lns::expand_home(file);
         options.shard_tokens = uint64_t(lns::parse_count(shard_tokens));
         if (options.shard_tokens == 0)
@@ -683,6 +849,9 @@ int main(int argc, char** argv) {
         }; // without SA_RESTART: read(2) returns
         sigaction(SIGINT, &action, nullptr);
         sigaction(SIGTERM, &action, nullptr);
-        lns::run(options);
+        if (options.instructions)
+            lns::run_instructions(options);
+        else
+            lns::run(options);
     });
 }

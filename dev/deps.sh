@@ -14,6 +14,7 @@ header  dnnl.hpp                 |optional|fast matmuls (oneDNN)             |li
 header  pcre2.h                  |optional|tokenizer.json and GPT-2 tokenizer|libpcre2-dev        |pcre2-devel         |pcre2        |pcre2
 header  utf8proc.h               |optional|Unicode forms in tokenizer.json   |libutf8proc-dev     |utf8proc-devel      |libutf8proc  |utf8proc
 header  sentencepiece_processor.h|optional|SentencePiece tokenizers          |libsentencepiece-dev|sentencepiece-devel |sentencepiece|sentencepiece
+header  editline/readline.h      |optional|editing lines in train_gpt chat  |libedit-dev         |libedit-devel       |libedit      |libedit
 command mpicc                    |optional|training with several processes   |libopenmpi-dev      |openmpi-devel       |openmpi      |open-mpi
 command mpirun                   |optional|training with several processes   |openmpi-bin         |openmpi             |openmpi      |open-mpi
 header  gtest/gtest.h            |optional|make test                         |libgtest-dev        |gtest-devel         |gtest        |googletest

@@ -11,8 +11,10 @@ namespace lns {
 
 namespace {
 
-std::string window_kind(int length) {
-    return length ? cat("documents padded to ", length, " tokens") : "one stream of tokens";
+std::string window_kind(int length, bool masked) {
+    return masked   ? cat("instructions and answers in windows of ", length, " tokens")
+           : length ? cat("documents padded to ", length, " tokens")
+                    : "one stream of tokens";
 }
 
 // Devices and inodes.
@@ -56,10 +58,10 @@ void ShardSource::open(const std::vector<std::string>& paths) {
     for (const std::string& path : paths) {
         const Shard& shard = shards.emplace_back(path);
         ends.push_back(end += shard.tokens);
-        if (shard.window != shards[0].window)
+        if (shard.window != shards[0].window || shard.has_mask() != shards[0].has_mask())
             fail("the shards of '", pattern, "' are of different kinds: ", shards[0].path, " has ",
-                 window_kind(shards[0].window), ", ", path, " has ", window_kind(shard.window),
-                 ". Name shards of one kind only");
+                 window_kind(shards[0].window, shards[0].has_mask()), ", ", path, " has ",
+                 window_kind(shard.window, shard.has_mask()), ". Name shards of one kind only");
         if (!shard.id.vocab_size) continue;
         if (tokenizer.vocab_size && shard.id != tokenizer)
             fail("the shards of '", pattern, "' were made with different tokenizers: ", named,
@@ -91,10 +93,24 @@ void ShardSource::read(uint64_t pos, size_t n, int* out) {
     }
 }
 
+void ShardSource::read_mask(uint64_t pos, size_t n, unsigned char* learned) {
+    if (n > size() || pos > size() - n)
+        fail("cannot read the mask of tokens ", pos, " to ", pos + n, " of '", pattern,
+             "', which has ", size());
+    size_t s = size_t(std::upper_bound(ends.begin(), ends.end(), pos) - ends.begin());
+    while (n > 0) {
+        const Shard& shard = shards[s];
+        const uint64_t at = pos - (ends[s] - shard.tokens);
+        const size_t here = size_t(std::min<uint64_t>(n, shard.tokens - at));
+        shard.read_mask(at, here, learned);
+        pos += here, learned += here, n -= here, s++;
+    }
+}
+
 std::string ShardSource::describe() const {
     return cat(shards.size(), shards.size() == 1 ? " shard, " : " shards, ", size(), " tokens (",
                tokenizer.vocab_size ? tokenizer.kind : "unknown tokenizer", ") of ", pattern,
-               window() ? ", " + window_kind(window()) : "");
+               window() ? ", " + window_kind(window(), masked()) : "");
 }
 
 std::vector<uint64_t> ShardSource::parts() const {
@@ -212,7 +228,13 @@ void Loader::next(int B, int* inputs, int* targets) {
         std::copy_n(buffer.begin(), T, inputs + size_t(b) * size_t(T));
         int* to = targets + size_t(b) * size_t(T);
         std::copy(buffer.begin() + 1, buffer.end(), to);
-        if (source->window()) {
+        if (source->masked()) {
+            learned.resize(buffer.size());
+            source->read_mask(position(at.index), buffer.size(), learned.data());
+            for (int t = 0; t + 1 < T; t++)
+                if (!learned[size_t(t) + 1]) to[t] = -1;
+            to[T - 1] = -1;
+        } else if (source->window()) {
             auto end = std::find(buffer.begin(), buffer.end(), document_end);
             // The last target is the end itself, one position earlier.
             std::fill(to + std::clamp<std::ptrdiff_t>(end - buffer.begin(), 0, T - 1), to + T, -1);

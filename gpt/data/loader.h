@@ -5,11 +5,13 @@
 // dropped. An epoch visits every window once, in an order that depends only on (seed, epoch).
 //
 // Padded documents are windows of T tokens, one document each. Neither the padding nor the next
-// document is a target, so T inputs have at most T - 1 targets.
+// document is a target, so T inputs have at most T - 1 targets. Windows of instructions and answers
+// have a mask, which says what is a target.
 #pragma once
 
 #include "gpt/data/shard.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <memory>
@@ -29,6 +31,12 @@ struct TokenSource {
     virtual std::vector<uint64_t> parts() const { return {size()}; }
     // The length of padded documents; 0: one stream of tokens.
     virtual int window() const { return 0; }
+    // Whether only some tokens, answers, are to be learned, and which of tokens pos .. pos+n-1.
+    virtual bool masked() const { return false; }
+    virtual void read_mask(uint64_t pos, size_t n, unsigned char* learned) {
+        (void)pos;
+        std::fill_n(learned, n, 1);
+    }
     // Throws if a token is not below vocab; large sources check on reading instead.
     virtual void check_tokens(int vocab) { (void)vocab; }
     // Waits for background checks, and throws their error.
@@ -46,6 +54,8 @@ struct ShardSource : TokenSource {
     std::string describe() const override;
     std::vector<uint64_t> parts() const override;
     int window() const override { return shards[0].window; }
+    bool masked() const override { return shards[0].has_mask(); }
+    void read_mask(uint64_t pos, size_t n, unsigned char* learned) override;
     // Checks the first checked_at_once bytes of files at once, checksums included. Others are
     // checked on every read, and their checksums in the background; read() throws its error.
     void check_tokens(int vocab) override;
@@ -101,7 +111,7 @@ struct Loader {
     Loader(std::shared_ptr<TokenSource> source, int T, uint64_t seed, bool shuffle);
 
     // The next B windows: inputs (B,T) and targets (B,T). targets[b][t] follows inputs[b][t]; it is
-    // -1 if that is padding or another document.
+    // -1 if that is padding, another document, or not to be learned.
     void next(int B, int* inputs, int* targets);
     // Skips windows in O(1). Rank r of R: skip(r*B), next(B), skip((R-1-r)*B).
     void skip(uint64_t windows);
@@ -122,6 +132,7 @@ struct Loader {
     LoaderState at;
     int document_end = -1;   // the token that ends and pads documents, if they are padded
     std::vector<int> buffer; // one window: T+1 tokens, or T of a padded document
+    std::vector<unsigned char> learned; // of its tokens, if they are masked
 };
 
 } // namespace lns

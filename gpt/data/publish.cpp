@@ -145,10 +145,13 @@ std::string PublishedSet::new_tokenizer() const { return new_dir() + "/" + name_
 bool PublishedSet::is_member(const std::string& file) const {
     if (file == name_ + "_tokenizer") return true;
     for (const std::string& start : {name_ + "_train_", name_ + "_val_"}) {
-        if (file.rfind(start, 0) != 0 || file.size() < start.size() + 10) continue;
-        const std::string number = file.substr(start.size(), file.size() - start.size() - 4);
-        if (file.substr(file.size() - 4) == ".bin" && number.size() <= 18 &&
-            number.find_first_not_of("0123456789") == std::string::npos)
+        const std::string end = file.ends_with(".mask") ? ".mask" : ".bin";
+        if (!file.starts_with(start) || !file.ends_with(end) ||
+            file.size() < start.size() + 6 + end.size())
+            continue;
+        const std::string number =
+            file.substr(start.size(), file.size() - start.size() - end.size());
+        if (number.size() <= 18 && number.find_first_not_of("0123456789") == std::string::npos)
             return true;
     }
     return false;
@@ -201,8 +204,7 @@ int PublishedSet::publish() {
     sync_directory(new_dir());
     int removed = 0;
     for (const std::string& file : before)
-        removed +=
-            file != name_ + "_tokenizer" && !std::binary_search(after.begin(), after.end(), file);
+        removed += file.ends_with(".bin") && !std::binary_search(after.begin(), after.end(), file);
 
     bool links = true;
     make_directory(old_dir());

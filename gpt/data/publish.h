@@ -1,5 +1,6 @@
 // The output of data/tokenize, published as a set: PREFIX_train_000000.bin ...,
-// PREFIX_val_000000.bin ... and the folder PREFIX_tokenizer. Whenever the program is killed, the
+// PREFIX_val_000000.bin ..., their masks (PREFIX_train_000000.mask ...) and the folder
+// PREFIX_tokenizer. Whenever the program is killed, the
 // names refer to the complete old set or the complete new set.
 //
 // Renaming many files is not atomic, but replacing one symbolic link is. So during publishing the

@@ -21,7 +21,8 @@ namespace {
 
 constexpr int32_t magic16 = 20240520, version16 = 1, magic32 = 20240801, version32 = 7;
 constexpr size_t header_words = 256, header_bytes = header_words * 4;
-constexpr size_t kind_word = 8, kind_bytes = 32, window_word = 16, checksum_word = 20;
+constexpr size_t kind_word = 8, kind_bytes = 32, window_word = 16, mask_word = 17,
+                 checksum_word = 20;
 constexpr size_t buffer_bytes = 4 << 20;
 
 int32_t tag_word() {
@@ -133,11 +134,50 @@ Shard::Shard(const std::string& path) : path(path) {
             fail(path, " has a damaged header: vocabulary ", id.vocab_size, ", end-of-text ",
                  id.eot, ". Make it again with data/tokenize");
         window = header[window_word];
-        if (window != 0 && (window < 2 || id.eot < 0 || tokens % uint64_t(window)))
+        if (window != 0 &&
+            (window < 2 || (id.eot < 0 && !header[mask_word]) || tokens % uint64_t(window)))
             fail(path, " has a damaged header: ", tokens, " tokens, end-of-text ", id.eot,
                  ", in windows of ", window, ". Make it again with data/tokenize");
+        if (header[mask_word] < 0 || header[mask_word] > 1 || (header[mask_word] && !window))
+            fail(path, " has a damaged header, or one of a newer program: word ", mask_word, " is ",
+                 header[mask_word], ", in windows of ", window,
+                 ". Make it again with data/tokenize");
+        mask_checksum = get_u64(header.data(), mask_word + 1);
+        if (header[mask_word]) open_mask();
     }
     file.check();
+}
+
+std::string mask_path(const std::string& shard) {
+    const std::string end = ".bin";
+    return (shard.ends_with(end) ? shard.substr(0, shard.size() - end.size()) : shard) + ".mask";
+}
+
+void Shard::open_mask() {
+    const std::string name = mask_path(path);
+    const Fd fd(open(name.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+    struct stat info;
+    if (!fd || fstat(fd.fd, &info) != 0)
+        fail(path, " holds instructions and answers, but ", name,
+             ", which says which tokens are answers, cannot be read: ", std::strerror(errno),
+             ". Copy it too, or make both again with data/tokenize");
+    const uint64_t expected = (tokens + 7) / 8;
+    if (!S_ISREG(info.st_mode) || uint64_t(info.st_size) != expected)
+        fail(name, " does not belong to ", path, ": ", info.st_size, " bytes, expected ", expected,
+             " for its ", tokens, " tokens. Make both again with data/tokenize");
+    if (expected > 0) mask = MappedFile(fd.fd, name);
+}
+
+void Shard::read_mask(uint64_t pos, size_t n, unsigned char* out) const {
+    if (pos > tokens || n > tokens - pos)
+        fail("cannot read the mask of tokens ", pos, " to ", pos + n, " of ", path, ", which has ",
+             tokens);
+    if (!has_mask()) {
+        std::fill_n(out, n, 1);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) out[i] = mask.data()[(pos + i) / 8] >> ((pos + i) % 8) & 1;
+    mask.check();
 }
 
 void Shard::read(uint64_t pos, size_t n, int* out) const {
@@ -183,6 +223,14 @@ void Shard::check_checksum(const std::function<bool()>& stop) const {
     if (sum.value() != *checksum)
         fail(path, " is damaged: the checksum of its tokens does not match. Make it again with "
                    "data/tokenize, or replace it by an intact copy");
+    if (!has_mask()) return;
+    Checksum mask_sum;
+    mask_sum.add(mask.data(), mask.size());
+    mask.check();
+    if (mask_sum.value() != mask_checksum)
+        fail(mask_path(path), " is damaged, or belongs to another shard than ", path,
+             ": its checksum does not match. Make both again with data/tokenize, or replace it by "
+             "an intact copy");
 }
 
 void Shard::bad_token(uint64_t pos, uint32_t token, int vocab) const {
@@ -195,10 +243,10 @@ void Shard::bad_token(uint64_t pos, uint32_t token, int vocab) const {
          "again with data/tokenize");
 }
 
-ShardWriter::ShardWriter(const std::string& path, const TokenizerId& id, int window)
+ShardWriter::ShardWriter(const std::string& path, const TokenizerId& id, int window, bool masked)
     : path(path), id(id), temporary(path + ".tmp"), token_bytes(id.vocab_size > 65536 ? 4 : 2),
-      window(window) {
-    if (window != 0 && (window < 2 || id.eot < 0))
+      window(window), masked(masked) {
+    if (window != 0 && (window < 2 || (id.eot < 0 && !masked)))
         fail("documents cannot be padded to ", window, " tokens with the end-of-text ", id.eot,
              ": padding needs a window of 2 or more and a tokenizer with an end-of-text");
     if (id.kind.size() >= kind_bytes)
@@ -221,6 +269,7 @@ ShardWriter::ShardWriter(const std::string& path, const TokenizerId& id, int win
 
 ShardWriter::~ShardWriter() {
     if (!published) unlink(temporary.c_str());
+    if (!published && masked && finished) unlink((mask_path(path) + ".tmp").c_str());
     if (file >= 0) ::close(file);
 }
 
@@ -246,7 +295,7 @@ void ShardWriter::flush() {
     buffer.clear();
 }
 
-void ShardWriter::write(const int* from, size_t n) {
+void ShardWriter::write(const int* from, size_t n, const unsigned char* learned) {
     if (tokens + n > max_shard_tokens)
         fail(path, " would hold ", tokens + n, " tokens; a shard's header counts at most ",
              max_shard_tokens, ". Use smaller shards (--shard-tokens)");
@@ -257,6 +306,10 @@ void ShardWriter::write(const int* from, size_t n) {
             fail("token ", from[i], " does not fit the vocabulary of ", vocab, " of ", path);
         for (int b = 0; b < token_bytes; b++)
             buffer.push_back(static_cast<unsigned char>(token >> (8 * b)));
+        if (masked) {
+            if (tokens % 8 == 0) mask.push_back(0);
+            if (learned && learned[i]) mask.back() |= static_cast<unsigned char>(1 << tokens % 8);
+        }
         tokens++;
         if (buffer.size() >= buffer_bytes) flush();
     }
@@ -278,6 +331,13 @@ void ShardWriter::finish() {
         put_u64(header.data(), 6, id.fingerprint);
         std::memcpy(&header[kind_word], id.kind.data(), id.kind.size());
         header[window_word] = window;
+        if (masked) {
+            write_mask();
+            header[mask_word] = 1;
+            Checksum mask_sum;
+            mask_sum.add(mask.data(), mask.size());
+            put_u64(header.data(), mask_word + 1, mask_sum.value());
+        }
     }
     put_u64(header.data(), checksum_word, checksum.value());
     put_u64(header.data(), checksum_word + 2, header_checksum(header));
@@ -290,8 +350,25 @@ void ShardWriter::finish() {
     finished = true;
 }
 
+// Under a temporary name, as the shard.
+void ShardWriter::write_mask() {
+    const std::string name = mask_path(path) + ".tmp";
+    const Fd out(open(name.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666));
+    if (!out) write_failed(errno);
+    for (size_t done = 0; done < mask.size();) {
+        const ssize_t n = ::write(out.fd, mask.data() + done, mask.size() - done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) write_failed(errno);
+        done += size_t(n);
+    }
+    if (fsync(out.fd) != 0) write_failed(errno);
+}
+
 void ShardWriter::publish() {
     if (published) return;
+    const std::string name = mask_path(path);
+    if (masked && rename((name + ".tmp").c_str(), name.c_str()) != 0)
+        fail("cannot rename ", name, ".tmp to ", name, ": ", std::strerror(errno));
     if (rename(temporary.c_str(), path.c_str()) != 0)
         fail("cannot rename ", temporary, " to ", path, ": ", std::strerror(errno));
     published = true;

@@ -12,6 +12,12 @@
 //               N - 1, end-of-text (word 5), and padding of end-of-text. Targets after a window's
 //               first end-of-text must be ignored. Readers that do not know this word, such as
 //               llm.c, learn to repeat end-of-text and report a lower loss.
+//   word 17     1: instructions and answers. Beside NAME.bin, NAME.mask has a bit for each token
+//   (of
+//               token i, bit i mod 8 of byte i / 8), which is 1 if it is to be learned, as a token
+//               of an answer. All other tokens are context. Windows (word 16) hold one example or
+//               several, and end-of-text ends none. Readers that do not know this word learn all.
+//   word 18, 19 checksum of NAME.mask
 //   word 20-23  checksums (gpt/base/checksum.h), low word first: of the tokens' bytes; of this
 //               header with its own two words 0
 #pragma once
@@ -50,30 +56,41 @@ struct Shard {
 
     // Writes tokens pos .. pos+n-1 to out. Throws if the file has fewer.
     void read(uint64_t pos, size_t n, int* out) const;
+    // Whether each of tokens pos .. pos+n-1 is to be learned; all are in a file without a mask.
+    void read_mask(uint64_t pos, size_t n, unsigned char* out) const;
+    bool has_mask() const { return mask.data(); }
     // Throws if any token of the file is not below vocab.
     void check_tokens(int vocab) const;
-    // Throws if the tokens do not match the header's checksum, if it has one. Reads the whole file;
-    // stops early if `stop`, which is polled, returns true.
+    // Throws if tokens or mask do not match the header's checksums, if it has some. Reads the whole
+    // file; stops early if `stop`, which is polled, returns true.
     void check_checksum(const std::function<bool()>& stop = {}) const;
     bool has_checksum() const { return checksum.has_value(); }
     // Throws the error that token number pos is not below vocab.
     [[noreturn]] void bad_token(uint64_t pos, uint32_t token, int vocab) const;
 
   private:
-    MappedFile file;
+    MappedFile file, mask;
     std::optional<uint64_t> checksum; // the header's, of the tokens' bytes
+    uint64_t mask_checksum = 0;
+    void open_mask();
 };
+
+// data/sft_train_000000.mask of data/sft_train_000000.bin
+std::string mask_path(const std::string& shard);
 
 // Writes path + ".tmp", which is renamed to path once complete and synced. Without publish (after
 // an error) nothing remains. Tokens are uint16 if the vocabulary has at most 65,536 or is unknown,
-// else uint32. window: as in Shard; the file must consist of whole windows.
+// else uint32. window: as in Shard; the file must consist of whole windows. masked: with a file
+// NAME.mask.
 struct ShardWriter {
-    ShardWriter(const std::string& path, const TokenizerId& id, int window = 0);
+    ShardWriter(const std::string& path, const TokenizerId& id, int window = 0,
+                bool masked = false);
     ShardWriter(const ShardWriter&) = delete;
     ShardWriter& operator=(const ShardWriter&) = delete;
     ~ShardWriter();
 
-    void write(const int* tokens, size_t n);
+    // learned (n): 1 for tokens to be learned; of masked shards only.
+    void write(const int* tokens, size_t n, const unsigned char* learned = nullptr);
     void finish();  // writes the header and syncs
     void publish(); // renames it to path
     void close() {
@@ -93,6 +110,9 @@ struct ShardWriter {
     Checksum checksum; // of the flushed tokens
     int file = -1;
     int token_bytes = 2, window;
+    bool masked;
+    std::vector<unsigned char> mask;
+    void write_mask();
     bool tokens_flushed = false, finished = false, published = false;
 };
 

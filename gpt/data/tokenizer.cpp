@@ -408,7 +408,11 @@ std::vector<int> Tokenizer::encode_prompt(std::string_view text) const {
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& spec) {
     if (spec == "bytes") return std::make_unique<Bytes>();
     if (spec.rfind("gpt2:", 0) == 0) return load_json_tokenizer(spec.substr(5));
-    if (is_directory_at(spec)) return load_directory(spec);
+    if (is_directory_at(spec)) {
+        std::unique_ptr<Tokenizer> tokenizer = load_directory(spec);
+        tokenizer->chat_template = chat_template_in(spec);
+        return tokenizer;
+    }
     auto ends = [&](std::string_view end) {
         return spec.size() > end.size() && spec.substr(spec.size() - end.size()) == end;
     };

@@ -7,9 +7,8 @@
 //   treat each invalid byte as a symbol, and the byte itself is encoded.
 // - A byte-level vocabulary may lack bytes, such as SmolLM2's. As in Hugging Face's tokenizers such
 //   a byte becomes the model's unk_token, or nothing if it has none; count_unencodable counts them.
-// - Prompts and documents begin with `bos` if tokenizer.json's post-processor says so or, where
-// there
-//   is none, add_bos_token in tokenizer_config.json, as in transformers 5; encode does not add it.
+// - Prompts and documents begin with `bos` if tokenizer.json's post-processor says so or, where it
+//   has none, add_bos_token in tokenizer_config.json, as in transformers 5; encode does not add it.
 // - SentencePiece normalizes. What its model folds (NFKC, runs of spaces, spaces at the ends) is
 //   lost, U+2581 decodes to a space, invalid UTF-8 to U+FFFD, and a character neither in the
 //   vocabulary nor covered by byte pieces to " \u2047 ". Models that fold nothing and have byte
@@ -55,6 +54,8 @@ struct Tokenizer {
     int eot() const { return id().eot; }
     // The tokens that belong before and after a text; -1 if none.
     int bos = -1, eos = -1;
+    // The chat template in its folder, in Jinja (gpt/data/chat.h); "" if there is none.
+    std::string chat_template;
     // The tokens of the text, after bos if there is one.
     std::vector<int> encode_prompt(std::string_view text) const;
     // The number of bytes of the text that have no token.

@@ -185,4 +185,20 @@ void TokenizerConfig::expect_class(std::initializer_list<const char*> known) con
          ": others are not supported yet");
 }
 
+std::string chat_template_in(const std::string& folder) {
+    const std::string file = folder + "/chat_template.jinja",
+                      path = folder + "/tokenizer_config.json";
+    if (is_regular_file_at(file)) return read_file(file);
+    if (!is_regular_file_at(path)) return "";
+    const nlohmann::json config = parse_json(read_file(path), path);
+    const nlohmann::json found =
+        config.is_object() ? config.value("chat_template", nlohmann::json()) : nlohmann::json();
+    if (found.is_string()) return found.get<std::string>();
+    if (found.is_array()) // several, with names
+        for (const nlohmann::json& entry : found)
+            if (entry.is_object() && text_of(field(entry, "name")) == "default")
+                return text_of(field(entry, "template"));
+    return "";
+}
+
 } // namespace lns

@@ -48,6 +48,10 @@ struct TokenizerConfig {
     void expect_class(std::initializer_list<const char*> known) const;
 };
 
+// The chat template of a tokenizer's folder, in chat_template.jinja or tokenizer_config.json; "" if
+// there is none.
+std::string chat_template_in(const std::string& folder);
+
 // Parts of a tokenizer.json. `path` names the file in errors.
 
 // object[key], null if there is none.

@@ -104,6 +104,7 @@ void add_optimizer(FlagList& f, Options& o) {
     add_optimizer_name(f, o);
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, most_seed, "steps of the whole run");
+    f.number("--epochs", o.epochs, 0, 1e6, "or passes over the training data; 0: as --steps says");
     f.number("-l,--lr", o.lr, 0, infinity, "peak learning rate; tiny's default is 0.003");
     f.choice("--lr-schedule", o.lr_schedule, schedule_kinds,
              "cosine, linear, wsd (constant, then decay over the last fifth) or constant");
@@ -141,11 +142,14 @@ void add_precision(FlagList& f, Options& o) {
 }
 
 void add_sampling(FlagList& f, Options& o) {
-    f.add("--prompt", "TEXT", &o.prompt, "beginning of a sample; default: the start of a text");
     f.number("--temperature", o.temperature, 0, 1000, "0: always the most likely token");
     f.count("--top-k", o.top_k, 0, most, "sample from the k most likely tokens; 0: from all");
     f.number("--top-p", o.top_p, 0, 1, "sample from the most likely tokens of total probability p",
              true);
+}
+
+void add_prompt(FlagList& f, Options& o) {
+    f.add("--prompt", "TEXT", &o.prompt, "beginning of a sample; default: the start of a text");
 }
 
 void add_tasks(FlagList& f, const char* names, std::string& tasks, const char* help) {
@@ -174,6 +178,7 @@ void add_validation(FlagList& f, Options& o) {
             "their validation tokens, in at most --batch sequences");
     f.count("-s,--sample-every", o.sample_every, 0, most, "steps; 0: only at the end");
     f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "tokens of a sample; 0: none");
+    add_prompt(f, o);
     add_sampling(f, o);
 }
 
@@ -231,10 +236,27 @@ void add_sequences(FlagList& f, Options& o) {
 void add_sample(FlagList& f, Options& o) {
     add_checkpoint(f, o);
     add_tokenizer(f, o);
+    add_prompt(f, o);
     add_sampling(f, o);
     f.count("-g,--sample-tokens", o.sample_tokens, 0, 1000000, "tokens of the sample");
     f.count("--seed", o.seed, 0, most_seed, "seed of the sample");
     f.on_off("--ignore-eot", o.ignore_eot, "continue after an end of text");
+    add_inference_machine(f, o);
+}
+
+void add_chat(FlagList& f, Options& o) {
+    add_checkpoint(f, o);
+    f.text("--system", "TEXT", o.system, "instructions for the whole conversation");
+    f.path("--template", "NAME", o.chat_template,
+           "alpaca, chatml, llama-3, plain, a file of Jinja, or a folder with a "
+           "tokenizer_config.json; default: the checkpoint's");
+    add_tokenizer(f, o);
+    add_sampling(f, o);
+    f.count("-g,--sample-tokens", o.sample_tokens, 1, 1000000, "longest answer, in tokens");
+    f.count("-t,--seq-len", o.seq_len, 0, 100000000,
+            "tokens of the conversation, of which the oldest turns are forgotten; default: the "
+            "run's");
+    f.count("--seed", o.seed, 0, most_seed, "seed of the answers");
     add_inference_machine(f, o);
 }
 
@@ -330,6 +352,7 @@ const CommandRow command_rows[] = {
     {Command::train, "", "[flags]", "train", add_training},
     {Command::sample, "sample", "CHECKPOINT [flags]", "write text with a trained model",
      add_sample},
+    {Command::chat, "chat", "CHECKPOINT [flags]", "talk with it", add_chat},
     {Command::eval, "eval", "CHECKPOINT [flags]", "measure its loss", add_eval},
     {Command::probe, "probe", "CHECKPOINT [flags]", "measure what each layer does", add_probe},
     {Command::export_model, "export", "CHECKPOINT DIR", "write it for Hugging Face's tools",
@@ -597,8 +620,9 @@ void print_version() {
 
 // Defaults that depend on the command.
 void set_command_defaults(Options& o) {
-    const bool measures = o.command == Command::eval || o.command == Command::probe;
-    if (measures && !o.is_given("--seq-len")) o.seq_len = 0;
+    const bool of_the_run =
+        o.command == Command::eval || o.command == Command::probe || o.command == Command::chat;
+    if (of_the_run && !o.is_given("--seq-len")) o.seq_len = 0;
     if (o.command == Command::eval && !o.is_given("--val-tokens")) o.val_tokens = 0;
     if (o.command == Command::bench && o.model == "tiny" && !o.is_given("--seq-len"))
         o.seq_len = 128;
@@ -647,6 +671,9 @@ Options parse_options(int argc, const char* const* argv) {
         if (find_flag(line.flags.at(used), flag->name()) == flag) o.given.insert(flag->name());
     }
     o.command = used;
+    if (o.is_given("--steps") && o.is_given("--epochs") && o.epochs > 0)
+        fail("--steps ", o.steps, " and --epochs ", flag_text(o.epochs),
+             " both say how long to train: give one");
     if (o.resume && o.out.empty()) fail("--resume: name the run to continue, with -o DIR");
     set_command_defaults(o);
     return o;

@@ -20,6 +20,7 @@
 #include "gpt/base/signals.h"
 #include "gpt/base/terminal.h"
 #include "gpt/run/bench.h"
+#include "gpt/run/chat.h"
 #include "gpt/run/checkpoint.h"
 #include "gpt/run/device.h"
 #include "gpt/run/export.h"
@@ -107,6 +108,16 @@ std::unique_ptr<Tokenizer> tokenizer_of(const Options& o, const Trained& trained
     return tokenizer;
 }
 
+// For sequences of at most `context` tokens, one at a time.
+std::unique_ptr<Model> generator(const Options& o, const Trained& trained, int context,
+                                 const Ranks& ranks) {
+    const ModelOptions options = model_options(o, false, trained.dtype());
+    check_memory(trained.config, 1, context, options);
+    std::unique_ptr<Model> model = make_model(trained.config, 1, context, options, ranks);
+    load_weights(*model, trained.path);
+    return model;
+}
+
 int sample(const Options& o, const Ranks& ranks) {
     use_threads(o);
     Trained trained(o.checkpoint);
@@ -123,9 +134,7 @@ int sample(const Options& o, const Ranks& ranks) {
                  trained.config.vocab_size, ": the tokenizer is not the model's");
 
     const int context = trained.length();
-    std::unique_ptr<Model> model =
-        make_model(trained.config, 1, context, model_options(o, false, trained.dtype()), ranks);
-    load_weights(*model, trained.path);
+    const std::unique_ptr<Model> model = generator(o, trained, context, ranks);
     Stream stream;
     std::string text = o.prompt;
     stream.show(text, text.size());
@@ -140,6 +149,31 @@ int sample(const Options& o, const Ranks& ranks) {
                  return true;
              });
     std::cout << std::endl;
+    return 0;
+}
+
+int talk(const Options& o, const Ranks& ranks) {
+    use_threads(o);
+    Trained trained(o.checkpoint);
+    const std::unique_ptr<Tokenizer> tokenizer = tokenizer_of(o, trained);
+    std::optional<ChatTemplate> format;
+    if (!o.chat_template.empty()) {
+        format = ChatTemplate::load(o.chat_template);
+    } else {
+        format = ChatTemplate::in_folder(trained.path);
+        if (!format)
+            fail(trained.path, " has no chat template: it was not fine-tuned on conversations, or "
+                               "by another program. Name one with --template: alpaca, chatml, "
+                               "llama-3, plain, or a file of Jinja");
+    }
+    const int context = o.seq_len > 0 ? int(o.seq_len) : trained.length();
+    check_length(1, context, trained.config);
+    const std::unique_ptr<Model> model = generator(o, trained, context, ranks);
+    chat(*model, *tokenizer, *format,
+         {o.system,
+          context,
+          int(o.sample_tokens),
+          {o.temperature, int(o.top_k), o.top_p, uint64_t(o.seed), 0}});
     return 0;
 }
 
@@ -458,6 +492,8 @@ int run_command(const Options& o, const Ranks& ranks) {
     switch (o.command) {
     case Options::Command::sample:
         return ranks.first() ? sample(o, ranks) : 0;
+    case Options::Command::chat:
+        return ranks.first() ? talk(o, ranks) : 0;
     case Options::Command::eval:
         return eval(o, ranks);
     case Options::Command::probe:

@@ -51,7 +51,7 @@ void apply_recipe(Options& o) {
         set("--dtype", o.dtype, "bf16");
         set("--master-weights", o.master_weights, "no");
         set("--moments", o.moments, "bf16");
-    } else if (o.model == "tiny") {
+    } else if (o.model == "tiny" && o.init_from.empty()) {
         set("--seq-len", o.seq_len, 128);
         set("--lr", o.lr, 0.003);
         set("--val-tokens", o.val_tokens, 32768);

@@ -153,6 +153,19 @@ void dump_state(Run& run) {
                 loss, B, T);
 }
 
+// Rounded up, so that every sequence is seen --epochs times.
+int64_t steps_of_epochs(const Run& run) {
+    const uint64_t windows = run.loader->windows_per_epoch();
+    if (windows == TokenSource::endless)
+        fail("--epochs ", run.o.epochs,
+             ": the training data is endless; name shards with -i, or "
+             "give --steps");
+    const double steps =
+        std::ceil(run.o.epochs * double(windows) * run.T / double(run.tokens_per_step));
+    if (!(steps < 1e15)) fail("--epochs ", run.o.epochs, " is ", steps, " steps: too many");
+    return int64_t(steps);
+}
+
 // Reads and checks what the options name, before anything is allocated or written.
 void prepare(Run& run, const std::string& resume_from) {
     Options& o = run.o;
@@ -167,6 +180,11 @@ void prepare(Run& run, const std::string& resume_from) {
     if (!resume_from.empty()) o.vocab = run.config.vocab_size; // the data cannot change it now
     run.data = open_data(o);
     fit_vocabulary(o, run.data, run.config);
+    // Documents and instructions have a length of their own.
+    if (const int window = run.data.train->window(); window > 0 && !o.is_given("--seq-len")) {
+        o.seq_len = window;
+        o.flags["--seq-len"] = o.seq_len;
+    }
     check_length(o.batch, o.seq_len, run.config);
     run.tokens_per_step = checked_total_batch(o, run.ranks);
     o.flags["--total-batch"] = run.tokens_per_step;
@@ -174,6 +192,13 @@ void prepare(Run& run, const std::string& resume_from) {
     run.micro_batches = int(run.tokens_per_step / (o.batch * o.seq_len * run.ranks.size));
     run.loader.emplace(run.data.train, run.T, uint64_t(o.seed), true);
     run.val_loader.emplace(run.data.val, run.T, 0, false);
+    if (o.epochs > 0 && !o.is_given("--steps")) {
+        o.steps = steps_of_epochs(run);
+        o.flags["--steps"] = o.steps;
+    } else {
+        o.epochs = 0;
+        o.flags["--epochs"] = 0.0;
+    }
     run.schedule = {o.lr_schedule, o.lr, o.steps, o.warmup_steps(), o.final_lr_frac};
     run.flops = flops_per_token(run.config, run.T);
     if (o.val_tasks.empty()) return;
