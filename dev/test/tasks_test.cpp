@@ -152,6 +152,7 @@ TEST(Tasks, PromptsOfHellaswag) {
                                                       " Sing a  song.", " Öffne die Tür."}));
     EXPECT_EQ(task.questions[1].characters[3], 14);
     EXPECT_EQ(task.questions[1].gold, 2);
+    EXPECT_EQ(task.questions[2].contexts, Texts{"Rowing: Two women sit in a boat. Été they"});
 }
 
 TEST(Tasks, PromptsOfTheOthers) {
