@@ -2,12 +2,15 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cwctype>
+#include <locale.h>
 #include <map>
 
 #include "gpt/base/error.h"
 #include "gpt/base/files.h"
 #include "gpt/base/json.h"
 #include "gpt/base/suggest.h"
+#include "gpt/base/terminal.h"
 #include "gpt/run/rundir.h"
 
 namespace lns {
@@ -56,12 +59,22 @@ std::string replaced(std::string text, const std::string& from, const std::strin
 
 // The first letter in upper case, the others in lower case.
 std::string capitalized(const std::string& text) {
+    static const locale_t utf8 = newlocale(LC_CTYPE_MASK, "C.UTF-8", nullptr);
+    if (!is_utf8(text)) return text;
     std::string out;
-    for (const char c : text) {
-        const bool upper = out.empty();
-        out += upper && c >= 'a' && c <= 'z'    ? char(c - 32)
-               : !upper && c >= 'A' && c <= 'Z' ? char(c + 32)
-                                                : c;
+    for (const std::string& character : characters_of(text)) {
+        const size_t n = character.size();
+        wint_t code = static_cast<unsigned char>(character[0]) & (n == 1 ? 0x7F : 0x7F >> n);
+        for (size_t i = 1; i < n; i++)
+            code = code << 6 | (static_cast<unsigned char>(character[i]) & 0x3F);
+        if (utf8) code = out.empty() ? towupper_l(code, utf8) : towlower_l(code, utf8);
+        if (code < 0x80) {
+            out += char(code);
+            continue;
+        }
+        const int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+        out += char((0xF00 >> (more + 1) & 0xFF) | code >> 6 * more);
+        for (int i = more - 1; i >= 0; i--) out += char(0x80 | (code >> 6 * i & 0x3F));
     }
     return out;
 }
