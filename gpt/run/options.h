@@ -40,7 +40,7 @@ struct Options {
     // optimizer and schedule
     std::string recipe, optimizer = "adamw", lr_schedule = "cosine", warmup = "10%";
     int64_t steps = 600;
-    double epochs = 0;                    // 0: as many as the steps make
+    double epochs = 0; // 0: as many as the steps make
     double lr = 1e-3, final_lr_frac = 0.1;
     double weight_decay = 0.1, grad_clip = 1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
 
