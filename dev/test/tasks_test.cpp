@@ -2,11 +2,6 @@
 // against one request at a time; accuracies and their errors.
 #include "dev/test/program_helpers.h"
 
-#ifndef TESTING
-#define TESTING // no main of its own
-#endif
-#include "train_gpt.cpp"
-
 #include "gpt/run/export.h"
 #include "gpt/run/score.h"
 #include "gpt/run/task_results.h"
@@ -321,7 +316,8 @@ TEST(Score, PackedRequestsAreThoseOneByOne) {
     for (const auto& [arch, scheme] : std::vector<std::pair<std::string, std::string>>{
              {"gpt2", "pre"}, {"llama", "lns"}, {"olmo2", "olmo2"}, {"llama", "post"}}) {
         SCOPED_TRACE(arch);
-        CpuModel<float> model(model_config_of(arch, scheme), 1, 96, {.training = false});
+        const auto made = make_cpu_model(model_config_of(arch, scheme), 1, 96, {.training = false});
+        Model& model = *made;
         model.initialize(3);
         const auto expected = reference(model, questions);
         for (int64_t rows : {24, 60, 96}) {
@@ -337,7 +333,8 @@ TEST(Score, PackedRequestsAreThoseOneByOne) {
     for (const ScoreBatch& b : pack_requests(questions, 96)) packed += b.inputs.size();
     EXPECT_LT(double(packed), 0.7 * double(apart));
     EXPECT_TRUE(says(error_of([&] { pack_requests(questions, 8); }), {"and a batch 8"}));
-    CpuModel<float> model(model_config_of("gpt2", "pre"), 1, 96, {.training = false});
+    const auto made = make_cpu_model(model_config_of("gpt2", "pre"), 1, 96, {.training = false});
+    Model& model = *made;
     double out;
     const int tokens[] = {1, 2}, far[] = {0, 24}, branch[] = {0, 1};
     EXPECT_TRUE(says(error_of([&] {
@@ -369,7 +366,8 @@ TEST(Score, WithoutALayerAsExportDropsIt) {
                                                           {"olmo2", "olmo2"}}) {
         SCOPED_TRACE(cat(arch, " ", scheme));
         const Config config = model_config_of(arch, scheme, 4);
-        CpuModel<float> model(config, 1, 96, {});
+        const auto made = make_cpu_model(config, 1, 96, {});
+        Model& model = *made;
         model.initialize(5);
         std::vector<float> values;
         auto read = [&](const Param& p) {
@@ -389,7 +387,8 @@ TEST(Score, WithoutALayerAsExportDropsIt) {
         expect_near(scores[4], score_requests(model, batches, n, ranks), 1e-5);
         for (int l = 0; l < 4; l++) {
             const ExportPlan plan = plan_export(config, model.registry, {l + 1});
-            CpuModel<float> pruned(plan.config, 1, 96, {.training = false});
+            const auto made_pruned = make_cpu_model(plan.config, 1, 96, {.training = false});
+            Model& pruned = *made_pruned;
             ASSERT_EQ(pruned.config.layers, 3);
             for (const Param& p : pruned.registry.params) {
                 const Param& source = plan.source(p);
