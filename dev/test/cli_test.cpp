@@ -298,7 +298,7 @@ TEST(BadInput, TokenizersThatAreNotTheModels) {
                            {"cannot be compared", "WordPiece", "not supported yet"}));
 #ifdef LNS_SENTENCEPIECE
     // A foreign tokenizer in a checkpoint
-    for (const char* name : {"tokenizer.json", "tokenizer_config.json"})
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "checksums.json"})
         fs::remove(fs::path(checkpoint) / name);
     fs::copy_file("dev/test/fixtures/tokenizers/exact.model", checkpoint + "/tokenizer.model");
     for (const std::string& command : {"sample " + run, "export " + run + " " + s / "hf2"})
