@@ -641,7 +641,7 @@ TEST(Simulator, checks_copies) {
     const OnDevice<float> x(8);
     std::vector<float> host(16);
     EXPECT_TRUE(has(error_of([&] { cudaMemcpy(x, host.data(), 36, cudaMemcpyHostToDevice); }),
-                    {"cudaMemcpy, to: 36 bytes from ", "beyond the end of the 32 bytes of device "
+                    {"cudaMemcpy, to: 36 bytes from ", "exceed the end of the 32 bytes of device "
                                                        "memory there, of which it has 32"}));
     EXPECT_TRUE(has(error_of([&] { cudaMemcpy(host.data(), x + 4, 20, cudaMemcpyDeviceToHost); }),
                     {"cudaMemcpy, from: 20 bytes from ", "of which it has 16"}));
