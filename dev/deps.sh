@@ -25,7 +25,7 @@ command git                      |optional|the commit in run records         |gi
 command pkg-config               |optional|libraries outside /usr            |pkg-config          |pkgconf-pkg-config  |pkgconf      |pkgconf
 command curl                     |optional|data/get.sh                       |curl                |curl                |curl         |curl
 command jq                       |optional|data/get.sh c4                    |jq                  |jq                  |jq           |jq
-command shellcheck               |optional|make test                         |shellcheck          |ShellCheck          |shellcheck   |shellcheck
+command shellcheck               |optional|.ci/run                           |shellcheck          |ShellCheck          |shellcheck   |shellcheck
 command clang++                  |optional|make fuzz and CXX=clang++         |clang               |clang               |clang        |llvm
 runtime libclang_rt.fuzzer       |optional|make fuzz                         |libclang-rt-dev     |compiler-rt         |compiler-rt  |llvm
 clang   omp.h                    |optional|threads under CXX=clang++         |libomp-dev          |libomp-devel        |openmp       |libomp

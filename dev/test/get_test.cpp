@@ -293,10 +293,3 @@ TEST_F(GetScript, MistakesAreErrors) {
         says(run("LNS_TOKENIZE=/none data/get.sh tinyshakespeare '" + dir.path + "'").output,
              {"make data/tokenize"}));
 }
-
-TEST_F(GetScript, IsCleanToShellcheck) {
-    if (run("command -v shellcheck").status != 0)
-        GTEST_SKIP() << "shellcheck is not installed here";
-    Finished finished = run("shellcheck data/get.sh");
-    EXPECT_EQ(finished.status, 0) << finished.output;
-}
