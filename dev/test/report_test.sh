@@ -172,7 +172,7 @@ for what in "Variance by layer" "Power or exponential?" "Variance through traini
     check "report: a picture" says "$text" "$what"
 done
 check "report: every picture says what to look for" test \
-    "$(grep -c '^<h3>' "$dir/report.html")" = "$(grep -c '^<p class=look>Look' "$dir/report.html")"
+    "$(grep -c '^<h3>' "$dir/report.html")" = "$(grep -c '^<p class=look>[A-Z]' "$dir/report.html")"
 check "report: PNGs of all pictures" test "$(find "$dir/png" -name '*.png' -size +5k | wc -l)" = \
     "$(sed -nE 's/.* ([0-9]+) pictures.*/\1/p' <<<"$out")"
 check "report: no external resources" test -z "$(grep -oE 'https?:|//[a-z]|@import|<(script|link|iframe)|src=|href="[^#d]|url\([^#]' "$dir/report.html")"
