@@ -102,6 +102,11 @@ TEST(Jinja, TemplatesFromElsewhereEnd) {
     EXPECT_TRUE(says(render_error("{{ range(10000000) }}"), {"more than 100000"}));
     EXPECT_TRUE(says(render_error("{{ " + std::string(100000, '(') + "1 }}"), {"nested"}));
     EXPECT_TRUE(says(render_error("{{ 'a' * 9999999999 }}"), {"too often"}));
+    for (const char* link : {"+1", "[0]", "|list", " and 1", ".a", " if 1 else 1", " is defined"}) {
+        std::string chain = "{{ x";
+        for (int i = 0; i < 100000; i++) chain += link;
+        EXPECT_TRUE(says(render_error(chain + " }}"), {"line 1", "more than 1"})) << link;
+    }
     std::string blocks;
     for (int i = 0; i < 100000; i++) blocks += "{% if 1 %}";
     EXPECT_TRUE(says(render_error(blocks), {"nested"}));

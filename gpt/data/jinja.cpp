@@ -35,8 +35,21 @@ namespace {
 using Context = Jinja::Context;
 using Flow = Jinja::Flow;
 using Node = Jinja::Node;
-using Expression = std::function<Json(Context&)>;
 
+// Cheap to copy: an expression holds its operands.
+class Expression {
+  public:
+    Expression() = default;
+    template <class F>
+    Expression(F f) : call_(std::make_shared<const std::function<Json(Context&)>>(std::move(f))) {}
+    Json operator()(Context& context) const { return (*call_)(context); }
+    explicit operator bool() const { return bool(call_); }
+
+  private:
+    std::shared_ptr<const std::function<Json(Context&)>> call_;
+};
+
+constexpr int most_operators = 1000;   // of a tag: each is a call within the next
 constexpr int deepest = 100;           // nested expressions and blocks
 constexpr int64_t max_range = 100'000; // as in Jinja's sandbox
 
@@ -683,7 +696,14 @@ struct Parser {
     std::vector<Token> tokens = {}; // of the current tag
     size_t at = 0;
     int depth = 0;
+    int operators = 0; // of the current tag
     bool marks_generation = false;
+
+    // Chains such as 1 + 1 + ... nest as deeply as parentheses.
+    void count_operator() {
+        if (++operators > most_operators)
+            fail("line ", peek().line, ": a tag has more than ", most_operators, " operators");
+    }
 
     struct Deeper {
         int& depth;
@@ -730,6 +750,7 @@ struct Parser {
         const Deeper deeper(depth, peek().line);
         Expression value = either();
         while (accept("if")) {
+            count_operator();
             Expression condition = either();
             Expression other = accept("else") ? expression() : [](Context&) { return undefined; };
             value = [=](Context& c) { return truth(condition(c)) ? value(c) : other(c); };
@@ -739,6 +760,7 @@ struct Parser {
     Expression either() {
         Expression a = both();
         while (accept("or")) {
+            count_operator();
             Expression b = both();
             a = [=](Context& c) {
                 Json value = a(c);
@@ -750,6 +772,7 @@ struct Parser {
     Expression both() {
         Expression a = negation();
         while (accept("and")) {
+            count_operator();
             Expression b = negation();
             a = [=](Context& c) {
                 Json value = a(c);
@@ -794,6 +817,7 @@ struct Parser {
             for (const char* known : ops)
                 if (op.empty() && accept(known)) op = known;
             if (op.empty()) return a;
+            count_operator();
             Expression b = next();
             a = [=](Context& c) {
                 const Json x = a(c), y = b(c);
@@ -913,7 +937,7 @@ struct Parser {
         };
     }
     Expression postfix(Expression value) {
-        while (true) {
+        for (;; count_operator()) {
             if (accept(".")) {
                 const std::string key = name();
                 if (is("(")) {
@@ -956,7 +980,7 @@ struct Parser {
         };
     }
     Expression filtered(Expression value) {
-        while (true) {
+        for (;; count_operator()) {
             if (accept("|")) {
                 const std::string key = name();
                 std::function<Arguments(Context&)> args = [](Context&) { return Arguments(); };
@@ -1004,7 +1028,7 @@ struct Parser {
                 });
                 continue;
             }
-            tokens = split_expression(token.value, token.line), at = 0;
+            tokens = split_expression(token.value, token.line), at = 0, operators = 0;
             if (token.kind == Token::print) {
                 Expression value = expression();
                 end_of_tag();
