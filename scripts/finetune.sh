@@ -9,8 +9,8 @@ usage() {
 Usage: scripts/finetune.sh CHECKPOINT --data FILE.jsonl [OPTION...] [-- FLAGS]
 
 Scores CHECKPOINT on benchmarks, fine-tunes it on the instructions in FILE (plain, .gz, .xz or .zst),
-scores the result on the same questions, and prints a table of both, which stands in OUT/table.txt
-too. FLAGS are those of ./train_gpt; the default is the paper's schedule, 4 epochs at 3e-4, of all layers at
+scores the result on the same questions, and prints a table of both, also into OUT/table.txt. FLAGS
+are passed to ./train_gpt; the default is the paper's schedule, 4 epochs at 3e-4, of all layers at
 once (the paper's code trains four at a time, by LISA). If it is interrupted (Ctrl-C), the same
 command continues.
 
@@ -111,17 +111,24 @@ python3 - "$out/before.json" "$out/after.json" <<'PYTHON' | tee "$out/table.txt"
 import json
 import sys
 
-before, after = (json.load(open(name))["results"] for name in sys.argv[1:])
-CHANCE = {"boolq": 0.5, "winogrande": 0.5, "piqa": 0.5}  # the others have four choices
+
+def with_error(value, error):  # error: of one question there is none
+    return f"{100 * value:.2f}" + (f" ± {100 * error:.2f}" if isinstance(error, float) else "")
+
+
+before, after = (json.load(open(name)) for name in sys.argv[1:])
 rows = [("task", "metric", "chance", "before", "after", "difference")]
-for task, results in before.items():
+parts = {part for group in before.get("group_subtasks", {}).values() for part in group}
+for task, x in before["results"].items():
+    if task in parts:  # of mmlu, whose own row has them all
+        continue
+    y = after["results"][task]
+    chance = before["configs"].get(task, {}).get("metadata", {}).get("chance")
     for metric in ("acc", "acc_norm"):
-        x, y = results.get(metric + ",none"), after.get(task, {}).get(metric + ",none")
-        if x is None or y is None:
-            continue
-        errors = [r.get(metric + "_stderr,none", float("nan")) for r in (results, after[task])]
-        rows.append((task, metric, f"{100 * CHANCE.get(task, 0.25):.1f}", f"{100 * x:.2f} ± {100 * errors[0]:.2f}",
-                     f"{100 * y:.2f} ± {100 * errors[1]:.2f}", f"{100 * (y - x):+.2f}"))
+        if metric + ",none" in x:
+            a, b = (with_error(r[metric + ",none"], r[metric + "_stderr,none"]) for r in (x, y))
+            rows.append((task, metric, f"{100 * chance:.1f}" if chance else "", a, b,
+                         f"{100 * (y[metric + ',none'] - x[metric + ',none']):+.2f}"))
 widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 for row in rows:
     print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)

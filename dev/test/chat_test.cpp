@@ -193,10 +193,11 @@ TEST(Instructions, BrokenLinesAreNamed) {
     };
     EXPECT_EQ(read("{\"a\":1}\n\n{\"a\":2}"),
               (std::vector<std::string>{"f.jsonl, line 1", "f.jsonl, line 3"}));
-    EXPECT_EQ(read(" [{\"a\":1},\n{\"a\":2}]"),
+    EXPECT_EQ(read("\xef\xbb\xbf{\"a\":1}"), (std::vector<std::string>{"f.jsonl, line 1"}));
+    EXPECT_EQ(read("\xef\xbb\xbf [{\"a\":1},\n{\"a\":2}]"),
               (std::vector<std::string>{"f.jsonl, record 1", "f.jsonl, record 2"}));
     EXPECT_TRUE(says(error_of([&] { read("{\"a\":1}\n{\"a\":1, \"b\" 2}\n"); }),
-                     {"f.jsonl, line 2", "JSON: column 13"}));
+                     {"f.jsonl, line 2", "error at column 13"}));
 }
 
 TEST(Instructions, EmptyAndLongAnswers) {

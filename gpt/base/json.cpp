@@ -4,6 +4,7 @@
 #include "gpt/base/files.h"
 #include "gpt/base/terminal.h"
 
+#include <algorithm>
 #include <set>
 #include <vector>
 
@@ -41,7 +42,11 @@ Json parse(std::string_view text, const std::string& where, size_t max_bytes) {
     try {
         return Json::parse(text.begin(), text.end(), check);
     } catch (const nlohmann::json::exception& error) {
-        fail(where, " is not valid JSON: ", shortened(error.what(), 200));
+        std::string why = error.what();
+        why.erase(0, why.find("] ") + 2); // "[json.exception.parse_error.101] "
+        if (const std::string line = "line 1, "; text.find('\n') == text.npos)
+            if (const size_t at = why.find(line); at != why.npos) why.erase(at, line.size());
+        fail(where, " is not valid JSON: ", shortened(why, 200));
     }
 }
 
@@ -72,6 +77,21 @@ nlohmann::json parse_json(std::string_view text, const std::string& where, size_
 nlohmann::ordered_json parse_ordered_json(std::string_view text, const std::string& where,
                                           size_t max_bytes) {
     return parse<nlohmann::ordered_json>(text, where, max_bytes);
+}
+
+int each_json_line(std::string_view text, const std::string& file,
+                   const std::function<void(nlohmann::json, const std::string&)>& use) {
+    if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
+    int line = 0;
+    for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {
+        end = std::min(text.find('\n', begin), text.size());
+        const std::string_view record = text.substr(begin, end - begin);
+        line++;
+        if (record.find_first_not_of(" \t\r\v\f") == record.npos) continue;
+        const std::string where = cat(file, ", line ", line);
+        use(parse_json(record, where), where);
+    }
+    return line;
 }
 
 std::string quoted(const nlohmann::json& value) {

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include <cstddef>
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -19,6 +20,11 @@ nlohmann::json parse_json(std::string_view text, const std::string& where,
 // The same; keys keep their order.
 nlohmann::ordered_json parse_ordered_json(std::string_view text, const std::string& where,
                                           size_t max_bytes = size_t(256) << 20);
+
+// JSON Lines: calls use(value, "FILE, line N") for each line that is not blank. Returns the number
+// of lines.
+int each_json_line(std::string_view text, const std::string& file,
+                   const std::function<void(nlohmann::json, const std::string&)>& use);
 
 // A value for an error message: compact, and cut after about 80 bytes.
 std::string quoted(const nlohmann::json& value);

@@ -14,38 +14,20 @@ bool is_blank(std::string_view text) {
     return text.find_first_not_of(" \t\r\n\v\f") == std::string_view::npos;
 }
 
-// The library says where in the text the error is, which here is a line.
-nlohmann::json parse_line(std::string_view line, const std::string& where) {
-    try {
-        return parse_json(line, where);
-    } catch (const Error& error) {
-        std::string sentence = error.what();
-        const size_t begin = sentence.find("[json.exception"), end = sentence.find("column ");
-        if (begin < end && end != std::string::npos) sentence.replace(begin, end - begin, "");
-        fail(sentence);
-    }
-}
-
 } // namespace
 
 void read_records(std::string_view text, const std::string& file,
                   const std::function<void(Record)>& use) {
-    if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
-    const size_t first = text.find_first_not_of(" \t\r\n");
+    const size_t first = text.find_first_not_of(" \t\r\n\xef\xbb\xbf"); // a byte order mark, too
     if (first != std::string_view::npos && text[first] == '[') {
         nlohmann::json all = parse_json(text, file, size_t(4) << 30);
         for (size_t i = 0; i < all.size(); i++)
             use({cat(file, ", record ", i + 1), std::move(all[i])});
         return;
     }
-    size_t line = 1;
-    for (size_t begin = 0, end; begin < text.size(); begin = end + 1, line++) {
-        end = std::min(text.find('\n', begin), text.size());
-        const std::string_view record = text.substr(begin, end - begin);
-        if (is_blank(record)) continue;
-        const std::string where = cat(file, ", line ", line);
-        use({where, parse_line(record, where)});
-    }
+    each_json_line(text, file, [&](nlohmann::json value, const std::string& where) {
+        use({where, std::move(value)});
+    });
 }
 
 Encoded encode_record(const Record& record, const ChatTemplate& format, const Tokenizer& tokenizer,

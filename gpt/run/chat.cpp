@@ -13,10 +13,7 @@
 #include <editline/readline.h>
 #endif
 
-#include "gpt/base/cache.h"
 #include "gpt/base/error.h"
-#include "gpt/base/signals.h"
-#include "gpt/base/terminal.h"
 
 namespace lns {
 
@@ -79,17 +76,10 @@ class Lines {
 
 // Writes an answer as it grows, and returns it.
 std::string answer(Model& model, const Tokenizer& tokenizer, const std::vector<int>& prompt,
-                   const std::vector<int>& ends, const ChatSettings& settings, bool terminal) {
+                   const std::vector<int>& ends, const ChatSettings& settings) {
     std::vector<int> made;
     std::string text;
-    size_t written = 0;
-    const auto show = [&](size_t end) {
-        if (end <= written) return;
-        const std::string part = text.substr(written, end - written);
-        std::cout << (terminal ? printable(part) : part) << std::flush;
-        check_output();
-        written = end;
-    };
+    TextStream stream;
     const int room = settings.context - int(prompt.size());
     generate(model, prompt, std::min(settings.longest, room), settings.context, settings.sampling,
              [&](int token) {
@@ -97,10 +87,10 @@ std::string answer(Model& model, const Tokenizer& tokenizer, const std::vector<i
                      return false;
                  made.push_back(token);
                  text = continuation(tokenizer, prompt, made);
-                 show(whole_characters(text));
+                 stream.show(text, whole_characters(text));
                  return true;
              });
-    show(text.size());
+    stream.show(text, text.size());
     std::cout << std::endl;
     return text;
 }
@@ -150,11 +140,8 @@ void chat(Model& model, const Tokenizer& tokenizer, const ChatTemplate& format,
             continue;
         }
         if (forgot && lines.terminal) std::cout << "(the oldest turns are forgotten)\n";
-        for (int token : prompt)
-            if (token >= model.config.vocab_size)
-                fail("token ", token, " of the prompt is not in the model's vocabulary of ",
-                     model.config.vocab_size, ": the tokenizer is not the model's");
-        const std::string text = answer(model, tokenizer, prompt, ends, settings, lines.terminal);
+        check_prompt(prompt, model.config.vocab_size);
+        const std::string text = answer(model, tokenizer, prompt, ends, settings);
         messages.push_back({{"role", "assistant"}, {"content", text}});
         settings.sampling.seed++;
     }

@@ -81,20 +81,6 @@ struct Trained {
     }
 };
 
-// Writes text as it grows.
-struct Stream {
-    size_t written = 0;
-    bool terminal = isatty(STDOUT_FILENO);
-
-    void show(const std::string& text, size_t end) {
-        if (end <= written) return;
-        std::string part = text.substr(written, end - written);
-        std::cout << (terminal ? printable(part) : part) << std::flush;
-        check_output();
-        written = end;
-    }
-};
-
 // --tokenizer, or the one that lies with the weights.
 std::unique_ptr<Tokenizer> tokenizer_of(const Options& o, const Trained& trained) {
     if (!o.tokenizer.empty()) return find_tokenizer(o.tokenizer, "", trained.state.tokenizer);
@@ -128,14 +114,11 @@ int sample(const Options& o, const Ranks& ranks) {
             fail("this tokenizer has no end of text to start behind: give a --prompt");
         tokens = {tokenizer->eot()};
     }
-    for (int token : tokens)
-        if (token >= trained.config.vocab_size)
-            fail("token ", token, " of the prompt is not in the model's vocabulary of ",
-                 trained.config.vocab_size, ": the tokenizer is not the model's");
+    check_prompt(tokens, trained.config.vocab_size);
 
     const int context = trained.length();
     const std::unique_ptr<Model> model = generator(o, trained, context, ranks);
-    Stream stream;
+    TextStream stream;
     std::string text = o.prompt;
     stream.show(text, text.size());
     std::vector<int> made;

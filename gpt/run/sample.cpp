@@ -2,10 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iostream>
 #include <iterator>
+#include <unistd.h>
 
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
+#include "gpt/base/signals.h"
+#include "gpt/base/terminal.h"
 
 namespace lns {
 
@@ -96,6 +100,21 @@ size_t whole_characters(std::string_view text) {
         if (length) break;
     }
     return end;
+}
+
+void check_prompt(const std::vector<int>& tokens, int vocabulary) {
+    for (int token : tokens)
+        if (token >= vocabulary)
+            fail("token ", token, " of the prompt is not in the model's vocabulary of ", vocabulary,
+                 ": the tokenizer is not the model's");
+}
+
+void TextStream::show(const std::string& text, size_t end) {
+    if (end <= written_) return;
+    const std::string part = text.substr(written_, end - written_);
+    std::cout << (isatty(STDOUT_FILENO) ? printable(part) : part) << std::flush;
+    check_output();
+    written_ = end;
 }
 
 } // namespace lns

@@ -46,4 +46,17 @@ std::string continuation(const Tokenizer& tokenizer, const std::vector<int>& pro
 // sequence, or the U+FFFD that SentencePiece decodes its bytes to.
 size_t whole_characters(std::string_view text);
 
+// Throws unless all tokens of a prompt are below the vocabulary.
+void check_prompt(const std::vector<int>& tokens, int vocabulary);
+
+// Writes text to standard output as it grows.
+class TextStream {
+  public:
+    // Writes what of text[0, end) is not yet written. Throws if output is lost.
+    void show(const std::string& text, size_t end);
+
+  private:
+    size_t written_ = 0;
+};
+
 } // namespace lns

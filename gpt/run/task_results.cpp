@@ -224,7 +224,8 @@ Json results_json(const Benchmark& benchmark, const TaskScores& scores) {
         json["versions"][group.name] = "2";
         json["n-shot"][group.name] = benchmark.tasks[size_t(group.tasks[0])].fewshot;
     }
-    for (const Task& task : benchmark.tasks) {
+    for (size_t t = 0; t < benchmark.tasks.size(); t++) {
+        const Task& task = benchmark.tasks[t];
         json["versions"][task.name] = task.version;
         json["n-shot"][task.name] = task.fewshot;
         json["n-samples"][task.name] = {{"original", task.in_file},
@@ -244,7 +245,7 @@ Json results_json(const Benchmark& benchmark, const TaskScores& scores) {
             {"num_fewshot", task.fewshot},
             {"target_delimiter", " "},
             {"fewshot_delimiter", "\n\n"},
-            {"metadata", {{"version", task.version}}},
+            {"metadata", {{"version", task.version}, {"chance", scores.tasks[t].chance}}},
         };
     }
     if (benchmark.groups.empty()) json.erase("groups");

@@ -288,18 +288,10 @@ template <class Use> void each_record(const std::string& path, const Use& use) {
     const char* words[] = {"xz", "-dc", "--", path.c_str()};
     const std::string text =
         path.ends_with(".xz") ? output_of(shell_quoted(4, words), path) : read_file(path);
-    int line = 0;
-    for (size_t begin = 0; begin < text.size();) {
-        const size_t end = std::min(text.find('\n', begin), text.size());
-        const std::string record = text.substr(begin, end - begin);
-        begin = end + 1;
-        line++;
-        if (stripped(record).empty()) continue;
-        const std::string where = cat(path, ", line ", line);
-        const json value = parse_json(record, where);
+    const int lines = each_json_line(text, path, [&](const json& value, const std::string& where) {
         use(Record{value, where});
-    }
-    if (line == 0) fail(path, " is empty, expected a question in JSON on each line");
+    });
+    if (lines == 0) fail(path, " is empty, expected a question in JSON on each line");
 }
 
 Question question_of(const Item& item, const std::string& before) {
