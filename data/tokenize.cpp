@@ -613,8 +613,8 @@ void run_instructions(const Options& options) {
              " tokens; no shard was written. Use a longer --seq-len");
     const double seconds = progress.seconds();
     stop_if_interrupted();
+    tokenizer->chat_template = format.text;
     tokenizer->save(files.new_tokenizer());
-    write_file_atomic(files.new_tokenizer() + "/chat_template.jinja", format.text);
     const int removed = files.publish();
 
     if (removed)

@@ -41,7 +41,7 @@ struct SpaceTokenizer : Tokenizer {
     std::string decode(const int*, size_t, Specials) const override { return ""; }
     bool has(int) const override { return true; }
     TokenizerId id() const override { return {"test", 200, 199, 0}; }
-    void save(const std::string&) const override {}
+    void save_files(const std::string&) const override {}
     size_t safe_cut(std::string_view) const override { return 0; }
 
   protected:

@@ -35,7 +35,7 @@ struct ChatTemplate {
     static std::optional<ChatTemplate> in_folder(const std::string& folder);
     static std::vector<std::string> names();
 
-    // What a model gets before it answers.
+    // The text that a model continues with its answer.
     std::string prompt(const Messages& messages, const Tokenizer& tokenizer) const;
     // With the places [begin, end) of the answers, and of what ends them. Throws if they cannot be
     // found.

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "gpt/base/error.h"
+#include "gpt/data/unicode.h"
 
 namespace lns {
 
@@ -78,47 +79,9 @@ const char* type_of(const Json& value) {
                                 : "a dict";
 }
 
-// Strings are sequences of characters, as in Python; bytes that are not UTF-8 count one each.
-size_t character_bytes(std::string_view text, size_t at) {
-    const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
-    const size_t n = byte(at) < 0xc0 ? 1 : byte(at) < 0xe0 ? 2 : byte(at) < 0xf0 ? 3 : 4;
-    if (at + n > text.size()) return 1;
-    for (size_t i = 1; i < n; i++)
-        if ((byte(at + i) & 0xc0) != 0x80) return 1;
-    return n;
-}
-
-std::vector<std::string> characters(std::string_view text) {
-    std::vector<std::string> all;
-    for (size_t at = 0, n; at < text.size(); at += n)
-        all.emplace_back(text.substr(at, n = character_bytes(text, at)));
-    return all;
-}
-
-bool is_space(std::string_view character) {
-    if (character.size() == 1)
-        return std::string_view(" \t\n\v\f\r\x1c\x1d\x1e\x1f").find(character) !=
-               std::string_view::npos;
-    static constexpr std::string_view wide[] = {"\u0085", "\u00a0", "\u1680", "\u2000", "\u2001",
-                                                "\u2002", "\u2003", "\u2004", "\u2005", "\u2006",
-                                                "\u2007", "\u2008", "\u2009", "\u200a", "\u2028",
-                                                "\u2029", "\u202f", "\u205f", "\u3000"};
-    return std::find(std::begin(wide), std::end(wide), character) != std::end(wide);
-}
-
-// Without the characters of `set` (white space if empty) at the left or right end, or both.
+// Strings are sequences of characters, as in Python.
 std::string strip(const std::string& text, bool left, bool right, const std::string& set) {
-    const std::vector<std::string> all = characters(text), chosen = characters(set);
-    auto drops = [&](const std::string& character) {
-        return set.empty() ? is_space(character)
-                           : std::find(chosen.begin(), chosen.end(), character) != chosen.end();
-    };
-    size_t begin = 0, end = all.size();
-    while (left && begin < end && drops(all[begin])) begin++;
-    while (right && end > begin && drops(all[end - 1])) end--;
-    std::string kept;
-    for (size_t i = begin; i < end; i++) kept += all[i];
-    return kept;
+    return std::string(stripped(text, left, right, set));
 }
 
 std::string mapped(std::string text, int (*f)(int), size_t first = 0, size_t last = SIZE_MAX) {
@@ -141,27 +104,20 @@ std::string titled(std::string text) {
     return text;
 }
 
-std::string replaced(const std::string& text, const std::string& from, const std::string& to) {
+std::string replace(const std::string& text, const std::string& from, const std::string& to) {
     if (from.empty()) fail("replace() of an empty string is not supported");
-    std::string out;
-    for (size_t at = 0;;) {
-        const size_t next = text.find(from, at);
-        out += text.substr(at, next - at);
-        if (next == std::string::npos) return out;
-        out += to, at = next + from.size();
-    }
+    return replaced(text, from, to);
 }
 
 Json split(const std::string& text, const std::string& separator) {
     Json parts = Json::array();
     if (separator.empty()) { // at white space
         std::string word;
-        for (const std::string& character : characters(text)) {
-            if (!is_space(character)) {
+        for (std::string_view character : characters(text)) {
+            if (!stripped(character).empty())
                 word += character;
-            } else if (!word.empty()) {
+            else if (!word.empty())
                 parts.push_back(std::exchange(word, ""));
-            }
         }
         if (!word.empty()) parts.push_back(word);
         return parts;
@@ -243,8 +199,8 @@ int64_t whole(const Json& value, const char* what) {
 std::vector<Json> items_of(const Json& value, const char* what) {
     std::vector<Json> items;
     if (value.is_string())
-        for (std::string& c : characters(value.get_ref<const std::string&>()))
-            items.emplace_back(std::move(c));
+        for (std::string_view c : characters(value.get_ref<const std::string&>()))
+            items.emplace_back(std::string(c));
     else if (value.is_object())
         for (const auto& item : value.items()) items.emplace_back(item.key());
     else if (value.is_array())
@@ -393,7 +349,7 @@ Json method(const Json& value, const std::string& name, const Arguments& args) {
         }
         if (name == "split" && args.values.size() <= 1) return split(text, chars);
         if (name == "replace" && args.values.size() == 2)
-            return replaced(text, text_argument(0), text_argument(1));
+            return replace(text, text_argument(0), text_argument(1));
         if (name == "join") {
             std::string out;
             const std::vector<Json> parts = items_of(args.get(0, ""), "join()");
@@ -470,8 +426,8 @@ Json filter(const std::string& name, const Json& value, const Arguments& args) {
         return out;
     }
     if (name == "replace")
-        return replaced(str(value), text_of(args.get(0, "old"), "replace"),
-                        text_of(args.get(1, "new"), "replace"));
+        return replace(str(value), text_of(args.get(0, "old"), "replace"),
+                       text_of(args.get(1, "new"), "replace"));
     if (name == "default" || name == "d") {
         const bool falsy = truth(args.get(1, "boolean", false)) && !truth(value);
         return !is_defined(value) || falsy ? args.get(0, "default_value", "") : value;

@@ -195,7 +195,7 @@ class JsonTokenizer : public Tokenizer {
     size_t count_unencodable(std::string_view text) const override {
         return model->count_unencodable(text);
     }
-    void save(const std::string& dir) const override { save_tokenizer_files(dir, files); }
+    void save_files(const std::string& dir) const override { save_tokenizer_files(dir, files); }
 
     size_t safe_cut(std::string_view text) const override {
         if (exact_cuts) return gpt_rule()->safe_cut(text);
@@ -532,8 +532,7 @@ std::unique_ptr<Tokenizer> load_json_tokenizer(const std::string& path) {
     }
     if (!config.text.empty()) files.push_back({"tokenizer_config.json", config.text});
     if (is_dir)
-        for (const char* name :
-             {"added_tokens.json", "special_tokens_map.json", "chat_template.jinja"})
+        for (const char* name : {"added_tokens.json", "special_tokens_map.json"})
             if (is_regular_file_at(dir + "/" + name))
                 files.push_back({name, read_tokenizer_file(dir + "/" + name)});
     return std::make_unique<JsonTokenizer>(document, at, config, std::move(files));

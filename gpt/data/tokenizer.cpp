@@ -64,7 +64,7 @@ struct Bytes : Tokenizer {
     TokenizerId id() const override {
         return {"bytes", 257, 256, fnv1a("bytes, then end-of-text")};
     }
-    void save(const std::string& dir) const override {
+    void save_files(const std::string& dir) const override {
         json config = {{"kind", "bytes"},
                        {"tokenizer_class", "PreTrainedTokenizerFast"},
                        {"bos_token", eot_name},
@@ -317,7 +317,7 @@ struct SentencePiece : Tokenizer {
         }
         return document.dump() + "\n";
     }
-    void save(const std::string& dir) const override {
+    void save_files(const std::string& dir) const override {
         if (!config_file.empty())
             return save_tokenizer_files(
                 dir, {{"tokenizer.model", model}, {"tokenizer_config.json", config_file}});
@@ -403,6 +403,11 @@ std::vector<int> Tokenizer::encode_prompt(std::string_view text) const {
     std::vector<int> tokens = encode(text);
     if (bos >= 0) tokens.insert(tokens.begin(), bos);
     return tokens;
+}
+
+void Tokenizer::save(const std::string& dir) const {
+    save_files(dir);
+    if (!chat_template.empty()) write_file_atomic(dir + "/chat_template.jinja", chat_template);
 }
 
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& spec) {

@@ -60,8 +60,9 @@ struct Tokenizer {
     std::vector<int> encode_prompt(std::string_view text) const;
     // The number of bytes of the text that have no token.
     virtual size_t count_unencodable(std::string_view) const { return 0; }
-    // Writes its files to dir (created if missing) under Hugging Face names, for load_tokenizer.
-    virtual void save(const std::string& dir) const = 0;
+    // Writes its files and the chat template to dir (created if missing) under Hugging Face names,
+    // for load_tokenizer.
+    void save(const std::string& dir) const;
     // For other programs: a tokenizer.json that gives the same tokens, for a tokenizer that has
     // none among its files; "" if there is none.
     virtual std::string as_tokenizer_json() const { return ""; }
@@ -71,6 +72,7 @@ struct Tokenizer {
     virtual size_t safe_cut(std::string_view text) const = 0;
 
   protected:
+    virtual void save_files(const std::string& dir) const = 0;
     virtual std::vector<int> tokens_of(std::string_view text, Specials specials,
                                        bool continues) const = 0;
     [[noreturn]] void fail_to_decode(int token) const;

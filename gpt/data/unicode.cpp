@@ -249,4 +249,36 @@ size_t grapheme_length(std::string_view text) {
 
 #endif
 
+std::vector<std::string_view> characters(std::string_view text) {
+    std::vector<std::string_view> all;
+    for (size_t i = 0; i < text.size(); i += all.back().size())
+        all.push_back(text.substr(i, character_at(text, i).length));
+    return all;
+}
+
+std::string_view stripped(std::string_view text, bool left, bool right, std::string_view set) {
+    const std::vector<std::string_view> chosen = characters(set);
+    auto drops = [&](std::string_view character) {
+        if (!set.empty()) return std::find(chosen.begin(), chosen.end(), character) != chosen.end();
+        const uint32_t code = character_at(character, 0).code;
+        return is_white_space(code) || (code >= 0x1c && code <= 0x1f); // as str.isspace
+    };
+    const std::vector<std::string_view> all = characters(text);
+    for (auto c = all.begin(); left && c != all.end() && drops(*c); ++c)
+        text.remove_prefix(c->size());
+    for (auto c = all.rbegin(); right && !text.empty() && drops(*c); ++c)
+        text.remove_suffix(c->size());
+    return text;
+}
+
+std::string replaced(std::string_view text, std::string_view from, std::string_view to) {
+    std::string out;
+    for (size_t at = 0;;) {
+        const size_t next = text.find(from, at);
+        out += text.substr(at, next - at);
+        if (next == text.npos) return out;
+        out += to, at = next + from.size();
+    }
+}
+
 } // namespace lns

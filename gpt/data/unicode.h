@@ -44,4 +44,14 @@ std::string lower_case(std::string_view text);
 // The length of the first grapheme cluster of valid text. 0 if it is empty.
 size_t grapheme_length(std::string_view text);
 
+// As Python's str does it.
+
+// The characters; each byte that belongs to none is one.
+std::vector<std::string_view> characters(std::string_view text);
+// Without the characters of `set`, or white space if that is empty, at the left and right ends.
+std::string_view stripped(std::string_view text, bool left = true, bool right = true,
+                          std::string_view set = "");
+// With each `from`, which must not be empty, replaced by `to`.
+std::string replaced(std::string_view text, std::string_view from, std::string_view to);
+
 } // namespace lns

@@ -337,8 +337,6 @@ void save_checkpoint(const std::string& dir, Model& model, const TrainerState& s
     write_file_atomic(at + "/config.json", config_to_json(model.config));
     write_file_atomic(at + "/trainer_state.json", to_json(state).dump(2) + "\n");
     if (tokenizer) tokenizer->save(at);
-    if (tokenizer && !tokenizer->chat_template.empty())
-        write_file_atomic(at + "/chat_template.jinja", tokenizer->chat_template);
     write_checksums(at);
     directory.commit();
 }

@@ -5,6 +5,7 @@
 
 #include "gpt/base/error.h"
 #include "gpt/base/terminal.h"
+#include "gpt/data/unicode.h"
 #include "gpt/run/training.h"
 
 namespace lns {
@@ -154,7 +155,7 @@ std::vector<Request> encode_question(const Tokenizer& tokenizer, const Question&
     std::vector<int> context_tokens;
     for (int i = 0; i < question.choices(); i++) {
         const std::string& whole = question.context(i);
-        const std::string context(without_end_spaces(whole));
+        const std::string context(stripped(whole, false)); // as Python's rstrip()
         const std::string continuation = whole.substr(context.size()) + question.continuation(i);
         if (!encoder || encoder->context != context) {
             encoder.emplace(tokenizer, context);

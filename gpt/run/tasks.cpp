@@ -11,6 +11,7 @@
 #include "gpt/base/json.h"
 #include "gpt/base/suggest.h"
 #include "gpt/base/terminal.h"
+#include "gpt/data/unicode.h"
 #include "gpt/run/rundir.h"
 
 namespace lns {
@@ -22,59 +23,15 @@ namespace {
 // ---------------------------------------------------------------------------------------------
 // Text, as Python's str treats it
 
-// The characters of UTF-8 text; a byte that is not UTF-8 counts as one.
-std::vector<std::string> characters_of(const std::string& text) {
-    std::vector<std::string> all;
-    for (size_t i = 0; i < text.size();) {
-        const unsigned char byte = static_cast<unsigned char>(text[i]);
-        const size_t length = byte >= 0xF0 ? 4 : byte >= 0xE0 ? 3 : byte >= 0xC0 ? 2 : 1;
-        all.push_back(text.substr(i, length));
-        i += length;
-    }
-    return all;
-}
-
-// The length of the whitespace character at the end (or at the beginning) of the text; 0: none.
-size_t space_at(std::string_view text, bool end) {
-    static const std::vector<std::string> spaces = {
-        " ",      "\t",     "\n",     "\v",     "\f",     "\r",     "\x1c",   "\x1d",
-        "\x1e",   "\x1f",   "\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002",
-        "\u2003", "\u2004", "\u2005", "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
-        "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
-    for (const std::string& space : spaces)
-        if (end ? text.ends_with(space) : text.starts_with(space)) return space.size();
-    return 0;
-}
-
-std::string stripped(std::string_view text) {
-    while (const size_t n = space_at(text, false)) text.remove_prefix(n);
-    return std::string(without_end_spaces(text));
-}
-
-std::string replaced(std::string text, const std::string& from, const std::string& to) {
-    for (size_t at = 0; (at = text.find(from, at)) != text.npos; at += to.size())
-        text.replace(at, from.size(), to);
-    return text;
-}
-
 // The first letter in upper case, the others in lower case.
 std::string capitalized(const std::string& text) {
-    static const locale_t utf8 = newlocale(LC_CTYPE_MASK, "C.UTF-8", nullptr);
+    static const locale_t locale = newlocale(LC_CTYPE_MASK, "C.UTF-8", nullptr);
     if (!is_utf8(text)) return text;
     std::string out;
-    for (const std::string& character : characters_of(text)) {
-        const size_t n = character.size();
-        wint_t code = static_cast<unsigned char>(character[0]) & (n == 1 ? 0x7F : 0x7F >> n);
-        for (size_t i = 1; i < n; i++)
-            code = code << 6 | (static_cast<unsigned char>(character[i]) & 0x3F);
-        if (utf8) code = out.empty() ? towupper_l(code, utf8) : towlower_l(code, utf8);
-        if (code < 0x80) {
-            out += char(code);
-            continue;
-        }
-        const int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-        out += char((0xF00 >> (more + 1) & 0xFF) | code >> 6 * more);
-        for (int i = more - 1; i >= 0; i--) out += char(0x80 | (code >> 6 * i & 0x3F));
+    for (std::string_view character : characters(text)) {
+        wint_t code = character_at(character, 0).code;
+        if (locale) code = out.empty() ? towupper_l(code, locale) : towlower_l(code, locale);
+        append_utf8(out, code);
     }
     return out;
 }
@@ -170,7 +127,7 @@ Item with_labelled_choices(const Record& r, std::string text) {
     const std::vector<std::string> labels = choices.texts("label");
     if (labels.size() != item.choices.size())
         choices.wrong("found ", item.choices.size(), " texts and ", labels.size(), " labels");
-    const std::string answer = stripped(r.text("answerKey"));
+    const std::string answer(stripped(r.text("answerKey")));
     const auto found = std::find(labels.begin(), labels.end(), answer);
     if (found == labels.end())
         r.wrong("the label 'answerKey' is ", quoted(answer), ", expected one of ", join(labels));
@@ -199,7 +156,7 @@ Item read_winogrande(const Record& r) {
     if (answer != "1" && answer != "2")
         r.wrong("the label 'answer' is ", quoted(answer), ", expected \"1\" or \"2\"");
     const std::string before = sentence.substr(0, blank),
-                      rest = stripped(sentence.substr(blank + 1));
+                      rest = std::string(stripped(sentence.substr(blank + 1)));
     if (rest.empty()) r.wrong("nothing follows the _ of the field 'sentence'");
     return {"", {before + r.text("option1"), before + r.text("option2")}, answer == "2", rest};
 }
@@ -208,7 +165,7 @@ Item read_mmlu(const Record& r) {
     const std::vector<std::string> choices = r.texts("choices");
     if (choices.size() != 4)
         r.wrong("the field 'choices' has ", choices.size(), " texts, expected 4");
-    std::string text = stripped(r.text("question"));
+    std::string text(stripped(r.text("question")));
     for (size_t i = 0; i < 4; i++) text += cat("\n", "ABCD"[i], ". ", choices[i]);
     return {text + "\nAnswer:", {"A", "B", "C", "D"}, r.label("answer", 4)};
 }
@@ -298,7 +255,7 @@ Question question_of(const Item& item, const std::string& before) {
     Question q;
     q.gold = item.gold;
     for (const std::string& choice : item.choices)
-        q.characters.push_back(int(characters_of(choice).size()));
+        q.characters.push_back(int(characters(choice).size()));
     if (item.rest.empty()) {
         q.contexts = {before + item.text};
         for (const std::string& choice : item.choices) q.continuations.push_back(" " + choice);
@@ -412,11 +369,6 @@ void load_mmlu(Benchmark& all, const std::vector<std::string>& names, TaskSettin
 }
 
 } // namespace
-
-std::string_view without_end_spaces(std::string_view text) {
-    while (const size_t n = space_at(text, true)) text.remove_suffix(n);
-    return text;
-}
 
 std::vector<std::string> parse_tasks(const std::string& text) {
     std::vector<std::string> shown, known, names;

@@ -75,9 +75,6 @@ struct TaskSettings {
 // that is unknown, suggesting similar ones, or repeated.
 std::vector<std::string> parse_tasks(const std::string& text);
 
-// Without the whitespace at the end, which is what Python's rstrip() drops.
-std::string_view without_end_spaces(std::string_view text);
-
 // Reads the data of these tasks. Throws if a file is absent, or, with its line, for a record that
 // lacks a field or has a wrong label.
 Benchmark load_benchmark(const std::vector<std::string>& names, const TaskSettings& settings);
