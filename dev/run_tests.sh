@@ -13,11 +13,13 @@ trap 'rm -rf "$dir"' EXIT
 
 # Writes a test's output to $dir/NAME, then its exit status and seconds to $dir/NAME.status.
 run() { # TEST
-    local name=$dir/${1//\//:} command=("./$1") start=$SECONDS
-    [[ $1 == /* ]] && command=("$1")
+    local name=$dir/${1//\//:} program=${1% part *} command start=$SECONDS
+    command=("./$program")
+    [[ $program == /* ]] && command=("$program")
+    [[ $1 == *" part "* ]] && command=(env GTEST_SHARD_INDEX=$((${1##* } - 1)) GTEST_TOTAL_SHARDS=2 "${command[@]}")
     # Busy-waiting OpenMP threads would slow the simulator's.
     [[ $1 == *_sim ]] && command=(env OMP_NUM_THREADS=1 "${command[@]}")
-    [[ $1 == */unit_tests || $1 == *_test ]] && command+=(--gtest_brief=1)
+    [[ $program == */unit_tests || $program == *_test ]] && command+=(--gtest_brief=1)
     if ((jobs == 1)); then
         echo "== $1"
         "${command[@]}" 2>&1 | tee "$name"
@@ -61,7 +63,15 @@ count_finished() {
     for test in "${tests[@]}"; do [[ ! -s $dir/${test//\//:}.status ]] || count "$test"; done
 }
 
-tests=("$@") running=0
+tests=() running=0
+for test; do
+    # The longest list of tests is run in two parts, side by side.
+    if ((jobs > 1)) && [[ $test == */unit_tests ]]; then
+        tests+=("$test part 1" "$test part 2")
+    else
+        tests+=("$test")
+    fi
+done
 for test in "${tests[@]}"; do
     if ((jobs == 1)); then
         run "$test"

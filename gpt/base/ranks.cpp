@@ -239,4 +239,27 @@ void Ranks::compare(const Facts& mine) const {
              ". Start all ranks with the same program, flags and files");
 }
 
+void CaughtError::share(const Ranks& ranks) const {
+    if (ranks.size == 1 && error) std::rethrow_exception(error);
+    if (!ranks.any(bool(error))) return;
+    std::vector<double> failed(size_t(ranks.size), 0.0);
+    failed[size_t(ranks.rank)] = bool(error);
+    ranks.sum(failed.data(), int(failed.size()));
+    const int first = int(std::find(failed.begin(), failed.end(), 1.0) - failed.begin());
+    // The sentence of the first rank with an error, sent as a number per character.
+    std::vector<double> characters(1000, 0.0);
+    if (first == ranks.rank) try {
+            std::rethrow_exception(error);
+        } catch (const std::exception& caught) {
+            const std::string text = cat("rank ", first, ": ", caught.what());
+            for (size_t i = 0; i < std::min(text.size(), characters.size()); i++)
+                characters[i] = static_cast<unsigned char>(text[i]);
+        }
+    ranks.sum(characters.data(), int(characters.size()));
+    std::string text;
+    for (double c : characters)
+        if (c > 0) text += char(c);
+    throw SharedError(text);
+}
+
 } // namespace lns

@@ -5,10 +5,13 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "gpt/base/error.h"
 
 namespace lns {
 
@@ -61,6 +64,28 @@ struct Ranks {
 
   private:
     std::unique_ptr<Watch> watch; // null if there is one rank or LNS_RANK_TIMEOUT is 0
+};
+
+// Thrown by all ranks at the same place.
+struct SharedError : Error {
+    using Error::Error;
+};
+
+// The first error of work that may fail on one rank while the others go on.
+struct CaughtError {
+    std::exception_ptr error;
+
+    // Does nothing after an error.
+    template <class Work> void run(const Work& work) {
+        if (error) return;
+        try {
+            work();
+        } catch (...) {
+            error = std::current_exception();
+        }
+    }
+    // Throws on every rank if one has an error.
+    void share(const Ranks& ranks) const;
 };
 
 } // namespace lns

@@ -14,6 +14,7 @@
 #include "gpt/model/layers.h"
 #include "gpt/run/checkpoint.h"
 #include "gpt/run/export_files.h"
+#include "gpt/run/flags.h"
 #include "gpt/run/setup.h"
 
 namespace lns {
@@ -91,19 +92,6 @@ const Param& ExportPlan::source(const Param& exported) const {
         name = cat(stack, layers[size_t(layer)], name.substr(stack.size() + digits));
     }
     return *registry->find(name);
-}
-
-std::vector<int> parse_layers(const std::string& text) {
-    std::vector<int> layers;
-    for (size_t begin = 0; begin <= text.size();) {
-        const size_t end = std::min(text.find(',', begin), text.size());
-        const std::string word = text.substr(begin, end - begin);
-        if (word.empty() || word.size() > 6 || word.find_first_not_of("0123456789") != word.npos)
-            fail("'", text, "' is not a list of layers, such as 5,6");
-        layers.push_back(std::stoi(word));
-        begin = end + 1;
-    }
-    return layers;
 }
 
 ExportPlan plan_export(const Config& config, const Registry& registry,

@@ -56,9 +56,6 @@ struct ExportPlan {
 ExportPlan plan_export(const Config& config, const Registry& registry,
                        const std::vector<int>& dropped = {});
 
-// "5,6,12" into numbers. Throws for anything else.
-std::vector<int> parse_layers(const std::string& text);
-
 // Rounds to float16, to nearest even; values from 65520 on become infinite.
 uint16_t round_to_half(float x);
 

@@ -171,4 +171,17 @@ std::string flags_help(const std::vector<Flag>& flags) {
     return out;
 }
 
+std::vector<int> parse_layers(const std::string& text) {
+    std::vector<int> layers;
+    for (size_t begin = 0; begin <= text.size();) {
+        const size_t end = std::min(text.find(',', begin), text.size());
+        const std::string word = text.substr(begin, end - begin);
+        if (word.empty() || word.size() > 6 || word.find_first_not_of("0123456789") != word.npos)
+            fail("'", text, "' is not a list of layers, such as 5,6");
+        layers.push_back(std::stoi(word));
+        begin = end + 1;
+    }
+    return layers;
+}
+
 } // namespace lns

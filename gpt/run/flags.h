@@ -74,6 +74,9 @@ struct FlagList {
                 bool above = false);
 };
 
+// "5,6,12" into numbers. Throws for anything else.
+std::vector<int> parse_layers(const std::string& text);
+
 // null if there is none of that name: "--steps", "-x".
 const Flag* find_flag(const std::vector<Flag>& flags, const std::string& name);
 

@@ -16,7 +16,6 @@
 #include "gpt/model/optimizer.h"
 #include "gpt/model/schedule.h"
 #include "gpt/run/config_file.h"
-#include "gpt/run/export.h"
 #include "gpt/run/probe.h"
 #include "gpt/run/tasks.h"
 

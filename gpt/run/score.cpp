@@ -6,7 +6,6 @@
 #include "gpt/base/error.h"
 #include "gpt/base/terminal.h"
 #include "gpt/data/unicode.h"
-#include "gpt/run/training.h"
 
 namespace lns {
 

@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -25,23 +24,6 @@
 #include "gpt/run/setup.h"
 
 namespace lns {
-
-// The first error of work that may fail on one rank while the others go on.
-struct CaughtError {
-    std::exception_ptr error;
-
-    // Does nothing after an error.
-    template <class Work> void run(const Work& work) {
-        if (error) return;
-        try {
-            work();
-        } catch (...) {
-            error = std::current_exception();
-        }
-    }
-    // Throws on every rank if one has an error.
-    void share(const Ranks& ranks) const;
-};
 
 struct Run {
     Options o;
