@@ -40,6 +40,9 @@ tune --epochs 1 --save-every 10 --keep 0 -o "$dir/cut" >/dev/null
 rm -rf "$dir/cut/step-000019"
 program -o "$dir/cut" -y >/dev/null
 check "resumed: the same weights" cmp "$dir"/{whole,cut}/step-000019/model.safetensors
+data/tokenize -q --instructions "$dir/i.jsonl" --template chatml --seq-len 80 -o "$dir/other"
+check "resumed: windows of another length" says \
+    "$(program -o "$dir/cut" -y -x 25 -i "$dir/other_train_*.bin" 2>&1)" "sequences of 96 tokens do not match"
 check "--epochs and --steps" says "$(tune --epochs 1 -x 3 -o "$dir/no" 2>&1)" "give one"
 check "the checkpoint has the template" cmp "$dir/whole/step-000019/chat_template.jinja" "$dir/sft_tokenizer/chat_template.jinja"
 

@@ -176,7 +176,8 @@ void prepare(Run& run, const std::string& resume_from) {
     run.data = open_data(o);
     fit_vocabulary(o, run.data, run.config);
     // Documents and instructions have a length of their own.
-    if (const int window = run.data.train->window(); window > 0 && !o.is_given("--seq-len")) {
+    if (const int window = run.data.train->window();
+        window > 0 && !o.is_given("--seq-len") && !o.continued) {
         o.seq_len = window;
         o.flags["--seq-len"] = o.seq_len;
     }
