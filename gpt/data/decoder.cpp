@@ -17,17 +17,6 @@ std::string joined(const std::vector<std::string>& tokens) {
     return text;
 }
 
-void replace_all(std::string& text, const Regex& regex, std::string_view with) {
-    std::string out;
-    size_t at = 0;
-    regex.each_match(text, [&](size_t begin, size_t end) {
-        out.append(text, at, begin - at);
-        out += with;
-        at = end;
-    });
-    text = out.append(text, at);
-}
-
 // The byte of a token such as <0x0A>; −1 if it is none.
 int byte_of(const std::string& token) {
     if (token.size() != 6 || !token.starts_with("<0x") || token[5] != '>') return -1;
@@ -120,10 +109,10 @@ void Decoder::apply(const Step& step, std::vector<std::string>& tokens) {
         return;
     case Step::metaspace:
         for (size_t i = 0; i < tokens.size(); i++)
-            replace_all(tokens[i], *step.regex, i == 0 && step.first ? "" : " ");
+            tokens[i] = step.regex->replaced(tokens[i], i == 0 && step.first ? "" : " ");
         return;
     case Step::replace:
-        for (std::string& token : tokens) replace_all(token, *step.regex, step.text);
+        for (std::string& token : tokens) token = step.regex->replaced(token, step.text);
         return;
     case Step::strip:
         for (std::string& token : tokens) {

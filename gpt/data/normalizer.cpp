@@ -9,30 +9,6 @@ using json = nlohmann::json;
 
 namespace {
 
-// Each occurrence of `what`, replaced.
-std::string replaced(std::string_view text, std::string_view what, std::string_view with) {
-    std::string out;
-    size_t at = 0;
-    for (size_t next; (next = text.find(what, at)) != text.npos; at = next + what.size()) {
-        out += text.substr(at, next - at);
-        out += with;
-    }
-    out += text.substr(at);
-    return out;
-}
-
-std::string replaced(std::string_view text, const Regex& regex, std::string_view with) {
-    std::string out;
-    size_t at = 0;
-    regex.each_match(text, [&](size_t begin, size_t end) {
-        out += text.substr(at, begin - at);
-        out += with;
-        at = end;
-    });
-    out += text.substr(at);
-    return out;
-}
-
 // By grapheme cluster where it has at most 5 bytes, else by character, as `tokenizers` does.
 std::string mapped(std::string_view text, const Charsmap& map) {
     std::string out;
@@ -121,7 +97,7 @@ std::string Normalizer::operator()(std::string_view text, bool continues) const 
             if (!continues && !now.empty()) now.insert(0, step.content);
             break;
         case Step::replace:
-            now = step.regex ? replaced(now, *step.regex, step.content)
+            now = step.regex ? step.regex->replaced(now, step.content)
                              : replaced(now, step.text, step.content);
             break;
         case Step::strip:

@@ -41,6 +41,19 @@ class Regex {
         }
     }
 
+    // The text with each match replaced by `with`.
+    std::string replaced(std::string_view text, std::string_view with) const {
+        std::string out;
+        size_t at = 0;
+        each_match(text, [&](size_t begin, size_t end) {
+            out += text.substr(at, begin - at);
+            out += with;
+            at = end;
+        });
+        out += text.substr(at);
+        return out;
+    }
+
   private:
     // The text, or a valid copy.
     struct Subject {
