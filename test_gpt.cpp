@@ -234,19 +234,19 @@ Row check_linear(int rows, int C, int OC) {
 }
 
 Row check_attention(AttentionShape a) {
-    return check_layer(
-        cat("attention B=", a.B, " T=", a.T, " NH=", a.NH, " KVH=", a.KVH, " HS=", a.HS),
-        {random_values(a.rows() * a.row(), "qkv")},
-        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-            LayerResult<S> out{std::vector<S>(a.rows() * a.q_width()),
-                               {std::vector<S>(x[0].size())}};
-            std::vector<Acc<S>> lse(a.rows() * a.NH);
-            attention_forward(out.y.data(), lse.data(), x[0].data(), a);
-            if (!c.empty())
-                attention_backward(out.gradients[0].data(), c.data(), x[0].data(), lse.data(),
-                                   (const CosSin<Acc<S>>*)nullptr, a);
-            return out;
-        });
+    return check_layer(cat("attention B=", a.B, " T=", a.T, " NH=", a.NH, " KVH=", a.KVH,
+                           " HS=", a.HS, a.window ? cat(" window=", a.window) : ""),
+                       {random_values(a.rows() * a.row(), "qkv")},
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(a.rows() * a.q_width()),
+                                              {std::vector<S>(x[0].size())}};
+                           std::vector<Acc<S>> lse(a.rows() * a.NH);
+                           attention_forward(out.y.data(), lse.data(), x[0].data(), a);
+                           if (!c.empty())
+                               attention_backward(out.gradients[0].data(), c.data(), x[0].data(),
+                                                  lse.data(), (const CosSin<Acc<S>>*)nullptr, a);
+                           return out;
+                       });
 }
 
 template <class A> std::vector<CosSin<A>> test_rotation(const AttentionShape& a) {
@@ -277,17 +277,18 @@ Row check_rope() {
                        });
 }
 
-Row check_qk_norm() {
-    const AttentionShape a{2, 3, 4, 2, 5};
-    const int Q = a.q_width(), K = a.kv_width();
-    return check_layer("q and k norm",
+Row check_qk_norm(bool of_heads) {
+    AttentionShape a{2, 3, 4, 2, 5};
+    a.q_norms = of_heads ? a.NH : 1, a.k_norms = of_heads ? a.KVH : 1;
+    const int Q = a.q_norm_width(), K = a.k_norm_width(), all = a.q_width() + a.kv_width();
+    return check_layer(of_heads ? "norms of q's and k's heads" : "q and k norm",
                        {random_values(a.rows() * a.row(), "qkv"),
                         random_values(Q, "q weight", 1, 0.3), random_values(K, "k weight", 1, 0.3)},
                        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
                            LayerResult<S> out{x[0], {c, std::vector<S>(Q), std::vector<S>(K)}};
-                           std::vector<S> raw(a.rows() * (Q + K));
-                           std::vector<Acc<S>> scratch(row_chunks(a.rows()) * (Q + K));
-                           std::vector<NormStats<Acc<S>>> stats(2 * a.rows());
+                           std::vector<S> raw(a.rows() * all);
+                           std::vector<Acc<S>> scratch(row_chunks(a.rows()) * all);
+                           std::vector<NormStats<Acc<S>>> stats(a.norms() * a.rows());
                            qk_forward(out.y.data(), out.y.data(), raw.data(), stats.data(),
                                       x[1].data(), x[2].data(), 1e-6,
                                       (const CosSin<Acc<S>>*)nullptr, a);
@@ -535,22 +536,42 @@ struct TestModel {
     int B = 2, T = 7;
 };
 
+// Architectures, and variants of LLaMA's: grouped heads; Llama 3's positions.
+const std::vector<std::string> architectures = {"gpt2",    "llama",  "llama-gqa", "llama-3",
+                                                "qwen2",   "qwen3",  "olmo",      "olmo2",
+                                                "mistral", "smollm3"};
+
+Config variant(const std::string& architecture_name) {
+    return architecture(architecture_name.starts_with("llama-") ? "llama" : architecture_name);
+}
+
 Config small_config(const std::string& architecture_name) {
-    const bool gqa = architecture_name == "llama-gqa";
-    Config c = architecture(gqa ? "llama" : architecture_name);
+    Config c = variant(architecture_name);
+    const bool plain = architecture_name == "gpt2" || architecture_name == "llama" ||
+                       c.model_type.starts_with("olmo");
     c.vocab_size = 23;
     c.layers = 3;
-    c.heads = gqa || c.model_type == "qwen2" ? 4 : 3;
-    c.kv_heads = gqa || c.model_type == "qwen2" ? 2 : 3;
+    c.heads = plain ? 3 : 4;
+    c.kv_heads = plain ? 3 : 2;
     c.width = c.heads * 4;
     c.mlp_width = 13;
     c.positions = 9;
     c.tied = c.model_type == "gpt2" || c.model_type == "qwen2";
+    if (c.model_type == "qwen3") c.head_size = 6;
+    if (c.model_type == "mistral") c.window = 3;
+    if (architecture_name == "llama-3") { // channels of each kind: kept, between, slower
+        c.head_size = 8, c.rope_theta = 10;
+        c.rope_scaling = {RopeScaling::llama3, 8, 1, 4, 30};
+        c.qkv_bias = c.attn_out_bias = true;
+    }
+    if (c.model_type == "smollm3") {
+        c.rotated_layers = {true, false, true}, c.window = 4;
+        c.window_layers = {false, true, false};
+        c.rope_scaling = {RopeScaling::linear, 2};
+        c.qkv_bias = c.attn_out_bias = c.mlp_bias = true;
+    }
     return c;
 }
-
-const std::vector<std::string> architectures = {"gpt2",  "llama", "llama-gqa",
-                                                "qwen2", "olmo",  "olmo2"};
 
 // Every scheme of the table, with and without a gate. +scaled-init only changes initial weights,
 // which check_initialization covers.
@@ -563,6 +584,14 @@ std::vector<std::string> all_schemes() {
         names.push_back(name + "+gpas");
     }
     return names;
+}
+
+// Those that a model of this architecture is tested under: norm schemes know nothing of positions
+// and windows, so architectures that differ in these alone need few.
+std::vector<std::string> schemes_of(const std::string& architecture_name) {
+    for (const char* name : {"llama-3", "qwen3", "mistral", "smollm3"})
+        if (architecture_name == name) return {"pre", "lns", "sandwich+gpas"};
+    return all_schemes();
 }
 
 // Whether the architecture has what the scheme needs.
@@ -732,13 +761,25 @@ void check_bf16(Row& row, const std::string& architecture_name, const std::strin
 // Against PyTorch: dev/reference/fixtures, made by dev/reference/make_fixtures.py
 
 Config fixture_config(const nlohmann::json& j) {
-    const std::string name = j["architecture"];
-    Config c = architecture(name == "llama-gqa" ? "llama" : name);
+    Config c = variant(j["architecture"]);
     c.vocab_size = j["vocab_size"], c.width = j["hidden_size"], c.layers = j["num_hidden_layers"];
     c.heads = j["num_attention_heads"], c.kv_heads = j["num_key_value_heads"];
     c.mlp_width = j["intermediate_size"], c.positions = j["max_position_embeddings"];
     c.norm_eps = j["norm_eps"], c.tied = j["tie_word_embeddings"];
-    if (c.rope()) c.rope_theta = j["rope_theta"];
+    if (!c.rope()) return c;
+    c.rope_theta = j["rope_theta"];
+    c.head_size = j["head_dim"];
+    c.qkv_bias |= bool(j["attention_bias"]), c.attn_out_bias = j["attention_bias"];
+    c.mlp_bias = j["mlp_bias"];
+    c.window = j["sliding_window"];
+    c.window_layers = j["window_layers"].get<std::vector<bool>>();
+    c.rotated_layers = j["rotated_layers"].get<std::vector<bool>>();
+    const nlohmann::json& scaling = j["rope_scaling"];
+    if (scaling.empty()) return c;
+    c.rope_scaling = {RopeScaling::linear, scaling["factor"]};
+    if (scaling["rope_type"] == "llama3")
+        c.rope_scaling = {RopeScaling::llama3, scaling["factor"], scaling["low_freq_factor"],
+                          scaling["high_freq_factor"], scaling["original_max_position_embeddings"]};
     return c;
 }
 
@@ -1641,6 +1682,27 @@ Row check_gpu_inference(const std::string& architecture_name) {
             1e-5);
     const std::vector<double> a = whole->residual_variance(), b = reference->residual_variance();
     row.add("variance", relative_error(a, b, 0), 1e-5);
+
+    // Two continuations of 12 tokens, in one sequence and each in its own.
+    std::vector<int> position(32), branch(32);
+    std::vector<ScoredToken> scored;
+    for (int t = 0; t < 32; t++) {
+        const int own = t < 12 ? 0 : t < 20 ? 12 : 20;
+        branch[t] = own, position[t] = own ? 12 + t - own : t;
+        if (own) scored.push_back({t, inputs[31 - t]});
+    }
+    Doubles together(scored.size()), apart;
+    whole->score(inputs.data(), 1, 32, {position.data(), branch.data()}, scored, together.data());
+    for (auto [begin, end] : {std::pair{12, 20}, {20, 32}}) {
+        std::vector<int> text(inputs.begin(), inputs.begin() + 12);
+        text.insert(text.end(), inputs.begin() + begin, inputs.begin() + end);
+        std::vector<ScoredToken> own(scored.begin() + begin - 12, scored.begin() + end - 12);
+        for (ScoredToken& s : own) s.row -= begin - 12;
+        Doubles out(own.size());
+        reference->score(text.data(), 1, int(text.size()), {}, own, out.data());
+        apart.insert(apart.end(), out.begin(), out.end());
+    }
+    row.add("score", relative_error(together, apart, 0), 1e-5);
     return row;
 }
 
@@ -1774,7 +1836,7 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
         rows.back().print();
     };
     for (const std::string& name : architectures)
-        for (const std::string& scheme : all_schemes()) {
+        for (const std::string& scheme : schemes_of(name)) {
             Config small = small_config(name);
             small.scheme = parse_scheme(scheme);
             if (!supports_scheme(small)) continue;
@@ -1856,12 +1918,14 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_junction("sandwich, no parameters" + norm,
                             junction(parse_scheme("sandwich"), 4, 3), type, false, false));
     }
-    keep(check_rope()), keep(check_qk_norm());
+    keep(check_rope()), keep(check_qk_norm(false)), keep(check_qk_norm(true));
     for (AttentionShape a : {AttentionShape{1, 1, 1, 1, 4},
                              {2, 7, 3, 3, 5},
                              {1, 9, 4, 2, 6},
                              {1, 35, 2, 1, 4},
-                             {1, 64, 2, 2, 2}})
+                             {1, 64, 2, 2, 2},
+                             {2, 7, 2, 1, 4, 0, {}, 3},
+                             {1, 70, 1, 1, 2, 0, {}, 5}})
         keep(check_attention(a));
     for (int i = 0; i < int(std::size(activations)); i++) keep(check_activation(Activation(i)));
     keep(check_cross_entropy()), keep(check_adamw()), keep(check_ranges(Device::cpu));
@@ -1892,6 +1956,8 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"olmo2", "sandwich+gpas"},
                                 {"llama-gqa", "deepnorm"},
                                 {"qwen2", "peri"},
+                                {"qwen3", "lns"},
+                                {"smollm3", "pre"},
                                 {"olmo", "mix:1"}}) {
         keep(check_recompute<float>(name, scheme));
         keep(check_recompute<bf16>(name, scheme));
@@ -1903,7 +1969,7 @@ std::vector<Row> all_rows(const std::string& filter) {
     };
     std::vector<Case> cases;
     for (const std::string& name : architectures) {
-        for (const std::string& scheme : all_schemes()) cases.push_back({name, scheme, 2, 7});
+        for (const std::string& scheme : schemes_of(name)) cases.push_back({name, scheme, 2, 7});
         for (auto [B, T] : {std::pair{1, 1}, {1, 9}, {3, 2}}) cases.push_back({name, "lns", B, T});
     }
     std::erase_if(cases, [&](const Case& c) {

@@ -374,12 +374,28 @@ struct AttentionShape {
     int B, T, NH, KVH, HS;
     int first = 0; // positions before this one are in the KV cache; 0 unless B is 1
     Branches branches = {};
+    int window = 0;               // a query sees so many keys, its own and those before it; 0: all
+    int q_norms = 0, k_norms = 0; // RMSNorms, each of an equal part of q or k
     int64_t rows() const { return int64_t(B) * T; }
     int q_width() const { return NH * HS; }
     int kv_width() const { return KVH * HS; }
     int row() const { return (NH + 2 * KVH) * HS; }
     int64_t position(int64_t row) const {
         return branches.position ? branches.position[row] : row % T;
+    }
+    // Norm n of q and k, one after the other, is of `width` channels from `begin` on. They share
+    // q's weight and k's.
+    struct NormPart {
+        bool of_q;
+        int begin, width;
+    };
+    int norms() const { return q_norms + k_norms; }
+    int q_norm_width() const { return q_width() / q_norms; }
+    int k_norm_width() const { return kv_width() / k_norms; }
+    NormPart norm_part(int n) const {
+        const int in_k = n - q_norms;
+        if (in_k < 0) return {true, n * q_norm_width(), q_norm_width()};
+        return {false, q_width() + in_k * k_norm_width(), k_norm_width()};
     }
 };
 
@@ -399,9 +415,9 @@ void rotate(Y* out, const X* x, const CosSin<A>* turn, A direction, int HS) {
     }
 }
 
-// From the qkv matmul's output `in`, which may be qkv, to what attention reads: OLMo 2's RMSNorm
-// over all heads of q and of k, if there is `raw` (rows, Q + K), which keeps its input; then rotary
-// positions, if there is a table (T, HS/2). stats (rows, 2).
+// From the qkv matmul's output `in`, which may be qkv, to what attention reads: RMSNorms of q and
+// k, if there is `raw` (rows, Q + K), which keeps their input; then rotary positions, if there is a
+// table (T, HS/2). stats (rows, norms).
 template <class S, class X>
 void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* q_weight,
                 const S* k_weight, double eps, const CosSin<Acc<S>>* table,
@@ -418,10 +434,13 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
         if (raw) {
             S* kept = raw + row * (Q + K);
             for (int i = 0; i < Q + K; i++) kept[i] = z[i];
-            stats[2 * row] = norm_stats<A>(NormType::rms, A(eps), z, Q);
-            stats[2 * row + 1] = norm_stats<A>(NormType::rms, A(eps), z + Q, K);
-            norm_row_forward(stats[2 * row], z, q_weight, none, A(1), z, Q);
-            norm_row_forward(stats[2 * row + 1], z + Q, k_weight, none, A(1), z + Q, K);
+            for (int n = 0; n < a.norms(); n++) {
+                const auto [of_q, begin, width] = a.norm_part(n);
+                NormStats<A>& st = stats[row * a.norms() + n];
+                st = norm_stats<A>(NormType::rms, A(eps), z + begin, width);
+                norm_row_forward(st, z + begin, of_q ? q_weight : k_weight, none, A(1), z + begin,
+                                 width);
+            }
         }
         for (int head = 0; head < a.NH + a.KVH && table; head++)
             rotate(z + head * HS, z + head * HS, table + a.position(row) * (HS / 2), A(1), HS);
@@ -429,13 +448,13 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
     }
 }
 
-// Of the norm, in place on q and k of dqkv. scratch: (row_chunks(rows), Q + K).
+// Of the norms, in place on q and k of dqkv. scratch: (row_chunks(rows), Q + K).
 template <class S>
 void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, const S* q_weight,
                       const S* k_weight, Acc<S>* dq_weight, Acc<S>* dk_weight, Acc<S>* scratch,
                       const AttentionShape& a) {
     using A = Acc<S>;
-    const int Q = a.q_width(), K = a.kv_width();
+    const int Q = a.q_width(), K = a.kv_width(), q_weights = a.q_norm_width();
     const int64_t rows = a.rows(), chunks = row_chunks(rows);
     A* none = nullptr;
 #pragma omp parallel for schedule(static)
@@ -446,37 +465,42 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, con
             const S* x = raw + row * (Q + K);
             S* dy = dqkv + row * a.row();
             for (int i = 0; i < Q + K; i++) d[i] = A(dy[i]);
-            norm_row_backward(NormType::rms, stats[2 * row], x, q_weight, d, d, sums, none, Q);
-            norm_row_backward(NormType::rms, stats[2 * row + 1], x + Q, k_weight, d + Q, d + Q,
-                              sums + Q, none, K);
+            for (int n = 0; n < a.norms(); n++) {
+                const auto [of_q, begin, width] = a.norm_part(n);
+                norm_row_backward(NormType::rms, stats[row * a.norms() + n], x + begin,
+                                  of_q ? q_weight : k_weight, d + begin, d + begin,
+                                  of_q ? sums : sums + q_weights, none, width);
+            }
             for (int i = 0; i < Q + K; i++) dy[i] = d[i];
         }
     }
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const A* sums = scratch + chunk * (Q + K);
-        for (int i = 0; i < Q; i++) dq_weight[i] += sums[i];
-        for (int i = 0; i < K; i++) dk_weight[i] += sums[Q + i];
+        for (int i = 0; i < q_weights; i++) dq_weight[i] += sums[i];
+        for (int i = 0; i < a.k_norm_width(); i++) dk_weight[i] += sums[q_weights + i];
     }
 }
 
 // Queries that attend at once: only their scores (tile, T) exist at a time, not T × T.
 const int attention_tile = 64;
 
-// The causal mask: keys after the query get a score whose probability is 0. That is cheaper than
-// loops of odd lengths.
-template <class A> void apply_causal_mask(A* score, int visible, int seen) {
-    std::fill(score + visible, score + seen, A(-1e30));
-}
-// The same for other branches' keys of query t of sequence b.
-template <class A> void apply_branch_mask(A* score, int b, int t, const AttentionShape& a) {
-    if (!a.branches.branch) return;
-    const int64_t row = int64_t(b) * a.T + t;
-    const int own = a.branches.branch[row], hidden = t - a.branches.position[row];
-    std::fill(score + own - hidden, score + own, A(-1e30));
+// Hides keys from query t of sequence b, by scores whose probability is 0: those after it, those of
+// other branches and those before its window. That is cheaper than loops of odd lengths.
+template <class A> void apply_masks(A* score, int b, int t, int seen, const AttentionShape& a) {
+    const A hidden = A(-1e30);
+    std::fill(score + t + 1, score + seen, hidden);
+    int window_begin = a.window ? std::max(0, t - a.window + 1) : 0;
+    if (a.branches.branch) {
+        const int64_t row = int64_t(b) * a.T + t;
+        const int own = a.branches.branch[row], others = t - a.branches.position[row];
+        std::fill(score + own - others, score + own, hidden);
+        if (a.window && window_begin < own) window_begin = std::max(0, window_begin - others);
+    }
+    std::fill(score, score + window_begin, hidden);
 }
 
-// out (B, T, NH·HS) = softmax(q kᵀ / sqrt(HS)) v, causal: position t attends to 0 … t. lse
-// (B, NH, T): the logarithm of each softmax's denominator.
+// out (B, T, NH·HS) = softmax(q kᵀ / sqrt(HS)) v, causal: position t attends to 0 … t or,
+// with a window, to the last of these. lse (B, NH, T): the logarithm of each softmax's denominator.
 template <class S>
 void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& a) {
     using A = Acc<S>;
@@ -504,8 +528,7 @@ void attention_forward(S* out, Acc<S>* lse, const S* qkv, const AttentionShape& 
                     for (int i = 0; i < n; i++) {
                         A* score = scores + int64_t(i) * T;
                         S* probability = p + int64_t(i) * T; // not yet divided by the sum
-                        apply_causal_mask(score, t0 + i + 1, seen);
-                        apply_branch_mask(score, b, t0 + i, a);
+                        apply_masks(score, b, t0 + i, seen, a);
                         const A largest = largest_of(seen, score);
                         const A sum = A(sum_of<A>(seen, [=](int64_t t) {
                             const A e = exp_below(scale * (score[t] - largest));
@@ -576,7 +599,7 @@ void attention_backward(S* dqkv, const S* dout, const S* qkv, const Acc<S>* lse,
                     for (int i = 0; i < n; i++) {
                         A *score = s + int64_t(i) * T, *dprobability = dp + int64_t(i) * T;
                         S *probability = p + int64_t(i) * T, *dscore = ds + int64_t(i) * T;
-                        apply_causal_mask(score, t0 + i + 1, seen);
+                        apply_masks(score, b, t0 + i, seen, a);
                         const A normalizer = lse[(int64_t(b) * a.NH + h) * T + t0 + i];
                         // dO · O = Σ P ⊙ dP, without the rounding of O.
                         const A dot = A(sum_of<A>(seen, [=](int64_t t) {
@@ -786,7 +809,7 @@ template <class S> struct Activations : CpuTensors<S> {
     template <class Make>
     void layout(const Config& c, int B, int T, const ModelOptions& o, const Make& make) {
         const bool exact = std::is_same_v<S, Acc<S>>;
-        CpuTensors<S>::layout(c, B, T, o, !exact && (c.rope() || c.qk_norm), make);
+        CpuTensors<S>::layout(c, B, T, o, !exact && (c.rope() || c.qk_norm != QkNorm::none), make);
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
         head_rows = head_part(rows, V, int64_t(1) << 26, 32);
@@ -886,17 +909,19 @@ template <class S> struct CpuModel : Model {
 
     // Those of attention, from row 0 on: it reads the KV cache.
     S* qkv(int l) { return acts.qkv[l]; }
-    S* qk_raw(int l) { return config.qk_norm ? acts.qk_raw[l] : nullptr; }
+    S* qk_raw(int l) { return config.qk_norm != QkNorm::none ? acts.qk_raw[l] : nullptr; }
     NormStats<A>* qk_stats(int l) { return acts.qk_stats[l]; }
     S* attended(int l) { return acts.attended[l]; }
     A* lse(int l) { return acts.lse[l]; }
-    AttentionShape attention() const {
-        return {B, T, config.heads, config.kv_heads, config.head_size, first, branching()};
+    AttentionShape attention(int l) const {
+        const Config& c = config;
+        return {B,     T,           c.heads,           c.kv_heads,  c.head_size,
+                first, branching(), c.window_of(l, T), c.q_norms(), c.k_norms()};
     }
     Branches branching() const {
         return positions.empty() ? Branches{} : Branches{positions.data(), branches.data()};
     }
-    const CosSin<A>* cos_sin() const { return rotary_table; }
+    const CosSin<A>* cos_sin(int l) const { return config.rotates(l) ? +rotary_table : nullptr; }
 
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
     A* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
@@ -1016,7 +1041,7 @@ template <class S> struct CpuModel : Model {
     // branch(2l + 1) = attention of input(2l)
     void attention_sublayer_forward(int l) {
         S* computed = qkv(l) + int64_t(first) * config.qkv_width();
-        if (config.rope() || config.qk_norm) {
+        if (config.rope() || config.qk_norm != QkNorm::none) {
             // Rounded once, after norm and rotation.
             A* unrounded = acts.unrounded_qkv;
             if constexpr (exact) unrounded = computed;
@@ -1024,13 +1049,13 @@ template <class S> struct CpuModel : Model {
             const LayerParams& p = registry.layers[l];
             const Timed timer(profile, costs().qk_forward(sizeof(A)));
             qk_forward(qkv(l), unrounded, qk_raw(l), qk_stats(l), weight(p.q_norm),
-                       weight(p.k_norm), config.norm_eps, cos_sin(), attention());
+                       weight(p.k_norm), config.norm_eps, cos_sin(l), attention(l));
         } else {
             multiply_forward(computed, input(2 * l), qkv_matrix(l));
         }
         {
             const Timed timer(profile, costs().attention_forward());
-            attention_forward(attended(l), lse(l), qkv(l), attention());
+            attention_forward(attended(l), lse(l), qkv(l), attention(l));
         }
         multiply_forward(branch(2 * l + 1), attended(l) + int64_t(first) * config.q_width(),
                          attention_out_matrix(l));
@@ -1043,14 +1068,14 @@ template <class S> struct CpuModel : Model {
         multiply_backward(dattended, acts.dbranch, attended(l), attention_out_matrix(l));
         {
             const Timed timer(profile, costs().attention_backward());
-            attention_backward(dqkv, dattended, qkv(l), lse(l), cos_sin(), attention());
+            attention_backward(dqkv, dattended, qkv(l), lse(l), cos_sin(l), attention(l));
         }
-        if (config.qk_norm) {
+        if (config.qk_norm != QkNorm::none) {
             const LayerParams& p = registry.layers[l];
             const Timed timer(profile, costs().qk_norm_backward());
             qk_norm_backward(dqkv, qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
                              gradient(p.q_norm), gradient(p.k_norm), acts.scratch.begin(),
-                             attention());
+                             attention(l));
         }
         multiply_backward(acts.dinput, dqkv, input(2 * l), qkv_matrix(l));
     }

@@ -881,6 +881,7 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
                                          const CosSin* table, AttentionShape a) {
     SharedMemory shared;
     float* exchange = shared.take<float>(2 * warp);
+    float* head_rstd = shared.take<float>(a.NH + a.KVH);
     const int Q = a.q_width(), K = a.kv_width();
     const int half = (a.channels + 1) / 2; // an odd last channel is paired with padding
     const int units = half / N;            // of a head
@@ -894,7 +895,27 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
             store8(y + at, v);
         }
     float rstd[2] = {1, 1}; // of q, of k
-    if (raw) {
+    const bool of_heads = a.heads_normed();
+    if (raw && of_heads) { // a warp has a head
+        for (int head = threadIdx.x / warp; head < a.NH + a.KVH; head += blockDim.x / warp) {
+            float square = 0;
+            for (int unit = threadIdx.x % warp; unit < units; unit += warp) {
+                const int at = head * a.HS + unit * N;
+                float low[N], high[N];
+                load_some(low, x + at), load_some(high, x + at + half);
+                store_some(raw + row * (Q + K) + at, low);
+                store_some(raw + row * (Q + K) + at + half, high);
+#pragma unroll
+                for (int i = 0; i < N; i++) square += low[i] * low[i] + high[i] * high[i];
+            }
+            square = warp_sum(square);
+            if (threadIdx.x % warp == 0) {
+                head_rstd[head] = rsqrtf(square / float(a.channels) + eps);
+                stats[row * (a.NH + a.KVH) + head] = {0, head_rstd[head]};
+            }
+        }
+        __syncthreads();
+    } else if (raw) {
         float squares[2] = {};
         for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
             const int head = unit / units, at = head * a.HS + unit % units * N;
@@ -918,13 +939,14 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
         load_some(low, x + at), load_some(high, x + at + half);
         if (raw) {
             const bool is_q = head < a.NH;
-            const S* weight = is_q ? q_weight + at : k_weight + at - Q;
+            const S* weight = (is_q ? q_weight : k_weight) + (of_heads ? i0 : is_q ? at : at - Q);
+            const float scale = of_heads ? head_rstd[head] : is_q ? rstd[0] : rstd[1];
             float low_weight[N], high_weight[N];
             load_some(low_weight, weight), load_some(high_weight, weight + half);
 #pragma unroll
             for (int i = 0; i < N; i++) {
-                low[i] *= (is_q ? rstd[0] : rstd[1]) * low_weight[i];
-                high[i] *= (is_q ? rstd[0] : rstd[1]) * high_weight[i];
+                low[i] *= scale * low_weight[i];
+                high[i] *= scale * high_weight[i];
             }
         }
         if (table) {
@@ -944,10 +966,10 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
     }
 }
 
-// From the output of q's and k's matrix to attention's input, from row `first` on: OLMo 2's RMSNorm
-// over the whole of q and of k, if `raw` (rows, (NH + KVH)·HS), which keeps its input, and stats
-// (rows, 2) are not null; then rotary positions, if there is a table (T, channels/2). `in` begins
-// at row `first`; where it is S it is part of qkv. Padding channels stay 0.
+// From the output of q's and k's matrix to attention's input, from row `first` on: RMSNorms of q
+// and k, if `raw` (rows, (NH + KVH)·HS), which keeps their input, and stats (rows, norms) are not
+// null; then rotary positions, if there is a table (T, channels/2). `in` begins at row `first`;
+// where it is S it is part of qkv. Padding channels stay 0.
 template <class S, class X>
 void qk_forward(S* qkv, const X* in, S* raw, NormStats* stats, const S* q_weight, const S* k_weight,
                 double eps, const CosSin* table, const AttentionShape& a, cudaStream_t stream) {
@@ -955,12 +977,48 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats* stats, const S* q_weight
     const bool whole = a.channels % 16 == 0; // both halves are vectors of 8
     const int units = (a.NH + a.KVH) * blocks_for(a.channels, whole ? 16 : 2);
     launch(whole ? qk_forward_kernel<8, S, X> : qk_forward_kernel<1, S, X>,
-           unsigned(a.rows() - a.first), threads_for(units, 512), shared_bytes<float>(2 * warp),
-           stream, qkv, in, raw, stats, q_weight, k_weight, float(eps), table, a);
+           unsigned(a.rows() - a.first), threads_for(units, 512),
+           shared_bytes<float>(2 * warp) + shared_bytes<float>(a.NH + a.KVH), stream, qkv, in, raw,
+           stats, q_weight, k_weight, float(eps), table, a);
+}
+
+// The norms of one row's heads; a warp has a head. sums: as below.
+template <int N, class S>
+__device__ inline void qk_head_norms_backward(S* dy, const S* x, const NormStats* stats,
+                                              const S* q_weight, const S* k_weight, float* sums,
+                                              const AttentionShape& a) {
+    const int units = a.channels / N, width = a.q_width() + a.kv_width();
+    for (int head = threadIdx.x / warp; head < a.NH + a.KVH; head += blockDim.x / warp) {
+        const S* weights = head < a.NH ? q_weight : k_weight;
+        const float rstd = stats[head].rstd;
+        float d[N], value[N], weight[N], dot = 0;
+        for (int unit = threadIdx.x % warp; unit < units; unit += warp) {
+            const int at = head * a.HS + unit * N;
+            load_some(d, dy + at), load_some(value, x + at), load_some(weight, weights + unit * N);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                dot += weight[i] * d[i] * value[i];
+                d[i] *= value[i] * rstd;
+            }
+            if constexpr (N == 8)
+                add_to_sums(sums, d, at, width);
+            else
+                sums[index_of_sum(at, width)] += d[0];
+        }
+        dot = warp_sum(dot) * rstd * rstd / float(a.channels);
+        for (int unit = threadIdx.x % warp; unit < units; unit += warp) {
+            const int at = head * a.HS + unit * N;
+            load_some(d, dy + at), load_some(value, x + at), load_some(weight, weights + unit * N);
+#pragma unroll
+            for (int i = 0; i < N; i++) d[i] = rstd * (weight[i] * d[i] - value[i] * dot);
+            store_some(dy + at, d);
+        }
+    }
 }
 
 // In place on dqkv's q and k. Each block loops over rows and accumulates the weights' gradients of
-// all of them: partial (gridDim.x, Q + K). With g = w ⊙ dy: dx = rstd · (g − x̂ · mean(g ⊙ x̂)).
+// all of them: partial (gridDim.x, Q + K), or (gridDim.x, 2·HS) if the norms are of heads. With g =
+// w ⊙ dy: dx = rstd · (g − x̂ · mean(g ⊙ x̂)).
 template <int N, class S>
 __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const NormStats* stats,
                                                const S* q_weight, const S* k_weight, float* partial,
@@ -975,6 +1033,11 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
     for (int64_t row = blockIdx.x; row < a.rows(); row += gridDim.x) {
         S* dy = dqkv + row * a.row();
         const S* x = raw + row * width;
+        if (a.heads_normed()) {
+            qk_head_norms_backward<N>(dy, x, stats + row * (a.NH + a.KVH), q_weight, k_weight, sums,
+                                      a);
+            continue;
+        }
         const float rstd[2] = {stats[2 * row].rstd, stats[2 * row + 1].rstd};
         float dots[2] = {};
         for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
@@ -1012,6 +1075,16 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
         }
     }
     __syncthreads();
+    if (a.heads_normed()) {
+        for (int i = threadIdx.x; i < 2 * a.HS; i += blockDim.x) {
+            const int begin = i < a.HS ? 0 : a.NH, end = i < a.HS ? a.NH : a.NH + a.KVH;
+            float sum = 0;
+            for (int head = begin; head < end; head++)
+                sum += sums[index_of_sum(head * a.HS + i % a.HS, width)];
+            partial[int64_t(blockIdx.x) * 2 * a.HS + i] = sum;
+        }
+        return;
+    }
     for (int i = threadIdx.x; i < width; i += blockDim.x)
         partial[int64_t(blockIdx.x) * width + i] = sums[index_of_sum(i, width)];
 }
@@ -1021,8 +1094,8 @@ inline int64_t qk_norm_scratch(const AttentionShape& a) { // floats
     return int64_t(qk_norm_parts(a)) * (a.q_width() + a.kv_width());
 }
 
-// Turns dqkv (rows, row), the gradient of the norm's output, into that of its input; adds to
-// dq_weight (NH·HS) and dk_weight (KVH·HS). scratch: qk_norm_scratch(a) floats.
+// Turns dqkv (rows, row), the gradient of the norms' output, into that of their input; adds to
+// dq_weight and dk_weight, as wide as a norm. scratch: qk_norm_scratch(a) floats.
 template <class S, class G>
 void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_weight,
                       const S* k_weight, G* dq_weight, G* dk_weight, float* scratch,
@@ -1033,8 +1106,10 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_
     launch(whole ? qk_norm_backward_kernel<8, S> : qk_norm_backward_kernel<1, S>, parts,
            threads_for(units, 512), shared_bytes<float>(2 * warp) + shared_bytes<float>(Q + K),
            stream, dqkv, raw, stats, q_weight, k_weight, scratch, a);
-    add_partial_sums(dq_weight, scratch, parts, Q + K, Q, stream);
-    add_partial_sums(dk_weight, scratch + Q, parts, Q + K, K, stream);
+    const int q_weights = Q / a.q_norms, k_weights = K / a.k_norms;
+    add_partial_sums(dq_weight, scratch, parts, q_weights + k_weights, q_weights, stream);
+    add_partial_sums(dk_weight, scratch + q_weights, parts, q_weights + k_weights, k_weights,
+                     stream);
 }
 
 // Hopper GPUs use their own instructions (wgmma, TMA) where the shape allows it: for llama-130m on
@@ -1477,8 +1552,9 @@ template <class S> struct Activations : CudaTensors<S> {
                 const Make& make) {
         // QK-norm amplifies rounding errors, so q and k are rounded once, after norm and RoPE.
         // Without it they are also rounded before RoPE, which saves a pass in float.
-        CudaTensors<S>::layout(c, B, T, o, c.qk_norm && !c.qkv_bias && !std::is_same_v<S, float>,
-                               make);
+        CudaTensors<S>::layout(
+            c, B, T, o, c.qk_norm != QkNorm::none && !c.qkv_bias && !std::is_same_v<S, float>,
+            make);
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
         // Half a gigabyte of logits in training.
@@ -1654,15 +1730,18 @@ template <class S, class G> struct CudaModel : Model {
 
     // Those of attention, from row 0 on.
     S* qkv(int l) { return acts.qkv[l]; }
-    S* qk_raw(int l) { return padded_config.qk_norm ? acts.qk_raw[l] : nullptr; }
-    NormStats* qk_stats(int l) { return padded_config.qk_norm ? acts.qk_stats[l] : nullptr; }
+    S* qk_raw(int l) { return padded_config.qk_norm != QkNorm::none ? acts.qk_raw[l] : nullptr; }
+    NormStats* qk_stats(int l) {
+        return padded_config.qk_norm != QkNorm::none ? acts.qk_stats[l] : nullptr;
+    }
     S* attended(int l) { return acts.attended[l]; }
     float* lse(int l) { return acts.lse[l]; }
-    AttentionShape attention() const {
+    AttentionShape attention(int l) const {
         const Config& c = padded_config;
-        return {B, T, c.heads, c.kv_heads, c.head_size, config.head_size, first, branches};
+        return {B,     T,        c.heads,           c.kv_heads,  c.head_size, config.head_size,
+                first, branches, c.window_of(l, T), c.q_norms(), c.k_norms()};
     }
-    const CosSin* cos_sin() const { return rotary_table; }
+    const CosSin* cos_sin(int l) const { return config.rotates(l) ? +rotary_table : nullptr; }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
     G* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
     float* scratch() const { return acts.scratch.template as<float>(); }
@@ -1804,18 +1883,20 @@ template <class S, class G> struct CudaModel : Model {
             multiply_forward(unrounded, input(2 * l), qkv_matrix(l));
             const Timed timer = timed(costs().qk_forward_unrounded());
             qk_forward<S, float>(qkv(l), unrounded, qk_raw(l), qk_stats(l), weight(p.q_norm),
-                                 weight(p.k_norm), config.norm_eps, cos_sin(), attention(), stream);
+                                 weight(p.k_norm), config.norm_eps, cos_sin(l), attention(l),
+                                 stream);
         } else {
             multiply_forward(computed, input(2 * l), qkv_matrix(l));
-            if (config.rope() || config.qk_norm) {
+            if (config.rotates(l) || config.qk_norm != QkNorm::none) {
                 const Timed timer = timed(costs().qk_forward());
                 qk_forward<S, S>(qkv(l), computed, qk_raw(l), qk_stats(l), weight(p.q_norm),
-                                 weight(p.k_norm), config.norm_eps, cos_sin(), attention(), stream);
+                                 weight(p.k_norm), config.norm_eps, cos_sin(l), attention(l),
+                                 stream);
             }
         }
         {
             const Timed timer = timed(costs().attention_forward());
-            attention_forward<S>(attended(l), lse(l), qkv(l), attention(), stream);
+            attention_forward<S>(attended(l), lse(l), qkv(l), attention(l), stream);
         }
         multiply_forward(branch(2 * l + 1), attended(l) + int64_t(first) * padded_config.q_width(),
                          attention_out_matrix(l));
@@ -1828,14 +1909,14 @@ template <class S, class G> struct CudaModel : Model {
         multiply_backward(dattended, acts.dbranch, attended(l), attention_out_matrix(l));
         {
             const Timed timer = timed(costs().attention_backward());
-            attention_backward<S>(dqkv, dattended, attended(l), qkv(l), lse(l), cos_sin(),
-                                  acts.delta, attention(), stream);
+            attention_backward<S>(dqkv, dattended, attended(l), qkv(l), lse(l), cos_sin(l),
+                                  acts.delta, attention(l), stream);
         }
-        if (config.qk_norm) {
+        if (config.qk_norm != QkNorm::none) {
             const LayerParams& p = padded_registry.layers[l];
             const Timed timer = timed(costs().qk_norm_backward());
             qk_norm_backward<S>(dqkv, qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
-                                gradient(p.q_norm), gradient(p.k_norm), scratch(), attention(),
+                                gradient(p.q_norm), gradient(p.k_norm), scratch(), attention(l),
                                 stream);
         }
         multiply_backward(acts.dinput, dqkv, input(2 * l), qkv_matrix(l));

@@ -68,14 +68,29 @@ def hugging_face_logits(config, parameters, inputs):
             n_head=config.num_attention_heads, n_inner=config.intermediate_size,
             layer_norm_epsilon=config.norm_eps))
     else:
-        family = {"qwen2": "Qwen2", "olmo": "Olmo", "olmo2": "Olmo2"}.get(
-            config.architecture, "Llama")
+        family = {"qwen2": "Qwen2", "qwen3": "Qwen3", "olmo": "Olmo", "olmo2": "Olmo2",
+                  "mistral": "Mistral", "smollm3": "SmolLM3"}.get(config.architecture, "Llama")
         settings = {key: getattr(config, key) for key in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "intermediate_size", "max_position_embeddings", "rope_theta",
             "tie_word_embeddings")}
         if family != "Olmo":
             settings["rms_norm_eps"] = config.norm_eps
+        if config.head_dim:
+            settings["head_dim"] = config.head_dim
+        if config.rope_scaling:
+            settings["rope_parameters"] = dict(
+                config.rope_scaling, rope_theta=settings.pop("rope_theta"))
+        if config.sliding_window or family == "Mistral":
+            settings["sliding_window"] = config.sliding_window or None
+        if family == "SmolLM3":
+            settings["use_sliding_window"] = bool(config.sliding_window)
+            settings["layer_types"] = ["sliding_attention" if window else "full_attention"
+                                       for window in config.window_layers]
+            settings["no_rope_layers"] = [int(rotated) for rotated in config.rotated_layers]
+        for bias in ("attention_bias", "mlp_bias"):
+            if getattr(config, bias):
+                settings[bias] = True
         settings.update(pad_token_id=None, bos_token_id=None, eos_token_id=None)
         theirs = getattr(hf, family + "ForCausalLM")(
             getattr(hf, family + "Config")(attn_implementation="eager", **settings))

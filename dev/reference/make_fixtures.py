@@ -34,11 +34,22 @@ CONFIGS = [
     Config("qwen2", 19, 16, L, 4, 2, 9, P, 1e6, 1e-6, True),
     Config("olmo", 29, 12, L, 3, 3, 13, P, 1e4, 1e-5, False),
     Config("olmo2", 29, 12, L, 3, 3, 13, P, 1e4, 1e-6, False),
+    # Frequencies of each kind: kept, between and slower
+    Config("llama-3", 19, 16, L, 4, 2, 9, P, 10.0, 1e-5, True, head_dim=8, rope_scaling={
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 30}, attention_bias=True),
+    Config("qwen3", 19, 16, L, 4, 2, 9, P, 1e6, 1e-6, False, head_dim=6),
+    Config("mistral", 19, 16, L, 4, 2, 9, P, 1e4, 1e-5, False, sliding_window=3),
+    Config("smollm3", 19, 16, L, 4, 2, 9, P, 5e4, 1e-6, True, sliding_window=4,
+           window_layers=[False, True, False], rotated_layers=[True, False, True],
+           rope_scaling={"rope_type": "linear", "factor": 2.0}, mlp_bias=True),
 ]
 
 
 def schemes_of(config):
-    """Every scheme, and every scheme with a gate."""
+    """Every scheme, and every scheme with a gate; few where only positions and windows are new."""
+    if config.architecture in ("llama-3", "qwen3", "mistral", "smollm3"):
+        return ["pre", "lns", "sandwich+gpas"]
     names = []
     for name, row in scheme_rows(L).items():
         if row["depth"] == "init_weight" and config.architecture == "olmo":
@@ -49,7 +60,8 @@ def schemes_of(config):
 
 # Chosen so that float32's rounding errors stay well below the tolerance of 1e-5 in every tensor (see
 # check_model.py); with most seeds some gradient nearly cancels.
-SEEDS = {"gpt2": 23, "llama": 35, "llama-gqa": 31, "qwen2": 34, "olmo": 22, "olmo2": 11}
+SEEDS = {"gpt2": 23, "llama": 35, "llama-gqa": 31, "qwen2": 34, "olmo": 22, "olmo2": 11,
+         "llama-3": 6, "qwen3": 1, "mistral": 1, "smollm3": 1}
 
 
 def random_of(config, name):

@@ -1,4 +1,4 @@
-"""GPT-2, LLaMA, Qwen2 and OLMo language models under every norm scheme, in PyTorch.
+"""GPT-2, LLaMA, Qwen, Mistral, SmolLM3 and OLMo language models under every norm scheme, in PyTorch.
 
 An independent reference implementation for train_gpt: explicit modules, autograd, nothing fused. It
 is written from the formulas, and organized by sublayers with the norms around them, where train_gpt
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    architecture: str  # gpt2, llama, llama-gqa, qwen2, olmo, olmo2
+    architecture: str  # gpt2, llama, llama-gqa, llama-3, qwen2, qwen3, olmo, olmo2, mistral, smollm3
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -37,6 +37,14 @@ class Config:
     rope_theta: float  # unused in gpt2
     norm_eps: float
     tie_word_embeddings: bool
+    # None of these in gpt2
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rope_scaling: dict = field(default_factory=dict)  # Hugging Face's field
+    sliding_window: int = 0  # keys that a query sees; 0: all
+    window_layers: list = field(default_factory=list)  # whether each layer has it; []: all
+    rotated_layers: list = field(default_factory=list)  # whether each layer has positions; []: all
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def is_gpt2(self):
@@ -49,7 +57,7 @@ class Config:
         family = c["model_type"]
         if family.startswith("lns-"):
             family = family[len("lns-") :]
-        if family not in ("gpt2", "llama", "qwen2", "olmo", "olmo2"):
+        if family not in ("gpt2", "llama", "qwen2", "qwen3", "olmo", "olmo2", "mistral", "smollm3"):
             raise ValueError(f"config.json: model_type {c['model_type']!r} has no reference model")
         if family == "gpt2":
             config = Config("gpt2", c["vocab_size"], c["n_embd"], c["n_layer"], c["n_head"],
@@ -61,7 +69,12 @@ class Config:
             config = Config(family, c["vocab_size"], c["hidden_size"], c["num_hidden_layers"],
                             heads, c.get("num_key_value_heads") or heads, c["intermediate_size"],
                             c["max_position_embeddings"], c.get("rope_theta", 10000.0), eps,
-                            c.get("tie_word_embeddings", False))
+                            c.get("tie_word_embeddings", False), c.get("head_dim", 0),
+                            c.get("rope_scaling") or {}, c.get("sliding_window") or 0,
+                            [t == "sliding_attention" for t in c.get("layer_types", [])],
+                            [n == 1 for n in c.get("no_rope_layers", [])],
+                            family != "qwen2" and c.get("attention_bias", False),
+                            c.get("mlp_bias", False))
         ours = c.get("lns_cpp", {})
         scheme = Scheme.parse(
             ours.get("scheme", "olmo2" if family == "olmo2" else "pre"), config.num_hidden_layers)
@@ -194,24 +207,41 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
-def rotate(x, theta):
+def slow_down(frequency, scaling):
+    """Rotary frequencies as a config.json's rope_scaling changes them."""
+    if not scaling:
+        return frequency
+    if scaling["rope_type"] == "linear":
+        return frequency / scaling["factor"]
+    wavelength = 2 * math.pi / frequency
+    length, low, high = (scaling[key] for key in (
+        "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+    mixed = (length / wavelength - low) / (high - low)
+    between = (1 - mixed) * frequency / scaling["factor"] + mixed * frequency
+    slower = torch.where(wavelength > length / low, frequency / scaling["factor"], between)
+    return torch.where(wavelength < length / high, frequency, slower)
+
+
+def rotate(x, theta, scaling):
     """RoPE of x (B,heads,T,HS): channels i and i + HS/2 turn by position · theta^(−2i/HS)."""
     T, HS = x.shape[-2:]
-    frequency = theta ** (-torch.arange(0, HS, 2, dtype=x.dtype) / HS)
+    frequency = slow_down(theta ** (-torch.arange(0, HS, 2, dtype=x.dtype) / HS), scaling)
     angle = torch.arange(T, dtype=x.dtype)[:, None] * frequency  # (T,HS/2)
     a, b = x[..., : HS // 2], x[..., HS // 2 :]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attend(q, k, v):
-    """Causal attention. q is (B,NH,T,HS); k, v are (B,KVH,T,HS), each for NH/KVH adjacent heads."""
+def attend(q, k, v, window=0):
+    """Causal attention, to the last `window` positions unless that is 0. q is (B,NH,T,HS); k, v are (B,KVH,T,HS), each for NH/KVH adjacent heads."""
     B, NH, T, HS = q.shape
     group = NH // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(HS)
-    causal_mask = torch.ones(T, T, dtype=torch.bool).triu(1)
-    scores = scores.masked_fill(causal_mask, -math.inf)
+    ones = torch.ones(T, T, dtype=torch.bool)
+    scores = scores.masked_fill(ones.triu(1), -math.inf)
+    if window:
+        scores = scores.masked_fill(ones.tril(-window), -math.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, NH * HS)
 
 
@@ -221,7 +251,7 @@ def split_heads(x, heads):
 
 
 class GPT2Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, number):
         super().__init__()
         C = config.hidden_size
         self.heads = config.num_attention_heads
@@ -245,35 +275,46 @@ class GPT2MLP(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, number):
         super().__init__()
         C, NH, KVH = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        HS = C // NH
-        bias = config.architecture == "qwen2"
-        self.heads, self.kv_heads, self.theta = NH, KVH, config.rope_theta
+        HS = config.head_dim or C // NH
+        bias = config.architecture == "qwen2" or config.attention_bias
+        self.heads, self.kv_heads, self.config = NH, KVH, config
+        self.rotated = not config.rotated_layers or config.rotated_layers[number - 1]
+        windowed = not config.window_layers or config.window_layers[number - 1]
+        self.window = config.sliding_window if windowed else 0
         self.q_proj = nn.Linear(C, NH * HS, bias=bias)
         self.k_proj = nn.Linear(C, KVH * HS, bias=bias)
         self.v_proj = nn.Linear(C, KVH * HS, bias=bias)
-        self.o_proj = nn.Linear(NH * HS, C, bias=False)
+        self.o_proj = nn.Linear(NH * HS, C, bias=config.attention_bias)
         self.q_norm = self.k_norm = nn.Identity()
         if config.architecture == "olmo2":  # over all heads together
             self.q_norm = RMSNorm(NH * HS, config.norm_eps)
             self.k_norm = RMSNorm(KVH * HS, config.norm_eps)
+        if config.architecture == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(HS, config.norm_eps), RMSNorm(HS, config.norm_eps)
 
     def forward(self, x):
-        q = split_heads(self.q_norm(self.q_proj(x)), self.heads)
-        k = split_heads(self.k_norm(self.k_proj(x)), self.kv_heads)
-        v = split_heads(self.v_proj(x), self.kv_heads)
-        return self.o_proj(attend(rotate(q, self.theta), rotate(k, self.theta), v))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.architecture == "qwen3":  # of each head
+            q = self.q_norm(split_heads(q, self.heads))
+            k = self.k_norm(split_heads(k, self.kv_heads))
+        else:
+            q = split_heads(self.q_norm(q), self.heads)
+            k = split_heads(self.k_norm(k), self.kv_heads)
+        if self.rotated:
+            q, k = (rotate(y, self.config.rope_theta, self.config.rope_scaling) for y in (q, k))
+        return self.o_proj(attend(q, k, split_heads(v, self.kv_heads), self.window))
 
 
 class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, H, bias=False)
-        self.up_proj = nn.Linear(C, H, bias=False)
-        self.down_proj = nn.Linear(H, C, bias=False)
+        self.gate_proj = nn.Linear(C, H, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, H, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(H, C, bias=config.mlp_bias)
 
     def forward(self, x):
         gate = self.gate_proj(x)
@@ -288,11 +329,11 @@ class Layer(nn.Module):
         self.scheme, self.number = scheme, number  # number is 1..L
         self.modules_of = {"attn": "attn" if config.is_gpt2 else "self_attn", "mlp": "mlp"}
         self.norms_of = {}
-        for kind, (gpt2_class, llama_class) in {
-            "attn": (GPT2Attention, LlamaAttention),
-            "mlp": (GPT2MLP, LlamaMLP),
+        gpt2 = config.is_gpt2
+        for kind, f in {
+            "attn": (GPT2Attention if gpt2 else LlamaAttention)(config, number),
+            "mlp": (GPT2MLP if gpt2 else LlamaMLP)(config),
         }.items():
-            f = gpt2_class(config) if config.is_gpt2 else llama_class(config)
             self.add_module(self.modules_of[kind], f)
             names = norm_names(config.is_gpt2, scheme.branch_norm, kind)
             roles = scheme.norms(number)

@@ -98,7 +98,8 @@ Expected expected(const Problem& p, const std::vector<S>& qkv, const std::vector
                     return (int64_t(b) * a.T + i) * a.row() + (a.NH + h / group) * HS;
                 };
                 double largest = -INFINITY, sum = 0, dot = 0;
-                for (int i = 0; i <= t; i++) {
+                const int first = a.window ? std::max(0, t - a.window + 1) : 0;
+                for (int i = first; i <= t; i++) {
                     s[i] = dp[i] = 0;
                     for (int d = 0; d < HS; d++) {
                         s[i] += scale * x[q + d] * x[key(i) + d];
@@ -106,13 +107,13 @@ Expected expected(const Problem& p, const std::vector<S>& qkv, const std::vector
                     }
                     largest = std::max(largest, s[i]);
                 }
-                for (int i = 0; i <= t; i++) sum += std::exp(s[i] - largest);
+                for (int i = first; i <= t; i++) sum += std::exp(s[i] - largest);
                 e.lse[(int64_t(b) * a.NH + h) * a.T + t] = largest + std::log(sum);
-                for (int i = 0; i <= t; i++) {
+                for (int i = first; i <= t; i++) {
                     s[i] = std::exp(s[i] - largest) / sum;
                     dot += s[i] * dp[i];
                 }
-                for (int i = 0; i <= t; i++)
+                for (int i = first; i <= t; i++)
                     for (int d = 0; d < HS; d++) {
                         const int64_t k = key(i) + d, v = k + a.kv_width();
                         const double ds = s[i] * (dp[i] - dot) * scale;
@@ -196,7 +197,8 @@ template <class S> void check(const Problem& p, Worst& worst) {
     const Result<S> r = computed(p, qkv, dout);
     const int Q = a.q_width(), K = a.kv_width(), W = a.row();
     const Columns q = {W, 0, Q}, k = {W, Q, Q + K}, v = {W, Q + K, W};
-    const double small = a.T == 1 ? norm(e.dqkv, v) : 0; // there dq and dk are 0
+    const bool alone = a.T == 1 || a.window == 1; // then dq and dk are 0
+    const double small = alone ? norm(e.dqkv, v) : 0;
     const Worst here = {error(r.out, e.out, {Q, 0, Q}), error(r.lse, e.lse, {1, 0, 1}, 1.0),
                         error(r.dqkv, e.dqkv, q, small), error(r.dqkv, e.dqkv, k, small),
                         error(r.dqkv, e.dqkv, v)};
@@ -204,7 +206,8 @@ template <class S> void check(const Problem& p, Worst& worst) {
     const std::string what = "T " + std::to_string(a.T) + ", heads " + std::to_string(a.NH) + "/" +
                              std::to_string(a.KVH) + ", HS " + std::to_string(a.HS) +
                              ", channels " + std::to_string(a.channels) +
-                             (p.rotated ? ", rotated" : "");
+                             (p.rotated ? ", rotated" : "") +
+                             (a.window ? ", window " + std::to_string(a.window) : "");
     EXPECT_LT(here.out, tolerance) << what;
     EXPECT_LT(here.lse, 2e-6) << what;
     EXPECT_LT(here.dq, tolerance) << what;
@@ -238,6 +241,19 @@ template <class S> void check_all() {
 TEST(CudaAttention, IsItsDefinitionInBf16) { check_all<bf16>(); }
 TEST(CudaAttention, IsItsDefinitionInFloat) { check_all<float>(); }
 
+// Windows within a tile, of a tile, and of several; tiles of which a query sees nothing.
+TEST(CudaAttention, IsItsDefinitionWithAWindow) {
+    Worst worst;
+    int n = 0;
+    for (auto [T, window] : {std::pair{7, 1}, {65, 3}, {130, 17}, {200, 64}, {200, 70}, {300, 129}})
+        for (int HS : {64, 128}) {
+            const auto& head = heads[n++ % 3];
+            const AttentionShape a = {2, T, head[0], head[1], HS, HS, 0, {}, window};
+            check<bf16>({a, n % 2 == 0}, worst);
+            if (HS == 64 && T <= 130) check<float>({a, n % 2 == 0}, worst);
+        }
+}
+
 // Scores far apart, so that the running maximum changes often and most probabilities are 0, and of
 // equal size, so that the gradient is a small difference.
 TEST(CudaAttention, IsExactForPeakedAndForFlatSoftmax) {
@@ -269,8 +285,8 @@ TEST(CudaAttention, GivesTheSameBitsInEveryOrderOfThreads) {
 }
 
 TEST(CudaAttention, BeginsWhereItIsTold) {
-    for (int first : {1, 64, 199}) {
-        Problem p = {{1, 200, 4, 2, 64, 64}, false};
+    for (auto [first, window] : {std::pair{1, 0}, {64, 0}, {199, 0}, {64, 50}, {199, 150}}) {
+        Problem p = {{1, 200, 4, 2, 64, 64, 0, {}, window}, false};
         const auto qkv = p.values<bf16>(p.a.rows(), p.a.NH + 2 * p.a.KVH, 1);
         const auto dout = p.values<bf16>(p.a.rows(), p.a.NH, 2);
         Expected e = expected(p, qkv, dout);

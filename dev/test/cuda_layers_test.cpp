@@ -351,16 +351,50 @@ struct QkCase {
     bool norm, table;
 };
 const QkCase qk_cases[] = {
-    {{2, 3, 2, 1, 16, 16}, true, true},    {{1, 7, 4, 2, 32, 32}, false, true},
-    {{2, 2, 3, 3, 8, 6}, true, true},      {{1, 5, 2, 1, 56, 52}, true, true},
-    {{1, 5, 2, 2, 24, 24}, false, true},   {{1, 9, 2, 1, 8, 5}, true, false},
-    {{1, 6, 2, 1, 16, 16, 4}, true, true}, {{1, 2, 40, 20, 128, 128}, true, true},
+    {{2, 3, 2, 1, 16, 16}, true, true},
+    {{1, 7, 4, 2, 32, 32}, false, true},
+    {{2, 2, 3, 3, 8, 6}, true, true},
+    {{1, 5, 2, 1, 56, 52}, true, true},
+    {{1, 5, 2, 2, 24, 24}, false, true},
+    {{1, 9, 2, 1, 8, 5}, true, false},
+    {{1, 6, 2, 1, 16, 16, 4}, true, true},
+    {{1, 2, 40, 20, 128, 128}, true, true},
     {{2, 260, 2, 1, 96, 96}, true, true}, // more rows than blocks
+    // Norms of heads: their numbers are those of heads.
+    {{2, 3, 4, 2, 16, 16, 0, {}, 0, 4, 2}, true, true},
+    {{1, 5, 6, 3, 8, 6, 0, {}, 0, 6, 3}, true, true},
+    {{1, 9, 2, 1, 8, 5, 0, {}, 0, 2, 1}, true, false},
+    {{1, 6, 2, 2, 56, 52, 4, {}, 0, 2, 2}, true, true},
+    {{2, 260, 16, 8, 128, 128, 0, {}, 0, 16, 8}, true, true},
 };
+
+// c.a, with norms of the whole of q and k unless it has norms of heads.
+AttentionShape shape_of(const QkCase& c) {
+    AttentionShape a = c.a;
+    if (c.norm && !a.q_norms) a.q_norms = a.k_norms = 1;
+    return a;
+}
+// The norms of a row: where each begins, its width, its real channels, and whether it is of q.
+struct NormPart {
+    int begin, width, real;
+    bool of_q;
+};
+std::vector<NormPart> norm_parts(const AttentionShape& a) {
+    std::vector<NormPart> parts;
+    for (int n = 0; n < a.q_norms; n++) {
+        const int width = a.q_width() / a.q_norms;
+        parts.push_back({n * width, width, width / a.HS * a.channels, true});
+    }
+    for (int n = 0; n < a.k_norms; n++) {
+        const int width = a.kv_width() / a.k_norms;
+        parts.push_back({a.q_width() + n * width, width, width / a.HS * a.channels, false});
+    }
+    return parts;
+}
 std::string name_of(const QkCase& c) {
     return cat("B ", c.a.B, ", T ", c.a.T, ", NH ", c.a.NH, ", KVH ", c.a.KVH, ", HS ", c.a.HS,
                ", channels ", c.a.channels, ", first ", c.a.first, c.norm ? ", norm" : "",
-               c.table ? ", rope" : "");
+               c.a.q_norms ? " of heads" : "", c.table ? ", rope" : "");
 }
 
 // Zero where a channel of a head is padding.
@@ -382,25 +416,27 @@ std::vector<CosSin> turns(const AttentionShape& a) {
 
 template <class S> void check_qk_forward(const QkCase& c) {
     SCOPED_TRACE(name_of(c));
-    const AttentionShape& a = c.a;
-    const int Q = a.q_width(), K = a.kv_width();
+    const AttentionShape a = shape_of(c);
+    const std::vector<NormPart> parts = norm_parts(a);
+    const int Q = a.q_width(), K = a.kv_width(), norms = int(parts.size());
+    const int q_weights = c.norm ? Q / a.q_norms : 1, k_weights = c.norm ? K / a.k_norms : 1;
     const double eps = 1e-3;
     const Doubles qkv = mask_padding(numbers<S>(a.rows() * a.row(), "qkv"), a),
-                  q_weight = mask_padding(numbers<S>(Q, "q_weight"), a),
-                  k_weight = mask_padding(numbers<S>(K, "k_weight"), a);
+                  q_weight = mask_padding(numbers<S>(q_weights, "q_weight"), a),
+                  k_weight = mask_padding(numbers<S>(k_weights, "k_weight"), a);
     const std::vector<CosSin> table = turns(a);
-    Doubles wanted = qkv, rstds(a.rows() * 2), raws(a.rows() * (Q + K));
+    Doubles wanted = qkv, rstds(a.rows() * norms), raws(a.rows() * (Q + K));
     for (int64_t row = a.first; row < a.rows(); row++) {
         double* x = &wanted[row * a.row()];
         std::copy(x, x + Q + K, &raws[row * (Q + K)]);
-        for (int which = 0; which < 2 && c.norm; which++) {
-            double* y = x + which * Q;
-            const int n = which ? K : Q, heads = which ? a.KVH : a.NH;
-            double square = 0;
-            for (int i = 0; i < n; i++) square += y[i] * y[i];
-            const double rstd = 1 / std::sqrt(square / (heads * a.channels) + eps);
-            rstds[2 * row + which] = rstd;
-            for (int i = 0; i < n; i++) y[i] *= rstd * (which ? k_weight : q_weight)[i];
+        for (int n = 0; n < norms; n++) {
+            const NormPart& part = parts[n];
+            double *y = x + part.begin, square = 0;
+            for (int i = 0; i < part.width; i++) square += y[i] * y[i];
+            const double rstd = 1 / std::sqrt(square / part.real + eps);
+            rstds[row * norms + n] = rstd;
+            for (int i = 0; i < part.width; i++)
+                y[i] *= rstd * (part.of_q ? q_weight : k_weight)[i];
         }
         const int half = a.channels / 2;
         for (int head = 0; head < a.NH + a.KVH && c.table; head++)
@@ -412,7 +448,7 @@ template <class S> void check_qk_forward(const QkCase& c) {
             }
     }
     OnDevice<S> out(qkv), raw(Doubles(a.rows() * (Q + K)));
-    OnDevice<NormStats> stats(std::vector<NormStats>(a.rows() * 2));
+    OnDevice<NormStats> stats(std::vector<NormStats>(std::max<int64_t>(1, a.rows() * norms)));
     const OnDevice<S> q_weight_(q_weight), k_weight_(k_weight);
     const OnDevice<CosSin> table_(table.empty() ? std::vector<CosSin>(1) : table);
     Stream stream;
@@ -429,9 +465,9 @@ template <class S> void check_qk_forward(const QkCase& c) {
     const std::vector<NormStats> got = stats.raw();
     const Doubles kept = raw.read();
     for (int64_t row = a.first; row < a.rows(); row++) {
-        for (int i = 0; i < 2; i++) {
-            EXPECT_NEAR(got[2 * row + i].rstd, rstds[2 * row + i], 1e-5 * rstds[2 * row + i]);
-            EXPECT_EQ(got[2 * row + i].mean, 0);
+        for (int64_t i = row * norms; i < (row + 1) * norms; i++) {
+            EXPECT_NEAR(got[i].rstd, rstds[i], 1e-5 * rstds[i]);
+            EXPECT_EQ(got[i].mean, 0);
         }
         for (int i = 0; i < Q + K; i++) EXPECT_EQ(kept[row * (Q + K) + i], raws[row * (Q + K) + i]);
     }
@@ -443,30 +479,32 @@ TEST(CudaLayers, QkForward) {
 
 template <class S, class G> void check_qk_norm_backward(const QkCase& c) {
     SCOPED_TRACE(name_of(c));
-    const AttentionShape& a = c.a;
-    const int Q = a.q_width(), K = a.kv_width();
+    const AttentionShape a = shape_of(c);
+    const std::vector<NormPart> parts = norm_parts(a);
+    const int Q = a.q_width(), K = a.kv_width(), norms = int(parts.size());
+    const int q_weights = c.norm ? Q / a.q_norms : 1, k_weights = c.norm ? K / a.k_norms : 1;
     const Doubles dqkv = mask_padding(numbers<S>(a.rows() * a.row(), "dqkv"), a),
                   raw = mask_padding(numbers<S>(a.rows() * (Q + K), "raw"), a),
-                  q_weight = mask_padding(numbers<S>(Q, "q_weight"), a),
-                  k_weight = mask_padding(numbers<S>(K, "k_weight"), a);
-    std::vector<NormStats> stats(a.rows() * 2);
-    Doubles wanted = dqkv, dq(Q, 1.0), dk(K, 1.0);
+                  q_weight = mask_padding(numbers<S>(q_weights, "q_weight"), a),
+                  k_weight = mask_padding(numbers<S>(k_weights, "k_weight"), a);
+    std::vector<NormStats> stats(a.rows() * norms);
+    Doubles wanted = dqkv, dq(q_weights, 1.0), dk(k_weights, 1.0);
     for (int64_t row = 0; row < a.rows(); row++)
-        for (int which = 0; which < 2; which++) {
-            const double* x = &raw[row * (Q + K) + which * Q];
-            double* dy = &wanted[row * a.row() + which * Q];
-            const Doubles& weight = which ? k_weight : q_weight;
-            const int n = which ? K : Q, real = (which ? a.KVH : a.NH) * a.channels;
+        for (int n = 0; n < norms; n++) {
+            const NormPart& part = parts[n];
+            const double* x = &raw[row * (Q + K) + part.begin];
+            double* dy = &wanted[row * a.row() + part.begin];
+            const Doubles& weight = part.of_q ? q_weight : k_weight;
             double square = 0, dot = 0;
-            for (int i = 0; i < n; i++) square += x[i] * x[i];
-            const float rstd = float(1 / std::sqrt(square / real + 1e-3));
-            stats[2 * row + which] = {0, rstd};
-            for (int i = 0; i < n; i++) {
-                (which ? dk : dq)[i] += dy[i] * x[i] * rstd;
+            for (int i = 0; i < part.width; i++) square += x[i] * x[i];
+            const float rstd = float(1 / std::sqrt(square / part.real + 1e-3));
+            stats[row * norms + n] = {0, rstd};
+            for (int i = 0; i < part.width; i++) {
+                (part.of_q ? dq : dk)[i] += dy[i] * x[i] * rstd;
                 dot += weight[i] * dy[i] * x[i] * rstd;
             }
-            for (int i = 0; i < n; i++)
-                dy[i] = rstd * (weight[i] * dy[i] - x[i] * rstd * dot / real);
+            for (int i = 0; i < part.width; i++)
+                dy[i] = rstd * (weight[i] * dy[i] - x[i] * rstd * dot / part.real);
         }
     OnDevice<S> out(dqkv);
     // raw's padding is not read.
@@ -479,7 +517,7 @@ template <class S, class G> void check_qk_norm_backward(const QkCase& c) {
     OnDevice<float> scratch(qk_norm_scratch(a));
     Stream stream;
     auto backward = [&] {
-        out.write(dqkv), dq_.write(Doubles(Q, 1.0)), dk_.write(Doubles(K, 1.0));
+        out.write(dqkv), dq_.write(Doubles(q_weights, 1.0)), dk_.write(Doubles(k_weights, 1.0));
         qk_norm_backward(out + 0, raw_.in(), stats_.in(), q_weight_.in(), k_weight_.in(), dq_ + 0,
                          dk_ + 0, scratch + 0, a, stream);
     };

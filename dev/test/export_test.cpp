@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "gpt/cpu/bf16.h"
+#include "gpt/model/layers.h"
 #include "gpt/run/checkpoint.h"
 
 using namespace lns;
@@ -349,8 +350,18 @@ TEST(Import, Config) {
     EXPECT_TRUE(read({{"mlp_bias", true}}).mlp_bias);
 
     for (const char* field : {"rope_scaling", "rope_parameters"}) {
-        EXPECT_TRUE(says(error({{field, {{"rope_type", "llama3"}, {"factor", 8.0}}}}),
-                         {"x/config.json", field, "scaled rotary positions are not supported"}));
+        EXPECT_TRUE(says(error({{field, {{"rope_type", "yarn"}, {"factor", 8.0}}}}),
+                         {"x/config.json", field, "yarn", "llama3"}));
+        EXPECT_TRUE(says(error({{field, {{"type", "linear"}}}}), {field, "'factor' is missing"}));
+        EXPECT_TRUE(says(error({{field, {{"type", "linear"}, {"factor", -2}}}}), {"factor", "-2"}));
+        EXPECT_TRUE(says(error({{field, {{"full_attention", {{"rope_theta", 1.0}}}}}}),
+                         {field, "full_attention", "not known"}));
+        EXPECT_TRUE(says(error({{field,
+                                 {{"rope_type", "llama3"},
+                                  {"factor", 2},
+                                  {"low_freq_factor", 4},
+                                  {"high_freq_factor", 4}}}}),
+                         {"low_freq_factor", "less than"}));
         EXPECT_TRUE(says(error({{field, {{"rope_theta", -1}}}}), {field, "rope_theta", "above 0"}));
         EXPECT_TRUE(says(error({{field, {{"rope_theta", "x"}}}}), {field, "rope_theta"}));
         EXPECT_TRUE(says(error({{field, 3}}), {field, "an object"}));
@@ -366,7 +377,7 @@ TEST(Import, Config) {
         EXPECT_TRUE(says(error({{key, value}}), {"x/config.json", key}));
     EXPECT_TRUE(says(error({{"clip_qkv", 8.0}}, "olmo"), {"clip_qkv", "8.0"}));
     EXPECT_TRUE(says(error({{"mlp_bias", true}}, "olmo"), {"mlp_bias"}));
-    EXPECT_TRUE(says(error({}, "mistral"), {"mistral", "llama"}));
+    EXPECT_TRUE(says(error({}, "mixtral"), {"mixtral", "llama", "mistral"}));
 
     c = read({{"num_key_value_heads", 2},
               {"sliding_window", 4096},
@@ -376,12 +387,10 @@ TEST(Import, Config) {
     EXPECT_TRUE(c.qkv_bias && !c.attn_out_bias);
     EXPECT_EQ(c.rope_theta, 10000); // what transformers assumes, and not Qwen2.5's
     EXPECT_TRUE(says(error({}, "qwen2"), {"num_key_value_heads"}));
-    EXPECT_TRUE(says(error({{"num_key_value_heads", 2}, {"use_sliding_window", true}}, "qwen2"),
-                     {"use_sliding_window"}));
     c = read({{"clip_qkv", nullptr}}, "olmo");
     EXPECT_TRUE(!c.norm_weight && c.norm == NormType::layer && c.norm_eps == 1e-5);
     c = read({}, "olmo2");
-    EXPECT_TRUE(c.qk_norm && c.scheme.name() == "olmo2");
+    EXPECT_TRUE(c.qk_norm == QkNorm::whole && c.scheme.name() == "olmo2");
 
     // The original GPT-2's.
     c = config_from_json(
@@ -396,6 +405,129 @@ TEST(Import, Config) {
         "x");
     EXPECT_EQ(config_difference(c, preset_config("gpt2-124m")), "");
     EXPECT_EQ(c.notes.size(), 3u); // dropout
+}
+
+// A config.json of 4 layers with these fields, read.
+Config config_of(const char* type, const json& more) {
+    json all = {{"model_type", type},       {"hidden_size", 64},      {"vocab_size", 10},
+                {"intermediate_size", 100}, {"num_hidden_layers", 4}, {"num_attention_heads", 4},
+                {"num_key_value_heads", 2}, {"rms_norm_eps", 1e-5}};
+    if (!more.is_null()) all.update(more);
+    return config_from_json(all.dump(), "x/config.json");
+}
+
+// What is read is also what is written.
+void expect_rewritten(const Config& c) {
+    const Config again = config_from_json(config_to_json(c), "again");
+    EXPECT_EQ(config_difference(again, c), "");
+    EXPECT_EQ(again.window, c.window);
+    EXPECT_EQ(again.window_layers, c.window_layers);
+    EXPECT_EQ(again.rotated_layers, c.rotated_layers);
+    EXPECT_EQ(again.rope_scaling, c.rope_scaling);
+    EXPECT_EQ(again.head_size, c.head_size);
+}
+
+TEST(Import, ScaledPositions) {
+    const json llama3 = {{"rope_type", "llama3"},
+                         {"factor", 32.0},
+                         {"low_freq_factor", 1.0},
+                         {"high_freq_factor", 4.0},
+                         {"original_max_position_embeddings", 8192}};
+    Config c = config_of("llama", {{"rope_scaling", llama3}, {"rope_theta", 5e5}});
+    EXPECT_EQ(c.rope_scaling, (RopeScaling{RopeScaling::llama3, 32, 1, 4, 8192}));
+    EXPECT_EQ(c.rope_theta, 5e5);
+    expect_rewritten(c);
+    json parameters = llama3;
+    parameters["rope_theta"] = 5e5;
+    EXPECT_EQ(config_difference(config_of("llama", {{"rope_parameters", parameters}}), c), "");
+    // As in transformers 5.24 for theta 5e5 and head_dim 16: kept, between and slower
+    EXPECT_EQ(rotary_frequency(c, 0), 1);
+    EXPECT_EQ(rotary_frequency(c, 3), std::pow(5e5, -6.0 / 16));
+    EXPECT_NEAR(rotary_frequency(c, 4), 0.000429556705, 1e-10);
+    EXPECT_EQ(rotary_frequency(c, 5), std::pow(5e5, -10.0 / 16) / 32);
+
+    c = config_of("llama", {{"rope_scaling", {{"type", "linear"}, {"factor", 4.0}}}});
+    EXPECT_EQ(c.rope_scaling, (RopeScaling{RopeScaling::linear, 4}));
+    EXPECT_EQ(rotary_frequency(c, 1), std::pow(1e4, -2.0 / 16) / 4);
+    expect_rewritten(c);
+    const std::string difference = config_difference(config_of("llama", {}), c);
+    EXPECT_TRUE(says(difference, {"position settings", "linear"}));
+}
+
+// A preset is what a run with it writes.
+TEST(Import, Presets) {
+    for (const std::string& name : preset_names()) {
+        SCOPED_TRACE(name);
+        expect_rewritten(preset_config(name));
+    }
+    EXPECT_EQ(make_registry(preset_config("smollm2-135m")).count(), 134515008);
+    EXPECT_EQ(make_registry(preset_config("llama-3.2-1b")).count(), 1235814400);
+    EXPECT_EQ(make_registry(preset_config("qwen3-0.6b")).count(), 596049920);
+    EXPECT_EQ(make_registry(preset_config("mistral-7b")).count(), 7241732096);
+    EXPECT_EQ(make_registry(preset_config("deepseek-7b")).count(), 6910365696);
+    EXPECT_EQ(make_registry(preset_config("smollm3-3b")).count(), 3075098624);
+    EXPECT_EQ(make_registry(preset_config("qwen3-8b")).count(), 8190735360);
+}
+
+TEST(Import, SlidingWindows) {
+    using Layers = std::vector<bool>;
+    Config c = config_of("mistral", {});
+    EXPECT_EQ(c.window, 4096);          // as in transformers
+    EXPECT_EQ(c.window_of(3, 4096), 0); // no query has more keys
+    EXPECT_EQ(c.window_of(3, 4097), 4096);
+    expect_rewritten(c);
+    c = config_of("mistral", {{"sliding_window", nullptr}});
+    EXPECT_EQ(c.window, 0);
+    EXPECT_EQ(c.window_of(0, 100), 0);
+    expect_rewritten(c);
+
+    for (const char* type : {"qwen2", "qwen3"}) {
+        c = config_of(type, {{"sliding_window", 32}});
+        EXPECT_EQ(c.window, 0);
+        expect_rewritten(c);
+        c = config_of(
+            type, {{"sliding_window", 32}, {"use_sliding_window", true}, {"max_window_layers", 1}});
+        EXPECT_EQ(c.window, 32);
+        EXPECT_EQ(c.window_layers, (Layers{false, true, true, true}));
+        EXPECT_EQ(c.window_of(0, 100), 0);
+        EXPECT_EQ(c.window_of(1, 100), 32);
+        expect_rewritten(c);
+        const json types = {"sliding_attention", "full_attention", "sliding_attention",
+                            "full_attention"};
+        c = config_of(
+            type, {{"sliding_window", 32}, {"use_sliding_window", true}, {"layer_types", types}});
+        EXPECT_EQ(c.window_layers, (Layers{true, false, true, false}));
+        expect_rewritten(c);
+        EXPECT_TRUE(says(error_of([&] {
+                             config_of(type, {{"layer_types", types}});
+                         }),
+                         {"layer_types", "sliding_attention", "without a sliding window"}));
+        EXPECT_TRUE(says(error_of([&] {
+                             config_of(type, {{"layer_types", {"full_attention"}}});
+                         }),
+                         {"layer_types", "4 types"}));
+    }
+    EXPECT_EQ(config_of("qwen3", {}).head_size, 128); // whatever the width
+    EXPECT_EQ(config_of("qwen3", {}).qk_norm, QkNorm::heads);
+
+    c = config_of("smollm3", {});
+    EXPECT_EQ(c.rotated_layers, (Layers{true, true, true, false}));
+    EXPECT_EQ(c.rope_theta, 2e6);
+    expect_rewritten(c);
+    c = config_of(
+        "smollm3",
+        {{"no_rope_layers", {1, 0, 1, 1}}, {"use_sliding_window", true}, {"sliding_window", 8}});
+    EXPECT_EQ(c.rotated_layers, (Layers{true, false, true, true}));
+    EXPECT_EQ(c.window_layers, (Layers{false, true, false, false}));
+    expect_rewritten(c);
+    EXPECT_TRUE(says(error_of([] {
+                         config_of("smollm3", {{"no_rope_layers", {1, 0}}});
+                     }),
+                     {"no_rope_layers", "4 numbers"}));
+    EXPECT_TRUE(says(error_of([] {
+                         config_of("smollm3", {{"no_rope_layers", {1, 0, 2, 1}}});
+                     }),
+                     {"no_rope_layers", "0 or 1"}));
 }
 
 TEST(Program, ExportsAndReadsTheSameModelAgain) {

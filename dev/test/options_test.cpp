@@ -359,7 +359,7 @@ TEST(Options, ModelFromFlags) {
 
     c = config({"-m", "llama-9m", "--arch", "olmo2"});
     EXPECT_EQ(c.model_type, "olmo2");
-    EXPECT_TRUE(c.qk_norm);
+    EXPECT_EQ(c.qk_norm, QkNorm::whole);
     EXPECT_EQ(c.width, 128);
     EXPECT_EQ(c.scheme.name(), "olmo2");
     c = config({"--arch", "gpt2"});

@@ -313,10 +313,17 @@ TEST(Score, TokensOfAQuestion) {
 TEST(Score, PackedRequestsAreThoseOneByOne) {
     const auto questions = random_requests(30);
     const Ranks ranks;
-    for (const auto& [arch, scheme] : std::vector<std::pair<std::string, std::string>>{
-             {"gpt2", "pre"}, {"llama", "lns"}, {"olmo2", "olmo2"}, {"llama", "post"}}) {
+    for (const auto& [arch, scheme] :
+         std::vector<std::pair<std::string, std::string>>{{"gpt2", "pre"},
+                                                          {"llama", "lns"},
+                                                          {"olmo2", "olmo2"},
+                                                          {"llama", "post"},
+                                                          {"mistral", "pre"},
+                                                          {"smollm3", "pre"}}) {
         SCOPED_TRACE(arch);
-        const auto made = make_cpu_model(model_config_of(arch, scheme), 1, 96, {.training = false});
+        Config c = model_config_of(arch, scheme);
+        if (arch == "mistral") c.window = 5;
+        const auto made = make_cpu_model(c, 1, 96, {.training = false});
         Model& model = *made;
         model.initialize(3);
         const auto expected = reference(model, questions);

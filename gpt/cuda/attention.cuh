@@ -18,7 +18,10 @@ struct AttentionShape {
     int B, T, NH, KVH, HS;
     int channels;  // of a head without padding; HS or a few less
     int first = 0; // the first position to compute: k and v before it are valid; 0 unless B is 1
-    Branches branches = {}; // on the GPU
+    Branches branches = {};       // on the GPU
+    int window = 0;               // a query sees so many keys, its own and those before it; 0: all
+    int q_norms = 0, k_norms = 0; // RMSNorms, each of an equal part of q or k: 1 or their heads
+    __host__ __device__ bool heads_normed() const { return q_norms == NH && k_norms == KVH; }
     __host__ __device__ int64_t rows() const { return int64_t(B) * T; }
     __host__ __device__ int q_width() const { return NH * HS; }
     __host__ __device__ int kv_width() const { return KVH * HS; }
@@ -27,6 +30,10 @@ struct AttentionShape {
         return branches.position ? branches.position[row] : row % T;
     }
     __host__ __device__ float scale() const { return 1.0f / sqrtf(float(channels)); }
+    // Of an unbranched sequence: the first key that query t sees, and the end of the queries that
+    // see key t.
+    __device__ int window_begin(int t) const { return window ? max(0, t - window + 1) : 0; }
+    __device__ int window_end(int t) const { return window ? min(T, t + window) : T; }
 };
 
 // cos and sin of position · θ^(−2i/channels), for rotary positions.
@@ -401,8 +408,28 @@ __device__ inline void causal_mask(Accumulator<M, N>& s, int first_row, int firs
             }
 }
 
-// Hides other branches' keys, the columns, from queries of sequence b, the rows. Their score is
-// finite, for a whole tile may be hidden: what it adds to the softmax is then rescaled to 0.
+// The score of a key that a query does not see, although one after it may. It is finite, for a
+// whole tile may be hidden: what it adds to the softmax is then rescaled to 0.
+const float hidden_score = -1e6f;
+
+// Hides the keys (rows or columns) before the query's window.
+template <bool keys_are_rows, int M, int N>
+__device__ inline void window_mask(Accumulator<M, N>& s, int first_row, int first_column,
+                                   int window) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int row = first_row + s.row(m, e), column = first_column + s.column(n, e);
+                if ((keys_are_rows ? column - row : row - column) >= window)
+                    s.x[m][n][e] = hidden_score;
+            }
+}
+
+// Hides the keys, the columns, of other branches and before the window from queries of sequence b,
+// the rows.
 template <int M, int N>
 __device__ inline void branch_mask(Accumulator<M, N>& s, int b, int first_row, int first_column,
                                    const AttentionShape& a) {
@@ -413,13 +440,15 @@ __device__ inline void branch_mask(Accumulator<M, N>& s, int b, int first_row, i
             const int t = first_row + s.row(m, 2 * i);
             if (t >= a.T) continue;
             const int own = a.branches.branch[int64_t(b) * a.T + t];
-            const int begin = own - (t - a.branches.position[int64_t(b) * a.T + t]);
+            const int others = t - a.branches.position[int64_t(b) * a.T + t], begin = own - others;
+            const int window = a.window_begin(t), first = window < own ? window - others : window;
 #pragma unroll
             for (int n = 0; n < N / 8; n++)
 #pragma unroll
                 for (int e = 2 * i; e < 2 * i + 2; e++) {
                     const int column = first_column + s.column(n, e);
-                    if (column >= begin && column < own) s.x[m][n][e] = -1e6f;
+                    if ((column >= begin && column < own) || column < first)
+                        s.x[m][n][e] = hidden_score;
                 }
         }
 }
@@ -452,7 +481,8 @@ __global__ static void __launch_bounds__(attention_threads)
     };
     q_tile.template load<ROWS>(rows + int64_t(t0) * a.row() + h * a.HS, a.row(), a.T - t0, a.HS);
     copy_async_commit();
-    load(0, 0);
+    const int key_begin = a.branches.branch ? 0 : a.window_begin(t0) / STEP * STEP;
+    load(key_begin, 0);
     copy_async_wait<1>();
     __syncthreads();
     const auto q = left_operand<IN_REGISTERS, M>(q_tile, warp_row);
@@ -460,7 +490,7 @@ __global__ static void __launch_bounds__(attention_threads)
     const float c = a.scale() * log2_e;
     Accumulator<M, D> o = {};
     TileSoftmax<M> softmax;
-    for (int key = 0, buffer = 0; key < key_end; key += STEP, buffer ^= STEP) {
+    for (int key = key_begin, buffer = 0; key < key_end; key += STEP, buffer ^= STEP) {
         copy_async_wait<0>();
         __syncthreads(); // the tile has arrived, and nobody reads the previous one any more
         if (key + STEP < key_end) load(key + STEP, buffer ^ STEP);
@@ -470,7 +500,10 @@ __global__ static void __launch_bounds__(attention_threads)
         Accumulator<M, STEP> s = {};
         matmul_transposed(s, q, k);
         if (key + STEP > t + 1) causal_mask<false>(s, t, key);
-        if (a.branches.branch) branch_mask(s, b, t, key, a);
+        if (a.branches.branch)
+            branch_mask(s, b, t, key, a);
+        else if (key < a.window_begin(t + 16 * M - 1))
+            window_mask<false>(s, t, key, a.window);
         softmax.step(s, o, c);
         matmul(o, left_operand(s, own_scratch<M, S, STEP>(scratch)), v);
     }
@@ -546,7 +579,8 @@ __global__ static void __launch_bounds__(attention_threads)
     do_tile.template load<ROWS>(dout + o_at + int64_t(t0) * a.q_width(), a.q_width(), a.T - t0,
                                 a.HS);
     copy_async_commit();
-    load(0, 0);
+    const int key_begin = a.window_begin(t0) / STEP * STEP;
+    load(key_begin, 0);
     output_dot<M, D>(dots + warp_row, dout + o_at + int64_t(t) * a.q_width(),
                      out + o_at + int64_t(t) * a.q_width(), a.q_width(), a.T - t, a.HS);
     copy_async_wait<1>();
@@ -563,7 +597,7 @@ __global__ static void __launch_bounds__(attention_threads)
         row_lse[i / 2][i % 2] = t + row < a.T ? log2_e * lse[at + t + row] : INFINITY;
         dot[i / 2][i % 2] = dots[warp_row + row], sum[i / 2][i % 2] = 0;
     }
-    for (int key = 0, buffer = 0; key < key_end; key += STEP, buffer ^= STEP) {
+    for (int key = key_begin, buffer = 0; key < key_end; key += STEP, buffer ^= STEP) {
         copy_async_wait<0>();
         __syncthreads();
         if (key + STEP < key_end) load(key + STEP, buffer ^ STEP);
@@ -574,6 +608,7 @@ __global__ static void __launch_bounds__(attention_threads)
         matmul_transposed(s, q, k);
         matmul_transposed(ds, dO, v); // dP, which becomes dS below
         if (key + STEP > t + 1) causal_mask<false>(s, t, key);
+        if (key < a.window_begin(t + 16 * M - 1)) window_mask<false>(s, t, key, a.window);
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -623,6 +658,7 @@ __global__ static void __launch_bounds__(attention_threads)
     const int key0 = work.tile * ROWS;
     const int warp_row = threadIdx.x / warp * 16 * M, key = key0 + warp_row;
     int next_h = kv * group, next_t = key0; // the tile of queries to copy next
+    const int query_end = a.window_end(key0 + ROWS - 1);
     auto load = [&](int buffer) {
         const int64_t row = b * a.T + next_t;
         const S* q = qkv + row * a.row() + next_h * a.HS;
@@ -655,7 +691,7 @@ __global__ static void __launch_bounds__(attention_threads)
         copy_async_wait<0>();
         __syncthreads();
         next_t += STEP;
-        if (next_t >= a.T) next_t = key0, next_h++;
+        if (next_t >= query_end) next_t = key0, next_h++;
         more = next_h < (kv + 1) * group;
         if (more) load(buffer ^ STEP);
         if (key >= a.T || t + STEP <= key) continue; // all masked
@@ -665,6 +701,7 @@ __global__ static void __launch_bounds__(attention_threads)
         matmul_transposed(p, k, q);
         matmul_transposed(ds, v, dO);
         if (t + 1 < key + 16 * M) causal_mask<true>(p, key, t);
+        if (a.window && t + STEP > key + a.window) window_mask<true>(p, key, t, a.window);
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll

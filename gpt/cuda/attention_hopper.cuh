@@ -614,10 +614,10 @@ bool launch_backward(bf16* dqkv, const bf16* dout, const bf16* out, const bf16* 
 } // namespace hopper
 
 // As attention_forward of train_gpt.cu. Returns false, and does nothing, if this GPU or shape is
-// not supported: heads have 64 or 128 channels, and positions start at 0.
+// not supported: heads have 64 or 128 channels, positions start at 0, and there is no window.
 inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
                                      const AttentionShape& a, cudaStream_t stream) {
-    if (a.first != 0 || a.branches.branch) return false;
+    if (a.first != 0 || a.branches.branch || a.window) return false;
     if (a.HS == 64) return hopper::launch_forward<64>(out, lse, qkv, a, stream);
     if (a.HS == 128) return hopper::launch_forward<128>(out, lse, qkv, a, stream);
     return false;
@@ -628,7 +628,7 @@ inline bool hopper_attention_forward(bf16* out, float* lse, const bf16* qkv,
 inline bool hopper_attention_backward(bf16* dqkv, const bf16* dout, const bf16* out,
                                       const bf16* qkv, const float* lse, const CosSin* table,
                                       float* delta, const AttentionShape& a, cudaStream_t stream) {
-    if (a.first != 0 || (table && a.channels != a.HS)) return false;
+    if (a.first != 0 || a.window || (table && a.channels != a.HS)) return false;
     if (a.HS == 64)
         return hopper::launch_backward<64>(dqkv, dout, out, qkv, lse, table, delta, a, stream);
     if (a.HS == 128)

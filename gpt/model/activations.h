@@ -24,8 +24,8 @@ struct PassTensors {
     Slots<Array<JunctionStats>> stats; // (rows) of each junction
     Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
     Array<A> unrounded_qkv;            // (rows, the same), where they are rounded after the norm
-    Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), with OLMo 2's norm
-    Slots<Array<NormStats>> qk_stats;  // (rows, 2)
+    Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), where q and k have norms
+    Slots<Array<NormStats>> qk_stats;  // (rows, norms of q and k)
     Slots<Array<S>> attended;          // (rows, NH·HS)
     Slots<Array<A>> lse;               // (rows, NH)
     Slots<Array<S>> hidden, activated; // (rows, H or 2·H), (rows, H)
@@ -60,9 +60,9 @@ struct PassTensors {
         // Without training, every layer's k and v are the KV cache.
         qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
         make(unrounded_qkv, round_late ? rows * c.qkv_width() : 0);
-        const int64_t qk = c.qk_norm ? rows : 0;
+        const int64_t qk = c.qk_norm != QkNorm::none ? rows : 0;
         qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
-        qk_stats.layout(L, qk * 2, make, keep);
+        qk_stats.layout(L, qk * (c.q_norms() + c.k_norms()), make, keep);
         attended.layout(L, rows * c.q_width(), make, keep);
         lse.layout(L, rows * c.heads, make, keep);
         hidden.layout(L, rows * c.mlp_in_width(), make, keep);

@@ -45,11 +45,7 @@ const ConfigKeys gpt2_keys = {
     .written = {{"attn_pdrop", "0.0"}, {"embd_pdrop", "0.0"}, {"resid_pdrop", "0.0"}}};
 
 const std::vector<std::pair<const char*, const char*>> rotary_only = {
-    {"partial_rotary_factor", "1.0"},
-    {"rope_interleaved", "false"},
-    {"use_sliding_window", "false"},
-    {"clip_qkv", "null"},
-    {"sliding_window", "null"}};
+    {"partial_rotary_factor", "1.0"}, {"rope_interleaved", "false"}, {"clip_qkv", "null"}};
 
 const std::vector<Architecture>& architectures() {
     static const std::vector<Architecture> table = {
@@ -77,12 +73,36 @@ const std::vector<Architecture>& architectures() {
          .model_class = "Qwen2ForCausalLM",
          .rope_theta = 1e6,
          .qkv_bias = true, // whatever attention_bias says
+         .windows = WindowLayers::upper,
          .absent_positions = 32768,
          .kv_heads_required = true,
-         .keys = {.attention_bias = nullptr,
-                  .only = {rotary_only.begin(), rotary_only.end() - 1},
-                  .ignored = {"attention_bias", "sliding_window"},
-                  .written = {{"use_sliding_window", "false"}}}},
+         .keys = {.attention_bias = nullptr, .only = rotary_only, .ignored = {"attention_bias"}}},
+        {.model_type = "qwen3",
+         .model_class = "Qwen3ForCausalLM",
+         .rope_theta = 1e6,
+         .qk_norm = QkNorm::heads,
+         .windows = WindowLayers::upper,
+         .absent_positions = 32768,
+         .absent_head_size = 128,
+         .kv_heads_required = true,
+         .keys = {.only = rotary_only}},
+        {.model_type = "mistral",
+         .model_class = "MistralForCausalLM",
+         .norm_eps = 1e-5,
+         .windows = WindowLayers::all,
+         .absent_positions = 4096 * 32,
+         .kv_heads_required = true,
+         .keys = {.attention_bias = nullptr, .only = rotary_only}},
+        {.model_type = "smollm3",
+         .model_class = "SmolLM3ForCausalLM",
+         .rope_theta = 5e6,
+         .windows = WindowLayers::unrotated,
+         .unrotated_every = 4,
+         .tied = true,
+         .absent_rope_theta = 2e6,
+         .absent_positions = 32768,
+         .kv_heads_required = true,
+         .keys = {.mlp_bias = "mlp_bias", .only = rotary_only}},
         {.model_type = "olmo",
          .model_class = "OlmoForCausalLM",
          .norm = NormType::layer,
@@ -92,7 +112,7 @@ const std::vector<Architecture>& architectures() {
         {.model_type = "olmo2",
          .model_class = "Olmo2ForCausalLM",
          .scheme = "olmo2",
-         .qk_norm = true,
+         .qk_norm = QkNorm::whole,
          .absent_norm_eps = 1e-5,
          .keys = {.only = rotary_only}},
     };

@@ -4,7 +4,8 @@
 //
 // Easy to get wrong: rope_theta and norm_eps differ between families; GPT-2's norms and matrices
 // have biases and its head is the embedding; Qwen2's q, k and v alone have biases; OLMo's norm has
-// no parameters; OLMo 2 norms the whole of q and k, before they are split into heads.
+// no parameters; OLMo 2 norms the whole of q and k, Qwen3 each head of them; every fourth layer of
+// SmolLM3 has no positions; a Mistral without the field sliding_window has a window of 4096.
 #pragma once
 
 #include <string>
@@ -15,6 +16,13 @@ namespace lns {
 
 enum class NormType { layer, rms };
 enum class PositionType { learned, rotary };
+
+// RMSNorm of q and k, before the rotation: of each as a whole, or of each of their heads.
+enum class QkNorm { none, whole, heads };
+
+// Which layers a config.json gives a sliding window, unless it has a list: all; those from
+// max_window_layers on; those without rotary positions. But for `all`, only if use_sliding_window.
+enum class WindowLayers { none, all, upper, unrotated };
 
 // The MLP's activations, each a function of each backend.
 enum class Activation { gelu, swiglu };
@@ -81,12 +89,16 @@ struct Architecture {
     Activation activation = Activation::swiglu;
     std::vector<const char*> activation_names = {"silu"}; // in config.json; the first is written
     bool qkv_bias = false, attn_out_bias = false, mlp_bias = false;
-    bool qk_norm = false;
+    QkNorm qk_norm = QkNorm::none;
+    WindowLayers windows = WindowLayers::none;
+    int unrotated_every =
+        0;             // n: every n-th layer has no rotary positions, unless a list says which
     bool tied = false; // the head is the token embedding; also what an absent field means
 
     // What absent fields of a config.json mean to transformers; 0: they are required.
-    double absent_norm_eps = 1e-6;
+    double absent_norm_eps = 1e-6, absent_rope_theta = 10000;
     int absent_positions = 2048;
+    int absent_head_size = 0;       // else width / heads
     int absent_mlp_factor = 0;      // MLP width / width
     bool kv_heads_required = false; // else as many as heads
 

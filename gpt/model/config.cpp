@@ -16,11 +16,17 @@ struct Preset {
     const char *name, *model_type;
     int vocab_size, width, layers, heads, kv_heads, mlp_width, positions;
     bool tied;
+    void (*more)(Config&) = nullptr; // what else differs from the architecture
 };
 
+void llama32(Config& c) {
+    c.norm_eps = 1e-5, c.rope_theta = 5e5;
+    c.rope_scaling = {RopeScaling::llama3, 32, 1, 4, 8192};
+}
+
 // clang-format off
-// The LLaMA sizes are those of arXiv 2502.05795, its code and that of Mix-LN; GPT-2's, Qwen2.5's
-// and OLMo's those of their releases. tiny is ours: deep and narrow, with bytes for tokens.
+// The LLaMA sizes are those of arXiv 2502.05795, its code and that of Mix-LN; the others those of
+// their releases. tiny is ours: deep and narrow, with bytes for tokens.
 const Preset presets[] = {
     // name, type, V, C, L, NH, KVH, H, positions, tied
     {"tiny",          "llama",    257,   64, 16,  4,  4,   176,   1024, false},
@@ -41,9 +47,20 @@ const Preset presets[] = {
     {"llama-1b",      "llama",  32000, 2048, 24, 32, 32,  5461,   2048, false},
     {"llama-3b",      "llama",  32000, 2560, 32, 32, 32,  6848,   2048, false},
     {"llama-7b",      "llama",  32000, 4096, 32, 32, 32, 11008,   2048, false},
+    {"llama-3.2-1b",  "llama", 128256, 2048, 16, 32,  8,  8192, 131072, true, llama32},
+    {"llama-3.2-3b",  "llama", 128256, 3072, 28, 24,  8,  8192, 131072, true, llama32},
+    {"smollm2-135m",  "llama",  49152,  576, 30,  9,  3,  1536,   8192, true,
+     [](Config& c) { c.norm_eps = 1e-5, c.rope_theta = 1e5; }},
+    {"smollm3-3b",    "smollm3", 128256, 2048, 36, 16, 4, 11008,  65536, true},
+    {"deepseek-7b",   "llama", 102400, 4096, 30, 32, 32, 11008,   4096, false},
+    {"mistral-7b",    "mistral", 32000, 4096, 32, 32, 8, 14336,  32768, false,
+     [](Config& c) { c.window = 4096; }},
     {"qwen2.5-0.5b",  "qwen2", 151936,  896, 24, 14,  2,  4864,  32768, true},
     {"qwen2.5-1.5b",  "qwen2", 151936, 1536, 28, 12,  2,  8960,  32768, true},
     {"qwen2.5-7b",    "qwen2", 152064, 3584, 28, 28,  4, 18944,  32768, false},
+    {"qwen3-0.6b",    "qwen3", 151936, 1024, 28, 16,  8,  3072,  40960, true,
+     [](Config& c) { c.head_size = 128; }},
+    {"qwen3-8b",      "qwen3", 151936, 4096, 36, 32,  8, 12288,  40960, false},
     {"olmo-1b",       "olmo",   50304, 2048, 16, 16, 16,  8192,   2048, true},
     {"olmo-7b",       "olmo",   50304, 4096, 32, 32, 32, 11008,   2048, false},
 };
@@ -94,6 +111,7 @@ Config preset_config(const std::string& name) {
             c.mlp_width = p.mlp_width;
             c.positions = p.positions;
             c.tied = p.tied;
+            if (p.more) p.more(c);
             complete_config(c);
             return c;
         }
@@ -111,6 +129,9 @@ void complete_config(Config& c) {
     }
     // A gated MLP's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
     if (c.mlp_width == 0) c.mlp_width = c.gated_mlp() ? (8 * c.width / 3 + 7) / 8 * 8 : 4 * c.width;
+    const int every = architecture_row(c.model_type).unrotated_every;
+    if (every && c.rotated_layers.empty())
+        for (int l = 0; l < c.layers; l++) c.rotated_layers.push_back((l + 1) % every != 0);
     check_config(c);
 }
 
@@ -145,6 +166,11 @@ void check_config(const Config& c) {
             "the head size ", c.head_size,
             " is odd, but rotary positions rotate pairs of channels: choose --width and --heads so "
             "that it is even");
+    for (auto [list, what] :
+         {std::pair{&c.rotated_layers, "rotary positions"}, {&c.window_layers, "a sliding window"}})
+        if (!list->empty() && int(list->size()) != c.layers)
+            fail("the config.json says which of ", list->size(), " layers have ", what,
+                 ", but the model has ", c.layers, ": leave --layers out");
     if (c.scheme.mix_layers > c.layers)
         fail("mix:", c.scheme.mix_layers, " asks for more Post-LN layers than the model's ",
              c.layers);
@@ -170,7 +196,6 @@ const std::set<std::string> harmless = {"_name_or_path",
                                         "transformers_version",
                                         "use_cache",
                                         "model_type",
-                                        "max_window_layers",
                                         "pretraining_tp",
                                         "task_specific_params",
                                         "gradient_checkpointing",
@@ -206,15 +231,16 @@ struct Fields {
         auto it = object.find(key);
         return it == object.end() || it->is_null() ? nullptr : &*it;
     }
-    int integer(const char* key, int otherwise = -1) {
+    int integer(const char* key, int otherwise = -1, int least = 1) {
         const json* value = find(key);
         if (!value) {
             if (otherwise >= 0) return otherwise;
             fail(where, ": the field '", key, "' is missing");
         }
-        if (!value->is_number_integer() || value->get<double>() < 1 || value->get<double>() > 1e8)
+        if (!value->is_number_integer() || value->get<double>() < least ||
+            value->get<double>() > 1e8)
             fail(where, ": the field '", key, "' is ", quoted(*value),
-                 ", expected a whole number from 1 to 1e8");
+                 ", expected a whole number from ", least, " to 1e8");
         return value->get<int>();
     }
     double number(const char* key, double otherwise) {
@@ -255,35 +281,110 @@ void read_sizes(Fields& f, const Architecture& a, Config& c) {
     c.width = f.integer(k.width);
     c.layers = f.integer(k.layers);
     c.heads = f.integer(k.heads);
-    if (k.kv_heads) c.kv_heads = f.integer(k.kv_heads, a.kv_heads_required ? -1 : c.heads);
-    if (k.head_size && f.find(k.head_size)) c.head_size = f.integer(k.head_size);
+    const bool required = a.kv_heads_required && !f.object.contains(k.kv_heads);
+    if (k.kv_heads) c.kv_heads = f.integer(k.kv_heads, required ? -1 : c.heads);
+    if (k.head_size && (f.find(k.head_size) || a.absent_head_size))
+        c.head_size = f.integer(k.head_size, a.absent_head_size);
     c.mlp_width = f.integer(k.mlp_width, a.absent_mlp_factor ? a.absent_mlp_factor * c.width : -1);
     c.positions = f.integer(k.positions, a.absent_positions ? a.absent_positions : -1);
 }
 
-void read_rope(Fields& f, Config& c) {
-    c.rope_theta = f.number("rope_theta", 10000);
-    for (const char* field : {"rope_scaling", "rope_parameters"}) { // the latter of transformers 5
+// rope_theta and rope_scaling, or transformers 5's rope_parameters, which has both.
+void read_rope(Fields& f, const Architecture& a, Config& c) {
+    c.rope_theta = f.number("rope_theta", a.absent_rope_theta);
+    for (const char* field : {"rope_parameters", "rope_scaling"}) { // the latter comes first
         const json* rope = f.find(field);
         if (!rope) continue;
         if (!rope->is_object())
             fail(f.where, ": the field '", field, "' is ", quoted(*rope), ", expected an object");
         Fields inner{*rope, cat(f.where, ", ", field), {}};
-        for (const auto& [key, value] : rope->items()) {
-            const bool unscaled = ((key == "rope_type" || key == "type") && value == "default") ||
-                                  (key == "partial_rotary_factor" && value == 1.0);
-            if (key != "rope_theta" && !unscaled)
-                fail(f.where, ": the field '", field, "' has ", key, " = ", quoted(value),
-                     ", and scaled rotary positions are not supported");
-        }
         c.rope_theta = inner.number("rope_theta", c.rope_theta);
+        inner.only("partial_rotary_factor", 1.0);
+        RopeScaling s;
+        const std::string type = inner.text("rope_type", inner.text("type", "default"));
+        if (type != "default" && type != "linear" && type != "llama3")
+            fail(f.where, ": the field '", field, "' has rotary positions of type \"", type,
+                 "\", and only \"default\", \"linear\" and \"llama3\" are supported");
+        if (type != "default") {
+            s.type = type == "linear" ? RopeScaling::linear : RopeScaling::llama3;
+            if (!inner.find("factor")) fail(inner.where, ": the field 'factor' is missing");
+            s.factor = inner.number("factor", 1);
+        }
+        if (s.type == RopeScaling::llama3) {
+            s.low_frequency = inner.number("low_freq_factor", s.low_frequency);
+            s.high_frequency = inner.number("high_freq_factor", s.high_frequency);
+            s.original_positions = inner.integer("original_max_position_embeddings", c.positions);
+            if (s.low_frequency >= s.high_frequency)
+                fail(inner.where, ": 'low_freq_factor' is ", s.low_frequency,
+                     ", expected less than 'high_freq_factor', ", s.high_frequency);
+        }
+        for (const auto& [key, value] : rope->items())
+            if (!inner.used.count(key) && !value.is_null())
+                fail(inner.where, ": the field '", key, "' (", quoted(value),
+                     ") is not known to this program");
+        c.rope_scaling = s;
+    }
+}
+
+// Which layers have rotary positions: SmolLM3's fields.
+void read_rotated_layers(Fields& f, const Architecture& a, Config& c) {
+    if (!a.unrotated_every) return;
+    const int every = f.integer("no_rope_layer_interval", a.unrotated_every);
+    const json* list = f.find("no_rope_layers"); // 1: a layer that has them
+    if (list && !(list->is_array() && list->size() >= size_t(c.layers)))
+        fail(f.where, ": the field 'no_rope_layers' is ", quoted(*list), ", expected a list of ",
+             c.layers, " numbers, 1 for a layer with rotary positions and 0 for one without");
+    for (int l = 0; l < c.layers; l++) {
+        if (list && (*list)[size_t(l)] != 0 && (*list)[size_t(l)] != 1)
+            fail(f.where, ": the field 'no_rope_layers' has ", quoted((*list)[size_t(l)]),
+                 ", expected 0 or 1");
+        c.rotated_layers.push_back(list ? (*list)[size_t(l)] == 1 : (l + 1) % every != 0);
+    }
+}
+
+// The sliding window, and which layers have it; after read_rotated_layers.
+void read_window(Fields& f, const Architecture& a, Config& c) {
+    const char* full = "full_attention";
+    const char* sliding = "sliding_attention";
+    const bool always = a.windows == WindowLayers::all;
+    if (a.windows == WindowLayers::none) {
+        f.only("use_sliding_window", false);
+        f.only("sliding_window", nullptr);
+    } else {
+        const bool used = f.boolean("use_sliding_window", always);
+        const bool absent = always && !f.object.contains("sliding_window");
+        if (absent || (f.find("sliding_window") && used))
+            c.window = f.integer("sliding_window", absent ? 4096 : -1); // as in transformers 5.24
+    }
+    const int upper = f.integer("max_window_layers", 28, 0);
+    const json* types = f.find("layer_types");
+    if (types && !(types->is_array() && types->size() == size_t(c.layers)))
+        fail(f.where, ": the field 'layer_types' is ", quoted(*types), ", expected a list of ",
+             c.layers, " types, one for each layer");
+    for (int l = 0; l < c.layers; l++) {
+        const json type = types ? (*types)[size_t(l)] : json(nullptr);
+        if (types && type != full && (type != sliding || !c.window))
+            fail(f.where, ": the field 'layer_types' has ", quoted(type), ", and only \"", full,
+                 c.window ? cat("\" and \"", sliding, "\" are supported")
+                          : "\" is supported without a sliding window");
+        if (always && types && c.window && type != sliding)
+            fail(f.where, ": the field 'layer_types' has ", quoted(type), ", but in a ",
+                 a.model_type, " every layer has the sliding window");
+        if (always || !c.window) continue;
+        c.window_layers.push_back(types                              ? type == sliding
+                                  : a.windows == WindowLayers::upper ? l >= upper
+                                                                     : !c.rotates(l));
     }
 }
 
 void read_layers(Fields& f, const Architecture& a, Config& c) {
     const ConfigKeys& k = a.keys;
     if (k.norm_eps) c.norm_eps = f.number(k.norm_eps, a.absent_norm_eps);
-    if (c.rope()) read_rope(f, c);
+    if (c.rope()) {
+        read_rope(f, a, c);
+        read_rotated_layers(f, a, c);
+        read_window(f, a, c);
+    }
     const std::string activation = f.text(k.activation, a.activation_names[0]);
     if (std::find(a.activation_names.begin(), a.activation_names.end(), activation) ==
         a.activation_names.end())
@@ -298,11 +399,6 @@ void read_layers(Fields& f, const Architecture& a, Config& c) {
     for (const char* key : k.ignored) f.find(key);
     for (const auto& [key, value] : f.object.items())
         if (key.starts_with("summary_")) f.used.insert(key); // of another head
-    if (const json* types = f.find("layer_types"))
-        for (const json& type : *types)
-            if (type != "full_attention")
-                fail(f.where, ": the field 'layer_types' has ", quoted(type),
-                     ", and only \"full_attention\" is supported");
     for (const char* key : k.dropouts)
         if (const json* dropout = f.find(key); dropout && *dropout != 0)
             c.notes.push_back(cat(f.where, " has ", key, " ", quoted(*dropout),
@@ -334,6 +430,32 @@ void read_ours(const json& ours, const std::string& where, const Architecture& a
         if (!o.used.count(key))
             fail(where, ": the field '", key, "' (", quoted(value),
                  ") is not known to this program: a newer one wrote it");
+}
+
+// What read_rope, read_rotated_layers and read_window read.
+void write_positions(json& j, const Architecture& a, const Config& c) {
+    j["rope_theta"] = c.rope_theta;
+    const RopeScaling& s = c.rope_scaling;
+    if (s.type != RopeScaling::none) {
+        json& scaling = j["rope_scaling"];
+        scaling = {{"rope_type", s.type == RopeScaling::linear ? "linear" : "llama3"},
+                   {"factor", s.factor}};
+        if (s.type == RopeScaling::llama3)
+            scaling.update({{"low_freq_factor", s.low_frequency},
+                            {"high_freq_factor", s.high_frequency},
+                            {"original_max_position_embeddings", s.original_positions}});
+    }
+    for (int l = 0; a.unrotated_every && l < c.layers; l++)
+        j["no_rope_layers"].push_back(int(c.rotates(l)));
+    if (a.windows == WindowLayers::none) return;
+    j["sliding_window"] = c.window ? json(c.window) : json();
+    if (a.windows == WindowLayers::all) return;
+    j["use_sliding_window"] = c.window > 0;
+    if (!c.window) return;
+    for (bool sliding : c.window_layers)
+        j["layer_types"].push_back(sliding ? "sliding_attention" : "full_attention");
+    const auto first = std::find(c.window_layers.begin(), c.window_layers.end(), true);
+    if (a.windows == WindowLayers::upper) j["max_window_layers"] = first - c.window_layers.begin();
 }
 
 } // namespace
@@ -387,11 +509,11 @@ std::string config_to_json(const Config& c) {
     j[k.layers] = c.layers;
     j[k.heads] = c.heads;
     if (k.kv_heads) j[k.kv_heads] = c.kv_heads;
-    if (k.head_size && c.head_size * c.heads != c.width) j[k.head_size] = c.head_size;
+    if (k.head_size && (c.q_width() != c.width || a.absent_head_size)) j[k.head_size] = c.head_size;
     j[k.mlp_width] = c.mlp_width;
     j[k.positions] = c.positions;
     if (k.norm_eps) j[k.norm_eps] = c.norm_eps;
-    if (c.rope()) j["rope_theta"] = c.rope_theta;
+    if (c.rope()) write_positions(j, a, c);
     j[k.activation] = a.activation_names[0];
     if (k.attention_bias) j[k.attention_bias] = c.qkv_bias;
     if (k.mlp_bias) j[k.mlp_bias] = c.mlp_bias;
@@ -434,6 +556,12 @@ std::string config_difference(const Config& found, const Config& wanted) {
         s.scaled_init = false; // only where training started
         return s.name();
     };
+    auto positions = [](const Config& c) {
+        json fields;
+        write_positions(fields, architecture_row(c.model_type), c);
+        fields.erase("rope_theta");
+        return fields.dump();
+    };
     for (const std::string& difference :
          {differs("architecture", found.model_type, wanted.model_type),
           differs("number of layers", found.layers, wanted.layers),
@@ -447,6 +575,7 @@ std::string config_difference(const Config& found, const Config& wanted) {
           differs("LNS power", found.scheme.lns_power, wanted.scheme.lns_power),
           differs("LNS sites", found.scheme.sites(), wanted.scheme.sites()),
           differs("rope_theta", found.rope_theta, wanted.rope_theta),
+          wanted.rope() ? differs("position settings", positions(found), positions(wanted)) : "",
           differs("norm epsilon", found.norm_eps, wanted.norm_eps),
           differs("biases of q, k and v (0 or 1)", found.qkv_bias, wanted.qkv_bias),
           differs("bias of the attention's output (0 or 1)", found.attn_out_bias,

@@ -10,6 +10,19 @@
 
 namespace lns {
 
+// The rotary positions of models that were pre-trained on shorter texts turn slower: all channels
+// by a factor; or, in Llama 3.1 and later, those whose period is long beside the original texts.
+struct RopeScaling {
+    enum Type { none, linear, llama3 };
+    Type type = none;
+    double factor = 1;
+    // llama3: channels turn as before if their period is at most original_positions /
+    // high_frequency, `factor` times slower if it is at least original_positions / low_frequency.
+    double low_frequency = 1, high_frequency = 4;
+    int original_positions = 0;
+    bool operator==(const RopeScaling&) const = default;
+};
+
 struct Config {
     std::string preset;               // "llama-130m", or "" when from elsewhere
     std::string model_type = "llama"; // the architecture, as Hugging Face has it
@@ -29,9 +42,13 @@ struct Config {
     double norm_eps = 1e-6;
     PositionType position_type = PositionType::rotary;
     double rope_theta = 10000;
+    RopeScaling rope_scaling;
+    std::vector<bool> rotated_layers; // which have rotary positions; empty: all
+    int window = 0; // a query sees so many keys, its own and those before it; 0: all
+    std::vector<bool> window_layers;            // which have that window; empty: all
     Activation activation = Activation::swiglu; // of the MLP
     bool qkv_bias = false, attn_out_bias = false, mlp_bias = false;
-    bool qk_norm = false;
+    QkNorm qk_norm = QkNorm::none;
     bool tied = false; // the head is the embedding
 
     Scheme scheme;
@@ -41,11 +58,20 @@ struct Config {
     std::vector<std::string> notes; // from reading a config.json, for the user
 
     bool rope() const { return position_type == PositionType::rotary; }
+    bool rotates(int l) const {
+        return rope() && (rotated_layers.empty() || rotated_layers[size_t(l)]);
+    }
+    // Of layer l in sequences of T tokens; 0: no query has so many keys.
+    int window_of(int l, int T) const {
+        return window < T && (window_layers.empty() || window_layers[size_t(l)]) ? window : 0;
+    }
     const ActivationRow& activation_row() const { return activations[int(activation)]; }
     bool gated_mlp() const { return activation_row().gated; }
     int q_width() const { return heads * head_size; }
     int kv_width() const { return kv_heads * head_size; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }
+    int q_norms() const { return qk_norm == QkNorm::heads ? heads : qk_norm != QkNorm::none; }
+    int k_norms() const { return qk_norm == QkNorm::heads ? kv_heads : qk_norm != QkNorm::none; }
     int mlp_in_width() const { return gated_mlp() ? 2 * mlp_width : mlp_width; } // gate and up
 };
 

@@ -1,6 +1,7 @@
 // What the layers of both backends share: a junction's parameters and the rotary table.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -44,13 +45,26 @@ inline Junction entering(const Junction& j) {
     return in;
 }
 
-// Rotary positions (arXiv 2104.09864): table (positions, HS/2) of (cos, sin) of t · θ^(−2i/HS).
+// The angle by which channel i of HS/2 turns from one position to the next: θ^(−2i/HS)
+// (arXiv 2104.09864), scaled as transformers does (5.24, modeling_rope_utils.py).
+inline double rotary_frequency(const Config& c, int i) {
+    const RopeScaling& s = c.rope_scaling;
+    const double frequency = std::pow(c.rope_theta, -2.0 * i / c.head_size);
+    if (s.type == RopeScaling::none) return frequency;
+    if (s.type == RopeScaling::linear) return frequency / s.factor;
+    const double periods = s.original_positions * frequency / (2 * 3.14159265358979323846);
+    const double kept =
+        std::clamp((periods - s.low_frequency) / (s.high_frequency - s.low_frequency), 0.0, 1.0);
+    return frequency * (kept + (1 - kept) / s.factor);
+}
+
+// Rotary positions: table (positions, HS/2) of (cos, sin).
 template <class CosSin> void fill_rotary_table(CosSin* table, const Config& c, int64_t positions) {
     using A = decltype(table->cos);
     const int half = c.head_size / 2;
     for (int64_t t = 0; t < positions; t++)
         for (int i = 0; i < half; i++) {
-            const double angle = double(t) * std::pow(c.rope_theta, -2.0 * i / c.head_size);
+            const double angle = double(t) * rotary_frequency(c, i);
             table[t * half + i] = {A(std::cos(angle)), A(std::sin(angle))};
         }
 }

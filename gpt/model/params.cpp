@@ -138,9 +138,9 @@ struct Builder {
     void attention(LayerParams& p, const std::string& attn) {
         const int Q = c.q_width();
         qkv(p, attn);
-        if (c.qk_norm) {
-            p.q_norm = vector(attn + "q_norm.weight", Q, 1);
-            p.k_norm = vector(attn + "k_norm.weight", c.kv_width(), 1);
+        if (c.qk_norm != QkNorm::none) {
+            p.q_norm = vector(attn + "q_norm.weight", Q / c.q_norms(), 1);
+            p.k_norm = vector(attn + "k_norm.weight", c.kv_width() / c.k_norms(), 1);
         }
         align();
         p.attn_out = matrix(attn + names.attn_out, C, Q, std_of(C, Q, false, true));

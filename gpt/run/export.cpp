@@ -78,6 +78,12 @@ void drop_layers(ExportPlan& plan, const Config& model) {
                      ": layers of this model cannot be dropped");
     }
     plan.config.layers = left;
+    for (auto list : {&Config::rotated_layers, &Config::window_layers}) {
+        std::vector<bool> kept;
+        for (int l : plan.layers)
+            if (!(model.*list).empty()) kept.push_back((model.*list)[size_t(l)]);
+        plan.config.*list = kept;
+    }
 }
 
 } // namespace

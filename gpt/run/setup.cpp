@@ -69,6 +69,7 @@ Config model_config(const Options& o) {
     if (o.width || o.heads) c.head_size = 0;
     if (o.heads) c.kv_heads = 0;
     if (o.width) c.mlp_width = 0;
+    if (o.layers && architecture_row(c.model_type).unrotated_every) c.rotated_layers.clear();
     for (auto [given, size] : {std::pair{o.layers, &c.layers},
                                {o.width, &c.width},
                                {o.heads, &c.heads},
