@@ -875,13 +875,13 @@ template <int N, class X> __device__ inline void store_some(X* at, const float (
 // Rotary positions (arXiv 2104.09864) with Hugging Face's pairing: channel i of a head is rotated
 // with channel i + channels/2. A block has a row, a thread N channels of a first half and their
 // partners.
-template <int N, class S, class X>
+template <QkNorm norm, int N, class S, class X>
 __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats* stats,
                                          const S* q_weight, const S* k_weight, float eps,
                                          const CosSin* table, AttentionShape a) {
     SharedMemory shared;
     float* exchange = shared.take<float>(2 * warp);
-    float* head_rstd = shared.take<float>(a.NH + a.KVH);
+    float* head_rstd = norm == QkNorm::heads ? shared.take<float>(a.NH + a.KVH) : nullptr;
     const int Q = a.q_width(), K = a.kv_width();
     const int half = (a.channels + 1) / 2; // an odd last channel is paired with padding
     const int units = half / N;            // of a head
@@ -894,9 +894,8 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
             load8(v, x + at);
             store8(y + at, v);
         }
-    float rstd[2] = {1, 1}; // of q, of k
-    const bool of_heads = a.heads_normed();
-    if (raw && of_heads) { // a warp has a head
+    float rstd[2] = {1, 1};                // of q, of k
+    if constexpr (norm == QkNorm::heads) { // a warp has a head
         for (int head = threadIdx.x / warp; head < a.NH + a.KVH; head += blockDim.x / warp) {
             float square = 0;
             for (int unit = threadIdx.x % warp; unit < units; unit += warp) {
@@ -915,7 +914,7 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
             }
         }
         __syncthreads();
-    } else if (raw) {
+    } else if constexpr (norm == QkNorm::whole) {
         float squares[2] = {};
         for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
             const int head = unit / units, at = head * a.HS + unit % units * N;
@@ -937,7 +936,8 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
         const int head = unit / units, i0 = unit % units * N, at = head * a.HS + i0;
         float low[N], high[N];
         load_some(low, x + at), load_some(high, x + at + half);
-        if (raw) {
+        if constexpr (norm != QkNorm::none) {
+            constexpr bool of_heads = norm == QkNorm::heads;
             const bool is_q = head < a.NH;
             const S* weight = (is_q ? q_weight : k_weight) + (of_heads ? i0 : is_q ? at : at - Q);
             const float scale = of_heads ? head_rstd[head] : is_q ? rstd[0] : rstd[1];
@@ -976,10 +976,18 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats* stats, const S* q_weight
     if (!raw && !table && std::is_same_v<S, X>) return;
     const bool whole = a.channels % 16 == 0; // both halves are vectors of 8
     const int units = (a.NH + a.KVH) * blocks_for(a.channels, whole ? 16 : 2);
-    launch(whole ? qk_forward_kernel<8, S, X> : qk_forward_kernel<1, S, X>,
-           unsigned(a.rows() - a.first), threads_for(units, 512),
-           shared_bytes<float>(2 * warp) + shared_bytes<float>(a.NH + a.KVH), stream, qkv, in, raw,
-           stats, q_weight, k_weight, float(eps), table, a);
+    auto launch_with = [&]<QkNorm norm>() {
+        launch(whole ? qk_forward_kernel<norm, 8, S, X> : qk_forward_kernel<norm, 1, S, X>,
+               unsigned(a.rows() - a.first), threads_for(units, 512),
+               shared_bytes<float>(2 * warp) + shared_bytes<float>(a.NH + a.KVH), stream, qkv, in,
+               raw, stats, q_weight, k_weight, float(eps), table, a);
+    };
+    if (!raw)
+        launch_with.template operator()<QkNorm::none>();
+    else if (a.heads_normed())
+        launch_with.template operator()<QkNorm::heads>();
+    else
+        launch_with.template operator()<QkNorm::whole>();
 }
 
 // The norms of one row's heads; a warp has a head. sums: as below.
@@ -1019,7 +1027,7 @@ __device__ inline void qk_head_norms_backward(S* dy, const S* x, const NormStats
 // In place on dqkv's q and k. Each block loops over rows and accumulates the weights' gradients of
 // all of them: partial (gridDim.x, Q + K), or (gridDim.x, 2·HS) if the norms are of heads. With g =
 // w ⊙ dy: dx = rstd · (g − x̂ · mean(g ⊙ x̂)).
-template <int N, class S>
+template <bool of_heads, int N, class S>
 __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const NormStats* stats,
                                                const S* q_weight, const S* k_weight, float* partial,
                                                AttentionShape a) {
@@ -1033,7 +1041,7 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
     for (int64_t row = blockIdx.x; row < a.rows(); row += gridDim.x) {
         S* dy = dqkv + row * a.row();
         const S* x = raw + row * width;
-        if (a.heads_normed()) {
+        if constexpr (of_heads) {
             qk_head_norms_backward<N>(dy, x, stats + row * (a.NH + a.KVH), q_weight, k_weight, sums,
                                       a);
             continue;
@@ -1075,7 +1083,7 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
         }
     }
     __syncthreads();
-    if (a.heads_normed()) {
+    if constexpr (of_heads) {
         for (int i = threadIdx.x; i < 2 * a.HS; i += blockDim.x) {
             const int begin = i < a.HS ? 0 : a.NH, end = i < a.HS ? a.NH : a.NH + a.KVH;
             float sum = 0;
@@ -1083,10 +1091,10 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
                 sum += sums[index_of_sum(head * a.HS + i % a.HS, width)];
             partial[int64_t(blockIdx.x) * 2 * a.HS + i] = sum;
         }
-        return;
+    } else {
+        for (int i = threadIdx.x; i < width; i += blockDim.x)
+            partial[int64_t(blockIdx.x) * width + i] = sums[index_of_sum(i, width)];
     }
-    for (int i = threadIdx.x; i < width; i += blockDim.x)
-        partial[int64_t(blockIdx.x) * width + i] = sums[index_of_sum(i, width)];
 }
 
 inline int qk_norm_parts(const AttentionShape& a) { return int(std::min<int64_t>(512, a.rows())); }
@@ -1103,9 +1111,15 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_
     const int Q = a.q_width(), K = a.kv_width(), parts = qk_norm_parts(a);
     const bool whole = a.channels % 8 == 0;
     const int units = (a.NH + a.KVH) * (a.channels / (whole ? 8 : 1));
-    launch(whole ? qk_norm_backward_kernel<8, S> : qk_norm_backward_kernel<1, S>, parts,
-           threads_for(units, 512), shared_bytes<float>(2 * warp) + shared_bytes<float>(Q + K),
-           stream, dqkv, raw, stats, q_weight, k_weight, scratch, a);
+    auto launch_with = [&]<bool of_heads>() {
+        launch(whole ? qk_norm_backward_kernel<of_heads, 8, S>
+                     : qk_norm_backward_kernel<of_heads, 1, S>,
+               parts, threads_for(units, 512),
+               shared_bytes<float>(2 * warp) + shared_bytes<float>(Q + K), stream, dqkv, raw, stats,
+               q_weight, k_weight, scratch, a);
+    };
+    a.heads_normed() ? launch_with.template operator()<true>()
+                     : launch_with.template operator()<false>();
     const int q_weights = Q / a.q_norms, k_weights = K / a.k_norms;
     add_partial_sums(dq_weight, scratch, parts, q_weights + k_weights, q_weights, stream);
     add_partial_sums(dk_weight, scratch + q_weights, parts, q_weights + k_weights, k_weights,
