@@ -102,9 +102,10 @@ void add_optimizer(FlagList& f, Options& o) {
              "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795; "
              "paper-sft: its fine-tuning, with LISA");
     add_optimizer_name(f, o);
-    f.count("--lisa", o.lisa, 0, 100000,
-            "layers that train at a time, beside embeddings and head (LISA, arXiv 2403.17919); 0: "
-            "all");
+    f.count(
+        "--lisa", o.lisa, 0, 100000,
+        "layers that train at a time (LISA, arXiv 2403.17919), beside embeddings, final norm and "
+        "head; 0: all");
     f.count("--lisa-interval", o.lisa_interval, 1, most, "steps until other layers are drawn");
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, most_seed, "steps of the whole run");
