@@ -207,8 +207,9 @@ TEST(Train, LearnsInBf16LikeInFloat32) {
 TEST(Train, WithLisaOnlyDrawnLayersChange) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
-    const std::string flags = small_model + "--layers 4 -d 64 -x 8 --save-every 1 --keep 0 ";
-    Finished f = train_gpt(flags + "--lisa 2 --lisa-interval 3 -o " + dir / "lisa");
+    const std::string flags = small_model + "--layers 4 -d 64 -x 8 ";
+    Finished f =
+        train_gpt(flags + "--lisa 2 --lisa-interval 3 --save-every 1 --keep 0 -o " + dir / "lisa");
     ASSERT_EQ(f.status, 0) << f.output;
     EXPECT_TRUE(says(f.output, {"LISA       2 of 4 layers at a time, drawn anew every 3 steps"}));
     const std::vector<json> log = log_of(dir / "lisa");
