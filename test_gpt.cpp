@@ -24,6 +24,7 @@
 #include "gpt/base/terminal.h"
 #include "gpt/cpu/gemm_kernel.h"
 #include "gpt/cuda/gpu.h"
+#include "gpt/model/lisa.h"
 #include "gpt/run/probe.h"
 #include "gpt/run/safetensors.h"
 
@@ -1621,6 +1622,109 @@ Row check_ranges(Device device) {
     return row;
 }
 
+// The layer of a parameter, from 0, by its name; −1: none.
+int layer_by_name(const std::string& name) {
+    for (const char* layers : {".layers.", ".h."})
+        if (const size_t at = name.find(layers); at != std::string::npos)
+            return std::stoi(name.substr(at + std::string(layers).size()));
+    return -1;
+}
+
+// Steps with LISA: layers that rest keep all their bits and have no gradient; the others have those
+// of a pass through the whole model, and are updated by AdamW with their own number of steps, as
+// torch.optim.AdamW counts for each tensor.
+Row check_lisa(const std::string& name, const std::string& scheme, const ModelOptions& options) {
+    const bool cuda = options.device == Device::cuda, bf16 = options.dtype == DType::bf16;
+    Row row{cat(cuda ? "cuda: " : "", "LISA  ", name, "  ", scheme,
+                !bf16                    ? " float"
+                : options.master_weights ? " bf16"
+                                         : " pure bf16",
+                options.recompute == Recompute::none ? "" : " --recompute")};
+    const Config c = bf16_config(name, scheme);
+    const int B = 2, T = 9, M = 2;
+    std::vector<int> inputs, targets;
+    test_batch(c, M * B * T, inputs, targets, true);
+    auto make = [&] {
+        return cuda ? gpu_model(c, B, T, options) : make_cpu_model(c, B, T, options);
+    };
+    const std::unique_ptr<Model> model = make(), full = make();
+    fill_weights(*model);
+    const std::vector<Param>& params = model->registry.params;
+    auto tensors = [&](Model& from, Buffer buffer) {
+        std::vector<std::vector<float>> all;
+        for (const Param& p : from.registry.params)
+            from.read(buffer, p, all.emplace_back(size_t(p.size())).data());
+        return all;
+    };
+    const std::vector<Buffer> buffers = {
+        Buffer::parameters, {Buffer::state, 0}, {Buffer::state, 1}};
+    auto weights_and_moments = [&] {
+        std::vector<std::vector<std::vector<float>>> all;
+        for (Buffer buffer : buffers) all.push_back(tensors(*model, buffer));
+        return all;
+    };
+
+    Lisa lisa(3, c.layers, 1, 1); // draws layers 2, 1, 0, 2
+    Hyperparameters adam{.lr = 1e-2, .beta2 = 0.95, .weight_decay = 0.1};
+    const double scale = 0.02, clip = 0.05;
+    std::vector<int> updates(size_t(c.layers));
+    int wrong_gradients = 0, moved = 0, stuck = 0, clipped = 0;
+    double norm_error = 0;
+    Doubles changes, expected_changes;
+    for (adam.step = 1; adam.step <= 4; adam.step++) {
+        const auto before = weights_and_moments();
+        for (size_t n = 0; n < params.size(); n++)
+            full->write(Buffer::parameters, full->registry.params[n], before[0][n].data());
+        full->zero_gradients();
+        for (int m = 0; m < M; m++)
+            full->loss_and_gradients(&inputs[m * B * T], &targets[m * B * T], B, T, scale);
+        const auto all_gradients = tensors(*full, Buffer::gradients);
+
+        adam.layer_steps = lisa.updates(adam.step);
+        model->begin_step({inputs.data(), targets.data(), M, B, T, scale, clip, adam});
+        const double norm = model->end_step().grad_norm;
+        const auto after = weights_and_moments();
+        const auto gradients = tensors(*model, Buffer::gradients);
+        for (int layer : lisa.drawn) updates[size_t(layer)]++;
+
+        double square = 0;
+        const double factor = norm > clip ? clip / norm : 1;
+        clipped += norm > clip;
+        for (size_t n = 0; n < params.size(); n++) {
+            const int layer = layer_by_name(params[n].name);
+            const std::vector<float>&g = gradients[n], &w = before[0][n];
+            if (layer >= 0 && std::count(lisa.drawn.begin(), lisa.drawn.end(), layer) == 0) {
+                wrong_gradients += g != std::vector<float>(g.size());
+                for (size_t i = 0; i < buffers.size(); i++) moved += after[i][n] != before[i][n];
+                continue;
+            }
+            wrong_gradients += g != all_gradients[n];
+            stuck += after[0][n] == w;
+            const int t = layer < 0 ? int(adam.step) : updates[size_t(layer)];
+            for (size_t i = 0; i < g.size(); i++) {
+                square += double(g[i]) * g[i];
+                const double d = factor * g[i], decay = params[n].shape.size() == 2 ? 0.1 : 0;
+                const double m = 0.9 * before[1][n][i] + 0.1 * d;
+                const double v = 0.95 * before[2][n][i] + 0.05 * d * d;
+                const double mhat = m / (1 - std::pow(0.9, t)), vhat = v / (1 - std::pow(0.95, t));
+                expected_changes.push_back(-1e-2 *
+                                           (mhat / (std::sqrt(vhat) + 1e-8) + decay * w[i]));
+                changes.push_back(double(after[0][n][i]) - w[i]);
+            }
+        }
+        norm_error = std::max(norm_error, std::fabs(norm - std::sqrt(square)) / norm);
+    }
+    if (updates != std::vector<int>{1, 1, 2}) row.note = "other layers trained";
+    if (clipped == 0) row.note = "nothing was clipped";
+    row.add("gradients", wrong_gradients, 0);
+    row.add("norm", norm_error, 1e-6);
+    row.add("resting layers changed", moved, 0);
+    row.add("others did not", stuck, 0);
+    row.add("update", relative_error(changes, expected_changes, 0),
+            bf16 && !options.master_weights ? 0.1 : 1e-4);
+    return row;
+}
+
 // check_rounding on the GPU.
 Row check_gpu_rounding() {
     Row row{"cuda: AdamW in bf16: master weights, nearest, stochastic"};
@@ -1876,6 +1980,19 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
              [&] { return check_gpu_step(gradients); });
     keep("AdamW in bf16: master weights, nearest, stochastic", check_gpu_rounding);
     keep("AdamW in ranges of the buffers", [] { return check_ranges(Device::cuda); });
+    keep("LISA", [] {
+        return check_lisa("qwen2", "sandwich+gpas", {.device = Device::cuda, .dtype = DType::bf16});
+    });
+    keep("LISA in pure bf16", [] {
+        return check_lisa("olmo2", "olmo2",
+                          {.device = Device::cuda,
+                           .dtype = DType::bf16,
+                           .master_weights = false,
+                           .moments = DType::bf16,
+                           .gradients = DType::bf16,
+                           .stochastic_rounding = true,
+                           .recompute = Recompute::activations});
+    });
     keep("--dry-run's bytes are those allocated", check_gpu_plan);
     // Training is chaotic: two runs in float that differ only by rounding diverge this far.
     keep("200 steps in float32 as on the CPU in float32",
@@ -1930,6 +2047,15 @@ std::vector<Row> all_rows(const std::string& filter) {
     for (int i = 0; i < int(std::size(activations)); i++) keep(check_activation(Activation(i)));
     keep(check_cross_entropy()), keep(check_adamw()), keep(check_ranges(Device::cpu));
     keep(check_rounding());
+    keep(check_lisa("llama-gqa", "lns", {}));
+    keep(check_lisa("qwen2", "sandwich+gpas", {.dtype = DType::bf16}));
+    keep(check_lisa("gpt2", "post", {.recompute = Recompute::layers}));
+    keep(check_lisa("olmo2", "olmo2",
+                    {.dtype = DType::bf16,
+                     .master_weights = false,
+                     .moments = DType::bf16,
+                     .stochastic_rounding = true,
+                     .recompute = Recompute::activations}));
 
     for (const std::string& scheme : scheme_names()) keep(check_initialization(scheme));
     for (const char* scheme : {"lns+gpas+scaled-init", "deepnorm+scaled-init"})

@@ -753,8 +753,9 @@ void adamw_update(const AdamWBuffers<S, W, M>& x, const Hyperparameters& o,
                   const Registry& registry, const UpdateRange& range) {
     using A = Acc<S>;
     const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
-    const A correction1 = A(1 / (1 - std::pow(o.beta1, double(o.step))));
-    const A correction2 = A(1 / (1 - std::pow(o.beta2, double(o.step))));
+    const double t = double(o.step_of(range.layer));
+    const A correction1 = A(1 / (1 - std::pow(o.beta1, t)));
+    const A correction2 = A(1 / (1 - std::pow(o.beta2, t)));
     const A scale = A(o.grad_scale);
     W* weights = x.weights;
     S* copy = x.parameters;
@@ -998,23 +999,23 @@ template <class S> struct CpuModel : Model {
     struct Matrix {
         const char* name;
         int64_t weight, bias;
-        int C, OC;
+        int C, OC, layer;
     };
     Matrix qkv_matrix(int l) const {
         const LayerParams& p = registry.layers[l];
-        return {"qkv", p.qkv, p.qkv_bias, config.width, config.qkv_width()};
+        return {"qkv", p.qkv, p.qkv_bias, config.width, config.qkv_width(), l};
     }
     Matrix attention_out_matrix(int l) const {
         const LayerParams& p = registry.layers[l];
-        return {"attention out", p.attn_out, p.attn_out_bias, config.q_width(), config.width};
+        return {"attention out", p.attn_out, p.attn_out_bias, config.q_width(), config.width, l};
     }
     Matrix mlp_in_matrix(int l) const {
         const LayerParams& p = registry.layers[l];
-        return {"MLP in", p.mlp_in, p.mlp_in_bias, config.width, config.mlp_in_width()};
+        return {"MLP in", p.mlp_in, p.mlp_in_bias, config.width, config.mlp_in_width(), l};
     }
     Matrix mlp_out_matrix(int l) const {
         const LayerParams& p = registry.layers[l];
-        return {"MLP out", p.mlp_out, p.mlp_out_bias, config.mlp_width, config.width};
+        return {"MLP out", p.mlp_out, p.mlp_out_bias, config.mlp_width, config.width, l};
     }
     template <class Out> void multiply_forward(Out* out, const S* in, const Matrix& m) {
         const Timed timer(profile, costs().matmul_forward(m.name, rows(), m.C, m.OC, sizeof(Out)));
@@ -1032,6 +1033,7 @@ template <class S> struct CpuModel : Model {
             const Timed timer(profile, costs().matmul_backward_input(m.name, rows(), m.C, m.OC));
             matmul_backward_input(din, dout, weight(m.weight), rows(), m.C, m.OC);
         }
+        if (of_gradients.rests(m.layer)) return;
         const bool add = !overwrite_gradients;
         const Timed timer(profile, costs().matmul_backward_weight(m.name, rows(), m.C, m.OC, add));
         matmul_backward_weight(gradient(m.weight), gradient(m.bias), dout, in, rows(), m.C, m.OC,
@@ -1244,12 +1246,15 @@ template <class S> struct CpuModel : Model {
     }
 
     // The first backward pass overwrites the gradients of matmuls: only the others are zeroed here.
-    void zero_gradients() override {
+    void zero_gradients(const Hyperparameters& hyperparameters = {}) override {
         const Timed timer(profile, costs().zero_gradients());
+        of_gradients = hyperparameters;
         overwrite_gradients = true;
         zero_gradients_where([&](const Param& p) { return !overwritten(p); });
     }
-    bool overwritten(const Param& p) const { return p.layer_matrix || p.offset == registry.head; }
+    bool overwritten(const Param& p) const {
+        return p.offset == registry.head || (p.layer_matrix && !of_gradients.rests(p.layer));
+    }
     // Before anything reads gradients that no pass has written.
     void zero_remaining_gradients() {
         if (!overwrite_gradients || gradients.size == 0) return;
@@ -1269,6 +1274,9 @@ template <class S> struct CpuModel : Model {
     double gradient_norm() override {
         const Timed timer(profile, costs().gradient_norm(registry.size));
         zero_remaining_gradients();
+        // Norms and biases of layers that rest have gradients so far.
+        zero_gradients_where(
+            [&](const Param& p) { return !p.layer_matrix && of_gradients.rests(p.layer); });
         return std::sqrt(sum_of_squares(gradients.begin(), registry.size));
     }
 
@@ -1276,6 +1284,7 @@ template <class S> struct CpuModel : Model {
         kv_cache_valid = false;
         zero_remaining_gradients();
         for (const UpdateRange& range : optimizer_layout.ranges) {
+            if (o.rests(range.layer)) continue;
             if (master.size)
                 update_range(o, range, master.begin(), parameters.begin());
             else
@@ -1377,6 +1386,7 @@ std::optional<Step> train_step(Run& run) {
     input.grad_clip = o.grad_clip;
     const double lr = learning_rate(run.schedule, number);
     input.hyperparameters = hyperparameters(o, lr, number);
+    if (run.lisa) input.hyperparameters.layer_steps = run.lisa->updates(number);
 
     begin_step(run, input);
     draw_next_tokens(run);

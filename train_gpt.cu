@@ -1455,7 +1455,8 @@ void gradient_norm(double* norm, const G* gradients, int64_t n, double* scratch,
            blocks);
 }
 
-// A step's hyperparameters. They are on the GPU, so that a captured graph reads the current step's.
+// A step's hyperparameters, of one layer or of what belongs to none (−1). They are on the GPU, so
+// that a captured graph reads the current step's.
 struct UpdateStep {
     float lr, beta1, beta2, eps, weight_decay;
     float correction1, correction2; // 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ)
@@ -1463,14 +1464,15 @@ struct UpdateStep {
     float grad_scale;               // multiplies every gradient, where there is no norm
     uint32_t step;
 };
-inline UpdateStep make_update_step(const Hyperparameters& o, double grad_clip) {
+inline UpdateStep make_update_step(const Hyperparameters& o, double grad_clip, int layer) {
+    const double t = double(o.step_of(layer));
     return {.lr = float(o.lr),
             .beta1 = float(o.beta1),
             .beta2 = float(o.beta2),
             .eps = float(o.eps),
             .weight_decay = float(o.weight_decay),
-            .correction1 = float(1 / (1 - std::pow(o.beta1, double(o.step)))),
-            .correction2 = float(1 / (1 - std::pow(o.beta2, double(o.step)))),
+            .correction1 = float(1 / (1 - std::pow(o.beta1, t))),
+            .correction2 = float(1 / (1 - std::pow(o.beta2, t))),
             .grad_clip = float(grad_clip),
             .grad_scale = float(o.grad_scale),
             .step = uint32_t(o.step)};
@@ -1613,8 +1615,8 @@ template <class S, class G> struct CudaModel : Model {
     // What a step computes and reads on the GPU without the host.
     Array<double> sums; // loss, gradient norm, then the norm's scratch
     Pinned<double> host_sums;
-    Array<UpdateStep> update_step;
-    Pinned<UpdateStep> host_update_step;
+    Array<UpdateStep> update_steps; // of what belongs to no layer, then of each layer
+    Pinned<UpdateStep> host_update_steps;
 
     Array<int> batch;   // the current micro-batch, as BatchLayout has it
     Array<int> batches; // a step's, copied ahead
@@ -1671,8 +1673,8 @@ template <class S, class G> struct CudaModel : Model {
             }
             make(decays, blocks_for(n, 8 * 32));
             upload_decays();
-            make(update_step, 1);
-            host_update_step = Pinned<UpdateStep>(1);
+            make(update_steps, 1 + c.layers);
+            host_update_steps = Pinned<UpdateStep>(1 + c.layers);
         }
         acts.layout(padded_config, max_B, max_T, o, multiprocessors, make);
         make(sums, 2 + norm_blocks);
@@ -1848,25 +1850,27 @@ template <class S, class G> struct CudaModel : Model {
     struct Matrix {
         const char* name;
         int64_t weight, bias;
-        int C, OC;
+        int C, OC, layer;
     };
     Matrix qkv_matrix(int l) const {
         const LayerParams& p = padded_registry.layers[l];
-        return {"qkv", p.qkv, p.qkv_bias, padded_config.width, padded_config.qkv_width()};
+        const Config& c = padded_config;
+        return {"qkv", p.qkv, p.qkv_bias, c.width, c.qkv_width(), l};
     }
     Matrix attention_out_matrix(int l) const {
         const LayerParams& p = padded_registry.layers[l];
-        return {"attention out", p.attn_out, p.attn_out_bias, padded_config.q_width(),
-                padded_config.width};
+        const Config& c = padded_config;
+        return {"attention out", p.attn_out, p.attn_out_bias, c.q_width(), c.width, l};
     }
     Matrix mlp_in_matrix(int l) const {
         const LayerParams& p = padded_registry.layers[l];
-        return {"MLP in", p.mlp_in, p.mlp_in_bias, padded_config.width,
-                padded_config.mlp_in_width()};
+        const Config& c = padded_config;
+        return {"MLP in", p.mlp_in, p.mlp_in_bias, c.width, c.mlp_in_width(), l};
     }
     Matrix mlp_out_matrix(int l) const {
         const LayerParams& p = padded_registry.layers[l];
-        return {"MLP out", p.mlp_out, p.mlp_out_bias, padded_config.mlp_width, padded_config.width};
+        const Config& c = padded_config;
+        return {"MLP out", p.mlp_out, p.mlp_out_bias, c.mlp_width, c.width, l};
     }
     // Out is S, or float where the result must not be rounded.
     template <class Out> void multiply_forward(Out* out, const S* in, const Matrix& m) {
@@ -1883,6 +1887,7 @@ template <class S, class G> struct CudaModel : Model {
         matmul_backward_input<S>(cublas, din, dout, m.OC, weight(m.weight), rows(), m.C, m.OC);
     }
     void multiply_backward_weight(const S* dout, const S* in, const Matrix& m) {
+        if (of_gradients.rests(m.layer)) return;
         const Timed timer = timed(costs().matmul_backward_weight(m.name, rows(), m.C, m.OC));
         matmul_backward_weight<S>(cublas, gradient(m.weight), gradient(m.bias), dout, m.OC, in,
                                   rows(), m.C, m.OC, scratch());
@@ -2098,7 +2103,8 @@ template <class S, class G> struct CudaModel : Model {
         };
         auto known = std::find_if(graphs.begin(), graphs.end(),
                                   [&](const Graph& g) { return g.B == B && g.T == T; });
-        if (profile || known == graphs.end()) {
+        // A graph would have to be captured again for each draw of LISA's layers.
+        if (profile || !of_gradients.layer_steps.empty() || known == graphs.end()) {
             compute();
             if (known == graphs.end()) graphs.push_back({B, T, nullptr});
             return;
@@ -2131,7 +2137,7 @@ template <class S, class G> struct CudaModel : Model {
         }
         // 2. The gradient of the mean loss.
         B = step.B, T = step.T;
-        zero_gradients();
+        zero_gradients(step.hyperparameters);
         CUDA(cudaMemsetAsync(sums, 0, 2 * sizeof(double), stream));
         stopped = false;
         for (int m = 0; m < step.micro_batches; m++) {
@@ -2189,7 +2195,8 @@ template <class S, class G> struct CudaModel : Model {
         kv_cache_valid = b == 1;
     }
 
-    void zero_gradients() override {
+    void zero_gradients(const Hyperparameters& hyperparameters = {}) override {
+        of_gradients = hyperparameters;
         const Timed timer = timed(costs().zero_gradients(padded_registry.size));
         CUDA(cudaMemsetAsync(gradients, 0, size_t(padded_registry.size) * sizeof(G), stream));
     }
@@ -2200,6 +2207,11 @@ template <class S, class G> struct CudaModel : Model {
     }
     void enqueue_gradient_norm() {
         const Timed timer = timed(costs().gradient_norm(padded_registry.size));
+        // Norms and biases of layers that rest have gradients so far.
+        for (const UpdateRange& range : optimizer_layout.ranges)
+            if (of_gradients.rests(range.layer))
+                CUDA(cudaMemsetAsync(gradients + range.begin, 0, size_t(range.size()) * sizeof(G),
+                                     stream));
         cuda::gradient_norm<G>(sums + 1, gradients, padded_registry.size, sums + 2, stream);
     }
 
@@ -2211,12 +2223,15 @@ template <class S, class G> struct CudaModel : Model {
     void enqueue_update(const Hyperparameters& o, double grad_clip, const double* norm,
                         const double* loss) {
         kv_cache_valid = false;
-        host_update_step[0] = make_update_step(o, grad_clip);
-        CUDA(cudaMemcpyAsync(update_step, host_update_step, sizeof(UpdateStep),
-                             cudaMemcpyHostToDevice, stream));
+        for (int layer = -1; layer < config.layers; layer++)
+            host_update_steps[1 + layer] = make_update_step(o, grad_clip, layer);
+        CUDA(cudaMemcpyAsync(update_steps, host_update_steps,
+                             size_t(update_steps.size) * sizeof(UpdateStep), cudaMemcpyHostToDevice,
+                             stream));
         for (const UpdateRange& range : optimizer_layout.ranges)
-            options.moments == DType::bf16 ? update_range<bf16>(range, norm, loss)
-                                           : update_range<float>(range, norm, loss);
+            if (!o.rests(range.layer))
+                options.moments == DType::bf16 ? update_range<bf16>(range, norm, loss)
+                                               : update_range<float>(range, norm, loss);
     }
     template <class M>
     void update_range(const UpdateRange& range, const double* norm, const double* loss) {
@@ -2228,8 +2243,8 @@ template <class S, class G> struct CudaModel : Model {
         case UpdateRule::adamw: {
             const Timed timer = timed(costs().adamw(range.size(), sizeof(M), master.size > 0));
             adamw_update(AdamWBuffers<S, M, G>{parameters, master, gradients, state("m"),
-                                               state("v"), decays, update_step, norm, loss,
-                                               range.size(), range.begin},
+                                               state("v"), decays, update_steps + 1 + range.layer,
+                                               norm, loss, range.size(), range.begin},
                          options.stochastic_rounding, stream);
             break;
         }

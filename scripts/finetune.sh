@@ -10,12 +10,11 @@ Usage: scripts/finetune.sh CHECKPOINT --data FILE.jsonl [OPTION...] [-- FLAGS]
 
 Scores CHECKPOINT on benchmarks, fine-tunes it on the instructions in FILE (plain, .gz, .xz or .zst),
 scores the result on the same questions, and prints a table of both, also into OUT/table.txt. FLAGS
-are passed to ./train_gpt; the default is the paper's schedule, 4 epochs at 3e-4, of all layers at
-once (the paper's code trains four at a time, by LISA). If it is interrupted (Ctrl-C), the same
-command continues.
+are passed to ./train_gpt instead of --recipe paper-sft, the paper's: 4 epochs at 3e-4, 4 layers at a
+time, in bf16. If it is interrupted (Ctrl-C), the same command continues.
 
   scripts/finetune.sh runs/base --data instructions.jsonl --tasks arc_easy,boolq,openbookqa
-  scripts/finetune.sh SmolLM2-135M --data sft.jsonl.xz -- --lr 1e-4 --epochs 1
+  scripts/finetune.sh SmolLM2-135M --data sft.jsonl.xz -- --recipe paper-sft --lisa 0 --epochs 1
 
   --tasks NAMES     arc_easy,boolq,openbookqa by default; ./train_gpt eval --help lists all
   --task-data DIR   where their data is: NAME.jsonl or NAME.jsonl.xz (data/get.sh evals fetches it)
@@ -66,9 +65,7 @@ done
 [[ $base && $data ]] || fail "name a checkpoint and --data FILE; see --help"
 [[ -x ./train_gpt && -x data/tokenize ]] || fail "build first, in the project's root: make train_gpt data/tokenize"
 [[ -r $data ]] || fail "cannot read the instructions '$data'"
-# As the authors' scripts have it (github.com/pixeli99/OwLore), with the defaults of transformers' Trainer.
-((${#train_flags[@]})) || train_flags=(--epochs 4 -b 16 --lr 3e-4 --lr-schedule linear --warmup 0 --final-lr-frac 0
-    --weight-decay 0 --beta2 0.999)
+((${#train_flags[@]})) || train_flags=(--recipe paper-sft)
 mkdir -p "$out"
 
 # What a step made stands under its final name only once it is complete.

@@ -90,6 +90,8 @@ TEST(Program, HelpAndVersion) {
                             "--overfit-batch",
                             "--dry-run",
                             "--recipe",
+                            "--lisa",
+                            "--lisa-interval",
                             "--config"}));
     for (size_t begin = 0, end; (end = help.find('\n', begin)) != std::string::npos;
          begin = end + 1)

@@ -43,6 +43,9 @@ check "resumed: the same weights" cmp "$dir"/{whole,cut}/step-000019/model.safet
 data/tokenize -q --instructions "$dir/i.jsonl" --template chatml --seq-len 80 -o "$dir/other"
 check "resumed: windows of another length" says \
     "$(program -o "$dir/cut" -y -x 25 -i "$dir/other_train_*.bin" 2>&1)" "sequences of 96 tokens do not match"
+out=$(tune --recipe paper-sft -x 5 -o "$dir/recipe")
+check "--recipe paper-sft: layers" says "$out" "2 of 2 layers at a time, drawn anew every 3 steps"
+check "--recipe paper-sft: schedule" says "$out" "linear, peak 0.0003 after 0 steps of warmup, 0 at the end"
 check "--epochs and --steps" says "$(tune --epochs 1 -x 3 -o "$dir/no" 2>&1)" "give one"
 check "the checkpoint has the template" cmp "$dir/whole/step-000019/chat_template.jinja" "$dir/sft_tokenizer/chat_template.jinja"
 

@@ -31,7 +31,7 @@ check "with advice on what would fit" grep -qE "try --batch [0-9]+, or --batch [
 for way in mixed pure float32; do
     case $way in
     mixed) flags=(--dtype bf16) ;;
-    pure) flags=(--dtype bf16 --master-weights no --moments bf16 --rounding stochastic) ;;
+    pure) flags=(--dtype bf16 --master-weights no --moments bf16 --rounding stochastic --lisa 1) ;;
     float32) flags=(--dtype float32 --recompute layers) ;;
     esac
     gpu "${small[@]}" -d 64 -x 4 --save-every 2 --keep 0 "${flags[@]}" -o "$dir/$way" >/dev/null

@@ -30,7 +30,7 @@ struct Holder : Model {
     void logits(const int*, int, int, bool, float*) override {}
     void score(const int*, int, int, const Branches&, const std::vector<ScoredToken>&,
                double*) override {}
-    void zero_gradients() override {}
+    void zero_gradients(const Hyperparameters&) override {}
     double gradient_norm() override { return 0; }
     void update(const Hyperparameters&) override {}
     void read(Buffer buffer, const Param& p, float* out) override {

@@ -138,6 +138,37 @@ TEST(Options, PaperRecipeIsUnderTheFlags) {
     EXPECT_EQ(o.steps, 100000);
 }
 
+TEST(Options, RecipeOfFineTuning) {
+    Options o = parse({"--recipe", "paper-sft", "-m", "llama-130m"});
+    EXPECT_EQ(o.epochs, 4);
+    EXPECT_EQ(o.lisa, 4);
+    EXPECT_EQ(o.lisa_interval, 3);
+    EXPECT_EQ(o.batch, 16);
+    EXPECT_EQ(o.seq_len, 512);
+    EXPECT_EQ(o.lr, 3e-4);
+    EXPECT_EQ(o.lr_schedule, "linear");
+    EXPECT_EQ(o.warmup_steps(), 0);
+    EXPECT_EQ(o.final_lr_frac, 0);
+    EXPECT_EQ(o.beta2, 0.999);
+    EXPECT_EQ(o.weight_decay, 0);
+    EXPECT_EQ(o.grad_clip, 1);
+    EXPECT_EQ(o.dtype + o.master_weights + o.moments, "bf16nobf16");
+    EXPECT_EQ(o.flags.at("--lisa"), 4);
+    o = parse(
+        {"--recipe", "paper-sft", "--layers", "3", "--positions", "64", "--lisa-interval", "5"});
+    EXPECT_EQ(o.lisa, 3);
+    EXPECT_EQ(o.lisa_interval, 5);
+    EXPECT_EQ(o.seq_len, 64);
+    for (const char* recipe : {"paper", "paper-sft"}) { // float32 weights have no master copy
+        o = parse({"--recipe", recipe, "--dtype", "float32"});
+        EXPECT_EQ(o.master_weights + o.moments, "yesfloat32");
+    }
+    Options again = parse({"-o", "r", "-y"}, o.flags);
+    EXPECT_EQ(again.flags, o.flags);
+    EXPECT_TRUE(
+        says(error({"-o", "r", "-y", "--lisa", "1"}, o.flags), {"--lisa was 4", "is now 1"}));
+}
+
 TEST(Options, ConfigFile) {
     TemporaryDirectory dir;
     write_bytes(dir / "run.toml", "lr = 0.25\nnorm = \"lns\"\nval-tokens = \"2k\"\n");

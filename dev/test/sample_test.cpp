@@ -41,7 +41,7 @@ struct Counter : Model {
     }
     void score(const int*, int, int, const Branches&, const std::vector<ScoredToken>&,
                double*) override {}
-    void zero_gradients() override {}
+    void zero_gradients(const Hyperparameters&) override {}
     double gradient_norm() override { return 0; }
     void update(const Hyperparameters&) override {}
     void read(Buffer, const Param&, float*) override {}

@@ -2,6 +2,7 @@
 #include "dev/test/program_helpers.h"
 
 #include "gpt/run/checkpoint.h"
+#include "gpt/run/safetensors.h"
 
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -93,7 +94,8 @@ TEST(Train, AResumedRunHasTheSameBits) {
     write_shard(dir / "t_val_000000.bin", 100);
     for (const std::string numbers :
          {"", "--dtype bf16 --recompute layers ",
-          "--dtype bf16 --master-weights no --moments bf16 --rounding stochastic "}) {
+          "--dtype bf16 --master-weights no --moments bf16 --rounding stochastic ",
+          "--lisa 1 --lisa-interval 2 "}) {
         for (const char* run : {"straight", "resumed"}) fs::remove_all(dir / run);
         ASSERT_RUNS(small_model + numbers + "-d 64 -x 30 -v 7 --save-every 13 --keep 0 -i '" +
                     dir / "t_train_*'" + " -o " + dir / "straight");
@@ -202,6 +204,52 @@ TEST(Train, LearnsInBf16LikeInFloat32) {
     EXPECT_EQ(f.status, 0) << f.output;
 }
 
+TEST(Train, WithLisaOnlyDrawnLayersChange) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    const std::string flags = small_model + "--layers 4 -d 64 -x 8 ";
+    Finished f =
+        train_gpt(flags + "--lisa 2 --lisa-interval 3 --save-every 1 --keep 0 -o " + dir / "lisa");
+    ASSERT_EQ(f.status, 0) << f.output;
+    EXPECT_TRUE(says(f.output, {"LISA       2 of 4 layers at a time, drawn anew every 3 steps"}));
+    const std::vector<json> log = log_of(dir / "lisa");
+    for (int64_t step = 1; step <= 8; step++) {
+        const json& line = log[size_t(step - 1)];
+        const std::vector<int> drawn = line["lisa"];
+        EXPECT_EQ(drawn.size(), 2u);
+        EXPECT_EQ(line["lisa"], log[size_t((step - 1) / 3 * 3)]["lisa"]) << step;
+        if (step == 1) continue;
+        const Safetensors before(dir / cat("lisa/step-00000", step - 1, "/model.safetensors")),
+            after(dir / cat("lisa/step-00000", step, "/model.safetensors"));
+        auto bytes = [](const TensorView& view) {
+            return std::string_view(static_cast<const char*>(view.data), view.bytes);
+        };
+        for (const TensorView& view : after.tensors()) {
+            const std::string& name = view.name;
+            const size_t at = name.find("layers.");
+            const bool rests =
+                at != std::string::npos &&
+                !std::count(drawn.begin(), drawn.end(), 1 + std::stoi(name.substr(at + 7)));
+            EXPECT_EQ(bytes(before.at(name)) == bytes(view), rests) << name << " in step " << step;
+        }
+    }
+
+    // With all layers it is a run without; diagnostics, which need all gradients, change nothing.
+    ASSERT_RUNS(flags + "--lisa 4 -o " + dir / "all");
+    ASSERT_RUNS(flags + "-o " + dir / "without");
+    expect_same_checkpoint(dir / "all/step-000008", dir / "without/step-000008");
+    ASSERT_RUNS(flags + "--lisa 2 --lisa-interval 3 --probe-every 1 --probe-tokens 32 -o " +
+                dir / "probed");
+    expect_same_checkpoint(dir / "lisa/step-000008", dir / "probed/step-000008");
+    for (double norm : log_of(dir / "probed")[4]["probe"]["gradient_norm"]["mlp"])
+        EXPECT_GT(norm, 0) << "a layer that rests was not diagnosed";
+
+    EXPECT_TRUE(fails_with(flags + "--lisa 5 -o " + dir / "no", {"--lisa 5", "4 layers"}));
+    EXPECT_TRUE(fails_with(flags + "--lisa-interval 2 -o " + dir / "no",
+                           {"--lisa-interval 2", "add --lisa"}));
+    EXPECT_TRUE(fails_with("-y --lisa 3 -o " + dir / "lisa", {"--lisa was 2"}));
+}
+
 TEST(Train, MicroBatchesAddUp) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
@@ -222,18 +270,25 @@ TEST(Train, RanksAddUp) {
     TemporaryDirectory dir;
     const std::string root = geteuid() == 0 ? "--allow-run-as-root " : "";
     const std::string mpirun = "mpirun " + root + "--oversubscribe -np 2 ./train_gpt ";
-    ASSERT_RUNS(small_model + "-b 4 -x 6 -v 3 --val-tokens 100 -o " + dir / "one");
-    Finished f = run(mpirun + small_model + "-b 2 -x 6 -v 3 --val-tokens 100 -o " + dir / "two");
-    ASSERT_EQ(f.status, 0) << f.output;
-    EXPECT_EQ(f.output.find("machine"), f.output.rfind("machine")) << "said twice: " << f.output;
-    std::vector<json> one = log_of(dir / "one"), two = log_of(dir / "two");
-    ASSERT_EQ(two.size(), 6u);
-    for (size_t i = 0; i < 6; i++) {
-        for (const char* key : {"loss", "grad_norm"})
-            EXPECT_NEAR(one[i][key], two[i][key], 1e-4 * double(one[i][key])) << i << key;
-        EXPECT_EQ(one[i]["tokens"], two[i]["tokens"]);
-        if (i % 3 == 2) {
-            EXPECT_NEAR(one[i]["val_loss"], two[i]["val_loss"], 1e-4);
+    Finished f;
+    for (const std::string lisa : {"", "--lisa 1 "}) {
+        for (const char* name : {"one", "two"}) fs::remove_all(dir / name);
+        const std::string flags = small_model + lisa + "-x 6 -v 3 --val-tokens 100 ";
+        ASSERT_RUNS(flags + "-b 4 -o " + dir / "one");
+        f = run(mpirun + flags + "-b 2 -o " + dir / "two");
+        ASSERT_EQ(f.status, 0) << f.output;
+        EXPECT_EQ(f.output.find("machine"), f.output.rfind("machine"))
+            << "said twice: " << f.output;
+        std::vector<json> one = log_of(dir / "one"), two = log_of(dir / "two");
+        ASSERT_EQ(two.size(), 6u);
+        for (size_t i = 0; i < 6; i++) {
+            for (const char* key : {"loss", "grad_norm"})
+                EXPECT_NEAR(one[i][key], two[i][key], 1e-4 * double(one[i][key])) << i << key;
+            for (const char* key : {"tokens", "lisa"})
+                EXPECT_EQ(one[i].value(key, json()), two[i].value(key, json())) << key;
+            if (i % 3 == 2) {
+                EXPECT_NEAR(one[i]["val_loss"], two[i]["val_loss"], 1e-4);
+            }
         }
     }
     // An error is reported once, and ends both.

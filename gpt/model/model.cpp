@@ -9,7 +9,7 @@ namespace lns {
 
 void Model::begin_step(const StepInput& step) {
     const int64_t n = int64_t(step.B) * step.T;
-    zero_gradients();
+    zero_gradients(step.hyperparameters);
     double loss = 0;
     for (int m = 0; m < step.micro_batches; m++) {
         if (m > 0 && step.stop && step.stop()) {

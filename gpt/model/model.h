@@ -101,8 +101,9 @@ struct Model {
     Config config;
     Registry registry;
     const Optimizer* optimizer;
-    Profile* profile = nullptr;   // books the time of each part of a pass, unless null
-    const Ranks* ranks = nullptr; // that share a training step; null: this process alone
+    Profile* profile = nullptr;        // books the time of each part of a pass, unless null
+    const Ranks* ranks = nullptr;      // that share a training step; null: this process alone
+    Hyperparameters of_gradients = {}; // those of the last zero_gradients
     StepResult step_result = {};
 
     explicit Model(const Config& c, const Optimizer& optimizer = optimizers()[0])
@@ -133,7 +134,9 @@ struct Model {
     virtual void score(const int* inputs, int B, int T, const Branches& branches,
                        const std::vector<ScoredToken>& scored, double* out) = 0;
 
-    virtual void zero_gradients() = 0;
+    // Layers that rest by these hyperparameters get no gradients until the next call; from
+    // gradient_norm on, theirs are 0.
+    virtual void zero_gradients(const Hyperparameters& hyperparameters = {}) = 0;
     virtual double gradient_norm() = 0; // ‖all gradients‖₂
     virtual void update(const Hyperparameters& hyperparameters) = 0;
 

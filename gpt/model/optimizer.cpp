@@ -37,14 +37,14 @@ OptimizerLayout::OptimizerLayout(const Optimizer& optimizer, const Registry& reg
     const std::vector<Param>& params = registry.params;
     const int states = int(sizes.size());
     auto alike = [&](const Param& p, const Param& q) {
-        if (optimizer.rule(p) != optimizer.rule(q)) return false;
+        if (p.layer != q.layer || optimizer.rule(p) != optimizer.rule(q)) return false;
         for (int s = 0; s < states; s++)
             if (optimizer.has(s, p) != optimizer.has(s, q)) return false;
         return true;
     };
     for (size_t i = 0; i < params.size();) {
         const Param& p = params[i];
-        UpdateRange range{optimizer.rule(p), i, i + 1, p.offset, registry.size, {}};
+        UpdateRange range{optimizer.rule(p), p.layer, i, i + 1, p.offset, registry.size, {}};
         while (range.last < params.size() && alike(p, params[range.last])) range.last++;
         if (range.last < params.size()) range.end = params[range.last].offset;
         for (int s = 0; s < states; s++) {

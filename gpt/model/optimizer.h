@@ -51,11 +51,23 @@ struct Hyperparameters {
     double weight_decay = 0; // decoupled, on matrices only
     int64_t step = 1;        // counts from 1, for the bias correction
     double grad_scale = 1;   // multiplies every gradient first: clipping
+
+    // LISA: of each layer, what step is for the whole model, 0 where it rests: the layer does not
+    // change, has no gradient, and keeps its states. Empty: all train.
+    std::vector<int64_t> layer_steps = {};
+
+    // A layer of −1 stands for what belongs to none.
+    int64_t step_of(int layer) const {
+        return layer < 0 || layer_steps.empty() ? step : layer_steps[size_t(layer)];
+    }
+    bool rests(int layer) const { return step_of(layer) == 0; }
 };
 
-// Parameters that follow each other in the flat buffers, [begin, end), and share a rule.
+// Parameters that follow each other in the flat buffers, [begin, end), and share a rule and a
+// layer.
 struct UpdateRange {
     UpdateRule rule;
+    int layer;          // as Param's
     size_t first, last; // of Registry::params, `last` excluded
     int64_t begin, end;
     std::vector<int64_t> states; // where each state has its numbers of these; −1: it has none

@@ -17,6 +17,7 @@ struct Builder {
     const TensorNames& names = architecture_row(c.model_type).names;
     const SchemeRow& row = *c.scheme.row;
     const int L = c.layers, C = c.width;
+    int current_layer = -1; // from 0; −1: none
 
     // Every parameter that does not continue a stack starts aligned, so kinds of parameters never
     // share a vector of a kernel.
@@ -30,6 +31,7 @@ struct Builder {
         p.mean = mean;
         p.std = std;
         p.decay = p.shape.size() == 2;
+        p.layer = current_layer;
         registry.params.push_back(p);
         registry.size += p.size();
         return p.offset;
@@ -170,6 +172,7 @@ Registry make_registry(const Config& c) {
     b.junction_after(0);
     for (int l = 0; l < c.layers; l++) {
         LayerParams p;
+        b.current_layer = l;
         b.in_norm(2 * l);
         b.attention(p, b.layer(l) + b.names.attention);
         b.junction_after(2 * l + 1);
@@ -178,6 +181,7 @@ Registry make_registry(const Config& c) {
         b.junction_after(2 * l + 2);
         registry.layers.push_back(p);
     }
+    b.current_layer = -1;
     b.in_norm(2 * c.layers);
     b.align();
     registry.head = c.tied ? registry.token_embedding
@@ -198,14 +202,14 @@ int64_t Registry::count() const {
     return n;
 }
 
-double flops_per_token(const Config& c, int T) {
+double flops_per_token(const Config& c, int T, int resting) {
     Registry registry = make_registry(c);
-    double matmul = 0;
+    double matmul = 0, of_layers = 0;
     for (const Param& p : registry.params)
         if (p.decay && p.offset != registry.position_embedding &&
             (p.offset != registry.token_embedding || c.tied))
-            matmul += double(p.size());
-    return 6 * matmul + 6.0 * c.layers * c.q_width() * T;
+            matmul += double(p.size()), of_layers += p.layer_matrix ? double(p.size()) : 0;
+    return 6 * matmul - 2 * of_layers * resting / c.layers + 6.0 * c.layers * c.q_width() * T;
 }
 
 } // namespace lns

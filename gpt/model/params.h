@@ -24,6 +24,7 @@ struct Param {
     double tail_std = 0;        // start at normal(mean, tail_std)
     bool decay = false;         // weight decay: matrices only
     bool layer_matrix = false;  // a matrix of a layer, not an embedding or the head
+    int layer = -1;             // from 0; −1: it belongs to no layer
     bool transposed = false;    // the file has (C, OC): GPT-2's Conv1D
 
     int64_t size() const {
@@ -82,7 +83,8 @@ template <class S> void initialize(const Param& p, uint64_t seed, S* out) {
 }
 
 // FLOPs of a forward and backward pass, per token, at sequence length T:
-// 6 × (parameters that take part in a matmul; a tied head counts once) + 6 × L × C × T.
-double flops_per_token(const Config& config, int T);
+// 6 × (parameters that take part in a matmul; a tied head counts once) + 6 × L × C × T. Matrices of
+// `resting` layers count 4 times, not 6: they have no gradient.
+double flops_per_token(const Config& config, int T, int resting = 0);
 
 } // namespace lns

@@ -155,6 +155,17 @@ std::string describe_schedule(const Schedule& s, const Options& o, int64_t token
     return text;
 }
 
+std::string describe_lisa(const Options& o, const Config& c, double flops) {
+    const Registry registry = make_registry(c);
+    double all = 0, of_layers = 0;
+    for (const Param& p : registry.params)
+        all += double(p.size()), of_layers += p.layer >= 0 ? double(p.size()) : 0;
+    return cat("LISA       ", o.lisa, " of ", plural(c.layers, "layer"), " at a time, drawn anew ",
+               o.lisa_interval == 1 ? "each step" : cat("every ", o.lisa_interval, " steps"), ": ",
+               format_count(all - of_layers + of_layers * double(o.lisa) / c.layers), " of ",
+               format_count(all), " parameters train, ", format_count(flops), " FLOPs a token\n");
+}
+
 std::string describe_variance(const std::vector<double>& variance) {
     double max = 0;
     for (double v : variance) max = std::max(max, v);

@@ -24,6 +24,9 @@ std::string describe_data(const Data& data, const Loader& train, const Loader& v
 std::string describe_schedule(const Schedule& schedule, const Options& options,
                               int64_t tokens_per_step, int64_t micro_batches);
 
+// Of a run with --lisa: how many layers and parameters train at a time. flops: for a token.
+std::string describe_lisa(const Options& options, const Config& config, double flops);
+
 // A bar chart of the residual stream's variance after each layer.
 std::string describe_variance(const std::vector<double>& variance);
 

@@ -98,9 +98,15 @@ void add_optimizer_name(FlagList& f, Options& o) {
 
 void add_optimizer(FlagList& f, Options& o) {
     f.group = "Optimizer";
-    f.choice("--recipe", o.recipe, {"paper"},
-             "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795");
+    f.choice("--recipe", o.recipe, {"paper", "paper-sft"},
+             "paper: batch, length, Adam, schedule, embeddings and pure bf16 of arXiv 2502.05795; "
+             "paper-sft: its fine-tuning, with LISA");
     add_optimizer_name(f, o);
+    f.count(
+        "--lisa", o.lisa, 0, 100000,
+        "layers that train at a time (LISA, arXiv 2403.17919), beside embeddings, final norm and "
+        "head; 0: all");
+    f.count("--lisa-interval", o.lisa_interval, 1, most, "steps until other layers are drawn");
     f.change = Change::noted;
     f.count("-x,--steps", o.steps, 0, most_seed, "steps of the whole run");
     f.number("--epochs", o.epochs, 0, 1e6, "or passes over the training data; 0: as --steps says");

@@ -42,6 +42,7 @@ struct Options {
     int64_t steps = 600;
     double epochs = 0; // 0: as many as the steps make
     double lr = 1e-3, final_lr_frac = 0.1;
+    int64_t lisa = 0, lisa_interval = 3; // lisa 0: all layers train
     double weight_decay = 0.1, grad_clip = 1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
 
     // validation and samples

@@ -148,6 +148,17 @@ void dump_state(Run& run) {
                 loss, B, T);
 }
 
+std::optional<Lisa> lisa_of(const Options& o, const Config& config) {
+    if (o.lisa == 0 && o.is_given("--lisa-interval"))
+        fail("--lisa-interval ", o.lisa_interval,
+             ": all layers train, so none are drawn: add --lisa N, or leave it out");
+    if (o.lisa > config.layers)
+        fail("--lisa ", o.lisa, ": the model has ", config.layers,
+             " layers: train at most these, or leave it out to train all");
+    if (o.lisa == 0) return std::nullopt;
+    return Lisa(uint64_t(o.seed), config.layers, int(o.lisa), o.lisa_interval);
+}
+
 // Rounded up, so that every sequence is seen --epochs times.
 int64_t steps_of_epochs(const Run& run) {
     const uint64_t windows = run.loader->windows_per_epoch();
@@ -196,7 +207,8 @@ void prepare(Run& run, const std::string& resume_from) {
         o.flags["--epochs"] = 0.0;
     }
     run.schedule = {o.lr_schedule, o.lr, o.steps, o.warmup_steps(), o.final_lr_frac};
-    run.flops = flops_per_token(run.config, run.T);
+    run.lisa = lisa_of(o, run.config);
+    run.flops = flops_per_token(run.config, run.T, run.lisa ? run.config.layers - int(o.lisa) : 0);
     if (o.val_tasks.empty()) return;
     if (!run.data.tokenizer)
         fail("--val-tasks needs the tokenizer of the data, and there is none: ",
@@ -242,7 +254,8 @@ void print_banner(Run& run) {
               describe_model(run.config, run.B, run.T, run.model_options) +
               describe_data(run.data, *run.loader, *run.val_loader,
                             double(run.o.steps) * double(run.tokens_per_step) / run.T) +
-              describe_schedule(run.schedule, run.o, run.tokens_per_step, run.micro_batches));
+              describe_schedule(run.schedule, run.o, run.tokens_per_step, run.micro_batches) +
+              (run.lisa ? describe_lisa(run.o, run.config, run.flops) : ""));
 }
 
 // Locks the run's directory. Throws if the disk has no room for a checkpoint.
@@ -307,6 +320,8 @@ std::string log_line(const Run& run, const Step& step, double val_loss,
         line["val_loss"] = val_loss, line["residual_variance"] = run.variance;
     if (std::isfinite(val_loss) && run.task_scores)
         line["tasks"] = brief_json(run.tasks->benchmark, *run.task_scores);
+    if (run.lisa)
+        for (int layer : run.lisa->drawn) line["lisa"].push_back(layer + 1);
     line["lr"] = step.lr;
     line["grad_norm"] = step.grad_norm;
     line["tokens"] = run.state.tokens;

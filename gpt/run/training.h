@@ -14,6 +14,7 @@
 #include "gpt/base/ranks.h"
 #include "gpt/base/terminal.h"
 #include "gpt/data/loader.h"
+#include "gpt/model/lisa.h"
 #include "gpt/model/model.h"
 #include "gpt/model/schedule.h"
 #include "gpt/run/checkpoint.h"
@@ -34,6 +35,7 @@ struct Run {
     Data data;
     std::optional<Loader> loader, val_loader;
     Schedule schedule;
+    std::optional<Lisa> lisa;
     int B = 0, T = 0, micro_batches = 0; // of this rank, a step
     int64_t tokens_per_step = 0;         // over all micro-batches and ranks
     int threads = 1;                     // of this rank
