@@ -1283,7 +1283,7 @@ template <class S> struct CpuModel : Model {
     void update(const Hyperparameters& o) override {
         kv_cache_valid = false;
         zero_remaining_gradients();
-        for (const UpdateRange& range : optimizer_layout.ranges) {
+        for (const UpdateRange& range : optimizer_layout.ranges_of(o)) {
             if (o.rests(range.layer)) continue;
             if (master.size)
                 update_range(o, range, master.begin(), parameters.begin());

@@ -2208,7 +2208,7 @@ template <class S, class G> struct CudaModel : Model {
     void enqueue_gradient_norm() {
         const Timed timer = timed(costs().gradient_norm(padded_registry.size));
         // Norms and biases of layers that rest have gradients so far.
-        for (const UpdateRange& range : optimizer_layout.ranges)
+        for (const UpdateRange& range : optimizer_layout.ranges_of(of_gradients))
             if (of_gradients.rests(range.layer))
                 CUDA(cudaMemsetAsync(gradients + range.begin, 0, size_t(range.size()) * sizeof(G),
                                      stream));
@@ -2228,7 +2228,7 @@ template <class S, class G> struct CudaModel : Model {
         CUDA(cudaMemcpyAsync(update_steps, host_update_steps,
                              size_t(update_steps.size) * sizeof(UpdateStep), cudaMemcpyHostToDevice,
                              stream));
-        for (const UpdateRange& range : optimizer_layout.ranges)
+        for (const UpdateRange& range : optimizer_layout.ranges_of(o))
             if (!o.rests(range.layer))
                 options.moments == DType::bf16 ? update_range<bf16>(range, norm, loss)
                                                : update_range<float>(range, norm, loss);

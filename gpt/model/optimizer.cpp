@@ -37,14 +37,14 @@ OptimizerLayout::OptimizerLayout(const Optimizer& optimizer, const Registry& reg
     const std::vector<Param>& params = registry.params;
     const int states = int(sizes.size());
     auto alike = [&](const Param& p, const Param& q) {
-        if (p.layer != q.layer || optimizer.rule(p) != optimizer.rule(q)) return false;
+        if (optimizer.rule(p) != optimizer.rule(q)) return false;
         for (int s = 0; s < states; s++)
             if (optimizer.has(s, p) != optimizer.has(s, q)) return false;
         return true;
     };
     for (size_t i = 0; i < params.size();) {
         const Param& p = params[i];
-        UpdateRange range{optimizer.rule(p), p.layer, i, i + 1, p.offset, registry.size, {}};
+        UpdateRange range{optimizer.rule(p), -1, i, i + 1, p.offset, registry.size, {}};
         while (range.last < params.size() && alike(p, params[range.last])) range.last++;
         if (range.last < params.size()) range.end = params[range.last].offset;
         for (int s = 0; s < states; s++) {
@@ -54,6 +54,19 @@ OptimizerLayout::OptimizerLayout(const Optimizer& optimizer, const Registry& reg
         i = range.last;
         ranges.push_back(std::move(range));
     }
+    for (const UpdateRange& range : ranges)
+        for (size_t i = range.first; i < range.last; i++) {
+            const Param& p = params[i];
+            if (i > range.first && p.layer == layer_ranges.back().layer) {
+                layer_ranges.back().last++;
+                continue;
+            }
+            if (i > range.first) layer_ranges.back().end = p.offset;
+            UpdateRange& part = layer_ranges.emplace_back(range);
+            part.layer = p.layer, part.first = i, part.last = i + 1, part.begin = p.offset;
+            for (int64_t& at : part.states)
+                if (at >= 0) at += p.offset - range.begin;
+        }
 }
 
 int64_t OptimizerLayout::offset(int state, const Param& p) const {

@@ -63,11 +63,10 @@ struct Hyperparameters {
     bool rests(int layer) const { return step_of(layer) == 0; }
 };
 
-// Parameters that follow each other in the flat buffers, [begin, end), and share a rule and a
-// layer.
+// Parameters that follow each other in the flat buffers, [begin, end), and share a rule.
 struct UpdateRange {
     UpdateRule rule;
-    int layer;          // as Param's
+    int layer;          // of all of them, where ranges end at layers; else −1
     size_t first, last; // of Registry::params, `last` excluded
     int64_t begin, end;
     std::vector<int64_t> states; // where each state has its numbers of these; −1: it has none
@@ -77,11 +76,15 @@ struct UpdateRange {
 
 // Where each optimizer state is in memory. The ranges cover the flat buffers, alignment included.
 struct OptimizerLayout {
-    std::vector<UpdateRange> ranges;
+    std::vector<UpdateRange> ranges, layer_ranges; // the latter also end where a layer does
     std::vector<int64_t> sizes; // elements of each state
 
     OptimizerLayout(const Optimizer& optimizer, const Registry& registry);
 
+    // Those of an update: by layer only if layers differ, for each takes a pass.
+    const std::vector<UpdateRange>& ranges_of(const Hyperparameters& o) const {
+        return o.layer_steps.empty() ? ranges : layer_ranges;
+    }
     // Where a parameter's numbers begin in a state that it has.
     int64_t offset(int state, const Param& p) const;
     int64_t bytes(int64_t bytes_each) const; // of all states
