@@ -953,7 +953,7 @@ Row check_causal(const std::string& architecture_name) {
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 7, inputs, targets, false);
-    CpuModel<double> model(c, 1, 7, {.training = false});
+    CpuModel<double> model(c, 1, 7, {.purpose = Purpose::score});
     fill_parameters(model);
     const int V = c.vocab_size;
     std::vector<float> before(7 * V), after(7 * V), last(V);
@@ -977,7 +977,8 @@ Row check_continuation(const std::string& architecture_name) {
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 9, inputs, targets, false);
-    CpuModel<double> whole(c, 1, 9, {.training = false}), parts(c, 1, 9, {.training = false});
+    CpuModel<double> whole(c, 1, 9, {.purpose = Purpose::score}),
+        parts(c, 1, 9, {.purpose = Purpose::generate});
     fill_parameters(whole), fill_parameters(parts);
     const int V = c.vocab_size;
     std::vector<float> expected(V), found(V);
@@ -1133,7 +1134,7 @@ Row check_initialization(const std::string& scheme) {
     const SchemeRow& row_of = *c.scheme.row;
     c.embed_std = 0.5;
     check_config(c);
-    CpuModel<float> model(c, 1, 1, {.training = false});
+    CpuModel<float> model(c, 1, 1, {.purpose = Purpose::score});
     model.initialize(42);
     const double L = c.layers;
     double worst = 0;
@@ -1763,9 +1764,9 @@ Row check_gpu_inference(const std::string& architecture_name) {
     const Config c = bf16_config(architecture_name, "lns");
     std::vector<int> inputs, targets;
     test_batch(c, 32, inputs, targets, true);
-    std::unique_ptr<Model> reference = make_cpu_model(c, 1, 32, {.training = false}),
-                           whole = gpu_model(c, 1, 32, {.training = false}),
-                           parts = gpu_model(c, 1, 32, {.training = false});
+    std::unique_ptr<Model> reference = make_cpu_model(c, 1, 32, {.purpose = Purpose::layers}),
+                           whole = gpu_model(c, 1, 32, {.purpose = Purpose::layers}),
+                           parts = gpu_model(c, 1, 32, {.purpose = Purpose::generate});
     for (Model* model : {reference.get(), whole.get(), parts.get()}) fill_weights(*model);
     const int V = c.vocab_size;
     std::vector<float> expected(V), found(V), all(32 * V);
@@ -1879,7 +1880,7 @@ Row check_gpu_plan() {
                     .moments = DType::bf16,
                     .gradients = DType::bf16,
                     .recompute = Recompute::layers}},
-          {"qwen2", ModelOptions{.training = false, .dtype = DType::bf16}}}) {
+          {"qwen2", ModelOptions{.purpose = Purpose::score, .dtype = DType::bf16}}}) {
         const Config c = bf16_config(name, "peri");
         const double allocated = double(gpu_model(c, 2, 32, options)->bytes());
         options.device = Device::cuda;

@@ -1,3 +1,4 @@
+#include "gpt/base/cgroup.h"
 #include "gpt/base/threads.h"
 
 #include "dev/test/program_helpers.h"
