@@ -970,7 +970,7 @@ Row check_causal(const std::string& architecture_name) {
 }
 
 // Logits computed token by token with the KV cache, as when generating text, equal those of the
-// whole sequence, also after earlier tokens change.
+// whole sequence, also after earlier tokens change; and of a model that keeps no k and v.
 Row check_continuation(const std::string& architecture_name) {
     Row row{"claim: " + architecture_name + "  generating equals the whole sequence"};
     Config c = small_config(architecture_name);
@@ -978,8 +978,9 @@ Row check_continuation(const std::string& architecture_name) {
     std::vector<int> inputs, targets;
     test_batch(c, 9, inputs, targets, false);
     CpuModel<double> whole(c, 1, 9, {.purpose = Purpose::score}),
-        parts(c, 1, 9, {.purpose = Purpose::generate});
-    fill_parameters(whole), fill_parameters(parts);
+        parts(c, 1, 9, {.purpose = Purpose::generate}),
+        without(c, 1, 9, {.recompute = Recompute::layers});
+    fill_parameters(whole), fill_parameters(parts), fill_parameters(without);
     const int V = c.vocab_size;
     std::vector<float> expected(V), found(V);
     double worst = 0;
@@ -987,9 +988,11 @@ Row check_continuation(const std::string& architecture_name) {
         if (t == 5) inputs[3] = (inputs[3] + 1) % V; // earlier tokens change
         whole.kv_cache_valid = false;
         whole.logits(inputs.data(), 1, t, true, expected.data());
-        parts.logits(inputs.data(), 1, t, true, found.data());
-        worst =
-            std::max(worst, relative_error(found, Doubles(expected.begin(), expected.end()), 0));
+        for (CpuModel<double>* model : {&without, &parts}) {
+            model->logits(inputs.data(), 1, t, true, found.data());
+            worst = std::max(worst,
+                             relative_error(found, Doubles(expected.begin(), expected.end()), 0));
+        }
         if (whole.first != 0) row.note = "the whole sequence was not computed";
         if (t == 9 && parts.first != 4)
             row.note = cat("the first computed position was ", parts.first, ", expected 4");

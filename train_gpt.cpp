@@ -1284,6 +1284,7 @@ template <class S> struct CpuModel : Model {
     }
 
     void update(const Hyperparameters& o) override {
+        if (options.purpose != Purpose::training) fail("this model was made without an optimizer");
         kv_cache_valid = false;
         zero_remaining_gradients();
         for (const UpdateRange& range : optimizer_layout.ranges) {

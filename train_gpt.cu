@@ -2222,6 +2222,7 @@ template <class S, class G> struct CudaModel : Model {
     }
 
     void update(const Hyperparameters& o) override {
+        if (options.purpose != Purpose::training) fail("this model was made without an optimizer");
         enqueue_update(o, 0, nullptr, nullptr);
         wait();
     }
