@@ -1850,7 +1850,9 @@ Row check_gpu_probes(const std::string& name, const std::string& scheme, DType d
         ProbeSettings s;
         s.probes = parse_probes(probe);
         s.jacobian_layer = 2, s.jacobian_samples = 8;
-        const Doubles found = numbers_in(measure(*gpu, batches, others, s)),
+        const auto made = gpu_model(c, B, T, {.purpose = purpose_of(s.probes), .dtype = dtype});
+        fill_weights(*made);
+        const Doubles found = numbers_in(measure(*made, batches, others, s)),
                       expected = numbers_in(measure(*cpu, batches, others, s));
         double worst = found.size() == expected.size() && !found.empty() ? 0 : INFINITY;
         for (size_t i = 0; i < expected.size() && worst < INFINITY; i++)
@@ -1883,7 +1885,9 @@ Row check_gpu_plan() {
                     .moments = DType::bf16,
                     .gradients = DType::bf16,
                     .recompute = Recompute::layers}},
-          {"qwen2", ModelOptions{.purpose = Purpose::score, .dtype = DType::bf16}}}) {
+          {"qwen2", ModelOptions{.purpose = Purpose::score, .dtype = DType::bf16}},
+          {"olmo", ModelOptions{.purpose = Purpose::layers}},
+          {"llama-gqa", ModelOptions{.purpose = Purpose::jacobians, .dtype = DType::bf16}}}) {
         const Config c = bf16_config(name, "peri");
         const double allocated = double(gpu_model(c, 2, 32, options)->bytes());
         options.device = Device::cuda;

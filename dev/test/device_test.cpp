@@ -66,7 +66,7 @@ TEST(Device, TrainsInTheLeastMemoryOrNotAtAll) {
     EXPECT_TRUE(says(error(wide_vocabulary(memory / 13), 8, 256, {}),
                      {": try ", "--dtype bf16 --master-weights no --moments bf16"}));
     EXPECT_TRUE(says(error(wide_vocabulary(memory), 8, 256, {}),
-                     {"even with --dtype bf16", "--recompute layers", "one sequence needs",
+                     {"even with --batch 1 --dtype bf16", "--recompute layers it needs",
                       "use a smaller model"}));
 }
 

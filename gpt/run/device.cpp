@@ -124,11 +124,12 @@ std::string what_would_fit(const Config& config, int B, int T, const ModelOption
     std::vector<ModelOptions> changes = savings(options);
     const ModelOptions least = changes.back();
     changes.insert(changes.begin(), options);
-    if (why_no_gpu().empty()) {
-        changes.push_back(options);
-        changes.back().device = options.device == Device::cpu ? Device::cuda : Device::cpu;
-        changes.back().gradients = DType::float32;
-    }
+    if (why_no_gpu().empty())
+        for (ModelOptions other : {options, least}) {
+            other.device = options.device == Device::cpu ? Device::cuda : Device::cpu;
+            other.gradients = DType::float32;
+            changes.push_back(other);
+        }
     std::string advice;
     auto suggest = [&](const std::string& size, const std::string& flags) {
         advice += cat(advice.empty() ? ": try " : ", or ", size,
@@ -147,13 +148,16 @@ std::string what_would_fit(const Config& config, int B, int T, const ModelOption
     int shorter = T;
     if (options.purpose == Purpose::training)
         while (shorter > 1 && largest_batch(config, 1, shorter, least) == 0) shorter /= 2;
-    if (largest_batch(config, 1, shorter, least) > 0)
+    if (largest_batch(config, 1, shorter, least) > 0) {
         suggest(cat("--batch 1 --seq-len ", shorter), flags);
-    else
-        advice = cat(flags.empty() ? "" : cat("; even with ", flags, " one sequence needs "),
-                     flags.empty() ? "" : format_bytes(needed_memory(config, 1, T, least)),
-                     ": use a smaller model, or a machine with more memory");
-    return advice;
+        return advice;
+    }
+    const std::string all =
+        cat(B > 1 ? "--batch 1" : "", B > 1 && !flags.empty() ? " " : "", flags);
+    if (!all.empty())
+        advice = cat("; even with ", all, " it needs ",
+                     format_bytes(needed_memory(config, 1, T, least)));
+    return advice + ": use a smaller model, or a machine with more memory";
 }
 
 const char* name_of(Purpose purpose) {
