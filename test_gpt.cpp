@@ -953,7 +953,7 @@ Row check_causal(const std::string& architecture_name) {
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 7, inputs, targets, false);
-    CpuModel<double> model(c, 1, 7, {.training = false});
+    CpuModel<double> model(c, 1, 7, {.purpose = Purpose::score});
     fill_parameters(model);
     const int V = c.vocab_size;
     std::vector<float> before(7 * V), after(7 * V), last(V);
@@ -970,15 +970,17 @@ Row check_causal(const std::string& architecture_name) {
 }
 
 // Logits computed token by token with the KV cache, as when generating text, equal those of the
-// whole sequence, also after earlier tokens change.
+// whole sequence, also after earlier tokens change; and of a model that keeps no k and v.
 Row check_continuation(const std::string& architecture_name) {
     Row row{"claim: " + architecture_name + "  generating equals the whole sequence"};
     Config c = small_config(architecture_name);
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 9, inputs, targets, false);
-    CpuModel<double> whole(c, 1, 9, {.training = false}), parts(c, 1, 9, {.training = false});
-    fill_parameters(whole), fill_parameters(parts);
+    CpuModel<double> whole(c, 1, 9, {.purpose = Purpose::score}),
+        parts(c, 1, 9, {.purpose = Purpose::generate}),
+        without(c, 1, 9, {.recompute = Recompute::layers});
+    fill_parameters(whole), fill_parameters(parts), fill_parameters(without);
     const int V = c.vocab_size;
     std::vector<float> expected(V), found(V);
     double worst = 0;
@@ -986,9 +988,11 @@ Row check_continuation(const std::string& architecture_name) {
         if (t == 5) inputs[3] = (inputs[3] + 1) % V; // earlier tokens change
         whole.kv_cache_valid = false;
         whole.logits(inputs.data(), 1, t, true, expected.data());
-        parts.logits(inputs.data(), 1, t, true, found.data());
-        worst =
-            std::max(worst, relative_error(found, Doubles(expected.begin(), expected.end()), 0));
+        for (CpuModel<double>* model : {&without, &parts}) {
+            model->logits(inputs.data(), 1, t, true, found.data());
+            worst = std::max(worst,
+                             relative_error(found, Doubles(expected.begin(), expected.end()), 0));
+        }
         if (whole.first != 0) row.note = "the whole sequence was not computed";
         if (t == 9 && parts.first != 4)
             row.note = cat("the first computed position was ", parts.first, ", expected 4");
@@ -1133,7 +1137,7 @@ Row check_initialization(const std::string& scheme) {
     const SchemeRow& row_of = *c.scheme.row;
     c.embed_std = 0.5;
     check_config(c);
-    CpuModel<float> model(c, 1, 1, {.training = false});
+    CpuModel<float> model(c, 1, 1, {.purpose = Purpose::score});
     model.initialize(42);
     const double L = c.layers;
     double worst = 0;
@@ -1763,9 +1767,9 @@ Row check_gpu_inference(const std::string& architecture_name) {
     const Config c = bf16_config(architecture_name, "lns");
     std::vector<int> inputs, targets;
     test_batch(c, 32, inputs, targets, true);
-    std::unique_ptr<Model> reference = make_cpu_model(c, 1, 32, {.training = false}),
-                           whole = gpu_model(c, 1, 32, {.training = false}),
-                           parts = gpu_model(c, 1, 32, {.training = false});
+    std::unique_ptr<Model> reference = make_cpu_model(c, 1, 32, {.purpose = Purpose::layers}),
+                           whole = gpu_model(c, 1, 32, {.purpose = Purpose::layers}),
+                           parts = gpu_model(c, 1, 32, {.purpose = Purpose::generate});
     for (Model* model : {reference.get(), whole.get(), parts.get()}) fill_weights(*model);
     const int V = c.vocab_size;
     std::vector<float> expected(V), found(V), all(32 * V);
@@ -1846,7 +1850,9 @@ Row check_gpu_probes(const std::string& name, const std::string& scheme, DType d
         ProbeSettings s;
         s.probes = parse_probes(probe);
         s.jacobian_layer = 2, s.jacobian_samples = 8;
-        const Doubles found = numbers_in(measure(*gpu, batches, others, s)),
+        const auto made = gpu_model(c, B, T, {.purpose = purpose_of(s.probes), .dtype = dtype});
+        fill_weights(*made);
+        const Doubles found = numbers_in(measure(*made, batches, others, s)),
                       expected = numbers_in(measure(*cpu, batches, others, s));
         double worst = found.size() == expected.size() && !found.empty() ? 0 : INFINITY;
         for (size_t i = 0; i < expected.size() && worst < INFINITY; i++)
@@ -1879,7 +1885,9 @@ Row check_gpu_plan() {
                     .moments = DType::bf16,
                     .gradients = DType::bf16,
                     .recompute = Recompute::layers}},
-          {"qwen2", ModelOptions{.training = false, .dtype = DType::bf16}}}) {
+          {"qwen2", ModelOptions{.purpose = Purpose::score, .dtype = DType::bf16}},
+          {"olmo", ModelOptions{.purpose = Purpose::layers}},
+          {"llama-gqa", ModelOptions{.purpose = Purpose::jacobians, .dtype = DType::bf16}}}) {
         const Config c = bf16_config(name, "peri");
         const double allocated = double(gpu_model(c, 2, 32, options)->bytes());
         options.device = Device::cuda;

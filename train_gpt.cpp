@@ -474,7 +474,7 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, con
             for (int i = 0; i < Q + K; i++) dy[i] = d[i];
         }
     }
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    for (int64_t chunk = 0; dq_weight && chunk < chunks; chunk++) {
         const A* sums = scratch + chunk * (Q + K);
         for (int i = 0; i < q_weights; i++) dq_weight[i] += sums[i];
         for (int i = 0; i < a.k_norm_width(); i++) dk_weight[i] += sums[q_weights + i];
@@ -813,11 +813,12 @@ template <class S> struct Activations : CpuTensors<S> {
         CpuTensors<S>::layout(c, B, T, o, !exact && (c.rope() || c.qk_norm != QkNorm::none), make);
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
+        const bool backward = o.purpose >= Purpose::jacobians;
         head_rows = head_part(rows, V, int64_t(1) << 26, 32);
-        logit_rows = o.training ? head_part(head_rows, V, int64_t(1) << 25, 32)
-                                : head_part(rows, V, int64_t(1) << 24, 32);
-        make(logits, o.training && exact ? 0 : logit_rows * V);
-        if (!o.training) return;
+        logit_rows = backward ? head_part(head_rows, V, int64_t(1) << 25, 32)
+                              : head_part(rows, V, int64_t(1) << 24, 32);
+        make(logits, backward && exact ? 0 : logit_rows * V);
+        if (!backward) return;
         make(dlogits, head_rows * V);
         make(scratch, std::max(junction_scratch(rows, c.width),
                                row_chunks(rows) * (c.q_width() + c.kv_width())));
@@ -859,9 +860,9 @@ template <class S> struct CpuModel : Model {
             bytes_held += n * int64_t(sizeof(array[0]));
         };
         make(parameters, registry.size);
-        if (o.training) {
+        if (o.purpose >= Purpose::gradients) make(gradients, registry.size);
+        if (o.purpose == Purpose::training) {
             make(master, exact || !o.master_weights ? 0 : registry.size);
-            make(gradients, registry.size);
             for (int64_t n : optimizer_layout.sizes) {
                 State& state = states.emplace_back();
                 o.moments == DType::bf16 ? make(state.rounded, n) : make(state.full, n);
@@ -896,10 +897,7 @@ template <class S> struct CpuModel : Model {
             if (acts.input.slot[k] < 0) return residual(k);
         return acts.input[k] + int64_t(first) * config.width;
     }
-    S* branch(int k) {
-        const bool layers = options.recompute == Recompute::layers;
-        return acts.branch[layers ? 2 - k % 2 : k] + int64_t(first) * config.width;
-    }
+    S* branch(int k) { return acts.branch[acts.branch_of(k)] + int64_t(first) * config.width; }
     A* embedded() {
         return acts.embedded.size ? acts.embedded + int64_t(first) * config.width : residual(0);
     }
@@ -925,7 +923,10 @@ template <class S> struct CpuModel : Model {
     const CosSin<A>* cos_sin(int l) const { return config.rotates(l) ? +rotary_table : nullptr; }
 
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
-    A* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
+    // Null without gradients, too.
+    A* gradient(int64_t offset) const {
+        return offset < 0 || !gradients.size ? nullptr : gradients + offset;
+    }
     Costs<S> costs() const { return {config, double(rows()), double(T)}; }
 
     // Positions before `from` are in the KV cache.
@@ -1033,7 +1034,7 @@ template <class S> struct CpuModel : Model {
             const Timed timer(profile, costs().matmul_backward_input(m.name, rows(), m.C, m.OC));
             matmul_backward_input(din, dout, weight(m.weight), rows(), m.C, m.OC);
         }
-        if (of_gradients.rests(m.layer)) return;
+        if (!gradients.size || of_gradients.rests(m.layer)) return;
         const bool add = !overwrite_gradients;
         const Timed timer(profile, costs().matmul_backward_weight(m.name, rows(), m.C, m.OC, add));
         matmul_backward_weight(gradient(m.weight), gradient(m.bias), dout, in, rows(), m.C, m.OC,
@@ -1170,6 +1171,7 @@ template <class S> struct CpuModel : Model {
                 matmul_backward_input(acts.dinput + row * C, dlogits, weight(registry.head), n, C,
                                       V);
             }
+            if (!gradients.size) continue;
             const bool add = !overwrite_gradients || row > 0;
             const Timed timer(profile, costs().matmul_backward_weight("head", n, C, V, add));
             matmul_backward_weight<S>(gradient(registry.head), nullptr, dlogits,
@@ -1217,7 +1219,7 @@ template <class S> struct CpuModel : Model {
 
     double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
                               double loss_scale) override {
-        if (!options.training) fail("this model was made without gradients");
+        if (!gradients.size) fail("this model was made without gradients");
         forward(inputs, b, t);
         check_targets(targets, rows());
         head_forward_backward(targets, loss_scale);
@@ -1242,11 +1244,12 @@ template <class S> struct CpuModel : Model {
                                  nullptr, n, C, V);
             for (int64_t i = 0; i < n * V; i++) *out++ = float(x[i]);
         }
-        kv_cache_valid = b == 1;
+        kv_cache_valid = b == 1 && acts.qkv.keeps(0);
     }
 
     // The first backward pass overwrites the gradients of matmuls: only the others are zeroed here.
     void zero_gradients(const Hyperparameters& hyperparameters = {}) override {
+        if (!gradients.size) return;
         const Timed timer(profile, costs().zero_gradients());
         of_gradients = hyperparameters;
         overwrite_gradients = true;
@@ -1257,7 +1260,7 @@ template <class S> struct CpuModel : Model {
     }
     // Before anything reads gradients that no pass has written.
     void zero_remaining_gradients() {
-        if (!overwrite_gradients || gradients.size == 0) return;
+        if (!overwrite_gradients) return;
         zero_gradients_where([&](const Param& p) { return overwritten(p); });
         overwrite_gradients = false;
     }
@@ -1281,6 +1284,7 @@ template <class S> struct CpuModel : Model {
     }
 
     void update(const Hyperparameters& o) override {
+        if (options.purpose != Purpose::training) fail("this model was made without an optimizer");
         kv_cache_valid = false;
         zero_remaining_gradients();
         for (const UpdateRange& range : optimizer_layout.ranges_of(o)) {

@@ -1120,6 +1120,7 @@ void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_
     };
     a.heads_normed() ? launch_with.template operator()<true>()
                      : launch_with.template operator()<false>();
+    if (!dq_weight) return;
     const int q_weights = Q / a.q_norms, k_weights = K / a.k_norms;
     add_partial_sums(dq_weight, scratch, parts, q_weights + k_weights, q_weights, stream);
     add_partial_sums(dk_weight, scratch + q_weights, parts, q_weights + k_weights, k_weights,
@@ -1573,13 +1574,14 @@ template <class S> struct Activations : CudaTensors<S> {
             make);
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
-        // Half a gigabyte of logits in training.
-        head_rows = o.training ? head_part(rows, V, int64_t(1) << 28, 128) : 0;
-        logit_rows = o.training ? std::max<int64_t>(1, head_rows * int64_t(sizeof(S)) / 4)
-                                : head_part(rows, V, int64_t(1) << 26, 128);
+        const bool backward = o.purpose >= Purpose::jacobians;
+        // Half a gigabyte of logits where there is a backward pass.
+        head_rows = backward ? head_part(rows, V, int64_t(1) << 28, 128) : 0;
+        logit_rows = backward ? std::max<int64_t>(1, head_rows * int64_t(sizeof(S)) / 4)
+                              : head_part(rows, V, int64_t(1) << 26, 128);
         make(logits, std::max(head_rows * int64_t(sizeof(S)), logit_rows * 4) * V);
         make(moments, rows);
-        if (!o.training) return;
+        if (!backward) return;
         make(delta, rows * c.heads);
         const AttentionShape a{B, T, c.heads, c.kv_heads, c.head_size, c.head_size};
         const int widest = std::max({c.width, c.qkv_width(), c.mlp_in_width()});
@@ -1664,9 +1666,9 @@ template <class S, class G> struct CudaModel : Model {
         };
         const int64_t n = padded_registry.size;
         make(parameters, n);
-        if (o.training) {
+        if (o.purpose >= Purpose::gradients) make(gradients, n);
+        if (o.purpose == Purpose::training) {
             make(master, exact || !o.master_weights ? 0 : n);
-            make(gradients, n);
             for (int64_t size : optimizer_layout.sizes) {
                 State& state = states.emplace_back();
                 o.moments == DType::bf16 ? make(state.rounded, size) : make(state.full, size);
@@ -1732,8 +1734,7 @@ template <class S, class G> struct CudaModel : Model {
         return acts.input[k] + int64_t(first) * padded_config.width;
     }
     S* branch(int k) {
-        const bool layers = options.recompute == Recompute::layers;
-        return acts.branch[layers ? 2 - k % 2 : k] + int64_t(first) * padded_config.width;
+        return acts.branch[acts.branch_of(k)] + int64_t(first) * padded_config.width;
     }
     float* embedded() {
         return acts.embedded.size ? acts.embedded + int64_t(first) * padded_config.width
@@ -1759,7 +1760,10 @@ template <class S, class G> struct CudaModel : Model {
     }
     const CosSin* cos_sin(int l) const { return config.rotates(l) ? +rotary_table : nullptr; }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
-    G* gradient(int64_t offset) const { return offset < 0 ? nullptr : gradients + offset; }
+    // Null without gradients, too.
+    G* gradient(int64_t offset) const {
+        return offset < 0 || !gradients.size ? nullptr : gradients + offset;
+    }
     float* scratch() const { return acts.scratch.template as<float>(); }
 
     // The parts of the current micro-batch.
@@ -1887,7 +1891,7 @@ template <class S, class G> struct CudaModel : Model {
         matmul_backward_input<S>(cublas, din, dout, m.OC, weight(m.weight), rows(), m.C, m.OC);
     }
     void multiply_backward_weight(const S* dout, const S* in, const Matrix& m) {
-        if (of_gradients.rests(m.layer)) return;
+        if (!gradients.size || of_gradients.rests(m.layer)) return;
         const Timed timer = timed(costs().matmul_backward_weight(m.name, rows(), m.C, m.OC));
         matmul_backward_weight<S>(cublas, gradient(m.weight), gradient(m.bias), dout, m.OC, in,
                                   rows(), m.C, m.OC, scratch());
@@ -2026,6 +2030,7 @@ template <class S, class G> struct CudaModel : Model {
                 matmul_backward_input<S>(cublas, acts.dinput + row * C, dlogits, V,
                                          weight(padded_registry.head), n, C, V);
             }
+            if (!gradients.size) continue;
             const Timed timer = timed(costs().matmul_backward_weight("head", n, C, V));
             matmul_backward_weight<S, G>(cublas, gradient(padded_registry.head), nullptr, dlogits,
                                          V, input(2 * config.layers) + row * C, n, C, V, scratch());
@@ -2084,7 +2089,7 @@ template <class S, class G> struct CudaModel : Model {
 
     double loss_and_gradients(const int* inputs, const int* targets, int b, int t,
                               double loss_scale) override {
-        check_training();
+        check_gradients();
         begin_pass(inputs, targets, b, t, loss_scale);
         CUDA(cudaMemsetAsync(sums, 0, sizeof(double), stream));
         micro_step();
@@ -2121,7 +2126,7 @@ template <class S, class G> struct CudaModel : Model {
     }
 
     void begin_step(const StepInput& step) override {
-        check_training();
+        check_gradients();
         reserve_batches(std::max(2, step.micro_batches));
         const int64_t n = int64_t(step.B) * step.T, ints = BatchLayout{n}.ints();
         // 1. Copy the tokens of all micro-batches, on a stream of their own.
@@ -2192,10 +2197,11 @@ template <class S, class G> struct CudaModel : Model {
             stream.wait();
             out += n * config.vocab_size;
         }
-        kv_cache_valid = b == 1;
+        kv_cache_valid = b == 1 && acts.qkv.keeps(0);
     }
 
     void zero_gradients(const Hyperparameters& hyperparameters = {}) override {
+        if (!gradients.size) return;
         of_gradients = hyperparameters;
         const Timed timer = timed(costs().zero_gradients(padded_registry.size));
         CUDA(cudaMemsetAsync(gradients, 0, size_t(padded_registry.size) * sizeof(G), stream));
@@ -2216,6 +2222,7 @@ template <class S, class G> struct CudaModel : Model {
     }
 
     void update(const Hyperparameters& o) override {
+        if (options.purpose != Purpose::training) fail("this model was made without an optimizer");
         enqueue_update(o, 0, nullptr, nullptr);
         wait();
     }
@@ -2291,8 +2298,8 @@ template <class S, class G> struct CudaModel : Model {
         }
     }
 
-    void check_training() const {
-        if (!options.training) fail("this model was made without gradients");
+    void check_gradients() const {
+        if (!gradients.size) fail("this model was made without gradients");
     }
 
     void wait() {

@@ -351,11 +351,12 @@ TEST(Checkpoint, WeightsFromSeveralFiles) {
     EXPECT_TRUE(says(saved.load_error(), {"index.json", params[0].name, "do not belong together"}));
     fs::remove(saved.path + "/model-1.safetensors");
     EXPECT_TRUE(says(saved.load_error(), {"index.json", "model-1.safetensors", "not there"}));
-    index["weight_map"][params[0].name] = std::string(300, 'a');
+    index["weight_map"][params[0].name] = std::string(300, 'a') + ".safetensors";
     write_bytes(saved.path + "/model.safetensors.index.json", index.dump());
     EXPECT_TRUE(says(saved.load_error(), {"cannot access", "name too long"}));
     for (const char* text : {"{", "[]", "{\"weight_map\": {}}", "{\"weight_map\": {\"a\": 1}}",
-                             "{\"weight_map\": {\"a\": \"../model.safetensors\"}}"}) {
+                             "{\"weight_map\": {\"a\": \"../model.safetensors\"}}",
+                             "{\"weight_map\": {\"a\": \"..\"}}"}) {
         write_bytes(saved.path + "/model.safetensors.index.json", text);
         EXPECT_TRUE(says(saved.load_error(), {"index.json", "expected"})) << text;
     }

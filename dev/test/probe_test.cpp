@@ -37,7 +37,8 @@ struct Fixture {
     CpuModel<double> model;
     std::vector<ProbeBatch> batches, others;
 
-    explicit Fixture(const Config& c, int B = 3, int T = 5) : model(c, B, T, {}) {
+    explicit Fixture(const Config& c, int B = 3, int T = 5, Purpose purpose = Purpose::training)
+        : model(c, B, T, {.purpose = purpose}) {
         model.initialize(7);
         for (const Param& p : model.registry.params) {
             // Values representable in float, as in copies; norms and γ away from their initial
@@ -107,6 +108,70 @@ struct Fixture {
 };
 
 } // namespace
+
+// A model that is made for a measurement alone gives the same bits as one for training, in less
+// memory, and refuses what it was not made for.
+TEST(Probe, ModelsAreMadeForWhatIsMeasured) {
+    const auto purposes = {Purpose::layers, Purpose::jacobians, Purpose::gradients};
+    const std::string names[] = {"variance,angular,removal,permutation,usefulness",
+                                 "variance,angular,removal,jacobian", "all"};
+    for (const auto& [arch, scheme] : {std::pair{"llama", "pre"},
+                                       {"llama", "mix:1"},
+                                       {"gpt2", "layerscale"},
+                                       {"olmo2", "olmo2"},
+                                       {"qwen2", "sandwich+gpas"},
+                                       {"llama", "post"}}) {
+        const Config c = small_config(arch, scheme, 3);
+        Fixture training(c);
+        for (int i = 0; const Purpose purpose : purposes) {
+            SCOPED_TRACE(cat(arch, " ", scheme, " ", names[i]));
+            EXPECT_EQ(purpose_of(parse_probes(names[i])), purpose);
+            Fixture f(c, 3, 5, purpose);
+            EXPECT_EQ(to_json(f.probe(names[i], 2)), to_json(training.probe(names[i], 2)));
+            const std::string error = error_of([&] {
+                const ProbeBatch& b = f.batches[0];
+                if (purpose == Purpose::layers)
+                    f.model.run_layer_backward(1);
+                else if (purpose == Purpose::jacobians)
+                    f.model.loss_and_gradients(b.inputs.data(), b.targets.data(), b.B, b.T, 1);
+                else
+                    f.model.update({});
+            });
+            EXPECT_TRUE(says(error, {"this model was made"}));
+            i++;
+        }
+        Fixture scoring(c, 3, 5, Purpose::score);
+        EXPECT_TRUE(says(error_of([&] { scoring.probe("removal"); }), {"layer by layer"}));
+    }
+}
+
+// What a model holds is what its plan says, and no more than its purpose needs.
+TEST(Probe, MemoryIsThatOfThePurpose) {
+    for (const DType dtype : {DType::float32, DType::bf16}) {
+        const Config c = small_config("olmo2", "olmo2", 8);
+        int64_t before = 0;
+        for (const Purpose purpose : {Purpose::score, Purpose::generate, Purpose::jacobians,
+                                      Purpose::gradients, Purpose::training}) {
+            const ModelOptions options = {.purpose = purpose, .dtype = dtype};
+            const MemoryPlan plan = plan_cpu_memory(c, 3, 16, options);
+            const int64_t table = 16 * c.head_size / 2 * int64_t(sizeof(CosSin<float>));
+            const int64_t held = make_cpu_model(c, 3, 16, options)->bytes();
+            EXPECT_EQ(held, plan.total() - plan.scratch + table);
+            EXPECT_GT(held, before);
+            EXPECT_EQ(plan.gradients > 0, purpose >= Purpose::gradients);
+            EXPECT_EQ(plan.optimizer > 0, purpose == Purpose::training);
+            before = held;
+        }
+        // Layers are measured from their inputs: another layer adds one, and its parameters.
+        auto activations = [&](int layers, Purpose purpose) {
+            Config deep = small_config("olmo2", "olmo2", layers);
+            return plan_cpu_memory(deep, 3, 16, {.purpose = purpose, .dtype = dtype}).activations;
+        };
+        const int64_t r = 3 * 16 * c.width * int64_t(sizeof(float));
+        EXPECT_EQ(activations(9, Purpose::layers) - activations(8, Purpose::layers), r);
+        EXPECT_EQ(activations(9, Purpose::score), activations(8, Purpose::score));
+    }
+}
 
 TEST(Probe, IdentityLayersDoNothing) {
     for (const char* arch : {"gpt2", "llama", "olmo2"})

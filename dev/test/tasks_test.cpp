@@ -323,7 +323,7 @@ TEST(Score, PackedRequestsAreThoseOneByOne) {
         SCOPED_TRACE(arch);
         Config c = model_config_of(arch, scheme);
         if (arch == "mistral") c.window = 5;
-        const auto made = make_cpu_model(c, 1, 96, {.training = false});
+        const auto made = make_cpu_model(c, 1, 96, {.purpose = Purpose::score});
         Model& model = *made;
         model.initialize(3);
         const auto expected = reference(model, questions);
@@ -340,7 +340,8 @@ TEST(Score, PackedRequestsAreThoseOneByOne) {
     for (const ScoreBatch& b : pack_requests(questions, 96)) packed += b.inputs.size();
     EXPECT_LT(double(packed), 0.7 * double(apart));
     EXPECT_TRUE(says(error_of([&] { pack_requests(questions, 8); }), {"and a batch 8"}));
-    const auto made = make_cpu_model(model_config_of("gpt2", "pre"), 1, 96, {.training = false});
+    const auto made =
+        make_cpu_model(model_config_of("gpt2", "pre"), 1, 96, {.purpose = Purpose::score});
     Model& model = *made;
     double out;
     const int tokens[] = {1, 2}, far[] = {0, 24}, branch[] = {0, 1};
@@ -394,7 +395,8 @@ TEST(Score, WithoutALayerAsExportDropsIt) {
         expect_near(scores[4], score_requests(model, batches, n, ranks), 1e-5);
         for (int l = 0; l < 4; l++) {
             const ExportPlan plan = plan_export(config, model.registry, {l + 1});
-            const auto made_pruned = make_cpu_model(plan.config, 1, 96, {.training = false});
+            const auto made_pruned =
+                make_cpu_model(plan.config, 1, 96, {.purpose = Purpose::score});
             Model& pruned = *made_pruned;
             ASSERT_EQ(pruned.config.layers, 3);
             for (const Param& p : pruned.registry.params) {

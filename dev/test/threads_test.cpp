@@ -1,3 +1,4 @@
+#include "gpt/base/cgroup.h"
 #include "gpt/base/threads.h"
 
 #include "dev/test/program_helpers.h"
@@ -23,6 +24,7 @@ struct Root : TemporaryDirectory {
         return *this;
     }
     double cpus() const { return cgroup_cpus(path); }
+    double memory() const { return cgroup_memory(path); }
 };
 
 const std::string version2 =
@@ -69,6 +71,21 @@ TEST(Threads, QuotaInAContainer) {
     Root outside("0::/../y\n", version2);
     outside.file("/sys/fs/cgroup/cpu.max", "200000 100000\n");
     EXPECT_EQ(outside.cpus(), 2);
+}
+
+TEST(Threads, MemoryOfControlGroups) {
+    Root root("0::/a/b\n", version2);
+    EXPECT_EQ(root.memory(), INFINITY);
+    root.file("/sys/fs/cgroup/a/b/memory.max", "max\n");
+    EXPECT_EQ(root.memory(), INFINITY);
+    root.file("/sys/fs/cgroup/a/memory.max", "21474836480\n");
+    EXPECT_EQ(root.memory(), 20.0 * (1 << 30));
+    root.file("/sys/fs/cgroup/a/b/memory.max", "1000000\n");
+    EXPECT_EQ(root.memory(), 1e6);
+    Root old("4:memory:/job\n0::/\n",
+             "33 31 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n");
+    old.file("/sys/fs/cgroup/memory/job/memory.limit_in_bytes", "5000\n");
+    EXPECT_EQ(old.memory(), 5000);
 }
 
 TEST(Threads, DamagedFilesGiveNoQuota) {

@@ -100,6 +100,13 @@ void MappedFile::swap(MappedFile& other) noexcept {
     std::swap(guard_, other.guard_);
 }
 
+void MappedFile::release(const void* begin, size_t n) const {
+    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)),
+                    at = reinterpret_cast<uintptr_t>(begin);
+    const uintptr_t first = at / page * page;
+    if (n > 0) madvise(reinterpret_cast<void*>(first), at + n - first, MADV_DONTNEED);
+}
+
 void MappedFile::check() const {
     // The rest of a file's last page reads as zeros without a signal, so compare the sizes. By
     // name: a descriptor per shard would be too many, and a file renamed over this one does not

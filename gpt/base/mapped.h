@@ -25,6 +25,9 @@ class MappedFile {
     size_t size() const { return size_; }
     // Throws if bytes read so far may not be the file's.
     void check() const;
+    // Bytes [begin, begin + n) were read and will not be read soon: they no longer count as memory
+    // of this process.
+    void release(const void* begin, size_t n) const;
 
     struct Guard; // a map, as the signal handler knows it
 

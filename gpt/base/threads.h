@@ -5,11 +5,6 @@
 
 namespace lns {
 
-// The CPU quota of this process's control groups (cpu.max in version 2, cpu.cfs_quota_us in version
-// 1), the smallest of all enclosing groups; infinity if there is none. `root` precedes /proc and
-// /sys.
-double cgroup_cpus(const std::string& root = "");
-
 // The first number of OMP_NUM_THREADS or OMP_THREAD_LIMIT, such as "4" or "4,2"; 0 if invalid.
 int omp_threads(const std::string& value);
 

@@ -60,7 +60,7 @@ template <class S> std::vector<double> CpuModel<S>::gradient_squares() {
 }
 
 template <class S> std::string CpuModel<S>::first_nonfinite() {
-    return find_nonfinite(*this, config, registry, options.training && !overwrite_gradients,
+    return find_nonfinite(*this, config, registry, gradients.size && !overwrite_gradients,
                           [](const auto* x, int64_t n) {
                               return std::any_of(x, x + n,
                                                  [](auto v) { return !std::isfinite(A(v)); });
@@ -91,7 +91,8 @@ template <class S> void CpuModel<S>::leave(int k) {
 
 template <class S>
 void CpuModel<S>::embed(const int* inputs, int b, int t, const Branches& branched) {
-    if (!options.training || options.recompute != Recompute::none) fail_layer_by_layer();
+    if (options.purpose < Purpose::layers || options.recompute != Recompute::none)
+        fail_layer_by_layer();
     set_tokens(inputs, b, t, 0, branched);
     embed();
     between = 0;
@@ -116,6 +117,7 @@ template <class S> void CpuModel<S>::finish(const std::vector<ScoredToken>& scor
     score_rows(scored, out);
 }
 template <class S> void CpuModel<S>::finish_backward(const int* targets, double loss_scale) {
+    if (options.purpose < Purpose::jacobians) fail_backward();
     check_targets(targets, rows());
     enter(2 * config.layers);
     zero_remaining_gradients();
@@ -124,6 +126,7 @@ template <class S> void CpuModel<S>::finish_backward(const int* targets, double 
     enter_backward(2 * config.layers);
 }
 template <class S> void CpuModel<S>::run_layer_backward(int l) {
+    if (options.purpose < Purpose::jacobians) fail_backward();
     zero_remaining_gradients();
     std::fill_n(acts.dinput.begin(), rows() * config.width, S(0));
     const int k = 2 * l + 2;
@@ -141,8 +144,9 @@ template <class S> template <class F> void CpuModel<S>::with_stream(Stream strea
     case Stream::residual:
         return plain(residual(between));
     case Stream::attention: {
-        if (branch(between - 1) != branch(between)) return plain(branch(between - 1));
-        // They share a slot if no junction keeps b: r was skip · r + b.
+        // Where no junction keeps b, branches may share a slot: r was skip · r + b.
+        if (junction_of(between - 1).keeps_branch() || junction_of(between).keeps_branch())
+            return plain(branch(between - 1));
         const A skip = A(junction_of(between - 1).skip);
         const A *after = residual(between - 1), *before = residual(between - 2);
         return f([=](int64_t i) { return float(after[i] - skip * before[i]); });
@@ -237,8 +241,8 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     const Registry registry = make_registry(config);
     const int64_t n = registry.size;
     plan.parameters = n * int64_t(sizeof(S));
-    if (o.training) {
-        plan.gradients = n * int64_t(sizeof(Acc<S>));
+    if (o.purpose >= Purpose::gradients) plan.gradients = n * int64_t(sizeof(Acc<S>));
+    if (o.purpose == Purpose::training) {
         plan.optimizer = OptimizerLayout(*o.optimizer, registry)
                              .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
         if (sizeof(S) < sizeof(Acc<S>) && o.master_weights)

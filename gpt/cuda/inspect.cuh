@@ -63,7 +63,7 @@ std::vector<std::remove_const_t<X>> CudaModel<S, G>::fetch(X* from, int64_t n) {
 
 template <class S, class G> std::string CudaModel<S, G>::first_nonfinite() {
     const Array<int> found(1);
-    return lns::find_nonfinite(*this, padded_config, padded_registry, options.training,
+    return lns::find_nonfinite(*this, padded_config, padded_registry, gradients.size > 0,
                                [&](const auto* x, int64_t n) {
                                    cuda::find_nonfinite(found.begin(), x, n, stream);
                                    return fetch(found.begin(), 1)[0] != 0;
@@ -98,7 +98,8 @@ template <class S, class G> void CudaModel<S, G>::leave_backward(int k, const fl
 
 template <class S, class G>
 void CudaModel<S, G>::embed(const int* inputs, int b, int t, const Branches& branched) {
-    if (!options.training || options.recompute != Recompute::none) fail_layer_by_layer();
+    if (options.purpose < Purpose::layers || options.recompute != Recompute::none)
+        fail_layer_by_layer();
     begin_pass(inputs, nullptr, b, t, 0, branched);
     kv_cache_valid = false;
     embed();
@@ -136,6 +137,7 @@ void CudaModel<S, G>::finish(const std::vector<ScoredToken>& scored, double* out
 }
 template <class S, class G>
 void CudaModel<S, G>::finish_backward(const int* targets, double loss_scale) {
+    if (options.purpose < Purpose::jacobians) fail_backward();
     set_targets(targets, loss_scale);
     enter(2 * config.layers);
     head_forward_backward();
@@ -143,6 +145,7 @@ void CudaModel<S, G>::finish_backward(const int* targets, double loss_scale) {
     wait();
 }
 template <class S, class G> void CudaModel<S, G>::run_layer_backward(int l) {
+    if (options.purpose < Purpose::jacobians) fail_backward();
     CUDA(cudaMemsetAsync(acts.dinput, 0, size_t(rows()) * padded_config.width * sizeof(S), stream));
     leave_backward(2 * l + 2, residual(2 * l + 1));
     mlp_sublayer_backward(l);
@@ -160,8 +163,9 @@ void CudaModel<S, G>::with_stream(Stream which, const F& f) {
     case Stream::residual:
         return f(residual(between), none, 0.0f);
     case Stream::attention:
-        if (branch(between - 1) != branch(between)) return f(branch(between - 1), none, 0.0f);
-        // Where the branches share a slot the junction is r ← skip · r + b.
+        // Where no junction keeps b, branches may share a slot: r was skip · r + b.
+        if (junction_of(between - 1).keeps_branch() || junction_of(between).keeps_branch())
+            return f(branch(between - 1), none, 0.0f);
         return f(residual(between - 1), static_cast<const float*>(residual(between - 2)),
                  float(junction_of(between - 1).skip));
     case Stream::mlp:
@@ -245,8 +249,8 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     const Registry registry = make_registry(padded_config);
     const int64_t n = registry.size;
     plan.parameters = n * int64_t(sizeof(S));
-    if (o.training) {
-        plan.gradients = n * int64_t(sizeof(G));
+    if (o.purpose >= Purpose::gradients) plan.gradients = n * int64_t(sizeof(G));
+    if (o.purpose == Purpose::training) {
         plan.optimizer = OptimizerLayout(*o.optimizer, registry)
                              .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
         if (sizeof(S) < sizeof(float) && o.master_weights)

@@ -15,7 +15,8 @@ namespace lns {
 
 template <template <class> class Array, class S, class A, class NormStats, class JunctionStats>
 struct PassTensors {
-    int64_t rows = 0; // B·T at most
+    int64_t rows = 0;          // B·T at most
+    bool branch_pairs = false; // all layers share two slots of b
 
     Array<A> embedded;                 // (rows, C), if junction 0 has a norm
     Slots<Array<A>> residual;          // (rows, C) of each junction: r
@@ -35,30 +36,37 @@ struct PassTensors {
     Array<S> dinput, dbranch; // (rows, C)
     Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
 
+    int branch_of(int k) const { return branch_pairs ? 2 - k % 2 : k; }
+
     // Calls make(array, elements) for every array. round_late: q, k and v are rounded once, after
     // their norm and rotation.
     template <class Make>
     void layout(const Config& c, int B, int T, const ModelOptions& o, bool round_late,
                 const Make& make) {
         const int C = c.width, L = c.layers, K = 2 * L + 1;
-        const bool train = o.training, layers = o.recompute == Recompute::layers;
+        const bool backward = o.purpose >= Purpose::jacobians;
+        const bool recompute_layers = o.recompute == Recompute::layers;
         rows = int64_t(B) * T;
         auto junction_of = [&](int k) { return junction(c.scheme, L, k); };
-        auto keep = [&](int) { return train && !layers; };
-        auto keep_light = [&](int) { return train && o.recompute == Recompute::none; };
+        auto keep = [&](int) { return backward && !recompute_layers; };
+        auto keep_light = [&](int) { return backward && o.recompute == Recompute::none; };
         make(embedded, junction_of(0).out_norm ? rows * C : 0);
-        // A layer's input is always kept: the rest can be recomputed from it.
-        residual.layout(K, rows * C, make, [&](int k) { return k % 2 == 0 || keep(k); });
+        // The backward pass always has each layer's input: the rest can be recomputed from it.
+        const bool inputs = o.purpose >= Purpose::layers;
+        residual.layout(K, rows * C, make,
+                        [&](int k) { return (inputs && k % 2 == 0) || keep(k); });
         input.layout(K, rows * C, make, keep_light,
                      [&](int k) { return junction_of(k).in_norm || !std::is_same_v<S, A>; });
-        // Recomputing a layer takes both of its branches at once.
+        // Recomputing a layer takes both of its branches at once, and so does measuring one.
+        branch_pairs = recompute_layers || o.purpose == Purpose::layers;
         branch.layout(
-            layers ? 3 : K, rows * C, make,
-            [&](int k) { return train && (layers || junction_of(k).keeps_branch()); },
+            branch_pairs ? 3 : K, rows * C, make,
+            [&](int k) { return branch_pairs || (backward && junction_of(k).keeps_branch()); },
             [&](int k) { return k > 0; });
-        stats.layout(K, rows, make, [&](int) { return true; });
-        // Without training, every layer's k and v are the KV cache.
-        qkv.layout(L, rows * c.qkv_width(), make, [&](int l) { return !train || keep(l); });
+        stats.layout(K, rows, make, [&](int) { return backward; });
+        // In generating text, every layer's k and v are the KV cache.
+        qkv.layout(L, rows * c.qkv_width(), make,
+                   [&](int l) { return o.purpose == Purpose::generate || keep(l); });
         make(unrounded_qkv, round_late ? rows * c.qkv_width() : 0);
         const int64_t qk = c.qk_norm != QkNorm::none ? rows : 0;
         qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
@@ -68,7 +76,7 @@ struct PassTensors {
         hidden.layout(L, rows * c.mlp_in_width(), make, keep);
         activated.layout(L, rows * c.mlp_width, make, keep_light);
         make(losses, rows);
-        if (!train) return;
+        if (!backward) return;
         make(dresidual, rows * C);
         make(dinput, rows * C);
         make(dbranch, rows * C);

@@ -35,10 +35,21 @@ enum class Device { cpu, cuda };
 // activations; or whole layers, from their inputs. The gradients are the same to the bit.
 enum class Recompute { none, activations, layers };
 
+// What a model is made for, from the least memory to the most. Each can do what those before it
+// can.
+enum class Purpose {
+    score,     // whole forward passes: losses, logits, log-probabilities
+    generate,  // keeps k and v, so that logits() computes only new positions
+    layers,    // passes layer by layer: keeps r before each layer
+    jacobians, // backward passes, to the gradient by r: keeps what they read
+    gradients, // gradients of parameters
+    training,  // updates: the optimizer's state and the master weights
+};
+
 // A model's device, precision and memory.
 struct ModelOptions {
     Device device = Device::cpu;
-    bool training = true;         // with gradients and moments
+    Purpose purpose = Purpose::training;
     DType dtype = DType::float32; // of weights, activations and the activations' gradients
     bool master_weights = true;   // with bf16: the optimizer keeps a copy of the weights in float32
     const Optimizer* optimizer = &optimizers()[0];
@@ -157,8 +168,8 @@ struct Model {
     virtual float* host_gradients() { return nullptr; }
 
     // Layer by layer, for layer diagnostics: the residual stream r (B·T, C) can be read and written
-    // between layers (l from 0), which may run in any order and number. Throws without training, or
-    // with recompute.
+    // between layers (l from 0), which may run in any order and number. Throws unless made for that
+    // (Purpose::layers and beyond), or with recompute.
     // r ← the input of layer 0, of tokens (B, T); where sequences branch, nothing runs backward.
     virtual void embed(const int*, int, int, const Branches& = {}) { fail_layer_by_layer(); }
     // r ← the output of layer l
@@ -168,7 +179,7 @@ struct Model {
     // The same for score().
     virtual void finish(const std::vector<ScoredToken>&, double*) { fail_layer_by_layer(); }
     // Backward through what ran last: dr ← loss_scale × that loss's gradient by r; then dr ← the
-    // gradient by the input of layer l. Both add to the parameters' gradients.
+    // gradient by the input of layer l. Both add to the parameters' gradients, if there are any.
     virtual void finish_backward(const int*, double) { fail_layer_by_layer(); }
     virtual void run_layer_backward(int) { fail_layer_by_layer(); }
     enum class Stream {
@@ -194,8 +205,9 @@ struct Model {
     virtual std::vector<double> row_chords(int, int) { fail_layer_by_layer(); }
     // Σ g² over the gradient of each parameter, in the registry's order.
     virtual std::vector<double> gradient_squares() { fail_layer_by_layer(); }
+    [[noreturn]] static void fail_backward() { fail("this model was made for forward passes"); }
     [[noreturn]] static void fail_layer_by_layer() {
-        fail("a model that runs layer by layer must be made for training, without --recompute");
+        fail("this model was not made to run layer by layer, or with --recompute");
     }
 
     // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after

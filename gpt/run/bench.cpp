@@ -71,7 +71,7 @@ Bench measure_training(const Options& o, const Ranks& ranks) {
     b.config = model_config(o);
     check_length(std::max<int64_t>(o.batch, 1), o.seq_len, b.config);
     b.T = int(o.seq_len);
-    const ModelOptions& options = b.options = model_options(o, true);
+    const ModelOptions& options = b.options = model_options(o, Purpose::training);
     const bool cuda = options.device == Device::cuda;
     check_devices(options, ranks);
     b.B = o.batch > 0 ? int(o.batch) : batch_that_fits(b.config, b.T, options);

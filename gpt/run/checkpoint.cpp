@@ -81,9 +81,11 @@ std::map<std::string, std::string> read_index(const std::string& index) {
         fail(index, ": not an index of weights, expected an object with a 'weight_map'");
     std::map<std::string, std::string> files;
     for (const auto& [tensor, name] : map->items()) {
-        if (!name.is_string() || name.get<std::string>().find('/') != std::string::npos)
-            fail(index, ": its weight_map has ", quoted(name), ", expected a file's name");
-        files[tensor] = name.get<std::string>();
+        const std::string file = name.is_string() ? name.get<std::string>() : "";
+        if (!file.ends_with(".safetensors") || file.find('/') != std::string::npos)
+            fail(index, ": its weight_map has ", quoted(name), ", expected the name of a ",
+                 "safetensors file in the same folder");
+        files[tensor] = file;
     }
     return files;
 }

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <unistd.h>
+#include <vector>
 
+#include "gpt/base/cgroup.h"
 #include "gpt/base/error.h"
 #include "gpt/base/random.h"
 #include "gpt/base/terminal.h"
@@ -51,71 +53,150 @@ void check_devices(const ModelOptions& options, const Ranks& ranks) {
 
 namespace {
 
-// The largest batch of T-token sequences that fits into `memory`; 0 if not even one does.
-int64_t largest_batch(const Config& config, int most, int T, const ModelOptions& options,
-                      double memory) {
+double available_memory(Device device) {
+    // CUDA's own memory is already in use; the reserve is for kernels that cuBLASLt loads later.
+    if (device == Device::cuda) return std::max(double(gpu().free) - 256e6, 0.0);
+    const double limit = cgroup_memory();
+#ifdef _SC_PHYS_PAGES
+    const double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
+    if (bytes > 0) return std::min(bytes, limit);
+#endif
+    return limit;
+}
+
+double needed_memory(const Config& config, int64_t B, int T, const ModelOptions& options) {
+    return double(plan_memory(config, int(B), T, options).total());
+}
+
+// The largest batch of T-token sequences that fits; 0 if not even one does.
+int64_t largest_batch(const Config& config, int most, int T, const ModelOptions& options) {
+    const double memory = available_memory(options.device);
     int64_t fits = 0, too_many = int64_t(most) + 1;
     while (too_many - fits > 1) {
         const int64_t B = (fits + too_many) / 2;
-        (double(plan_memory(config, int(B), T, options).total()) <= memory ? fits : too_many) = B;
+        (needed_memory(config, B, T, options) <= memory ? fits : too_many) = B;
     }
     return fits;
 }
 
-// ": try --batch 12, or --batch 16 with --recompute layers"
-std::string what_would_fit(const Config& config, int B, int T, ModelOptions options,
-                           double memory) {
-    std::string advice;
-    if (const int64_t batch = largest_batch(config, B, T, options, memory); batch > 0)
-        advice = cat(": try --batch ", batch);
-    for (auto [recompute, name] : {std::pair{Recompute::activations, "activations"},
-                                   std::pair{Recompute::layers, "layers"}}) {
-        if (!options.training || int(recompute) <= int(options.recompute)) continue;
-        options.recompute = recompute;
-        const double needs = double(plan_memory(config, B, T, options).total());
-        if (needs > memory && recompute != Recompute::layers) continue;
-        const int64_t batch = needs <= memory ? B : largest_batch(config, B, T, options, memory);
-        if (batch > 0)
-            advice += cat(advice.empty() ? ": try" : ", or", " --batch ", batch,
-                          " with --recompute ", name);
-        break;
+// Options that need less memory: with single changes, then with all of them but the device.
+std::vector<ModelOptions> savings(const ModelOptions& o) {
+    std::vector<ModelOptions> each;
+    ModelOptions all = o;
+    auto add = [&](bool possible, const auto& change) {
+        if (!possible) return;
+        change(each.emplace_back(o));
+        change(all);
+    };
+    const bool training = o.purpose == Purpose::training;
+    for (Recompute more : {Recompute::activations, Recompute::layers})
+        add(training && o.recompute < more, [&](ModelOptions& x) { x.recompute = more; });
+    add(o.purpose == Purpose::jacobians || o.purpose == Purpose::gradients,
+        [](ModelOptions& x) { x.purpose = Purpose::layers; });
+    add(o.dtype == DType::float32, [](ModelOptions& x) { x.dtype = DType::bf16; });
+    if (training) {
+        all.master_weights = false, all.moments = DType::bf16;
+        if (o.device == Device::cuda) all.gradients = DType::bf16;
     }
-    return advice.empty() ? ", too little for any --batch: lower --seq-len or use a smaller model"
-                          : advice;
+    each.push_back(all);
+    return each;
 }
 
-double available_memory(const ModelOptions& options) {
-    // CUDA's own memory is already in use; the reserve is for kernels that cuBLASLt loads later.
-    if (options.device == Device::cuda) return std::max(double(gpu().free) - 256e6, 0.0);
-#ifdef _SC_PHYS_PAGES
-    const double bytes = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
-    if (bytes > 0) return bytes;
-#endif
-    return INFINITY;
+// The flags that turn one into the other.
+std::string flags_between(const ModelOptions& from, const ModelOptions& to) {
+    std::string flags;
+    auto add = [&](bool changed, const char* flag) {
+        if (changed) flags += cat(flags.empty() ? "" : " ", flag);
+    };
+    add(from.device != to.device, to.device == Device::cpu ? "--device cpu" : "--device cuda");
+    add(from.purpose != to.purpose, "--probes variance,angular,removal");
+    add(from.dtype != to.dtype, "--dtype bf16");
+    add(from.master_weights != to.master_weights, "--master-weights no");
+    add(from.moments != to.moments, "--moments bf16");
+    add(from.recompute != to.recompute,
+        to.recompute == Recompute::activations ? "--recompute activations" : "--recompute layers");
+    return flags;
+}
+
+// ": try --batch 12, or --batch 16 with --recompute layers"; each allows a larger batch than those
+// before.
+std::string what_would_fit(const Config& config, int B, int T, const ModelOptions& options) {
+    std::vector<ModelOptions> changes = savings(options);
+    const ModelOptions least = changes.back();
+    changes.insert(changes.begin(), options);
+    if (why_no_gpu().empty())
+        for (ModelOptions other : {options, least}) {
+            other.device = options.device == Device::cpu ? Device::cuda : Device::cpu;
+            other.gradients = DType::float32;
+            changes.push_back(other);
+        }
+    std::string advice;
+    auto suggest = [&](const std::string& size, const std::string& flags) {
+        advice += cat(advice.empty() ? ": try " : ", or ", size,
+                      size.empty() || flags.empty() ? "" : " with ", flags);
+    };
+    int64_t most = 0;
+    for (const ModelOptions& o : changes) {
+        const int64_t batch = largest_batch(config, B, T, o);
+        if (batch <= most) continue;
+        most = batch;
+        suggest(batch == B ? "" : cat("--batch ", batch), flags_between(options, o));
+    }
+    if (most > 0) return advice;
+
+    const std::string flags = flags_between(options, least);
+    int shorter = T;
+    if (options.purpose == Purpose::training)
+        while (shorter > 1 && largest_batch(config, 1, shorter, least) == 0) shorter /= 2;
+    if (largest_batch(config, 1, shorter, least) > 0) {
+        suggest(cat("--batch 1 --seq-len ", shorter), flags);
+        return advice;
+    }
+    const std::string all =
+        cat(B > 1 ? "--batch 1" : "", B > 1 && !flags.empty() ? " " : "", flags);
+    if (!all.empty())
+        advice = cat("; even with ", all, " it needs ",
+                     format_bytes(needed_memory(config, 1, T, least)));
+    return advice + ": use a smaller model, or a machine with more memory";
+}
+
+const char* name_of(Purpose purpose) {
+    switch (purpose) {
+    case Purpose::score:
+        return "evaluating this model";
+    case Purpose::generate:
+        return "generating text with this model";
+    case Purpose::layers:
+    case Purpose::jacobians:
+    case Purpose::gradients:
+        return "measuring this model's layers";
+    case Purpose::training:
+        return "training this model";
+    }
+    return "";
 }
 
 } // namespace
 
 void check_memory(const Config& config, int B, int T, const ModelOptions& options) {
-    const double needs = double(plan_memory(config, B, T, options).total());
-    const double has = available_memory(options);
+    const double needs = needed_memory(config, B, T, options);
+    const double has = available_memory(options.device);
     if (needs <= has) return;
+    const std::string needed = cat(name_of(options.purpose), " needs ", format_bytes(needs));
+    const std::string advice = what_would_fit(config, B, T, options);
     if (options.device == Device::cuda)
-        fail("this model needs ", format_bytes(needs), " of GPU memory; ", gpu().name, " has ",
-             format_bytes(has), " of ", format_bytes(double(gpu().memory)), " free",
-             what_would_fit(config, B, T, options, has));
-    fail("training needs ", format_bytes(needs), " of memory; this machine has ", format_bytes(has),
-         what_would_fit(config, B, T, options, has));
+        fail(needed, " of GPU memory; ", gpu().name, " has ", format_bytes(has), " of ",
+             format_bytes(double(gpu().memory)), " free", advice);
+    fail(needed, " of memory; this machine ", has < cgroup_memory() ? "has " : "allows ",
+         format_bytes(has), advice);
 }
 
 int batch_that_fits(const Config& config, int T, const ModelOptions& options) {
     check_memory(config, 1, T, options);
-    const double has = available_memory(options);
+    const double has = available_memory(options.device);
     const int64_t most = options.device == Device::cuda ? 1 << 18 : 1 << 12;
     int B = 1;
-    while (2 * int64_t(B) * T <= most &&
-           double(plan_memory(config, 2 * B, T, options).total()) <= has)
-        B *= 2;
+    while (2 * int64_t(B) * T <= most && needed_memory(config, 2 * B, T, options) <= has) B *= 2;
     return B;
 }
 

@@ -13,8 +13,8 @@ namespace lns {
 // Selects this rank's GPU. Collective. Throws if ranks mix CPUs and GPUs or share a GPU.
 void check_devices(const ModelOptions& options, const Ranks& ranks);
 
-// Throws, suggesting what would fit, if the model with micro-batches of (B, T) exceeds the device's
-// memory.
+// Throws, suggesting flags with which it would fit, if the model with micro-batches of (B, T) needs
+// more than the GPU's free memory or the machine's, of which a control group may have a part.
 void check_memory(const Config& config, int B, int T, const ModelOptions& options);
 
 // The largest power-of-two batch of T-token sequences that fits, capped at 2¹⁸ tokens on a GPU and

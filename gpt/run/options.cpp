@@ -229,7 +229,7 @@ void add_checkpoint(FlagList& f, Options& o) {
 }
 
 void add_inference_machine(FlagList& f, Options& o) {
-    add_dtype(f, o, "float32, bf16, or auto: as the run was trained");
+    add_dtype(f, o, "float32, bf16, or auto: as the run was trained, float32 for other weights");
     add_machine(f, o);
 }
 

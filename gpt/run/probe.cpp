@@ -15,6 +15,12 @@
 
 namespace lns {
 
+Purpose purpose_of(const ProbeSelection& probes) {
+    return probes.gradients  ? Purpose::gradients
+           : probes.jacobian ? Purpose::jacobians
+                             : Purpose::layers;
+}
+
 ProbeSelection parse_probes(const std::string& text) {
     ProbeSelection s;
     const std::pair<const char*, bool*> all[] = {

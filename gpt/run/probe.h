@@ -62,6 +62,9 @@ struct ProbeSelection {
     bool all = false; // "all": skip what the data is too small for, with a note
 };
 
+// What a model must be made for, so that these can be measured.
+Purpose purpose_of(const ProbeSelection& probes);
+
 // Parses "variance,removal" or "all". Throws for an unknown name, suggesting similar ones.
 ProbeSelection parse_probes(const std::string& text);
 
@@ -128,12 +131,13 @@ struct ProbeSettings {
     std::function<void(const std::string&)> tell; // reports progress; may be null
 };
 
-// Requires a model for training, without --recompute, and for batches of this size. usefulness fits
-// on fit_batches. Throws if the loss is not finite.
+// Requires a model made for purpose_of(settings.probes), without --recompute, and for batches of
+// this size. usefulness fits on fit_batches. Throws if the loss is not finite.
 LayerDiagnostics measure(Model& model, const std::vector<ProbeBatch>& batches,
                          const std::vector<ProbeBatch>& fit_batches, const ProbeSettings& settings);
 
-// For each task and group of the work. Requires a model as above for batches of work.rows.
+// For each task and group of the work. Requires a model of Purpose::layers for batches of
+// work.rows.
 std::vector<LayerDiagnostics::TaskRemoval>
 measure_task_removal(Model& model, const TaskWork& work,
                      const std::function<void(const std::string&)>& tell = {});

@@ -97,7 +97,7 @@ std::unique_ptr<Tokenizer> tokenizer_of(const Options& o, const Trained& trained
 // For sequences of at most `context` tokens, one at a time.
 std::unique_ptr<Model> generator(const Options& o, const Trained& trained, int context,
                                  const Ranks& ranks) {
-    const ModelOptions options = model_options(o, false, trained.dtype());
+    const ModelOptions options = model_options(o, Purpose::generate, trained.dtype());
     check_memory(trained.config, 1, context, options);
     std::unique_ptr<Model> model = make_model(trained.config, 1, context, options, ranks);
     load_weights(*model, trained.path);
@@ -191,12 +191,13 @@ int eval_tasks(const Options& o, const Ranks& ranks) {
     use_threads(o);
     Trained trained(o.checkpoint);
     const auto tokenizer = tokenizer_of(o, trained);
-    const ModelOptions options = model_options(o, false, trained.dtype());
+    const ModelOptions options = model_options(o, Purpose::score, trained.dtype());
     check_devices(options, ranks);
     int64_t rows = options.device == Device::cuda ? 8192 : 2048; // enough for full speed
-    if (o.is_given("--batch")) rows = o.batch * std::max<int64_t>(o.seq_len, 256);
+    const int T = int(std::max<int64_t>(o.seq_len, 256));        // of --batch
+    if (o.is_given("--batch")) rows = o.batch * T;
     const TaskWork work = read_tasks(o.tasks, o, trained, *tokenizer, rows);
-    check_memory(trained.config, 1, int(work.rows), options);
+    check_memory(trained.config, int((work.rows + T - 1) / T), T, options);
     const std::unique_ptr<Model> model =
         make_model(trained.config, 1, int(work.rows), options, ranks);
     load_weights(*model, trained.path);
@@ -255,7 +256,7 @@ int eval(const Options& o, const Ranks& ranks) {
         o.val_tokens > 0 ? o.val_tokens : trained.count("--val-tokens", 10000000);
 
     Loader loader(source, T, 0, false);
-    const ModelOptions options = model_options(o, false, trained.dtype());
+    const ModelOptions options = model_options(o, Purpose::score, trained.dtype());
     check_devices(options, ranks);
     check_memory(trained.config, int(o.batch), T, options);
     std::unique_ptr<Model> model = make_model(trained.config, int(o.batch), T, options, ranks);
@@ -344,10 +345,8 @@ int probe(const Options& o, const Ranks& ranks) {
         rows = work->rows;
     }
 
-    // It is never updated: no master weights, and the least of moments.
-    ModelOptions options = model_options(o, true, trained.dtype());
-    options.moments = DType::bf16;
-    if (options.dtype == DType::bf16) options.master_weights = false;
+    const Purpose purpose = data ? purpose_of(settings.probes) : Purpose::layers;
+    const ModelOptions options = model_options(o, purpose, trained.dtype());
     const int B = work ? 1 : data->B, T = work ? int(rows) : data->T;
     check_memory(config, B, T, options);
     std::unique_ptr<Model> model = make_model(config, B, T, options, ranks);

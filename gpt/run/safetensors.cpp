@@ -364,8 +364,12 @@ void Safetensors::take_checksums() {
 }
 
 void Safetensors::check(const TensorView& view) const {
-    const bool intact = !view.checksum || lns::checksum(view.data, view.bytes) == *view.checksum;
+    finish(view, !view.checksum || lns::checksum(view.data, view.bytes) == *view.checksum);
+}
+
+void Safetensors::finish(const TensorView& view, bool intact) const {
     file_.check();
+    file_.release(view.data, view.bytes);
     if (!intact) fail_damaged(path_, view);
 }
 
@@ -381,15 +385,11 @@ const TensorView& Safetensors::at(const std::string& name) const {
 }
 
 void Safetensors::read_f32(const TensorView& view, float* out) const {
-    const bool intact = read_as(path_, view, out);
-    file_.check();
-    if (!intact) fail_damaged(path_, view);
+    finish(view, read_as(path_, view, out));
 }
 
 void Safetensors::read_f64(const TensorView& view, double* out) const {
-    const bool intact = read_as(path_, view, out);
-    file_.check();
-    if (!intact) fail_damaged(path_, view);
+    finish(view, read_as(path_, view, out));
 }
 
 } // namespace lns

@@ -49,7 +49,7 @@ void write_safetensors(const std::string& path, const std::vector<TensorOut>& te
 void write_safetensors(const std::string& path, const std::vector<TensorView>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 
-// A memory-mapped file.
+// A memory-mapped file. A tensor takes memory while it is read, no longer.
 class Safetensors {
   public:
     explicit Safetensors(const std::string& path);
@@ -80,6 +80,7 @@ class Safetensors {
     std::optional<uint64_t> checksum_;
     void parse();
     void take_checksums();
+    void finish(const TensorView& view, bool intact) const; // after its bytes were read
 };
 
 } // namespace lns

@@ -330,16 +330,16 @@ Device wanted_device(const Options& o) {
 
 } // namespace
 
-ModelOptions model_options(const Options& o, bool training, const std::string& trained) {
+ModelOptions model_options(const Options& o, Purpose purpose, const std::string& trained) {
     ModelOptions m;
     m.device = wanted_device(o);
     const bool cuda = m.device == Device::cuda;
     const bool multiplies = cuda || bf16_unit() != Bf16Unit::none;
     const std::string automatic = !trained.empty() ? trained : multiplies ? "bf16" : "float32";
     const std::string dtype = o.dtype == "auto" ? automatic : o.dtype;
-    m.training = training;
+    m.purpose = purpose;
     m.dtype = dtype == "bf16" ? DType::bf16 : DType::float32;
-    if (!training) return m;
+    if (purpose != Purpose::training) return m;
     m.optimizer = &optimizer_row(o.optimizer);
     m.master_weights = o.master_weights == "yes";
     m.moments = o.moments == "bf16" ? DType::bf16 : DType::float32;
@@ -381,7 +381,7 @@ std::string describe_precision(const ModelOptions& m) {
     if (bf16 && m.device == Device::cpu)
         text += bf16_unit() == Bf16Unit::none ? " (emulated in float32 on this CPU: slow)"
                                               : cat(" (", name_of(bf16_unit()), ")");
-    if (!m.training) return text;
+    if (m.purpose != Purpose::training) return text;
     const char* moments = m.moments == DType::bf16 ? "bf16" : "float32";
     text += bf16 && m.master_weights && m.moments == DType::float32
                 ? ", float32 master weights and moments"

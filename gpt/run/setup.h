@@ -70,7 +70,8 @@ StepShape step_shape(const Options& options, int ranks);
 // The device, precision and recomputation that the flags choose. --device auto is a GPU if there is
 // one; --dtype auto is `trained` ("float32" or "bf16") if given, else bf16 on a GPU or a CPU that
 // multiplies it. Throws if flags contradict each other or the machine.
-ModelOptions model_options(const Options& options, bool training, const std::string& trained = "");
+ModelOptions model_options(const Options& options, Purpose purpose,
+                           const std::string& trained = "");
 
 // Those of an update that the flags choose.
 Hyperparameters hyperparameters(const Options& options, double lr, int64_t step);

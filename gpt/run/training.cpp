@@ -176,7 +176,7 @@ int64_t steps_of_epochs(const Run& run) {
 void prepare(Run& run, const std::string& resume_from) {
     Options& o = run.o;
     run.threads = use_threads(o);
-    run.model_options = model_options(o, true);
+    run.model_options = model_options(o, Purpose::training);
     check_devices(run.model_options, run.ranks);
     if (o.probe_every > 0 && run.model_options.recompute != Recompute::none)
         fail("--probe-every needs what --recompute ", o.recompute,
