@@ -7,7 +7,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <chrono>
 #include <functional>
 #include <map>
 #include <regex>
@@ -548,14 +547,6 @@ TEST(Stories, PronounsAreClear) {
         resolve(text);
         if (testing::Test::HasFailure()) break;
     }
-}
-
-TEST(Stories, AreGeneratedFast) {
-    size_t bytes = 0;
-    auto start = std::chrono::steady_clock::now();
-    for (uint64_t i = 0; i < 5000; i++) bytes += story(3, i).size();
-    std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    EXPECT_GT(double(bytes) / seconds.count(), 5e6) << "bytes per second";
 }
 
 TEST(StorySource, IsStoriesSeparatedByEndOfText) {

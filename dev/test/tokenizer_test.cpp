@@ -331,6 +331,7 @@ TEST(Tokenizer, Gpt2RefusesDamagedFiles) {
     EXPECT_TRUE(says(refused("{\"\u4e2d\": 0}", merges), {"no token for any byte"}));
     EXPECT_TRUE(says(refused(vocab, "#version: 0.2\n"), {"has no merges"}));
     EXPECT_TRUE(says(refused(vocab, merges + "a b c\n"), {"is \"a b c\", expected two tokens"}));
+    EXPECT_TRUE(says(refused(vocab, merges + "\xA0 b\n"), {"line", "not UTF-8"}));
     EXPECT_TRUE(
         says(refused(vocab, merges + "q q\n"), {"no token \"qq\"", "do not belong together"}));
     EXPECT_TRUE(says(refused(vocab, merges + "h e\n"), {"repeat \"h e\""}));

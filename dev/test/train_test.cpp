@@ -241,7 +241,8 @@ TEST(Train, WithLisaOnlyDrawnLayersChange) {
     ASSERT_RUNS(flags + "--lisa 2 --lisa-interval 3 --probe-every 1 --probe-tokens 32 -o " +
                 dir / "probed");
     expect_same_checkpoint(dir / "lisa/step-000008", dir / "probed/step-000008");
-    for (double norm : log_of(dir / "probed")[4]["probe"]["gradient_norm"]["mlp"])
+    const auto diagnosed = log_of(dir / "probed");
+    for (double norm : diagnosed[4]["probe"]["gradient_norm"]["mlp"])
         EXPECT_GT(norm, 0) << "a layer that rests was not diagnosed";
 
     EXPECT_TRUE(fails_with(flags + "--lisa 5 -o " + dir / "no", {"--lisa 5", "4 layers"}));

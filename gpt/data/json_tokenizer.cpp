@@ -47,6 +47,9 @@ json read_vocab_and_merges(const std::string& dir, const TokenizerConfig& config
             line.find(' ', gap + 1) != std::string::npos)
             fail("line ", number, " of ", merges_path, " is ", quoted(line),
                  ", expected two tokens separated by a space. Fetch the file again");
+        if (without_invalid_bytes(line) != line)
+            fail("line ", number, " of ", merges_path, " is ", quoted(line),
+                 ", which is not UTF-8. Fetch the file again");
         merges.push_back({line.substr(0, gap), line.substr(gap + 1)});
     }
     if (merges.empty()) fail(merges_path, " has no merges, expected about 50,000. Fetch it again");

@@ -99,7 +99,9 @@ json sentencepiece_as_json(std::string_view data) {
     json vocab = json::object(), added = json::array(), unknown;
     for (size_t id = 0; id < model.pieces.size(); id++) {
         const Piece& piece = model.pieces[id];
-        if (piece.type == Piece::user_defined || piece.type == Piece::unused) return nullptr;
+        if (piece.type == Piece::user_defined || piece.type == Piece::unused ||
+            without_invalid_bytes(piece.text) != piece.text)
+            return nullptr;
         vocab[piece.text] = id;
         if (piece.type == Piece::unknown) unknown = piece.text;
         if (piece.type == Piece::unknown || piece.type == Piece::control)

@@ -77,7 +77,7 @@ struct UpdateRange {
 // Where each optimizer state is in memory. The ranges cover the flat buffers, alignment included.
 struct OptimizerLayout {
     std::vector<UpdateRange> ranges, layer_ranges; // the latter also end where a layer does
-    std::vector<int64_t> sizes; // elements of each state
+    std::vector<int64_t> sizes;                    // elements of each state
 
     OptimizerLayout(const Optimizer& optimizer, const Registry& registry);
 
