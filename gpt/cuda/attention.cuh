@@ -394,28 +394,15 @@ template <int M> struct TileSoftmax {
     }
 };
 
-// Sets the scores to −∞ whose key (row or column) lies after the query.
-template <bool keys_are_rows, int M, int N>
-__device__ inline void causal_mask(Accumulator<M, N>& s, int first_row, int first_column) {
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int n = 0; n < N / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int row = first_row + s.row(m, e), column = first_column + s.column(n, e);
-                if (keys_are_rows ? column < row : column > row) s.x[m][n][e] = -INFINITY;
-            }
-}
-
 // The score of a key that a query does not see, although one after it may. It is finite, for a
 // whole tile may be hidden: what it adds to the softmax is then rescaled to 0.
 const float hidden_score = -1e6f;
 
-// Hides the keys (rows or columns) before the query's window.
-template <bool keys_are_rows, int M, int N>
-__device__ inline void window_mask(Accumulator<M, N>& s, int first_row, int first_column,
-                                   int window) {
+// Gives `score` to the keys (rows or columns) that are hidden(query − key) positions before the
+// query.
+template <bool keys_are_rows, int M, int N, class Hidden>
+__device__ inline void mask(Accumulator<M, N>& s, int first_row, int first_column, float score,
+                            const Hidden& hidden) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -423,9 +410,21 @@ __device__ inline void window_mask(Accumulator<M, N>& s, int first_row, int firs
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const int row = first_row + s.row(m, e), column = first_column + s.column(n, e);
-                if ((keys_are_rows ? column - row : row - column) >= window)
-                    s.x[m][n][e] = hidden_score;
+                if (hidden(keys_are_rows ? column - row : row - column)) s.x[m][n][e] = score;
             }
+}
+// Those after the query.
+template <bool keys_are_rows, int M, int N>
+__device__ inline void causal_mask(Accumulator<M, N>& s, int first_row, int first_column) {
+    mask<keys_are_rows>(s, first_row, first_column, -INFINITY,
+                        [](int before) { return before < 0; });
+}
+// Those before its window.
+template <bool keys_are_rows, int M, int N>
+__device__ inline void window_mask(Accumulator<M, N>& s, int first_row, int first_column,
+                                   int window) {
+    mask<keys_are_rows>(s, first_row, first_column, hidden_score,
+                        [=](int before) { return before >= window; });
 }
 
 // Hides the keys, the columns, of other branches and before the window from queries of sequence b,

@@ -91,9 +91,8 @@ struct Architecture {
     bool qkv_bias = false, attn_out_bias = false, mlp_bias = false;
     QkNorm qk_norm = QkNorm::none;
     WindowLayers windows = WindowLayers::none;
-    int unrotated_every =
-        0;             // n: every n-th layer has no rotary positions, unless a list says which
-    bool tied = false; // the head is the token embedding; also what an absent field means
+    int unrotated_every = 0; // n: every n-th layer has no positions, unless a list says which
+    bool tied = false;       // the head is the token embedding; also what an absent field means
 
     // What absent fields of a config.json mean to transformers; 0: they are required.
     double absent_norm_eps = 1e-6, absent_rope_theta = 10000;
