@@ -331,12 +331,14 @@ Row check_cross_entropy() {
                        });
 }
 
-// A junction with all its features; x is r_prev, b, then the parameters.
+// A junction with all its features; x is r_prev, b, y_prev, x₀, then the parameters.
 Row check_junction(const std::string& name, Junction j, NormType type, bool weights, bool biases) {
     const int rows = 5, C = 11;
     j.in_scale = 0.7;
-    if (j.branch) j.skip = 1.3;
-    std::vector<Doubles> x = {random_values(rows * C, "r_prev"), random_values(rows * C, "b", 0.5)};
+    if (j.branch && !j.omega) j.skip = 1.3;
+    if (j.branch) j.beta = 0.8;
+    std::vector<Doubles> x = {random_values(rows * C, "r_prev"), random_values(rows * C, "b", 0.5),
+                              random_values(rows * C, "y_prev"), random_values(rows * C, "x0")};
     JunctionParams at; // offsets are in units of tensors: x[offset]
     auto add = [&](const char* what, size_t n, double mean) {
         x.push_back(random_values(n, what, mean, 0.4));
@@ -347,6 +349,10 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
         if (has && biases) p.bias = add("bias", C, 0);
     };
     norm(j.branch_norm, at.branch), norm(j.out_norm, at.out), norm(j.in_norm, at.in);
+    norm(j.reads_second, at.second);
+    if (j.omega) at.omega = add("omega", C, 1.2);
+    if (j.adds_start)
+        at.start_skip = add("start_skip", 1, 0.9), at.start_weight = add("start_weight", 1, 0.3);
     if (j.gamma != Gamma::none) at.gamma = add("gamma", j.gamma == Gamma::vector ? C : 1, 0.5);
     if (j.gate) at.gate = add("gate", 1, 0.5);
 
@@ -361,36 +367,50 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
                 p.branch_weight = get(at.branch.weight), p.branch_bias = get(at.branch.bias);
                 p.out_weight = get(at.out.weight), p.out_bias = get(at.out.bias);
                 p.in_weight = get(at.in.weight), p.in_bias = get(at.in.bias);
-                p.gamma = get(at.gamma), p.gate = get(at.gate);
+                p.second_weight = get(at.second.weight), p.second_bias = get(at.second.bias);
+                p.gamma = get(at.gamma), p.omega = get(at.omega), p.gate = get(at.gate);
+                p.start_skip = get(at.start_skip), p.start_weight = get(at.start_weight);
                 return p;
             };
             LayerResult<S> out;
             for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
-            std::vector<S> r(rows * C), u(rows * C), stop;
+            std::vector<S> r(rows * C), u(rows * C), y(rows * C), start = x[3], stop;
             std::vector<JunctionStats<S>> stats(rows);
             JunctionArguments<S> a;
             a.junction = j, a.norm = type, a.eps = 1e-5, a.rows = rows, a.C = C;
             a.p = pointers(x, (const S*)nullptr);
             a.r_prev = x[0].data(), a.b = x[1].data();
             a.r = r.data(), a.u = u.data(), a.stats = stats.data();
+            a.y_prev = x[2].data(), a.y = y.data(), a.x0 = start.data();
             if (j.gate && !frozen.empty()) stop = as<S>(frozen);
             junction_forward(a, stop.empty() ? nullptr : stop.data());
             if (j.gate && frozen.empty()) {
                 frozen = r_prev;
                 if (!j.gate_on_skip)
-                    for (size_t i = 0; i < r.size(); i++)
-                        frozen[i] = double(r[i]) / (1 - silu(double(*a.p.gate)));
+                    for (size_t i = 0; i < r.size(); i++) {
+                        double before = double(r[i]);
+                        if (j.adds_start)
+                            before = (before - double(*a.p.start_weight) * double(start[i])) /
+                                     double(*a.p.start_skip);
+                        frozen[i] = before / (1 - silu(double(*a.p.gate)));
+                    }
             }
             out.y = r;
-            if (j.in_norm) out.y.insert(out.y.end(), u.begin(), u.end());
+            const bool has_u = j.in_norm || j.reads_second;
+            if (has_u) out.y.insert(out.y.end(), u.begin(), u.end());
+            if (j.second) out.y.insert(out.y.end(), y.begin(), y.end());
             if (c.empty()) return out;
-            std::vector<S> dr(c.begin(), c.begin() + rows * C), du(rows * C);
-            if (j.in_norm) std::copy(c.begin() + rows * C, c.end(), du.begin());
+            std::vector<S> dr(c.begin(), c.begin() + rows * C), du(rows * C), dy(rows * C);
+            if (has_u) std::copy_n(c.begin() + rows * C, rows * C, du.begin());
+            if (j.second) std::copy_n(c.end() - rows * C, rows * C, dy.begin());
             std::vector<Acc<S>> scratch(junction_scratch(rows, C));
             a.du = du.data(), a.dr = dr.data(), a.db = out.gradients[1].data();
+            a.dy = dy.data(), a.dx0 = out.gradients[3].data();
             a.dp = pointers(out.gradients, (Acc<S>*)nullptr);
             junction_backward(a, scratch.data());
             out.gradients[0] = dr;
+            if (j.second && !j.starts_second) out.gradients[2] = dy;
+            if (!j.branch) out.gradients[3] = std::vector<S>(rows * C); // it became dr
             return out;
         });
 }
@@ -574,25 +594,27 @@ Config small_config(const std::string& architecture_name) {
     return c;
 }
 
-// Every scheme of the table, with and without a gate. +scaled-init only changes initial weights,
-// which check_initialization covers.
+// Every scheme of the table, with and without additions. Those that only change initial weights
+// are check_initialization's.
 std::vector<std::string> all_schemes() {
     std::vector<std::string> names;
     for (const SchemeRow& row : scheme_table()) {
         std::string name = row.name;
-        if (row.out_norm == Layers::first_k) name += ":1";
+        if (row.number_of) name += row.grouped ? ":2" : ":1";
         names.push_back(name);
-        names.push_back(name + "+gpas");
+        if (!row.reads_second) names.push_back(name + "+gpas");
     }
+    for (const char* name : {"lns+gpas-each", "pre+x0", "peri+x0", "mix:1+gpas+x0", "pre+prores:5",
+                             "post+prores:5", "pre+value-residual", "lns+x0+value-residual"})
+        names.push_back(name);
     return names;
 }
 
-// Those that a model of this architecture is tested under: norm schemes know nothing of positions
-// and windows, so architectures that differ in these alone need few.
+// Those that a model of this architecture is tested under: norm schemes know nothing of positions,
+// windows and activations, so one architecture with RMSNorm and one with LayerNorm need them all.
 std::vector<std::string> schemes_of(const std::string& architecture_name) {
-    for (const char* name : {"llama-3", "qwen3", "mistral", "smollm3"})
-        if (architecture_name == name) return {"pre", "lns", "sandwich+gpas"};
-    return all_schemes();
+    if (architecture_name == "llama" || architecture_name == "gpt2") return all_schemes();
+    return {"pre", "lns", "lns-init", "mix:1+gpas", "sandwich+gpas", "peri", "siamese"};
 }
 
 // Whether the architecture has what the scheme needs.
@@ -1145,7 +1167,11 @@ Row check_initialization(const std::string& scheme) {
         const float* w = model.parameters + p.offset;
         auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
         if (!p.decay) {
-            double expected = named("gamma") ? row_of.gamma_init(c.layers) : named("gate") ? 0 : 1;
+            double expected = named("gamma")                        ? row_of.gamma_init(c.layers)
+                              : named("omega")                      ? row_of.omega_init(c.layers)
+                              : named("value_mix")                  ? 0.5
+                              : named("gate") || named("x0_weight") ? 0
+                                                                    : 1;
             if (row_of.depth == DepthScale::init_weight && named("layers."))
                 expected = 1 / std::sqrt(1 + std::stod(p.name.substr(p.name.find("layers.") + 7)));
             for (int64_t i = 0; i < p.size(); i++)
@@ -1159,6 +1185,11 @@ Row check_initialization(const std::string& scheme) {
         else if (row_of.xavier_gain && !named("lm_head")) {
             const bool qk = named("q_proj") || named("k_proj");
             expected = (qk ? 1 : row_of.xavier_gain(c.layers)) * std::sqrt(2 / (in + out));
+        }
+        if (row_of.depth_transfer && named("proj")) expected *= std::sqrt(256.0 / c.width);
+        if (c.scheme.depth_init && (named("o_proj") || named("down_proj"))) {
+            const double layer = 1 + std::stod(p.name.substr(p.name.find("layers.") + 7));
+            expected /= std::sqrt(2 * layer);
         }
         if (c.scheme.scaled_init && (named("o_proj") || named("down_proj")))
             expected = 0.02 / std::sqrt(2 * L);
@@ -2066,7 +2097,7 @@ std::vector<Row> all_rows(const std::string& filter) {
                      .recompute = Recompute::activations}));
 
     for (const std::string& scheme : scheme_names()) keep(check_initialization(scheme));
-    for (const char* scheme : {"lns+gpas+scaled-init", "deepnorm+scaled-init"})
+    for (const char* scheme : {"lns+gpas+scaled-init", "deepnorm+scaled-init", "pre+depth-init+x0"})
         keep(check_initialization(scheme));
     for (const std::string& name : architectures) {
         keep(check_same_bits(name, "lns", 0, "pre"));

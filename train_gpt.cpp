@@ -141,7 +141,7 @@ void norm_row_backward(NormType type, const NormStats<A>& stats, const X* x, con
 // The junction, where a sublayer's output b meets the residual stream r: the only place where norm
 // schemes differ. gpt/model/scheme.h has its equations.
 
-template <class S> struct JunctionStats { NormStats<Acc<S>> branch, out, in; };
+template <class S> struct JunctionStats { NormStats<Acc<S>> branch, out, in, second; };
 
 // The operands of a junction on `rows` tokens.
 template <class S> struct JunctionArguments {
@@ -154,20 +154,34 @@ template <class S> struct JunctionArguments {
     JunctionPointers<const S> p;
 
     // Forward: r and u (rows, C) from r_prev and b (rows, C), and stats (rows). r may be r_prev. b
-    // is null without a branch. u may be null without an in-norm: it is r then.
+    // is null without a branch. u may be null without an in-norm: it is r then. y (rows, C), from
+    // y_prev, which it may be; x₀ (rows, C), which junction 0 writes.
     const A* r_prev = nullptr;
     const S* b = nullptr;
     A* r = nullptr;
     S* u = nullptr;
     JunctionStats<S>* stats = nullptr;
+    const A* y_prev = nullptr;
+    A *y = nullptr, *x0 = nullptr;
 
     // Backward, besides: db and, in place of dr, the gradient of r_prev; from du (the gradient of
-    // u, or of r without an in-norm) and dr (the gradient of r from later layers). Adds to dp.
+    // u, or of r without an in-norm) and dr (the gradient of r from later layers). Adds to dp, and
+    // to the gradients of y and x₀.
     const S* du = nullptr;
     A* dr = nullptr;
     S* db = nullptr;
+    A *dy = nullptr, *dx0 = nullptr;
     JunctionPointers<A> dp;
 };
+
+// z (C) = r + norm_second(y) of a row.
+template <class S> void add_second(const JunctionArguments<S>& x, int64_t row, Acc<S>* z) {
+    using A = Acc<S>;
+    const int64_t at = row * x.C;
+    norm_row_forward(x.stats[row].second, x.y + at, x.p.second_weight, x.p.second_bias, A(1), z,
+                     x.C);
+    for (int i = 0; i < x.C; i++) z[i] += x.r[at + i];
+}
 
 // `stopped` (rows, C) is what stop() returns; null: its argument. Only gradient checks by finite
 // differences set it, to hold it constant.
@@ -182,13 +196,16 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
     A* r = x.r;
     S* u = x.u;
     const int C = x.C;
-    const A eps = A(x.eps), skip = A(j.skip), in_scale = A(j.in_scale);
+    const A eps = A(x.eps), in_eps = A(x.eps * j.in_eps), in_scale = A(j.in_scale);
+    const A skip = A(j.skip), beta = A(j.beta);
     const A gate = j.gate ? silu(A(*p.gate)) : A(0);
 #pragma omp parallel for
     for (int64_t row = 0; row < x.rows; row++) {
         const int64_t at = row * C;
         A* z = thread_scratch<A>(C);
         JunctionStats<S>& st = x.stats[row];
+        if (j.second && !j.branch)
+            for (int i = 0; i < C; i++) x.y[at + i] = (j.starts_second ? r_prev : x.y_prev)[at + i];
         if (!j.branch) {
             for (int i = 0; i < C; i++) z[i] = r_prev[at + i];
         } else {
@@ -202,7 +219,15 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
                 for (int i = 0; i < C; i++) z[i] *= A(p.gamma[i]);
             if (j.gamma == Gamma::scalar)
                 for (int i = 0; i < C; i++) z[i] *= A(*p.gamma);
-            if (j.gate_on_skip) {
+            if (j.second)
+                for (int i = 0; i < C; i++) x.y[at + i] = x.y_prev[at + i] + z[i];
+            if (j.beta != 1)
+                for (int i = 0; i < C; i++) z[i] *= beta;
+            if (j.omega) {
+                const A* stop = stopped ? stopped : r_prev;
+                for (int i = 0; i < C; i++)
+                    z[i] += A(p.omega[i]) * (r_prev[at + i] - gate * stop[at + i]);
+            } else if (j.gate_on_skip) {
                 const A* stop = stopped ? stopped : r_prev;
                 for (int i = 0; i < C; i++) z[i] += skip * (r_prev[at + i] - gate * stop[at + i]);
             } else {
@@ -215,10 +240,21 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
         }
         if (j.gate && !j.gate_on_skip)
             for (int i = 0; i < C; i++) z[i] -= gate * (stopped ? stopped[at + i] : z[i]);
+        if (j.adds_start) {
+            const A a = A(*p.start_skip), lambda = A(*p.start_weight);
+            for (int i = 0; i < C; i++) {
+                if (!j.branch) x.x0[at + i] = z[i];
+                z[i] = a * z[i] + lambda * x.x0[at + i];
+            }
+        }
         for (int i = 0; i < C; i++) r[at + i] = z[i];
+        if (j.reads_second) {
+            st.second = norm_stats<A>(type, eps, x.y + at, C);
+            add_second(x, row, z);
+        }
         if (j.in_norm) {
-            st.in = norm_stats<A>(type, eps, r + at, C);
-            norm_row_forward(st.in, r + at, p.in_weight, p.in_bias, in_scale, u + at, C);
+            st.in = norm_stats<A>(type, in_eps, z, C);
+            norm_row_forward(st.in, z, p.in_weight, p.in_bias, in_scale, u + at, C);
         } else if (u) {
             for (int i = 0; i < C; i++) u[at + i] = z[i];
         }
@@ -226,7 +262,7 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
 }
 
 inline int64_t junction_scratch(int64_t rows, int C) {
-    return row_chunks(rows) * (junction_vectors * int64_t(C) + 1);
+    return row_chunks(rows) * (junction_vectors * int64_t(C) + 3);
 }
 
 // The parameters' gradients go through partial sums in scratch (junction_scratch(rows, C)).
@@ -240,16 +276,20 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
     A* dr = x.dr;
     S* db = x.db;
     const int C = x.C;
-    const A skip = A(j.skip), in_scale = A(j.in_scale);
+    const A skip = A(j.skip), beta = A(j.beta), in_scale = A(j.in_scale);
     const A gate = j.gate ? silu(A(*p.gate)) : A(0);
     const A dgate = j.gate ? dsilu(A(*p.gate)) : A(0);
+    const A a = j.adds_start ? A(*p.start_skip) : A(1);
+    const A lambda = j.adds_start ? A(*p.start_weight) : A(0);
 
-    // Partial sums of a chunk of rows: a vector (C) for each of these, then the gate's.
-    enum { in_w, in_b, out_w, out_b, branch_w, branch_b, gamma, count };
+    // Partial sums of a chunk of rows: a vector (C) for each of these, then the gate's, a's and λ's.
+    enum { in_w, in_b, out_w, out_b, branch_w, branch_b, second_w, second_b, omega, gamma, count };
     static_assert(count == junction_vectors);
-    A* const vectors[count] = {x.dp.in_weight,     x.dp.in_bias,     x.dp.out_weight, x.dp.out_bias,
-                               x.dp.branch_weight, x.dp.branch_bias, x.dp.gamma};
-    const int64_t rows = x.rows, chunks = row_chunks(rows), width = count * int64_t(C) + 1;
+    A* const vectors[count] = {x.dp.in_weight,     x.dp.in_bias,     x.dp.out_weight,
+                               x.dp.out_bias,      x.dp.branch_weight, x.dp.branch_bias,
+                               x.dp.second_weight, x.dp.second_bias, x.dp.omega,
+                               x.dp.gamma};
+    const int64_t rows = x.rows, chunks = row_chunks(rows), width = count * int64_t(C) + 3;
 
 #pragma omp parallel for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -258,21 +298,32 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
         auto sums_of = [&](int vector) { return vectors[vector] ? sums + vector * C : nullptr; };
         A *in_weight = sums_of(in_w), *in_bias = sums_of(in_b), *out_weight = sums_of(out_w),
           *out_bias = sums_of(out_b), *branch_weight = sums_of(branch_w),
-          *branch_bias = sums_of(branch_b), *gamma_sum = sums + gamma * C;
-        double gate_sum = 0, scalar_gamma_sum = 0; // over all channels, where much cancels
-        A* dz = thread_scratch<A>(3 * C);          // the gradient of r, then of each step before it
-        A *z = dz + C, *y = dz + 2 * C;            // r before the out-norm; b after the branch norm
+          *branch_bias = sums_of(branch_b), *second_weight = sums_of(second_w),
+          *second_bias = sums_of(second_b), *omega_sum = sums + omega * C,
+          *gamma_sum = sums + gamma * C;
+        // Over all channels, where much cancels.
+        double gate_sum = 0, scalar_gamma_sum = 0, skip_sum = 0, weight_sum = 0;
+        A* dz = thread_scratch<A>(4 * C); // the gradient of r, then of each step before it
+        A *z = dz + C, *y = dz + 2 * C;   // r before the out-norm; b after the branch norm
+        A* v = dz + 3 * C;                // the in-norm's input
 
         for (int64_t row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; row++) {
             const int64_t at = row * C;
             const JunctionStats<S>& st = x.stats[row];
+            const A* in = r + at;
+            if (j.reads_second) add_second(x, row, v), in = v;
             if (j.in_norm) {
                 for (int i = 0; i < C; i++) dz[i] = in_scale * A(du[at + i]);
-                norm_row_backward(type, st.in, r + at, p.in_weight, dz, dz, in_weight, in_bias, C);
-                for (int i = 0; i < C; i++) dz[i] += dr[at + i];
+                norm_row_backward(type, st.in, in, p.in_weight, dz, dz, in_weight, in_bias, C);
             } else {
-                for (int i = 0; i < C; i++) dz[i] = A(du[at + i]) + dr[at + i];
+                for (int i = 0; i < C; i++) dz[i] = A(du[at + i]);
             }
+            if (j.reads_second) {
+                norm_row_backward(type, st.second, x.y + at, p.second_weight, dz, v, second_weight,
+                                  second_bias, C);
+                for (int i = 0; i < C; i++) x.dy[at + i] += v[i];
+            }
+            for (int i = 0; i < C; i++) dz[i] += dr[at + i];
 
             // Recomputes what the forward pass had before the out-norm and the gate.
             if (j.keeps_branch()) {
@@ -289,8 +340,28 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
                         A factor = j.gamma == Gamma::vector   ? A(p.gamma[i])
                                    : j.gamma == Gamma::scalar ? A(*p.gamma)
                                                               : A(1);
-                        z[i] = kept * r_prev[at + i] + factor * y[i];
+                        if (j.beta != 1) factor *= beta;
+                        const A of_skip = j.omega ? kept * A(p.omega[i]) : kept;
+                        z[i] = of_skip * r_prev[at + i] + factor * y[i];
                     }
+                }
+            }
+            if (j.adds_start) {
+                const A* before = z; // of r
+                if (j.out_norm) {
+                    norm_row_forward(st.out, z, p.out_weight, p.out_bias, A(1), v, C);
+                    before = v;
+                }
+                const A kept = j.gate && !j.gate_on_skip ? A(1) - gate : A(1);
+                for (int i = 0; i < C; i++) {
+                    const A d = dz[i], start = x.x0[at + i];
+                    skip_sum += double(d) * double(kept * before[i]);
+                    weight_sum += double(d) * double(start);
+                    dz[i] = a * d;
+                    if (j.branch)
+                        x.dx0[at + i] += lambda * d;
+                    else
+                        dz[i] += lambda * d + x.dx0[at + i];
                 }
             }
             if (j.gate && !j.gate_on_skip) { // no out-norm; stop() passes no gradient to dz
@@ -305,11 +376,21 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
             double dot = 0;
             for (int i = 0; i < C; i++) {
                 A d = skip * dz[i];
+                if (j.omega) {
+                    omega_sum[i] += (A(1) - gate) * d * r_prev[at + i];
+                    d *= A(p.omega[i]);
+                }
                 if (j.gate_on_skip) dot += double(d) * double(r_prev[at + i]);
                 dr[at + i] = d;
             }
             gate_sum -= dgate * dot;
+            if (j.starts_second)
+                for (int i = 0; i < C; i++) dr[at + i] += x.dy[at + i];
             if (!j.branch) continue;
+            if (j.beta != 1)
+                for (int i = 0; i < C; i++) dz[i] *= beta;
+            if (j.second)
+                for (int i = 0; i < C; i++) dz[i] += x.dy[at + i];
 
             if (j.gamma == Gamma::vector)
                 for (int i = 0; i < C; i++) {
@@ -327,7 +408,8 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
             for (int i = 0; i < C; i++) db[at + i] = dz[i];
         }
         if (j.gamma == Gamma::scalar) gamma_sum[0] = A(scalar_gamma_sum);
-        sums[count * C] = A(gate_sum);
+        A* scalars = sums + count * C;
+        scalars[0] = A(gate_sum), scalars[1] = A(skip_sum), scalars[2] = A(weight_sum);
     }
     auto add_sums = [&](A* gradient, int64_t from, int64_t n) {
         for (int64_t chunk = 0; gradient && chunk < chunks; chunk++)
@@ -336,6 +418,8 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
     for (int v = 0; v < count; v++)
         add_sums(vectors[v], v * C, v == gamma && j.gamma == Gamma::scalar ? 1 : C);
     add_sums(x.dp.gate, count * C, 1);
+    add_sums(x.dp.start_skip, count * C + 1, 1);
+    add_sums(x.dp.start_weight, count * C + 2, 1);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -903,6 +987,10 @@ template <class S> struct CpuModel : Model {
     }
     A* before(int k) { return k == 0 ? embedded() : residual(k - 1); } // r_prev
     JunctionStats<S>* stats(int k) { return acts.stats[k] + first; }
+    A* second(int k) { // y of junction k, if there is one
+        return acts.second.array.size ? acts.second[k] + int64_t(first) * config.width : nullptr;
+    }
+    A* start() { return acts.start.size ? acts.start + int64_t(first) * config.width : nullptr; }
     S* hidden(int l) { return acts.hidden[l] + int64_t(first) * config.mlp_in_width(); }
     S* activated(int l) { return acts.activated[l] + int64_t(first) * config.mlp_width; }
 
@@ -958,7 +1046,7 @@ template <class S> struct CpuModel : Model {
 
     // From the gradient of the final norm's output, in dinput.
     void backward() {
-        std::fill_n(acts.dresidual.begin(), rows() * config.width, A(0));
+        clear_stream_gradients();
         for (int l = config.layers - 1; l >= 0; l--) {
             if (options.recompute == Recompute::layers) recompute_layer(l);
             join_backward(2 * l + 2);
@@ -973,6 +1061,11 @@ template <class S> struct CpuModel : Model {
                            acts.dresidual.begin(), B, T, config.width);
     }
 
+    void clear_stream_gradients() {
+        for (Array<A>* gradient : {&acts.dresidual, &acts.dsecond, &acts.dstart})
+            std::fill_n(gradient->begin(), gradient->size ? rows() * config.width : 0, A(0));
+    }
+
     Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
     JunctionArguments<S> junction_arguments(const Junction& j, int k) {
         JunctionArguments<S> x;
@@ -982,7 +1075,10 @@ template <class S> struct CpuModel : Model {
         x.r_prev = before(k), x.r = residual(k), x.stats = stats(k);
         if (j.branch) x.b = branch(k);
         if (acts.input.slot[k] >= 0) x.u = input(k);
+        if (j.second) x.y_prev = second(std::max(k - 1, 0)), x.y = second(k);
+        if (j.adds_start) x.x0 = start();
         x.du = acts.dinput, x.dr = acts.dresidual, x.db = acts.dbranch;
+        x.dy = acts.dsecond, x.dx0 = acts.dstart;
         return x;
     }
     void join_forward(int k) {
@@ -1120,14 +1216,20 @@ template <class S> struct CpuModel : Model {
         if (acts.input.slot[k] < 0 || acts.input.keeps(k)) return;
         const Timed timer(profile, costs().input_recompute());
         const Junction j = junction_of(k);
-        const JunctionPointers<const S> p(parameters, registry.junctions[k]);
+        const JunctionArguments<S> x = junction_arguments(j, k);
         const int C = config.width;
 #pragma omp parallel for
         for (int64_t row = 0; row < rows(); row++) {
             const A* r = residual(k) + row * C;
             S* u = input(k) + row * C;
+            if (j.reads_second) {
+                A* z = thread_scratch<A>(C);
+                add_second(x, row, z);
+                r = z;
+            }
             if (j.in_norm)
-                norm_row_forward(stats(k)[row].in, r, p.in_weight, p.in_bias, A(j.in_scale), u, C);
+                norm_row_forward(stats(k)[row].in, r, x.p.in_weight, x.p.in_bias, A(j.in_scale), u,
+                                 C);
             else
                 for (int i = 0; i < C; i++) u[i] = r[i];
         }

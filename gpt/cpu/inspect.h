@@ -73,9 +73,9 @@ template <class S> std::string CpuModel<S>::first_nonfinite() {
 // Moves r to the place of junction k, and computes u from it.
 template <class S> void CpuModel<S>::enter(int k) {
     if (between != k) std::copy_n(residual(between), rows() * config.width, residual(k));
-    between = k;
     JunctionArguments<S> x = junction_arguments(entering(junction_of(k)), k);
-    x.r_prev = residual(k);
+    x.r_prev = residual(k), x.y_prev = second(between);
+    between = k;
     junction_forward(x, stopped[k]);
 }
 template <class S> void CpuModel<S>::enter_backward(int k) {
@@ -122,7 +122,7 @@ template <class S> void CpuModel<S>::finish_backward(const int* targets, double 
     enter(2 * config.layers);
     zero_remaining_gradients();
     head_forward_backward(targets, loss_scale);
-    std::fill_n(acts.dresidual.begin(), rows() * config.width, A(0));
+    clear_stream_gradients();
     enter_backward(2 * config.layers);
 }
 template <class S> void CpuModel<S>::run_layer_backward(int l) {
@@ -147,9 +147,11 @@ template <class S> template <class F> void CpuModel<S>::with_stream(Stream strea
         // Where no junction keeps b, branches may share a slot: r was skip · r + b.
         if (junction_of(between - 1).keeps_branch() || junction_of(between).keeps_branch())
             return plain(branch(between - 1));
-        const A skip = A(junction_of(between - 1).skip);
+        const Junction j = junction_of(between - 1);
+        const A skip = A(j.skip), beta = A(j.beta);
         const A *after = residual(between - 1), *before = residual(between - 2);
-        return f([=](int64_t i) { return float(after[i] - skip * before[i]); });
+        if (beta == 1) return f([=](int64_t i) { return float(after[i] - skip * before[i]); });
+        return f([=](int64_t i) { return float((after[i] - skip * before[i]) / beta); });
     }
     case Stream::mlp:
         return plain(branch(between));
@@ -170,6 +172,7 @@ template <class S> Acc<S>* CpuModel<S>::writable(Stream stream) {
 }
 template <class S> void CpuModel<S>::write(Stream stream, const float* values) {
     A* to = writable(stream);
+    if (stream == Stream::gradient) clear_stream_gradients();
 #pragma omp parallel for
     for (int64_t i = 0; i < rows() * config.width; i++) to[i] = A(values[i]);
 }
@@ -184,6 +187,7 @@ template <class S>
 void CpuModel<S>::write_rows(Stream stream, const std::vector<int64_t>& to, const float* values) {
     const int C = config.width;
     A* x = writable(stream);
+    if (stream == Stream::gradient) clear_stream_gradients();
     std::fill_n(x, rows() * C, A(0));
     for (int64_t row : to)
         for (int i = 0; i < C; i++) x[row * C + i] = A(*values++);

@@ -22,6 +22,8 @@ struct PassTensors {
     Slots<Array<A>> residual;          // (rows, C) of each junction: r
     Slots<Array<S>> input;             // (rows, C) of each junction: u, unless it is r itself
     Slots<Array<S>> branch;            // (rows, C) of each junction but the first: b
+    Slots<Array<A>> second;            // (rows, C) of each junction: y, if there is one
+    Array<A> start;                    // (rows, C): x₀, if it is added again
     Slots<Array<JunctionStats>> stats; // (rows) of each junction
     Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
     Array<A> unrounded_qkv;            // (rows, the same), where they are rounded after the norm
@@ -33,6 +35,7 @@ struct PassTensors {
     Array<A> losses;                   // (rows)
 
     Array<A> dresidual;       // (rows, C)
+    Array<A> dsecond, dstart; // (rows, C)
     Array<S> dinput, dbranch; // (rows, C)
     Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
 
@@ -55,8 +58,15 @@ struct PassTensors {
         const bool inputs = o.purpose >= Purpose::layers;
         residual.layout(K, rows * C, make,
                         [&](int k) { return (inputs && k % 2 == 0) || keep(k); });
-        input.layout(K, rows * C, make, keep_light,
-                     [&](int k) { return junction_of(k).in_norm || !std::is_same_v<S, A>; });
+        second.layout(
+            K, rows * C, make,
+            [&](int k) { return (inputs && k % 2 == 0) || (keep(k) && junction_of(k).reads_second); },
+            [&](int k) { return junction_of(k).second; });
+        make(start, c.scheme.x0 ? rows * C : 0);
+        input.layout(K, rows * C, make, keep_light, [&](int k) {
+            const Junction j = junction_of(k);
+            return j.in_norm || j.reads_second || !std::is_same_v<S, A>;
+        });
         // Recomputing a layer takes both of its branches at once, and so does measuring one.
         branch_pairs = recompute_layers || o.purpose == Purpose::layers;
         branch.layout(
@@ -78,6 +88,8 @@ struct PassTensors {
         make(losses, rows);
         if (!backward) return;
         make(dresidual, rows * C);
+        make(dsecond, junction_of(0).second ? rows * C : 0);
+        make(dstart, c.scheme.x0 ? rows * C : 0);
         make(dinput, rows * C);
         make(dbranch, rows * C);
         make(dwide, rows * std::max(c.qkv_width(), c.mlp_in_width()));

@@ -129,6 +129,7 @@ void complete_config(Config& c) {
     }
     // A gated MLP's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
     if (c.mlp_width == 0) c.mlp_width = c.gated_mlp() ? (8 * c.width / 3 + 7) / 8 * 8 : 4 * c.width;
+    c.scheme.width = c.width;
     const int every = architecture_row(c.model_type).unrotated_every;
     if (every && c.rotated_layers.empty())
         for (int l = 0; l < c.layers; l++) c.rotated_layers.push_back((l + 1) % every != 0);
@@ -171,11 +172,11 @@ void check_config(const Config& c) {
         if (!list->empty() && int(list->size()) != c.layers)
             fail("the config.json says which of ", list->size(), " layers have ", what,
                  ", but the model has ", c.layers, ": leave --layers out");
-    if (c.scheme.mix_layers > c.layers)
-        fail("mix:", c.scheme.mix_layers, " asks for more Post-LN layers than the model's ",
-             c.layers);
-    if (c.scheme.row->depth == DepthScale::init_weight && !c.norm_weight)
-        fail("the scheme '", c.scheme.row->name,
+    const SchemeRow& row = *c.scheme.row;
+    if (!row.grouped && c.scheme.number > c.layers)
+        fail(c.scheme.name(), " asks for more ", row.number_of, " than the model's ", c.layers);
+    if (row.depth == DepthScale::init_weight && !c.norm_weight)
+        fail("the scheme '", row.name,
              "' initializes norm weights to 1/sqrt(layer), but ", c.model_type,
              "'s norms have no weights: use lns");
 }
@@ -420,6 +421,12 @@ void read_ours(const json& ours, const std::string& where, const Architecture& a
         fail(where, ": the field 'lns_power' is ", quoted(*power),
              ", expected a number from 0 to 10");
     if (power) c.scheme.lns_power = *power;
+    // Files without this field are of a time when +gpas had a gate for each sublayer.
+    const std::string gates = o.text("gates", c.scheme.gpas ? "sublayer" : "layer");
+    if (c.scheme.gpas && gates == "sublayer") c.scheme.gpas = false, c.scheme.gpas_each = true;
+    c.scheme.base_layers = o.integer("base_layers", c.scheme.base_layers);
+    c.scheme.base_width = o.integer("base_width", c.scheme.base_width);
+    if (o.find("step")) c.scheme.step = o.integer("step", 0, 0);
     c.preset = o.text("preset", "");
     // Sizes that the architecture's own config.json cannot say
     if (!a.keys.kv_heads) c.kv_heads = o.integer("kv_heads", c.heads);
@@ -522,6 +529,11 @@ std::string config_to_json(const Config& c) {
         {"scheme", c.scheme.name()},     {"lns_power", c.scheme.lns_power},
         {"lns_sites", c.scheme.sites()}, {"preset", c.preset},
         {"init_std", c.init_std},        {"embed_std", c.embed_std > 0 ? c.embed_std : c.init_std}};
+    if (c.scheme.gpas) j["lns_cpp"]["gates"] = "layer";
+    if (c.scheme.row->depth_transfer)
+        j["lns_cpp"]["base_layers"] = c.scheme.base_layers,
+        j["lns_cpp"]["base_width"] = c.scheme.base_width;
+    if (c.scheme.prores && c.scheme.step < INT64_MAX) j["lns_cpp"]["step"] = c.scheme.step;
     if (!k.kv_heads && c.kv_heads != c.heads) j["lns_cpp"]["kv_heads"] = c.kv_heads;
     if (!k.head_size && c.q_width() != c.width) j["lns_cpp"]["head_size"] = c.head_size;
     return j.dump(2) + "\n";
@@ -552,9 +564,12 @@ std::string config_difference(const Config& found, const Config& wanted) {
     };
     auto scheme = [](const Config& c) {
         Scheme s = c.scheme;
-        if (s.row->out_norm == Layers::first_k && s.mix_layers < 0) s.mix_layers = c.layers / 4;
-        s.scaled_init = false; // only where training started
+        s.number = number_of(s, c.layers);
+        s.scaled_init = s.depth_init = false; // only where training started
         return s.name();
+    };
+    auto base = [](const Config& c) {
+        return cat(c.scheme.base_layers, "x", c.scheme.base_width);
     };
     auto positions = [](const Config& c) {
         json fields;
@@ -574,6 +589,7 @@ std::string config_difference(const Config& found, const Config& wanted) {
           differs("norm scheme", scheme(found), scheme(wanted)),
           differs("LNS power", found.scheme.lns_power, wanted.scheme.lns_power),
           differs("LNS sites", found.scheme.sites(), wanted.scheme.sites()),
+          wanted.scheme.row->depth_transfer ? differs("CompleteP base", base(found), base(wanted)) : "",
           differs("rope_theta", found.rope_theta, wanted.rope_theta),
           wanted.rope() ? differs("position settings", positions(found), positions(wanted)) : "",
           differs("norm epsilon", found.norm_eps, wanted.norm_eps),

@@ -14,7 +14,9 @@ namespace lns {
 // A junction's parameters, or their gradients; null where it has none.
 template <class P> struct JunctionPointers {
     P *branch_weight = nullptr, *branch_bias = nullptr, *out_weight = nullptr, *out_bias = nullptr,
-      *in_weight = nullptr, *in_bias = nullptr, *gamma = nullptr, *gate = nullptr;
+      *in_weight = nullptr, *in_bias = nullptr, *second_weight = nullptr, *second_bias = nullptr,
+      *gamma = nullptr, *omega = nullptr, *gate = nullptr, *start_skip = nullptr,
+      *start_weight = nullptr;
 
     JunctionPointers() = default;
     // base: of the flat buffer, or null.
@@ -25,23 +27,26 @@ template <class P> struct JunctionPointers {
         branch_weight = pointer(p.branch.weight), branch_bias = pointer(p.branch.bias);
         out_weight = pointer(p.out.weight), out_bias = pointer(p.out.bias);
         in_weight = pointer(p.in.weight), in_bias = pointer(p.in.bias);
-        gamma = pointer(p.gamma), gate = pointer(p.gate);
+        second_weight = pointer(p.second.weight), second_bias = pointer(p.second.bias);
+        gamma = pointer(p.gamma), omega = pointer(p.omega), gate = pointer(p.gate);
+        start_skip = pointer(p.start_skip), start_weight = pointer(p.start_weight);
     }
 };
 
-// The vectors (C) among them: weight and bias of three norms, and γ.
-const int junction_vectors = 7;
+// The vectors (C) among them: weight and bias of four norms, γ and ω.
+const int junction_vectors = 10;
 
-// A junction is split in two between layers that run one by one: the norms that leave a layer, and
-// the norm that enters the next.
+// A junction is split in two between layers that run one by one: what leaves a layer, and what
+// enters the next.
 inline Junction leaving(Junction j) {
-    j.in_norm = false;
+    j.in_norm = j.reads_second = false;
     return j;
 }
 inline Junction entering(const Junction& j) {
     Junction in;
     in.branch = false;
-    in.in_norm = j.in_norm, in.in_scale = j.in_scale;
+    in.in_norm = j.in_norm, in.in_scale = j.in_scale, in.in_eps = j.in_eps;
+    in.second = j.second, in.reads_second = j.reads_second;
     return in;
 }
 

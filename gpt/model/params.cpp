@@ -60,10 +60,14 @@ struct Builder {
     std::string layer(int l) const { return cat(names.root, names.layers, l, "."); } // l from 0
 
     // Standard deviations: plain normal, or Xavier normal with a gain, sqrt(2 / (in + out)) · gain;
-    // with +scaled-init, O and down at std / sqrt(2L) (GPT-2, section 2.3).
+    // with +scaled-init, O and down at std / sqrt(2L) (GPT-2, section 2.3), with +depth-init at
+    // std / sqrt(2ℓ); CompleteP's by width (arXiv 2505.01618, table 1).
     double std_of(int64_t out, int64_t in, bool qk, bool residual) const {
-        if (residual && c.scheme.scaled_init) return c.init_std / std::sqrt(2.0 * L);
-        if (!row.xavier_gain) return c.init_std;
+        const double std =
+            row.depth_transfer ? c.init_std * std::sqrt(c.scheme.base_width / double(C)) : c.init_std;
+        if (residual && c.scheme.scaled_init) return std / std::sqrt(2.0 * L);
+        if (residual && c.scheme.depth_init) return std / std::sqrt(2.0 * (current_layer + 1));
+        if (!row.xavier_gain) return std;
         return (qk ? 1.0 : row.xavier_gain(L)) * std::sqrt(2.0 / double(in + out));
     }
 
@@ -80,7 +84,7 @@ struct Builder {
     // A norm is named after its sublayer: the in-norm after the next one, the branch and out norms
     // after the one before.
     std::string norm_name(int sublayer, bool on_branch) const {
-        const bool attn = sublayer % 2 == 1, beside = row.branch_norm != Layers::none;
+        const bool attn = sublayer % 2 == 1, beside = row.branch_norm;
         const char* mlp = beside ? names.mlp_norm_beside : names.mlp_norm;
         return layer((sublayer - 1) / 2) +
                (on_branch ? (attn ? names.attn_branch_norm : names.mlp_branch_norm)
@@ -90,16 +94,27 @@ struct Builder {
     // Beside an in-norm of its sublayer, the out-norm has a name of its own.
     std::string out_norm_name(int k) const {
         if (!junction(c.scheme, L, k - 1).in_norm) return norm_name(k, false);
-        return layer((k - 1) / 2) + (k % 2 == 1 ? "attn_out_norm" : "mlp_out_norm");
+        return layer((k - 1) / 2) + sublayer(k) + "_out_norm";
     }
 
-    // The in-norm of junction k, in front of sublayer k + 1.
-    void in_norm(int k) {
+    // What junction k does in front of sublayer k + 1.
+    void junction_before(int k) {
         const Junction j = junction(c.scheme, L, k);
-        if (!j.in_norm) return;
-        const std::string name = k == 2 * L ? root(names.final_norm) : norm_name(k + 1, false);
-        registry.junctions[k].in = norm(name, j.in_weight_init);
+        JunctionParams& p = registry.junctions[k];
+        if (j.adds_start) {
+            p.start_skip = vector(layer(k / 2) + "x0_skip", 1, 1);
+            p.start_weight = vector(layer(k / 2) + "x0_weight", 1, 0);
+        }
+        const bool last = k == 2 * L;
+        const std::string final_name = root(names.final_norm);
+        if (j.reads_second)
+            p.second = norm(!last          ? layer(k / 2) + sublayer(k + 1) + "_second_norm"
+                            : j.in_norm ? root("second_norm")
+                                        : final_name,
+                            1);
+        if (j.in_norm) p.in = norm(last ? final_name : norm_name(k + 1, false), j.in_weight_init);
     }
+    static const char* sublayer(int k) { return k % 2 == 1 ? "attn" : "mlp"; }
 
     // The rest of junction k, behind sublayer k.
     void junction_after(int k) {
@@ -109,12 +124,16 @@ struct Builder {
             if (j.out_norm) p.out = norm(root("embed_norm"), 1);
             return;
         }
-        const std::string which = layer((k - 1) / 2) + (k % 2 == 1 ? "attn" : "mlp");
+        const std::string which = layer((k - 1) / 2) + sublayer(k);
         if (j.branch_norm) p.branch = norm(norm_name(k, true), 1);
         if (j.gamma != Gamma::none)
             p.gamma = vector(which + "_gamma", j.gamma == Gamma::vector ? C : 1, row.gamma_init(L));
         if (j.out_norm) p.out = norm(out_norm_name(k), 1);
-        if (j.gate) p.gate = vector(which + "_gate", 1, 0);
+        if (j.omega) p.omega = vector(which + "_omega", C, row.omega_init(L));
+        if (j.gate && c.scheme.gpas_each) p.gate = vector(which + "_gate", 1, 0);
+        if (j.gate && c.scheme.gpas)
+            p.gate = k % 2 == 1 ? vector(layer((k - 1) / 2) + "gate", 1, 0)
+                                : registry.junctions[k - 1].gate;
     }
 
     void qkv(LayerParams& p, const std::string& attn) {
@@ -173,16 +192,16 @@ Registry make_registry(const Config& c) {
     for (int l = 0; l < c.layers; l++) {
         LayerParams p;
         b.current_layer = l;
-        b.in_norm(2 * l);
+        b.junction_before(2 * l);
         b.attention(p, b.layer(l) + b.names.attention);
         b.junction_after(2 * l + 1);
-        b.in_norm(2 * l + 1);
+        b.junction_before(2 * l + 1);
         b.mlp(p, b.layer(l) + "mlp.");
         b.junction_after(2 * l + 2);
         registry.layers.push_back(p);
     }
     b.current_layer = -1;
-    b.in_norm(2 * c.layers);
+    b.junction_before(2 * c.layers);
     b.align();
     registry.head = c.tied ? registry.token_embedding
                            : b.add("lm_head.weight", {c.vocab_size, c.width}, 0, c.init_std);

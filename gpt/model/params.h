@@ -51,9 +51,11 @@ struct LayerParams {
 };
 
 struct JunctionParams {
-    NormParams branch, out, in;
-    int64_t gamma = -1; // (C) or (1)
-    int64_t gate = -1;  // (1)
+    NormParams branch, out, in, second;
+    int64_t gamma = -1;                         // (C) or (1)
+    int64_t omega = -1;                         // (C)
+    int64_t gate = -1;                          // (1)
+    int64_t start_skip = -1, start_weight = -1; // (1): a and λ of +x0
 };
 
 struct Registry {

@@ -54,7 +54,10 @@ bool same_layer(const Scheme& scheme, int L, int layer, const Scheme& other, int
         std::vector<Junction> all = {entering(junction(s, layers, 2 * l)),
                                      junction(s, layers, 2 * l + 1),
                                      leaving(junction(s, layers, 2 * l + 2))};
-        for (Junction& j : all) j.in_scale = j.in_weight_init = 1;
+        for (Junction& j : all) {
+            j.in_scale = j.in_weight_init = 1;
+            if (!j.second) j.beta = 1;
+        }
         return all;
     };
     return parts(scheme, L, layer) == parts(other, other_L, other_layer);
@@ -65,11 +68,13 @@ void drop_layers(ExportPlan& plan, const Config& model) {
     const int L = model.layers, left = int(plan.layers.size());
     Scheme& scheme = plan.config.scheme;
     if (!plan.beyond.empty()) {
-        if (scheme.row->depth != DepthScale::none) scheme.row = parse_scheme("pre").row;
-        if (scheme.row->out_norm == Layers::first_k) {
-            const int k = scheme.mix_layers >= 0 ? scheme.mix_layers : L / 4;
-            scheme.mix_layers = int(std::count_if(plan.layers.begin(), plan.layers.end(),
-                                                  [&](int l) { return l < k; }));
+        if (scheme.row->depth != DepthScale::none || scheme.row->depth_transfer)
+            scheme.row = parse_scheme("pre").row;
+        scheme.prores = false;
+        if (scheme.row->number_of && !scheme.row->grouped) {
+            const int k = number_of(scheme, L);
+            scheme.number = int(std::count_if(plan.layers.begin(), plan.layers.end(),
+                                              [&](int l) { return l < k; }));
         }
         for (int l = 0; l < left; l++)
             if (!same_layer(scheme, left, l, model.scheme, L, plan.layers[l]))
@@ -109,40 +114,48 @@ ExportPlan plan_export(const Config& config, const Registry& registry,
     for (int k = 0; k <= 2 * L; k++) {
         const Junction j = junction(c.scheme, L, k);
         const JunctionParams& p = registry.junctions[k];
-        if (j.gamma != Gamma::none) { // sublayer k
+        if (j.gamma != Gamma::none || j.beta != 1) { // sublayer k
             const LayerParams& layer = registry.layers[(k - 1) / 2];
             const bool attn = k % 2 == 1;
             const int64_t columns = attn ? c.q_width() : c.mlp_width;
-            auto by_gamma = [&](Fold& fold) {
+            auto by_factors = [&](Fold& fold) {
+                fold.scale = j.beta;
                 for (const Param& param : registry.params)
                     if (param.offset == p.gamma) fold.gamma = &param;
             };
             fold_range(plan, registry, attn ? layer.attn_out : layer.mlp_out, c.width * columns,
-                       by_gamma);
+                       by_factors);
             fold_range(plan, registry, attn ? layer.attn_out_bias : layer.mlp_out_bias, c.width,
-                       by_gamma);
+                       by_factors);
         }
-        if (j.in_scale != 1) { // sublayer k + 1
-            const LayerParams& layer = registry.layers[k / 2];
-            const bool attn = k % 2 == 0;
+        if (j.in_scale != 1) { // sublayer k + 1, or the head
             auto by_scale = [&](Fold& fold) { fold.scale = j.in_scale; };
             if (p.in.weight >= 0) {
                 fold_range(plan, registry, p.in.weight, c.width, by_scale);
                 fold_range(plan, registry, p.in.bias, c.width, by_scale);
-            } else {
+            } else if (k < 2 * L) {
+                const LayerParams& layer = registry.layers[k / 2];
+                const bool attn = k % 2 == 0;
                 fold_range(plan, registry, attn ? layer.qkv : layer.mlp_in,
                            int64_t(attn ? c.qkv_width() : c.mlp_in_width()) * c.width, by_scale);
+            } else {
+                fold_range(plan, registry, registry.head, int64_t(c.vocab_size) * c.width, by_scale);
             }
         }
     }
 
-    // Without γ and the scales, the junctions must equal the stock model's.
-    bool folds = true;
+    // Without γ and the scales, the junctions must equal the stock model's. A tied head has the
+    // embedding's values.
+    const bool scaled_head =
+        junction(c.scheme, L, 2 * L).in_scale != 1 && registry.junctions[size_t(2 * L)].in.weight < 0;
+    bool folds = !(scaled_head && c.tied);
     for (int k = 0; k <= 2 * L; k++) {
         Junction ours = junction(c.scheme, L, k);
         const Junction theirs = junction(plan.config.scheme, L, k);
-        folds &= ours.gamma == Gamma::none || !ours.branch_norm; // γ comes after that norm
+        const bool factors = ours.gamma != Gamma::none || ours.beta != 1;
+        folds &= !factors || !(ours.branch_norm || ours.second); // they come after that norm
         ours.gamma = theirs.gamma;
+        ours.beta = theirs.beta;
         ours.in_scale = theirs.in_scale;
         ours.in_weight_init = theirs.in_weight_init;
         folds &= ours == theirs;

@@ -35,7 +35,7 @@ void add_model(FlagList& f, Options& o) {
            "a preset (" + join(preset_names()) + "), or a Hugging Face config.json or its folder");
     f.text("-n,--norm", "SCHEME", o.norm,
            "the norm scheme: " + join(scheme_names()) +
-               "; mix:K; any with +gpas, +scaled-init; `train_gpt schemes` describes them. "
+               "; any with additions like +gpas; `train_gpt schemes` describes them. "
                "Default: the model's own, pre for most");
 }
 
@@ -45,7 +45,10 @@ void add_architecture(FlagList& f, Options& o) {
     add_model(f, o);
     f.number("--lns-power", o.lns_power, 0, 10, "p of the factor layer^-p of -n lns");
     f.text("--lns-sites", "SITES", o.lns_sites,
-           "the norms that -n lns scales: attn, mlp or attn,mlp");
+           "the sublayers that -n lns scales: attn, mlp or attn,mlp");
+    f.text("--completep-base", "LxC", o.completep_base,
+           "layers and width of the model that -n completep's hyperparameters were tuned on; "
+           "default: 2x256");
     f.text("--arch", "NAME", o.arch,
            "architecture: " + join(architecture_names()) + "; default: the model's");
     f.count("--layers", o.layers, 1, 100000, "layers; default: the model's, as for the next six");

@@ -11,17 +11,6 @@ namespace lns {
 
 namespace {
 
-// "branch, in", or "out if ℓ ≤ k, else in".
-std::string norms_of(const SchemeRow& row) {
-    if (row.out_norm == Layers::first_k) return "out if ℓ ≤ k, else in";
-    std::vector<std::string> norms;
-    if (row.embed_norm) norms.push_back("embedding");
-    if (row.branch_norm == Layers::all) norms.push_back("branch");
-    if (row.out_norm == Layers::all) norms.push_back("out");
-    if (row.in_norm == Layers::all) norms.push_back("in");
-    return join(norms);
-}
-
 // "arXiv 2502.05795, its code" with a link.
 std::string linked(const std::string& source) {
     const std::string arxiv = "arXiv ";
@@ -31,37 +20,83 @@ std::string linked(const std::string& source) {
                source.substr(arxiv.size() + number.size()));
 }
 
+const char* name_of(Gamma gamma) {
+    switch (gamma) {
+    case Gamma::none:
+        return "none";
+    case Gamma::vector:
+        return "vector";
+    case Gamma::scalar:
+        return "scalar";
+    }
+    return "";
+}
+const char* name_of(DepthScale depth) {
+    switch (depth) {
+    case DepthScale::none:
+        return "none";
+    case DepthScale::output:
+        return "output";
+    case DepthScale::init_weight:
+        return "init_weight";
+    case DepthScale::input:
+        return "input";
+    case DepthScale::branch:
+        return "branch";
+    case DepthScale::residual:
+        return "residual";
+    }
+    return "";
+}
+
+// Lists have an element for each sublayer; reads_second one more, for the head.
 nlohmann::ordered_json ingredients(const SchemeRow& row, int L) {
-    auto value = [L](double (*of_layers)(int)) -> nlohmann::ordered_json {
-        if (!of_layers) return nullptr;
-        return of_layers(L);
+    using Json = nlohmann::ordered_json;
+    const Scheme scheme = parse_scheme(row.name);
+    auto of_layers = [L](double (*f)(int)) { return f ? Json(f(L)) : Json(); };
+    auto where = [&](SchemeRow::Where f, int last) {
+        Json list = Json::array();
+        for (int k = 1; k <= last; k++) list.push_back(f && f({k, L, scheme}));
+        return list;
+    };
+    auto factors = [&](SchemeRow::Factor f) {
+        Json list = Json::array();
+        for (int k = 1; k <= 2 * L; k++) list.push_back(f ? f({k, L, scheme}) : 1);
+        return list;
     };
     return {{"name", row.name},
-            {"branch_norm", name_of(row.branch_norm)},
-            {"out_norm", name_of(row.out_norm)},
-            {"in_norm", name_of(row.in_norm)},
+            {"number", row.number_of ? Json(number_of(scheme, L)) : Json()},
+            {"branch_norm", where(row.branch_norm, 2 * L)},
+            {"out_norm", where(row.out_norm, 2 * L)},
+            {"in_norm", where(row.in_norm, 2 * L)},
             {"embed_norm", row.embed_norm},
-            {"skip", row.skip ? row.skip(L) : 1},
+            {"skip", factors(row.skip)},
+            {"beta", factors(row.beta)},
             {"depth", name_of(row.depth)},
+            {"depth_at", where(row.depth_at ? row.depth_at : [](const Place&) { return true; }, 2 * L)},
             {"gamma", name_of(row.gamma)},
-            {"gamma_init", value(row.gamma_init)},
-            {"xavier_gain", value(row.xavier_gain)}};
+            {"gamma_init", of_layers(row.gamma_init)},
+            {"omega_init", of_layers(row.omega_init)},
+            {"xavier_gain", of_layers(row.xavier_gain)},
+            {"reads_second", where(row.reads_second, 2 * L + 1)},
+            {"plain_head", row.plain_head},
+            {"head_norms", row.head_norms},
+            {"grouped", row.grouped},
+            {"depth_transfer", row.depth_transfer}};
 }
 
 Table table_of_schemes() {
-    Table table = {{"-n", "norms", "", "source"}, {}};
-    for (const SchemeRow& row : scheme_table()) {
-        const bool takes_k = row.out_norm == Layers::first_k;
-        table.rows.push_back({cat(row.name, takes_k ? cat(", ", row.name, ":k") : ""),
-                              norms_of(row), row.what, row.source});
-    }
+    Table table = {{"-n", "equations", "", "source"}, {}};
+    for (const SchemeRow& row : scheme_table())
+        table.rows.push_back({cat(row.name, row.number_of ? cat(", ", row.name, ":k") : ""),
+                              row.equations, row.what, row.source});
     for (const SchemeAddition& more : scheme_additions())
-        table.rows.push_back({cat("any", more.name), "", more.what, more.source});
+        table.rows.push_back({cat("any", more.name), more.equations, more.what, more.source});
     return table;
 }
 
 std::string markdown(const Table& table) {
-    std::string text = "| `-n` | norms | | source |\n| --- | --- | --- | --- |\n";
+    std::string text = "| `-n` | equations | | source |\n| --- | --- | --- | --- |\n";
     for (const std::vector<std::string>& row : table.rows)
         text += cat("| `", row[0], "` | ", row[1], " | ", row[2], " | ", linked(row[3]), " |\n");
     return text;

@@ -37,7 +37,7 @@ Config base_config(const Options& o) {
     return !preset && is_path ? checkpoint_config(o.model) : preset_config(o.model);
 }
 
-// The schemes that scale in-norms by depth.
+// The schemes that scale by depth.
 std::vector<std::string> depth_schemes() {
     std::vector<std::string> names;
     for (const SchemeRow& row : scheme_table())
@@ -84,10 +84,14 @@ Config model_config(const Options& o) {
     if (!o.norm.empty()) c.scheme = parse_scheme(o.norm);
     if (o.lns_power != standard.lns_power) c.scheme.lns_power = o.lns_power;
     if (o.lns_sites != standard.lns_sites) parse_sites(o.lns_sites, c.scheme);
+    if (!o.completep_base.empty()) parse_base_model(o.completep_base, c.scheme);
     const bool lns_flags = o.lns_power != standard.lns_power || o.lns_sites != standard.lns_sites;
     if (lns_flags && c.scheme.row->depth == DepthScale::none)
         fail("--lns-power and --lns-sites change only -n ", join(depth_schemes(), " and -n "),
              ", and the scheme is '", c.scheme.name(), "': leave them out, or choose one of those");
+    if (!o.completep_base.empty() && !c.scheme.row->depth_transfer)
+        fail("--completep-base belongs to -n completep, and the scheme is '", c.scheme.name(),
+             "': leave it out");
     if (o.init_std > 0) c.init_std = o.init_std;
     if (o.embed_std > 0) c.embed_std = o.embed_std;
     complete_config(c);
