@@ -627,7 +627,8 @@ Doubles test_values(const Param& p) {
     const size_t n = size_t(p.size());
     auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
     if (p.decay) return random_values(n, p.name, 0, 1 / std::sqrt(double(p.shape[1])));
-    if (named("_gate")) return random_values(n, p.name, 0.1, 0.3); // silu(g) = 1 would cancel r
+    if (named("gate") && n == 1) return random_values(n, p.name, 0.1, 0.3); // 1 would cancel r
+    if (named("_omega") || named("x0_skip")) return random_values(n, p.name, 1.2, 0.3);
     if (named("_gamma")) return random_values(n, p.name, 0.6, 0.3);
     if (named("norm") || named("ln_")) return random_values(n, p.name, named("bias") ? 0 : 1, 0.3);
     return random_values(n, p.name, 0, 0.3);
@@ -676,6 +677,7 @@ Row check_model(const std::string& architecture_name, const std::string& scheme,
     Config c = small_config(architecture_name);
     c.scheme = parse_scheme(scheme);
     c.scheme.lns_power = 0.7;
+    if (c.scheme.prores) c.scheme.step = 7;
     complete_config(c);
     Row row{architecture_name + "  " + scheme};
     if (B != 2 || T != 7) row.name += cat("  B=", B, " T=", T);
@@ -695,8 +697,14 @@ Row check_model(const std::string& architecture_name, const std::string& scheme,
         const double* r = model.residual(j.gate_on_skip ? k - 1 : k);
         frozen[k].assign(r, r + model.rows() * c.width);
         const double gate = silu(model.parameters[model.registry.junctions[k].gate]);
-        if (!j.gate_on_skip)
-            for (double& value : frozen[k]) value /= 1 - gate;
+        const JunctionParams& p = model.registry.junctions[k];
+        for (size_t i = 0; i < frozen[k].size() && !j.gate_on_skip; i++) {
+            double& value = frozen[k][i];
+            if (j.adds_start)
+                value = (value - model.parameters[p.start_weight] * model.start()[i]) /
+                        model.parameters[p.start_skip];
+            value /= 1 - gate;
+        }
         model.stopped[k] = frozen[k].data();
     }
     auto objective = [&] { return scale * model.loss(inputs.data(), targets.data(), B, T); };
@@ -721,6 +729,7 @@ void check_float(Row& row, const std::string& architecture_name, const std::stri
     Config c = small_config(architecture_name);
     c.scheme = parse_scheme(scheme);
     c.scheme.lns_power = 0.7;
+    if (c.scheme.prores) c.scheme.step = 7;
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, B * T, inputs, targets, masked);

@@ -1489,7 +1489,7 @@ std::optional<Step> train_step(Run& run) {
     draw_tokens(run);
     StepInput input = {run.inputs.data(), run.targets.data(), run.micro_batches, run.B, run.T};
     input.loss_scale = 1 / count_targets(run);
-    input.grad_clip = o.grad_clip;
+    input.grad_clip = o.grad_clip, input.gate_clip = o.clip_gates;
     const double lr = learning_rate(run.schedule, number);
     input.hyperparameters = hyperparameters(o, lr, number);
     if (run.lisa) input.hyperparameters.layer_steps = run.lisa->updates(number);

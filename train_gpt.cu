@@ -291,23 +291,27 @@ __device__ void norm_row_backward(NormType type, const NormStats& stats, const f
 // serve every scheme; absent features are skipped by uniform branches.
 
 struct JunctionStats {
-    NormStats branch, out, in;
+    NormStats branch, out, in, second;
 };
 
 // What a junction does to rows of C channels, for a kernel.
 struct JunctionPlan {
     bool branch, branch_norm, out_norm, in_norm, gate, gate_on_skip, keeps_branch;
+    bool omega, adds_start, second, starts_second, reads_second, extended;
     Gamma gamma;
     NormType type;
-    float skip, in_scale, eps;
+    float skip, beta, in_scale, eps, in_eps;
     RowShape shape;
     int64_t rows;
 
     JunctionPlan(const Junction& j, const Config& c, int64_t rows)
         : branch(j.branch), branch_norm(j.branch_norm), out_norm(j.out_norm), in_norm(j.in_norm),
           gate(j.gate), gate_on_skip(j.gate_on_skip), keeps_branch(j.keeps_branch()),
-          gamma(j.gamma), type(c.norm), skip(float(j.skip)), in_scale(float(j.in_scale)),
-          eps(float(c.norm_eps)), shape(row_shape(c.width)), rows(rows) {}
+          omega(j.omega), adds_start(j.adds_start), second(j.second),
+          starts_second(j.starts_second), reads_second(j.reads_second), extended(j.extended()),
+          gamma(j.gamma), type(c.norm), skip(float(j.skip)), beta(float(j.beta)),
+          in_scale(float(j.in_scale)), eps(float(c.norm_eps)),
+          in_eps(float(c.norm_eps * j.in_eps)), shape(row_shape(c.width)), rows(rows) {}
 };
 
 // A junction and its tensors, all (rows, C).
@@ -319,6 +323,8 @@ template <class S> struct JunctionArguments {
     float* r;             // may be r_prev
     S* u;                 // null if u is r, without in-norm
     JunctionStats* stats; // (rows)
+    const float* y_prev;  // of the second stream, or null
+    float *y, *x0;        // y may be y_prev; junction 0 writes x₀
 };
 
 // What its backward pass adds to those.
@@ -328,10 +334,23 @@ template <class S, class G> struct JunctionGradients {
     bool last;   // nothing comes after this junction: dr is not read, as if it were 0
     float* dr;   // the gradient of r from what comes after; replaced by that of r_prev
     S* db;
+    float *dy, *dx0; // are added to
     void* scratch; // junction_scratch bytes
 };
 
 template <class S> __device__ float value_or_0(const S* x) { return x ? float(*x) : 0.0f; }
+
+// x ← w ⊙ x, w (C).
+template <int N, class S>
+__device__ void multiply(float (&x)[N][8], const S* w, const RowPart<N>& part) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        if (!part.has(n)) continue;
+        float factor[8];
+        load8(factor, w + part.at(n));
+        for (int i = 0; i < 8; i++) x[n][i] *= factor[i];
+    }
+}
 
 // z = γ · y, y being the branch after its norm.
 template <int N, class S>
@@ -351,7 +370,23 @@ __device__ void apply_gamma(const JunctionPlan& j, const JunctionPointers<const 
     }
 }
 
-template <class S, int N>
+// z += norm_second(y), and y's statistics unless `stats` has them.
+template <int N, class S>
+__device__ void add_second(const JunctionArguments<S>& a, int64_t row, bool has_stats,
+                           float (&z)[N][8], RowPart<N>& part) {
+    float y[N][8];
+    part.load(y, a.y + row * part.C);
+    NormStats& stats = a.stats[row].second;
+    const NormStats s = has_stats ? stats : norm_stats(a.plan.type, a.plan.eps, y, part);
+    if (!has_stats && part.lane() == 0) stats = s;
+    norm_row_forward(s, y, a.params.second_weight, a.params.second_bias, 1, y, part);
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < 8; i++) z[n][i] += y[n][i];
+}
+
+// extended: for the few schemes with a second stream, ω or x₀.
+template <class S, int N, bool extended>
 __global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionArguments<S> a) {
     const JunctionPlan& j = a.plan;
     const JunctionPointers<const S>& p = a.params;
@@ -364,6 +399,11 @@ __global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionAr
     float z[N][8];
     if (!j.branch) {
         part.load(z, a.r_prev + at);
+        if (extended && j.second) {
+            float y[N][8];
+            part.load(y, (j.starts_second ? a.r_prev : a.y_prev) + at);
+            part.store(a.y + at, y);
+        }
     } else {
         float previous[N][8];
         part.load(z, a.b + at);
@@ -374,6 +414,18 @@ __global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionAr
             norm_row_forward(s, z, p.branch_weight, p.branch_bias, 1, z, part);
         }
         if (j.gamma != Gamma::none) apply_gamma(j, p, z, z, part);
+        if (extended && j.second) {
+            float y[N][8];
+            part.load(y, a.y_prev + at);
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                for (int i = 0; i < 8; i++) y[n][i] += z[n][i];
+            part.store(a.y + at, y);
+        }
+        if (j.beta != 1)
+            for (int n = 0; n < N; n++)
+                for (int i = 0; i < 8; i++) z[n][i] *= j.beta;
+        if (extended && j.omega) multiply(previous, p.omega, part);
         const float gate = value_or_0(p.gate);
         const float kept = j.skip * (j.gate_on_skip ? 1 - gate * sigmoid(gate) : 1);
 #pragma unroll
@@ -391,9 +443,19 @@ __global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionAr
         for (int n = 0; n < N; n++)
             for (int i = 0; i < 8; i++) z[n][i] *= kept;
     }
+    if (extended && j.adds_start) {
+        const float skip = value_or_0(p.start_skip), weight = value_or_0(p.start_weight);
+        float x0[N][8];
+        if (!j.branch) part.store(a.x0 + at, z);
+        part.load(x0, a.x0 + at);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < 8; i++) z[n][i] = skip * z[n][i] + weight * x0[n][i];
+    }
     part.store(a.r + at, z);
+    if (extended && j.reads_second) add_second(a, row, false, z, part);
     if (j.in_norm) {
-        const NormStats s = norm_stats(j.type, j.eps, z, part);
+        const NormStats s = norm_stats(j.type, j.in_eps, z, part);
         if (first) a.stats[row].in = s;
         norm_row_forward(s, z, p.in_weight, p.in_bias, j.in_scale, z, part);
     }
@@ -419,8 +481,11 @@ template <class S> void junction_forward(const JunctionArguments<S>& a, cudaStre
     const RowShape& shape = a.plan.shape;
     const int block_rows = shape.warps == 1 ? 4 : 1;
     with_vectors(shape, [&](auto N) {
-        launch(junction_forward_kernel<S, decltype(N)::value>, blocks_for(a.plan.rows, block_rows),
-               warp * shape.warps * block_rows, shared_bytes<float>(16), stream, a);
+        constexpr int n = decltype(N)::value;
+        launch(a.plan.extended ? junction_forward_kernel<S, n, true>
+                               : junction_forward_kernel<S, n, false>,
+               blocks_for(a.plan.rows, block_rows), warp * shape.warps * block_rows,
+               shared_bytes<float>(16), stream, a);
     });
 }
 
@@ -429,8 +494,9 @@ template <class G> struct JunctionSums {
     G* gradient[junction_vectors]; // null from `count` on
     int count = 0;
     // The index of each; −1 if there is none.
-    int in_weight, in_bias, out_weight, out_bias, branch_weight, branch_bias, gamma;
-    G *scalar_gamma = nullptr, *gate = nullptr;
+    int in_weight, in_bias, out_weight, out_bias, branch_weight, branch_bias, second_weight,
+        second_bias, omega, gamma;
+    G* scalar[4]; // γ, the gate, a, λ; null if there is none
 
     JunctionSums(const JunctionPointers<G>& p, Gamma gamma_kind) {
         auto next = [&](G* vector) {
@@ -441,21 +507,24 @@ template <class G> struct JunctionSums {
         in_weight = next(p.in_weight), in_bias = next(p.in_bias);
         out_weight = next(p.out_weight), out_bias = next(p.out_bias);
         branch_weight = next(p.branch_weight), branch_bias = next(p.branch_bias);
+        second_weight = next(p.second_weight), second_bias = next(p.second_bias);
+        omega = next(p.omega);
         gamma = next(gamma_kind == Gamma::vector ? p.gamma : nullptr);
-        if (gamma_kind == Gamma::scalar) scalar_gamma = p.gamma;
-        gate = p.gate;
+        scalar[0] = gamma_kind == Gamma::scalar ? p.gamma : nullptr;
+        scalar[1] = p.gate, scalar[2] = p.start_skip, scalar[3] = p.start_weight;
     }
+    bool empty() const { return !(count || scalar[0] || scalar[1] || scalar[2]); }
 };
 
-// Every block's partial sums: (blocks, 2) doubles of a scalar γ and the gate, then (blocks, count,
-// C) floats.
+// Every block's partial sums: (blocks, 2) doubles of a scalar γ and the gate, (blocks, 4) with a
+// and λ, then (blocks, count, C) floats.
 struct JunctionScratch {
     double* scalars;
     float* vectors;
 };
 
 // Each block loops over rows and accumulates the parameters' gradients of all of them.
-template <class S, class G, int N, bool keeps_branch>
+template <class S, class G, int N, bool keeps_branch, bool extended>
 __global__ static __launch_bounds__(256) void junction_backward_kernel(
     const __grid_constant__ JunctionArguments<S> a,
     const __grid_constant__ JunctionGradients<S, G> d,
@@ -466,7 +535,8 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
     const int groups = blockDim.x / row_threads, group = threadIdx.x / row_threads; // of a row
     SharedMemory shared;
     RowPart<N> part{C, j.shape.warps, shared.take<float>(16)};
-    double* scalars = shared.take<double>(2 * blockDim.x);
+    constexpr int scalar_count = extended ? 4 : 2;
+    double* scalars = shared.take<double>(scalar_count * blockDim.x);
     float* sums = shared.take<float>(groups * which.count * C); // (groups, count, C)
     for (int i = threadIdx.x; i < groups * which.count * C; i += blockDim.x) sums[i] = 0;
     __syncthreads();
@@ -476,6 +546,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
     const float silu = gate * s, dsilu = s * (1 + gate * (1 - s));
     const float scalar_gamma = j.gamma == Gamma::scalar ? value_or_0(p.gamma) : 1;
     double gate_sum = 0, gamma_sum = 0; // in double: much cancels over all channels
+    [[maybe_unused]] double skip_sum = 0, weight_sum = 0;
 
     for (int64_t row0 = int64_t(blockIdx.x) * groups; row0 < j.rows;
          row0 += int64_t(gridDim.x) * groups) {
@@ -488,11 +559,26 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
         if (j.in_norm) {
             float x[N][8];
             part.load(x, a.r + at);
+            if (extended && j.reads_second) add_second(a, row, true, x, part);
 #pragma unroll
             for (int n = 0; n < N; n++)
                 for (int i = 0; i < 8; i++) dz[n][i] *= j.in_scale;
             norm_row_backward(j.type, a.stats[row].in, x, p.in_weight, dz, sum_of(which.in_weight),
                               sum_of(which.in_bias), part);
+        }
+        if (extended && j.reads_second) {
+            float y[N][8], d_norm[N][8], dy[N][8];
+            part.load(y, a.y + at);
+            part.load(dy, d.dy + at);
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                for (int i = 0; i < 8; i++) d_norm[n][i] = dz[n][i];
+            norm_row_backward(j.type, a.stats[row].second, y, p.second_weight, d_norm,
+                              sum_of(which.second_weight), sum_of(which.second_bias), part);
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                for (int i = 0; i < 8; i++) dy[n][i] += d_norm[n][i];
+            part.store(d.dy + at, dy);
         }
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -511,10 +597,36 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
                     norm_row_forward(a.stats[row].branch, z, p.branch_weight, p.branch_bias, 1, z,
                                      part);
                 if (j.gamma != Gamma::none) apply_gamma(j, p, z, z, part);
+                if (j.beta != 1)
+                    for (int n = 0; n < N; n++)
+                        for (int i = 0; i < 8; i++) z[n][i] *= j.beta;
+                if (extended && j.omega) multiply(previous, p.omega, part);
                 const float kept = j.skip * (j.gate_on_skip ? 1 - silu : 1);
 #pragma unroll
                 for (int n = 0; n < N; n++)
                     for (int i = 0; i < 8; i++) z[n][i] += kept * previous[n][i];
+            }
+            if (extended && j.adds_start) {
+                float before[N][8], x0[N][8], dx0[N][8]; // r before x₀ is added
+                if (j.out_norm)
+                    norm_row_forward(a.stats[row].out, z, p.out_weight, p.out_bias, 1, before,
+                                     part);
+                part.load(x0, a.x0 + at);
+                part.load(dx0, d.dx0 + at);
+                const float kept = j.gate && !j.gate_on_skip ? 1 - silu : 1;
+                const float skip = value_or_0(p.start_skip), weight = value_or_0(p.start_weight);
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    if (!part.has(n)) continue;
+                    for (int i = 0; i < 8; i++) {
+                        const float g = dz[n][i];
+                        skip_sum += double(g) * double(j.out_norm ? before[n][i] : kept * z[n][i]);
+                        weight_sum += double(g) * double(x0[n][i]);
+                        dx0[n][i] += weight * g;
+                        dz[n][i] = skip * g + (j.branch ? 0 : dx0[n][i]);
+                    }
+                }
+                if (j.branch) part.store(d.dx0 + at, dx0);
             }
             if (j.gate && !j.gate_on_skip) // stop() passes no gradient, so dz stays
 #pragma unroll
@@ -528,6 +640,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
         if (keeps_branch && j.gate_on_skip) {
             float previous[N][8];
             part.load(previous, a.r_prev + at);
+            if (extended && j.omega) multiply(previous, p.omega, part);
 #pragma unroll
             for (int n = 0; n < N; n++)
                 for (int i = 0; i < 8; i++)
@@ -537,8 +650,30 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
 #pragma unroll
         for (int n = 0; n < N; n++)
             for (int i = 0; i < 8; i++) down[n][i] = j.skip * dz[n][i];
+        if (extended && j.omega) {
+            float previous[N][8];
+            part.load(previous, a.r_prev + at);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                if (!part.has(n)) continue;
+                for (int i = 0; i < 8; i++) previous[n][i] *= (1 - silu) * down[n][i];
+                add_to_sums(sum_of(which.omega), previous[n], part.at(n), C);
+            }
+            multiply(down, p.omega, part);
+        }
+        float dy[N][8];
+        if (extended && j.second) part.load(dy, d.dy + at);
+        if (extended && j.starts_second)
+            for (int n = 0; n < N; n++)
+                for (int i = 0; i < 8; i++) down[n][i] += dy[n][i];
         part.store(d.dr + at, down);
         if (!j.branch) continue;
+        if (j.beta != 1)
+            for (int n = 0; n < N; n++)
+                for (int i = 0; i < 8; i++) dz[n][i] *= j.beta;
+        if (extended && j.second)
+            for (int n = 0; n < N; n++)
+                for (int i = 0; i < 8; i++) dz[n][i] += dy[n][i];
 
         if (keeps_branch && (j.branch_norm || j.gamma != Gamma::none)) {
             float x[N][8];
@@ -579,11 +714,15 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
 
     scalars[threadIdx.x] = gamma_sum;
     scalars[blockDim.x + threadIdx.x] = gate_sum;
+    if constexpr (extended) {
+        scalars[2 * blockDim.x + threadIdx.x] = skip_sum;
+        scalars[3 * blockDim.x + threadIdx.x] = weight_sum;
+    }
     __syncthreads();
-    if (threadIdx.x < 2) {
+    if (threadIdx.x < scalar_count) {
         double sum = 0;
         for (int i = 0; i < int(blockDim.x); i++) sum += scalars[threadIdx.x * blockDim.x + i];
-        scratch.scalars[2 * blockIdx.x + threadIdx.x] = sum;
+        scratch.scalars[scalar_count * blockIdx.x + threadIdx.x] = sum;
     }
     for (int i = threadIdx.x; i < which.count * C; i += blockDim.x) {
         const int index = i / C * C + index_of_sum(i % C, C);
@@ -593,19 +732,20 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
     }
 }
 
-// Adds the blocks' partial sums to the gradients. blockIdx.y is the vector, or `count` for the two
+// Adds the blocks' partial sums to the gradients. blockIdx.y is the vector, or `count` for the
 // scalars.
 template <class G>
 __global__ static void junction_gather_kernel(const __grid_constant__ JunctionSums<G> which,
-                                              JunctionScratch scratch, int partials, int C) {
+                                              JunctionScratch scratch, int scalars, int partials,
+                                              int C) {
     SharedMemory shared;
     float* sums = shared.take<float>(8 * warp);
     const int lane = threadIdx.x % warp, w = threadIdx.x / warp;
     if (int(blockIdx.y) == which.count) {
-        G* gradient = w == 0 ? which.scalar_gamma : which.gate;
-        if (blockIdx.x > 0 || w > 1 || lane > 0 || !gradient) return;
+        if (blockIdx.x > 0 || w >= scalars || lane > 0 || !which.scalar[w]) return;
+        G* gradient = which.scalar[w];
         double sum = 0;
-        for (int i = 0; i < partials; i++) sum += scratch.scalars[2 * i + w];
+        for (int i = 0; i < partials; i++) sum += scratch.scalars[scalars * i + w];
         *gradient = G(float(*gradient) + float(sum));
         return;
     }
@@ -621,7 +761,7 @@ const int junction_blocks = 8; // at most, on a multiprocessor in the backward p
 
 inline int64_t junction_scratch(int C, int multiprocessors) {
     return int64_t(junction_blocks) * multiprocessors *
-           int64_t(2 * sizeof(double) + junction_vectors * C * sizeof(float));
+           int64_t(4 * sizeof(double) + junction_vectors * C * sizeof(float));
 }
 
 // Writes db and, in place of dr, the gradient of r_prev; adds the gradients of the parameters.
@@ -633,9 +773,10 @@ void junction_backward(const JunctionArguments<S>& a, const JunctionGradients<S,
     const JunctionSums<G> which(d.params, a.plan.gamma);
     // As many rows at once as leave room for two blocks on a multiprocessor.
     int groups = shape.warps == 1 ? 4 : 1;
+    const int scalars = a.plan.extended ? 4 : 2;
     auto shared = [&] {
         const int threads = warp * shape.warps * groups;
-        return shared_bytes<float>(16) + shared_bytes<double>(2 * threads) +
+        return shared_bytes<float>(16) + shared_bytes<double>(size_t(scalars) * threads) +
                shared_bytes<float>(size_t(groups) * which.count * C);
     };
     while (groups > 1 && shared() > 100 * 1024) groups /= 2;
@@ -643,27 +784,31 @@ void junction_backward(const JunctionArguments<S>& a, const JunctionGradients<S,
     int blocks = 0;
     JunctionScratch scratch;
     with_vectors(shape, [&](auto N) {
-        auto kernel = junction_backward_kernel<S, G, decltype(N)::value, false>;
-        if (a.plan.keeps_branch) kernel = junction_backward_kernel<S, G, decltype(N)::value, true>;
+        constexpr int n = decltype(N)::value;
+        auto kernel = junction_backward_kernel<S, G, n, false, false>;
+        if (a.plan.keeps_branch) kernel = junction_backward_kernel<S, G, n, true, false>;
+        if (a.plan.extended) kernel = junction_backward_kernel<S, G, n, true, true>;
         blocks = std::min(blocks_for(a.plan.rows, groups),
                           multiprocessors *
                               std::min(junction_blocks, blocks_at_once(kernel, threads, shared())));
         scratch.scalars = static_cast<double*>(d.scratch);
-        scratch.vectors = reinterpret_cast<float*>(scratch.scalars + 2 * blocks);
+        scratch.vectors = reinterpret_cast<float*>(scratch.scalars + scalars * blocks);
         launch(kernel, blocks, threads, shared(), stream, a, d, which, scratch);
     });
-    if (which.count > 0 || which.scalar_gamma || which.gate)
+    if (!which.empty())
         launch(junction_gather_kernel<G>, dim3(blocks_for(C, warp), which.count + 1), 8 * warp,
-               shared_bytes<float>(8 * warp), stream, which, scratch, blocks, C);
+               shared_bytes<float>(8 * warp), stream, which, scratch, scalars, blocks, C);
 }
 
-template <class S, int N> __global__ static void recompute_input_kernel(JunctionArguments<S> a) {
+template <class S, int N, bool extended>
+__global__ static void recompute_input_kernel(JunctionArguments<S> a) {
     const JunctionPlan& j = a.plan;
-    const RowPart<N> part{j.shape.C, j.shape.warps, nullptr};
+    RowPart<N> part{j.shape.C, j.shape.warps, nullptr};
     const int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / (warp * part.warps);
     if (row >= j.rows) return;
     float x[N][8];
     part.load(x, a.r + row * part.C);
+    if (extended && j.reads_second) add_second(a, row, true, x, part);
     if (j.in_norm)
         norm_row_forward(a.stats[row].in, x, a.params.in_weight, a.params.in_bias, j.in_scale, x,
                          part);
@@ -675,8 +820,10 @@ template <class S> void recompute_input(const JunctionArguments<S>& a, cudaStrea
     const RowShape& shape = a.plan.shape;
     const int block_rows = shape.warps == 1 ? 4 : 1;
     with_vectors(shape, [&](auto N) {
-        launch(recompute_input_kernel<S, decltype(N)::value>, blocks_for(a.plan.rows, block_rows),
-               warp * shape.warps * block_rows, 0, stream, a);
+        constexpr int n = decltype(N)::value;
+        launch(a.plan.extended ? recompute_input_kernel<S, n, true>
+                               : recompute_input_kernel<S, n, false>,
+               blocks_for(a.plan.rows, block_rows), warp * shape.warps * block_rows, 0, stream, a);
     });
 }
 
@@ -1479,6 +1626,20 @@ inline UpdateStep make_update_step(const Hyperparameters& o, double grad_clip, i
             .step = uint32_t(o.step)};
 }
 
+// Scales GPAS's gates' gradients so that their norm, after the clipping of all, is at most `limit`.
+// norm: of all.
+template <class G>
+__global__ static void clip_gates_kernel(G* gradients, const int64_t* gates, int n,
+                                         const double* norm, double grad_clip, double limit) {
+    double square = 0;
+    for (int i = 0; i < n; i++)
+        square += double(float(gradients[gates[i]])) * double(float(gradients[gates[i]]));
+    const double scale = grad_clip > 0 && *norm > grad_clip ? grad_clip / *norm : 1;
+    const double of_gates = scale * sqrt(square);
+    for (int i = 0; i < n && of_gates > limit; i++)
+        gradients[gates[i]] = G(float(gradients[gates[i]]) * float(limit / of_gates));
+}
+
 // The optimizer's flat buffers, and the n elements from `begin` on that it updates. The moments are
 // those of these (n) alone.
 template <class S, class M, class G> struct AdamWBuffers {
@@ -1611,6 +1772,7 @@ template <class S, class G> struct CudaModel : Model {
     OptimizerLayout optimizer_layout; // padded
     std::vector<State> states;
     Array<uint32_t> decays; // a bit for each 8 parameters
+    Array<int64_t> gates;   // GPAS's, as offsets
     Activations<S> acts;
     Array<CosSin> rotary_table; // (T, channels/2)
 
@@ -1675,6 +1837,9 @@ template <class S, class G> struct CudaModel : Model {
             }
             make(decays, blocks_for(n, 8 * 32));
             upload_decays();
+            const std::vector<int64_t> offsets = padded_registry.gates();
+            make(gates, int64_t(offsets.size()));
+            if (gates.size) gates.upload(offsets.data());
             make(update_steps, 1 + c.layers);
             host_update_steps = Pinned<UpdateStep>(1 + c.layers);
         }
@@ -1742,6 +1907,13 @@ template <class S, class G> struct CudaModel : Model {
     }
     float* before(int k) { return k == 0 ? embedded() : residual(k - 1); } // r_prev
     JunctionStats* stats(int k) { return acts.stats[k] + first; }
+    float* second(int k) { // y of junction k, if there is one
+        if (!acts.second.array.size) return nullptr;
+        return acts.second[k] + int64_t(first) * padded_config.width;
+    }
+    float* start() {
+        return acts.start.size ? acts.start + int64_t(first) * padded_config.width : nullptr;
+    }
     S* hidden(int l) { return acts.hidden[l] + int64_t(first) * padded_config.mlp_in_width(); }
     S* activated(int l) { return acts.activated[l] + int64_t(first) * padded_config.mlp_width; }
 
@@ -1801,6 +1973,7 @@ template <class S, class G> struct CudaModel : Model {
 
     // From the gradient of the final norm's output, in dinput.
     void backward() {
+        clear_stream_gradients();
         for (int l = config.layers - 1; l >= 0; l--) {
             if (options.recompute == Recompute::layers) recompute_layer(l);
             join_backward(2 * l + 2);
@@ -1824,7 +1997,10 @@ template <class S, class G> struct CudaModel : Model {
                 j.branch ? branch(k) : nullptr,
                 residual(k),
                 u,
-                stats(k)};
+                stats(k),
+                second(j.branch ? k - 1 : k),
+                second(k),
+                start()};
     }
     JunctionArguments<S> junction_arguments(int k) {
         return junction_arguments(junction_of(k), k, before(k),
@@ -1836,7 +2012,15 @@ template <class S, class G> struct CudaModel : Model {
                 last,
                 acts.dresidual,
                 acts.dbranch,
+                acts.dsecond,
+                acts.dstart,
                 acts.scratch};
+    }
+    // Of the second stream and of x₀.
+    void clear_stream_gradients() {
+        for (Array<float>* gradient : {&acts.dsecond, &acts.dstart})
+            if (gradient->size)
+                CUDA(cudaMemsetAsync(*gradient, 0, size_t(gradient->size) * sizeof(float), stream));
     }
     void join_forward(int k) {
         const Timed timer =
@@ -2108,8 +2292,11 @@ template <class S, class G> struct CudaModel : Model {
         };
         auto known = std::find_if(graphs.begin(), graphs.end(),
                                   [&](const Graph& g) { return g.B == B && g.T == T; });
-        // A graph would have to be captured again for each draw of LISA's layers.
-        if (profile || !of_gradients.layer_steps.empty() || known == graphs.end()) {
+        // A graph would have to be captured again for each draw of LISA's layers, and while
+        // branches fade in.
+        const bool changes =
+            !of_gradients.layer_steps.empty() || faded_in(config.scheme, config.layers) < 1;
+        if (profile || changes || known == graphs.end()) {
             compute();
             if (known == graphs.end()) graphs.push_back({B, T, nullptr});
             return;
@@ -2167,6 +2354,9 @@ template <class S, class G> struct CudaModel : Model {
         // 3. Its norm, and the update.
         step_scale = step.loss_scale;
         enqueue_gradient_norm();
+        if (step.gate_clip > 0 && gates.size)
+            launch(clip_gates_kernel<G>, 1, 1, 0, stream, gradients + 0, gates + 0,
+                   int(gates.size), sums + 1, step.grad_clip, step.gate_clip);
         enqueue_update(step.hyperparameters, step.grad_clip, sums + 1, sums);
         CUDA(cudaMemcpyAsync(host_sums, sums, 2 * sizeof(double), cudaMemcpyDeviceToHost, stream));
     }

@@ -47,15 +47,14 @@ CONFIGS = [
 
 
 def schemes_of(config):
-    """Every scheme, and every scheme with a gate; few where only positions and windows are new."""
-    if config.architecture in ("llama-3", "qwen3", "mistral", "smollm3"):
-        return ["pre", "lns", "sandwich+gpas"]
-    names = []
-    for name, row in scheme_rows(L).items():
-        if row["depth"] == "init_weight" and config.architecture == "olmo":
-            continue  # OLMo has no norm weights
-        names.append(name + (":1" if row["out_norm"] == "first_k" else ""))
-    return names + [name + "+gpas" for name in names]
+    """Every scheme and addition with RMSNorm and with LayerNorm; elsewhere few."""
+    if config.architecture not in ("gpt2", "llama"):
+        return ["pre", "lns", "mix:1+gpas", "sandwich+gpas", "peri", "siamese"]
+    names = [name + (":1" if name == "mix" else ":2" if name == "group" else "")
+             for name in scheme_rows(L)]
+    one_stream = [name for name in names if "siamese" not in name and name != "residual"]
+    return (names + [name + "+gpas" for name in one_stream]
+            + ["lns+gpas-each", "pre+x0", "peri+x0", "mix:1+gpas+x0"])
 
 
 # Chosen so that float32's rounding errors stay well below the tolerance of 1e-5 in every tensor (see
@@ -73,7 +72,7 @@ def draw(config, name, shape):
     """A parameter's values, in F32: a function of the architecture, its seed and the name."""
     random = random_of(config, name)
     leaf = name.split(".")[-1]
-    if leaf.endswith("_gate"):
+    if leaf.endswith("gate"):
         return random.uniform(-0.7, 0.7, shape).astype(np.float32)
     if leaf.endswith("_gamma"):
         return (random.choice([-1, 1], shape) * random.uniform(0.3, 0.7, shape)).astype(np.float32)

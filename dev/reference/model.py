@@ -80,6 +80,7 @@ class Config:
             ours.get("scheme", "olmo2" if family == "olmo2" else "pre"), config.num_hidden_layers)
         scheme.lns_power = ours.get("lns_power", scheme.lns_power)
         scheme.lns_sites = ours.get("lns_sites", "attn,mlp").split(",")
+        scheme.base_width = ours.get("base_width", scheme.base_width)
         return config, scheme
 
 
@@ -95,61 +96,54 @@ def scheme_rows(layers):
 @dataclass
 class Scheme:
     name: str
-    out_layers: int  # layers 1..out_layers have norms on the stream, after the addition
-    in_from: int  # the layers beyond it have norms before a sublayer
-    branch_norm: bool
-    embed_norm: bool = False
-    skip: float = 1.0
-    scaled: bool = False  # in-norms by layer^-lns_power
-    gamma: str = "none"  # or vector, scalar
-    gpas: bool = False
+    row: dict  # the ingredients; lists have an element for each sublayer
+    number: int = -1  # of NAME:NUMBER
+    gates: str = ""  # "layer" with +gpas, "sublayer" with +gpas-each
+    x0: bool = False
     lns_power: float = 0.5
     lns_sites: list = field(default_factory=lambda: ["attn", "mlp"])
+    base_width: int = 256  # of CompleteP
 
     def describe(self):
-        text = self.name + ("+gpas" if self.gpas else "")
-        if self.name == "mix":
-            text += f", out norms in {self.out_layers} layers"
-        if self.scaled:
+        text = self.name + (f", gates by {self.gates}" if self.gates else "")
+        if self.row["depth"] != "none":
             text += f", power {self.lns_power} at {' and '.join(self.lns_sites)}"
         return text
 
     @staticmethod
     def parse(text, layers):
-        """`NAME[:NUMBER][+gpas][+scaled-init]`; NUMBER is mix's k or the power of lns."""
-        name, *options = text.split("+")
-        name, _, number = name.partition(":")
-        if not set(options) <= {"gpas", "scaled-init"} or (number and name not in ("mix", "lns")):
-            raise ValueError(f"scheme {text!r} is not NAME[:NUMBER][+gpas][+scaled-init]")
+        """`NAME[:NUMBER][+ADDITION…]`, as `train_gpt schemes` lists them."""
+        base, *additions = text.split("+")
         rows = scheme_rows(layers)
-        if name not in rows:
-            raise ValueError(f"scheme {name!r} is none of {', '.join(rows)}")
-        row = rows[name]
-        mix_layers = int(number) if number and name == "mix" else layers // 4
-        scheme = Scheme(
-            name,
-            out_layers={"none": 0, "all": layers, "first_k": mix_layers}[row["out_norm"]],
-            in_from={"none": layers, "all": 0, "after_k": mix_layers}[row["in_norm"]],
-            branch_norm=row["branch_norm"] == "all",
-            embed_norm=row["embed_norm"],
-            skip=row["skip"],
-            scaled=row["depth"] == "output",
-            gamma=row["gamma"],
-            gpas="gpas" in options,
-        )
-        if number and name == "lns":
-            scheme.lns_power = float(number)
-        return scheme
+        name, _, number = (base, "", "") if base in rows else base.rpartition(":")
+        if name not in rows or (number and rows[name]["number"] is None):
+            raise ValueError(f"scheme {base!r} is none of {', '.join(rows)}")
+        known = {"gpas", "gpas-each", "x0", "scaled-init", "depth-init"}
+        if not set(additions) <= known:
+            raise ValueError(f"scheme {text!r} has additions other than {', '.join(known)}")
+        row = dict(rows[name])
+        if name == "mix" and number:
+            late = [k // 2 + 1 > int(number) for k in range(2 * layers)]
+            row["in_norm"], row["out_norm"] = late, [not x for x in late]
+        return Scheme(
+            name, row, int(number) if number else row["number"] or -1,
+            gates="layer" if "gpas" in additions else "sublayer" if "gpas-each" in additions else "",
+            x0="x0" in additions)
 
-    def norms(self, layer):
-        """The roles of the norms around the sublayers of a layer, 1..L."""
-        roles = ["branch"] if self.branch_norm else []
-        roles += ["out"] if layer <= self.out_layers else []
-        return roles + (["in"] if layer > self.in_from else [])
+    @property
+    def two_streams(self):
+        return any(self.row["reads_second"])
 
-    def in_scale(self, layer, kind):
-        scaled = self.scaled and kind in self.lns_sites
-        return layer ** -self.lns_power if scaled else 1.0
+    def depth_factor(self, where, layer, kind):
+        """layer^-lns_power where the scheme scales by depth, else 1."""
+        k = sublayer_index(layer, kind)
+        scaled = self.row["depth"] == where and kind in self.lns_sites and self.row["depth_at"][k]
+        return layer**-self.lns_power if scaled else 1.0
+
+
+def sublayer_index(layer, kind):
+    """From 0; layer is 1..L, kind is attn or mlp."""
+    return 2 * (layer - 1) + (kind == "mlp")
 
 
 def norm_names(gpt2, branch_norms, kind):
@@ -321,6 +315,13 @@ class LlamaMLP(nn.Module):
         return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
 
 
+class Streams:
+    """What passes through the layers: r, the second stream y if there is one, and x₀."""
+
+    def __init__(self, r, x0, y=None):
+        self.r, self.x0, self.y = r, x0, y
+
+
 class Layer(nn.Module):
     """Attention, then the MLP, each with the scheme's norms and scales around it."""
 
@@ -329,48 +330,75 @@ class Layer(nn.Module):
         self.scheme, self.number = scheme, number  # number is 1..L
         self.modules_of = {"attn": "attn" if config.is_gpt2 else "self_attn", "mlp": "mlp"}
         self.norms_of = {}
-        gpt2 = config.is_gpt2
+        gpt2, row = config.is_gpt2, scheme.row
+        if scheme.x0:
+            self.x0_skip = nn.Parameter(torch.ones(1))
+            self.x0_weight = nn.Parameter(torch.zeros(1))
+        if scheme.gates == "layer":
+            self.gate = nn.Parameter(torch.zeros(1))
         for kind, f in {
             "attn": (GPT2Attention if gpt2 else LlamaAttention)(config, number),
             "mlp": (GPT2MLP if gpt2 else LlamaMLP)(config),
         }.items():
+            k = sublayer_index(number, kind)
             self.add_module(self.modules_of[kind], f)
-            names = norm_names(config.is_gpt2, scheme.branch_norm, kind)
-            roles = scheme.norms(number)
+            names = norm_names(config.is_gpt2, any(row["branch_norm"]), kind)
+            roles = [role for role in ("branch", "out", "in") if row[f"{role}_norm"][k]]
             if "in" in roles and "out" in roles:
                 names["out"] = f"{kind}_out_norm"
+            if row["reads_second"][k]:
+                roles.append("second")
+                names["second"] = f"{kind}_second_norm"
             self.norms_of[kind] = {role: names[role] for role in roles}
             for name in self.norms_of[kind].values():
                 self.add_module(name, make_norm(config))
-            if scheme.gamma != "none":
-                size = config.hidden_size if scheme.gamma == "vector" else 1
+            if row["gamma"] != "none":
+                size = config.hidden_size if row["gamma"] == "vector" else 1
                 self.register_parameter(f"{kind}_gamma", nn.Parameter(torch.ones(size)))
-            if scheme.gpas:
+            if row["omega_init"] is not None:
+                self.register_parameter(
+                    f"{kind}_omega", nn.Parameter(torch.ones(config.hidden_size)))
+            if scheme.gates == "sublayer":
                 self.register_parameter(f"{kind}_gate", nn.Parameter(torch.zeros(1)))
 
-    def sublayer(self, kind, r, stop):
-        """The residual stream after a sublayer, given the stream before it."""
-        scheme = self.scheme
+    def sublayer(self, kind, streams, stop):
+        """Replaces the streams before a sublayer by those after it."""
+        scheme, row, r = self.scheme, self.scheme.row, streams.r
+        k = sublayer_index(self.number, kind)
         norms = {role: getattr(self, name) for role, name in self.norms_of[kind].items()}
-        u = norms["in"](r) * scheme.in_scale(self.number, kind) if "in" in norms else r
+        u = r + norms["second"](streams.y) if "second" in norms else r
+        if "in" in norms:
+            u = norms["in"](u * scheme.depth_factor("input", self.number, kind))
+            u = u * scheme.depth_factor("output", self.number, kind)
         b = getattr(self, self.modules_of[kind])(u)
         if "branch" in norms:
             b = norms["branch"](b)
         if hasattr(self, f"{kind}_gamma"):
             b = getattr(self, f"{kind}_gamma") * b
+        if scheme.two_streams:
+            streams.y = streams.y + b
 
         def shrink(x):  # GPAS: smaller activations, unchanged gradients to the layers below
-            if not scheme.gpas:
+            if not scheme.gates:
                 return x
-            gate = getattr(self, f"{kind}_gate")
+            gate = self.gate if scheme.gates == "layer" else getattr(self, f"{kind}_gate")
             return x - gate * torch.sigmoid(gate) * stop(x)
 
+        b = b * row["beta"][k] * scheme.depth_factor("branch", self.number, kind)
+        skip = row["skip"][k]
+        if row["omega_init"] is not None:
+            skip = skip * getattr(self, f"{kind}_omega")
         if "out" in norms:
-            return norms["out"](scheme.skip * shrink(r) + b)
-        return shrink(scheme.skip * r + b)
+            streams.r = norms["out"](skip * shrink(r) + b)
+        else:
+            total = (skip * r + b) * scheme.depth_factor("residual", self.number, kind)
+            streams.r = shrink(total)
 
-    def forward(self, r, stop):
-        return self.sublayer("mlp", self.sublayer("attn", r, stop), stop)
+    def forward(self, streams, stop):
+        if self.scheme.x0:
+            streams.r = self.x0_skip * streams.r + self.x0_weight * streams.x0
+        self.sublayer("attn", streams, stop)
+        self.sublayer("mlp", streams, stop)
 
 
 class Model(nn.Module):
@@ -389,12 +417,15 @@ class Model(nn.Module):
         trunk.add_module(self.names["embed"], nn.Embedding(V, C))
         if gpt2:
             trunk.wpe = nn.Embedding(config.max_position_embeddings, C)
-        self.has_embed_norm = scheme.embed_norm
+        self.scheme = scheme
+        self.has_embed_norm = scheme.row["embed_norm"]
         if self.has_embed_norm:
             trunk.embed_norm = make_norm(config)
         layers = [Layer(config, scheme, n + 1) for n in range(config.num_hidden_layers)]
         trunk.add_module(self.names["layers"], nn.ModuleList(layers))
         trunk.add_module(self.names["final"], make_norm(config))
+        if scheme.row["reads_second"][-1] and not scheme.row["plain_head"]:
+            trunk.second_norm = make_norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(C, V, bias=False)
         # Stops gradients in GPAS; checks by finite differences substitute constants.
@@ -407,12 +438,23 @@ class Model(nn.Module):
         r = embed(inputs)
         if self.config.is_gpt2:
             r = r + trunk.wpe(torch.arange(inputs.shape[1]))
+        y = r if self.scheme.two_streams else None
         if self.has_embed_norm:
             r = trunk.embed_norm(r)
+        streams = Streams(r, r, y)
         for layer in getattr(trunk, self.names["layers"]):
-            r = layer(r, self.stop)
+            layer(streams, self.stop)
+        final, r = getattr(trunk, self.names["final"]), streams.r
+        if hasattr(trunk, "second_norm"):
+            r = final(r + trunk.second_norm(streams.y))
+        elif self.scheme.row["plain_head"]:
+            r = r + final(streams.y)
+        else:
+            r = final(r)
+        if self.scheme.row["depth_transfer"]:
+            r = r * (self.scheme.base_width / self.config.hidden_size)
         head = embed.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return getattr(trunk, self.names["final"])(r) @ head.T
+        return r @ head.T
 
     def load(self, parameters):
         """Sets exactly all parameters from {name: array}; returns self."""

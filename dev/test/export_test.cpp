@@ -161,6 +161,36 @@ TEST(Export, GammaIsFoldedIntoTheRowsOfTheLastMatrix) {
     }
 }
 
+TEST(Export, FactorsOfBranchesAreFoldedIntoTheLastMatrices) {
+    auto last = [](const std::string& name) {
+        return in(name, "o_proj") || in(name, "down_proj") || in(name, "c_proj");
+    };
+    for (const char* type : {"llama", "gpt2", "olmo"}) {
+        Exported after(type, "lns:after");
+        EXPECT_TRUE(says(after.run(), {"folded", "lns:after", "stock tools compute the same"}));
+        after.expect(after.read(), [&](const std::string& name, int64_t) {
+            return last(name) && in(name, ".1.") ? std::sqrt(0.5) : 1;
+        });
+
+        Config c = small(type, "completep");
+        c.scheme.base_layers = 1; // of 2, so branches are halved; and a width of 256 for 8
+        Exported completep(c);
+        if (c.tied) continue;
+        EXPECT_TRUE(says(completep.run(), {"folded", "completep"}));
+        completep.expect(completep.read(), [&](const std::string& name, int64_t) {
+            const bool head = name == (c.norm_weight ? "model.norm.weight" : "lm_head.weight");
+            return last(name) ? 0.5 : head ? 32 : 1;
+        });
+    }
+    Config c = small("llama", "pre+prores:10");
+    c.scheme.step = 15; // of 10 and 20
+    Exported fading(c);
+    fading.run();
+    fading.expect(fading.read(), [&](const std::string& name, int64_t) {
+        return last(name) && in(name, ".1.") ? 0.75 : 1;
+    });
+}
+
 TEST(Export, ModelsWithoutAStockFormAreUnchanged) {
     for (auto [type, scheme] : std::vector<std::array<std::string, 2>>{{"llama", "post"},
                                                                        {"llama", "deepnorm"},
@@ -171,6 +201,13 @@ TEST(Export, ModelsWithoutAStockFormAreUnchanged) {
                                                                        {"llama", "olmo2"},
                                                                        {"olmo2", "lns"},
                                                                        {"llama", "lns+gpas"},
+                                                                       {"llama", "lns+gpas-each"},
+                                                                       {"llama", "lns:before"},
+                                                                       {"llama", "lns:after+x0"},
+                                                                       {"gpt2", "keel"},
+                                                                       {"llama", "siamese"},
+                                                                       {"qwen2", "residual"},
+                                                                       {"llama", "admin"},
                                                                        {"olmo", "skipinit+gpas"}}) {
         Exported e(type, scheme);
         EXPECT_TRUE(says(

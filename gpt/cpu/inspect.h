@@ -143,6 +143,8 @@ template <class S> template <class F> void CpuModel<S>::with_stream(Stream strea
     switch (stream) {
     case Stream::residual:
         return plain(residual(between));
+    case Stream::middle:
+        return plain(residual(between - 1));
     case Stream::attention: {
         // Where no junction keeps b, branches may share a slot: r was skip · r + b.
         if (junction_of(between - 1).keeps_branch() || junction_of(between).keeps_branch())

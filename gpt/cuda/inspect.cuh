@@ -76,8 +76,10 @@ template <class S, class G> std::string CudaModel<S, G>::first_nonfinite() {
 // Moves r to the place of junction k, and computes u.
 template <class S, class G> void CudaModel<S, G>::enter(int k) {
     if (between != k)
-        CUDA(cudaMemcpyAsync(residual(k), residual(between), stream_bytes(),
-                             cudaMemcpyDeviceToDevice, stream));
+        for (auto [to, from] :
+             {std::pair{residual(k), residual(between)}, {second(k), second(between)}})
+            if (to != from)
+                CUDA(cudaMemcpyAsync(to, from, stream_bytes(), cudaMemcpyDeviceToDevice, stream));
     between = k;
     junction_forward(junction_arguments(entering(junction_of(k)), k, residual(k),
                                         acts.input.slot[k] < 0 ? nullptr : input(k)),
@@ -141,6 +143,7 @@ void CudaModel<S, G>::finish_backward(const int* targets, double loss_scale) {
     set_targets(targets, loss_scale);
     enter(2 * config.layers);
     head_forward_backward();
+    clear_stream_gradients();
     enter_backward(2 * config.layers, true);
     wait();
 }
@@ -154,34 +157,36 @@ template <class S, class G> void CudaModel<S, G>::run_layer_backward(int l) {
     enter_backward(2 * l, false);
     wait();
 }
-// f(x, before, skip): a stream is x − skip · before, or x where before is null.
+// f(x, before, skip, beta): a stream is (x − skip · before) / β, or x where before is null.
 template <class S, class G>
 template <class F>
 void CudaModel<S, G>::with_stream(Stream which, const F& f) {
     const float* none = nullptr;
     switch (which) {
     case Stream::residual:
-        return f(residual(between), none, 0.0f);
+        return f(residual(between), none, 0.0f, 1.0f);
+    case Stream::middle:
+        return f(residual(between - 1), none, 0.0f, 1.0f);
     case Stream::attention:
         // Where no junction keeps b, branches may share a slot: r was skip · r + b.
         if (junction_of(between - 1).keeps_branch() || junction_of(between).keeps_branch())
-            return f(branch(between - 1), none, 0.0f);
+            return f(branch(between - 1), none, 0.0f, 1.0f);
         return f(residual(between - 1), static_cast<const float*>(residual(between - 2)),
-                 float(junction_of(between - 1).skip));
+                 float(junction_of(between - 1).skip), float(junction_of(between - 1).beta));
     case Stream::mlp:
-        return f(branch(between), none, 0.0f);
+        return f(branch(between), none, 0.0f, 1.0f);
     case Stream::gradient:
-        return f(acts.dresidual + 0, none, 0.0f);
+        return f(acts.dresidual + 0, none, 0.0f, 1.0f);
     }
 }
 template <class S, class G> void CudaModel<S, G>::read(Stream which, float* out) {
     const int64_t n = rows() * padded_config.width;
-    with_stream(which, [&](const auto* x, const float* before, float skip) {
+    with_stream(which, [&](const auto* x, const float* before, float skip, float beta) {
         const auto values = fetch(x, n);
         const auto old = before ? fetch(before, n) : std::vector<float>();
 #pragma omp parallel for
         for (int64_t i = 0; i < n; i++)
-            out[i] = before ? float(values[i]) - skip * old[i] : float(values[i]);
+            out[i] = before ? (float(values[i]) - skip * old[i]) / beta : float(values[i]);
     });
 }
 template <class S, class G> float* CudaModel<S, G>::writable(Stream which) {
@@ -190,6 +195,7 @@ template <class S, class G> float* CudaModel<S, G>::writable(Stream which) {
     return which == Stream::residual ? residual(between) : acts.dresidual + 0;
 }
 template <class S, class G> void CudaModel<S, G>::write(Stream which, const float* values) {
+    if (which == Stream::gradient) clear_stream_gradients();
     CUDA(cudaMemcpyAsync(writable(which), values, stream_bytes(), cudaMemcpyHostToDevice, stream));
     stream.wait();
 }
@@ -207,6 +213,7 @@ template <class S, class G>
 void CudaModel<S, G>::write_rows(Stream which, const std::vector<int64_t>& to,
                                  const float* values) {
     const int64_t C = padded_config.width;
+    if (which == Stream::gradient) clear_stream_gradients();
     CUDA(cudaMemsetAsync(writable(which), 0, stream_bytes(), stream));
     for (int64_t row : to) {
         CUDA(cudaMemcpyAsync(writable(which) + row * C, values, size_t(C) * sizeof(float),
@@ -217,10 +224,14 @@ void CudaModel<S, G>::write_rows(Stream which, const std::vector<int64_t>& to,
 }
 
 template <class S, class G> std::vector<Moments> CudaModel<S, G>::row_moments(Stream which) {
-    with_stream(which, [&](const auto* x, const float* before, float skip) {
+    double factor = 1;
+    with_stream(which, [&](const auto* x, const float* before, float skip, float beta) {
         cuda::row_moments(acts.moments, x, before, skip, rows(), padded_config.width, stream);
+        factor = 1 / double(beta);
     });
-    return fetch(acts.moments + 0, rows());
+    std::vector<Moments> moments = fetch(acts.moments + 0, rows());
+    for (Moments& m : moments) m.mean *= factor, m.square *= factor * factor;
+    return moments;
 }
 template <class S, class G> std::vector<double> CudaModel<S, G>::row_chords(int l, int m) {
     double* chords = acts.moments.template as<double>();

@@ -29,6 +29,14 @@ void Model::begin_step(const StepInput& step) {
     Hyperparameters hyperparameters = step.hyperparameters;
     const bool clip = step.grad_clip > 0 && step_result.grad_norm > step.grad_clip;
     hyperparameters.grad_scale = clip ? step.grad_clip / step_result.grad_norm : 1;
+    if (step.gate_clip > 0) {
+        float* gradients = host_gradients();
+        double square = 0;
+        for (int64_t gate : registry.gates()) square += std::pow(double(gradients[gate]), 2);
+        const double norm = hyperparameters.grad_scale * std::sqrt(square);
+        for (int64_t gate : registry.gates())
+            if (norm > step.gate_clip) gradients[gate] *= float(step.gate_clip / norm);
+    }
     update(hyperparameters);
 }
 

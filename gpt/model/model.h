@@ -87,6 +87,7 @@ struct StepInput {
     // Asked between micro-batches; true ends the step there, and nothing is updated. All ranks must
     // get the same answer.
     std::function<bool()> stop = {};
+    double gate_clip = 0; // the largest norm of GPAS's gates' gradient, after grad_clip; 0: any
 };
 struct StepResult {
     double loss = 0;      // the mean over all ranks' targets
@@ -184,6 +185,7 @@ struct Model {
     virtual void run_layer_backward(int) { fail_layer_by_layer(); }
     enum class Stream {
         residual,  // r
+        middle,    // r between attention and MLP of the last layer that ran
         attention, // b of the attention of the last layer that ran
         mlp,       // b of its MLP
         gradient,  // dr

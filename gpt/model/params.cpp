@@ -215,6 +215,14 @@ const Param* Registry::find(const std::string& name) const {
     return nullptr;
 }
 
+std::vector<int64_t> Registry::gates() const {
+    std::vector<int64_t> offsets;
+    for (const JunctionParams& junction : junctions)
+        if (junction.gate >= 0 && (offsets.empty() || offsets.back() != junction.gate))
+            offsets.push_back(junction.gate);
+    return offsets;
+}
+
 int64_t Registry::count() const {
     int64_t n = 0;
     for (const Param& p : params) n += p.size();

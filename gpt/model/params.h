@@ -68,6 +68,7 @@ struct Registry {
     int64_t head = -1;                                     // (V, C); the token embedding if tied
 
     const Param* find(const std::string& name) const; // null if there is none
+    std::vector<int64_t> gates() const;               // GPAS's, as offsets
     int64_t count() const;                            // of parameters
 };
 

@@ -115,7 +115,8 @@ struct SchemeAddition {
     const char* name;
     using Switch = bool Scheme::*; // nvcc would write parentheses of which g++ warns
     Switch enabled;
-    int Scheme::*number = nullptr; // of +prores:number
+    using Number = int Scheme::*;
+    Number number; // of +prores:number, or null
     const char *equations, *what, *source;
 };
 const std::vector<SchemeAddition>& scheme_additions();

@@ -36,7 +36,7 @@ double step(Model& model, const Options& o, const std::vector<int>& tokens, int 
     const int64_t n = int64_t(B) * T;
     StepInput input = {tokens.data(), tokens.data() + n, 1, B, T};
     input.loss_scale = 1 / double(n);
-    input.grad_clip = o.grad_clip;
+    input.grad_clip = o.grad_clip, input.gate_clip = o.clip_gates;
     input.hyperparameters = hyperparameters(o, o.lr, number);
     model.begin_step(input);
     const StepResult result = model.end_step();

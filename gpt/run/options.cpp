@@ -121,6 +121,8 @@ void add_optimizer(FlagList& f, Options& o) {
     f.number("-q,--final-lr-frac", o.final_lr_frac, 0, 1, "last learning rate / peak");
     f.number("-c,--weight-decay", o.weight_decay, 0, 100, "decoupled weight decay of matrices");
     f.number("--grad-clip", o.grad_clip, 0, infinity, "largest gradient norm; 0: no clipping");
+    f.number("--clip-gates", o.clip_gates, 0, infinity,
+             "then the largest norm of the gradient of +gpas's gates; 0: no clipping");
     f.number("--beta1", o.beta1, 0, 0.999999, "Adam's decay of the first moment");
     f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's decay of the second moment");
     f.number("--eps", o.eps, 0, 1, "Adam's epsilon, added to the second moment's root");

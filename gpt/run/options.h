@@ -43,7 +43,7 @@ struct Options {
     double epochs = 0; // 0: as many as the steps make
     double lr = 1e-3, final_lr_frac = 0.1;
     int64_t lisa = 0, lisa_interval = 3; // lisa 0: all layers train
-    double weight_decay = 0.1, grad_clip = 1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+    double weight_decay = 0.1, grad_clip = 1, clip_gates = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
 
     // validation and samples
     int64_t val_every = 100, val_tokens = 131072, sample_every = 250, sample_tokens = 256;

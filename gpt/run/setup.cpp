@@ -82,6 +82,7 @@ Config model_config(const Options& o) {
 
     const Options standard;
     if (!o.norm.empty()) c.scheme = parse_scheme(o.norm);
+    if (!o.norm.empty() && c.scheme.prores) c.scheme.step = 0;
     if (o.lns_power != standard.lns_power) c.scheme.lns_power = o.lns_power;
     if (o.lns_sites != standard.lns_sites) parse_sites(o.lns_sites, c.scheme);
     if (!o.completep_base.empty()) parse_base_model(o.completep_base, c.scheme);
@@ -89,6 +90,9 @@ Config model_config(const Options& o) {
     if (lns_flags && c.scheme.row->depth == DepthScale::none)
         fail("--lns-power and --lns-sites change only -n ", join(depth_schemes(), " and -n "),
              ", and the scheme is '", c.scheme.name(), "': leave them out, or choose one of those");
+    if (o.clip_gates > 0 && !c.scheme.gated())
+        fail("--clip-gates clips the gates of +gpas, and the scheme is '", c.scheme.name(),
+             "': leave it out, or choose -n ", c.scheme.name(), "+gpas");
     if (!o.completep_base.empty() && !c.scheme.row->depth_transfer)
         fail("--completep-base belongs to -n completep, and the scheme is '", c.scheme.name(),
              "': leave it out");

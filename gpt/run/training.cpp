@@ -9,6 +9,7 @@
 
 #include "gpt/base/error.h"
 #include "gpt/base/signals.h"
+#include "gpt/run/admin.h"
 #include "gpt/run/banner.h"
 #include "gpt/run/facts.h"
 #include "gpt/run/sample.h"
@@ -181,6 +182,10 @@ void prepare(Run& run, const std::string& resume_from) {
     if (o.probe_every > 0 && run.model_options.recompute != Recompute::none)
         fail("--probe-every needs what --recompute ", o.recompute,
              " does not keep: leave one of the two out");
+    if (o.norm.starts_with("admin") && !o.norm.starts_with("admin:") &&
+        run.model_options.recompute != Recompute::none)
+        fail("-n admin profiles the first batch layer by layer, which --recompute ", o.recompute,
+             " does not keep: leave it out, or choose -n admin:const");
     o.flags["--dtype"] = run.model_options.dtype == DType::bf16 ? "bf16" : "float32";
     run.config = resume_from.empty() ? model_config(o) : checkpoint_config(resume_from);
     if (!resume_from.empty()) o.vocab = run.config.vocab_size; // the data cannot change it now
@@ -295,7 +300,16 @@ void start(Run& run, const std::string& resume_from) {
     if (!run.o.init_from.empty() && resume_from.empty()) load_weights(*run.model, run.o.init_from);
     if (run.o.overfit_batch) draw_batch(run);
     for (const std::string& change : run.o.changes) run.print("note: " + change);
-    if (resume_from.empty()) return;
+    if (resume_from.empty()) {
+        if (run.config.scheme.row->profiled && run.o.init_from.empty()) {
+            draw_tokens(run);
+            const double last =
+                profile_omegas(*run.model, run.inputs.data(), run.B, run.T, run.ranks);
+            run.print(cat("note: the first batch sets Admin's ω, from 1 to ",
+                          format_number("%.3g", last)));
+        }
+        return;
+    }
 
     run.state = load_checkpoint(*run.model, resume_from);
     if (run.state.windows != run.loader->windows_per_epoch() ||
@@ -433,6 +447,12 @@ double count_targets(const Run& run) {
     return n;
 }
 
+// +prores counts updates; run.config's are those before this run.
+void fade_in(Run& run, int64_t steps) {
+    if (run.config.scheme.prores && run.config.scheme.step < INT64_MAX)
+        run.model->config.scheme.step = run.config.scheme.step + steps;
+}
+
 void begin_step(Run& run, StepInput& step) {
     // The first step of a process also allocates memory and chooses kernels.
     run.model->profile = run.o.profile && run.steps_made > 0 ? &run.profile : nullptr;
@@ -446,6 +466,7 @@ void begin_step(Run& run, StepInput& step) {
                                                : ++asked % every == 0 && any_should_stop(run);
             return run.given_up;
         };
+    fade_in(run, run.state.step);
     run.updating = true;
     Ranks::TimedSection section(run.ranks, "a step");
     run.model->begin_step(step);
@@ -467,6 +488,7 @@ StepResult end_step(Run& run) {
         if (!run.o.overfit_batch) run.loader->restore(run.before_draw);
         return result;
     }
+    fade_in(run, run.state.step + 1);
     check_finite(run, run.state.step + 1, "the loss", result.loss);
     check_finite(run, run.state.step + 1, "the gradient", result.grad_norm);
     return result;
