@@ -267,9 +267,8 @@ Row check_rope() {
                                               {std::vector<S>(x[0].size())}};
                            std::vector<S> qkv(x[0].size());
                            std::vector<Acc<S>> lse(a.rows() * a.NH);
-                           const S* none = nullptr;
-                           qk_forward(qkv.data(), x[0].data(), (S*)nullptr,
-                                      (NormStats<Acc<S>>*)nullptr, none, none, 0, table.data(), a);
+                           qkv_forward<S>(qkv.data(), x[0].data(), nullptr, nullptr, {}, 0,
+                                          table.data(), a);
                            attention_forward(out.y.data(), lse.data(), qkv.data(), a);
                            if (!c.empty())
                                attention_backward(out.gradients[0].data(), c.data(), qkv.data(),
@@ -278,27 +277,59 @@ Row check_rope() {
                        });
 }
 
-Row check_qk_norm(bool of_heads) {
+// Norms of q and k as wholes; of their heads; of those and v's.
+Row check_qkv_norm(const char* name, std::array<int, 3> norms) {
     AttentionShape a{2, 3, 4, 2, 5};
-    a.q_norms = of_heads ? a.NH : 1, a.k_norms = of_heads ? a.KVH : 1;
-    const int Q = a.q_norm_width(), K = a.k_norm_width(), all = a.q_width() + a.kv_width();
-    return check_layer(of_heads ? "norms of q's and k's heads" : "q and k norm",
-                       {random_values(a.rows() * a.row(), "qkv"),
-                        random_values(Q, "q weight", 1, 0.3), random_values(K, "k weight", 1, 0.3)},
-                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-                           LayerResult<S> out{x[0], {c, std::vector<S>(Q), std::vector<S>(K)}};
-                           std::vector<S> raw(a.rows() * all);
-                           std::vector<Acc<S>> scratch(row_chunks(a.rows()) * all);
-                           std::vector<NormStats<Acc<S>>> stats(a.norms() * a.rows());
-                           qk_forward(out.y.data(), out.y.data(), raw.data(), stats.data(),
-                                      x[1].data(), x[2].data(), 1e-6,
-                                      (const CosSin<Acc<S>>*)nullptr, a);
-                           if (!c.empty())
-                               qk_norm_backward(out.gradients[0].data(), raw.data(), stats.data(),
-                                                x[1].data(), x[2].data(), out.gradients[1].data(),
-                                                out.gradients[2].data(), scratch.data(), a);
-                           return out;
-                       });
+    a.q_norms = norms[0], a.k_norms = norms[1], a.v_norms = norms[2];
+    const int Q = a.q_norm_width(), K = a.k_norm_width(), V = a.v_norm_width();
+    return check_layer(
+        name,
+        {random_values(a.rows() * a.row(), "qkv"), random_values(Q, "q weight", 1, 0.3),
+         random_values(K, "k weight", 1, 0.3), random_values(V, "v weight", 1, 0.3)},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{x[0],
+                               {c, std::vector<S>(Q), std::vector<S>(K), std::vector<S>(V)}};
+            std::vector<S> raw(a.rows() * a.normed_width());
+            std::vector<Acc<S>> scratch(row_chunks(a.rows()) * a.normed_width());
+            std::vector<NormStats<Acc<S>>> stats(a.norms() * a.rows());
+            const QkvPointers<const S> weights(x[1].data(), x[2].data(), x[3].data());
+            qkv_forward<S>(out.y.data(), out.y.data(), raw.data(), stats.data(), weights, 1e-6,
+                           nullptr, a);
+            auto& g = out.gradients;
+            if (!c.empty())
+                qkv_norm_backward<S>(g[0].data(), raw.data(), stats.data(), weights,
+                                     {g[1].data(), g[2].data(), g[3].data()}, scratch.data(), a);
+            return out;
+        });
+}
+
+// A later layer mixes its v with the first layer's, which gets gradients from both. x is qkv of
+// either layer, then m.
+Row check_value_residual() {
+    const AttentionShape a{2, 3, 2, 1, 5};
+    const int KV = a.kv_width();
+    const size_t n = a.rows() * a.row();
+    return check_layer(
+        "value residual",
+        {random_values(n, "qkv of the first layer"), random_values(n, "qkv"), {0.3}},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{x[0], {std::vector<S>(n), std::vector<S>(n), std::vector<S>(1)}};
+            std::vector<S> later = x[1], first_v(a.rows() * KV), v(a.rows() * KV);
+            const S *mix = x[2].data(), *none = nullptr;
+            mix_values<S>(out.y.data(), first_v.data(), none, none, a);
+            mix_values<S>(later.data(), v.data(), first_v.data(), mix, a);
+            out.y.insert(out.y.end(), later.begin(), later.end());
+            if (c.empty()) return out;
+            auto& g = out.gradients;
+            std::copy_n(c.begin(), n, g[0].begin());
+            std::copy_n(c.begin() + n, n, g[1].begin());
+            std::vector<Acc<S>> dvalues(a.rows() * KV), scratch(row_chunks(a.rows()));
+            mix_values_backward<S>(g[1].data(), dvalues.data(), v.data(), first_v.data(), mix,
+                                   g[2].data(), scratch.data(), a);
+            mix_values_backward<S>(g[0].data(), dvalues.data(), first_v.data(), first_v.data(),
+                                   nullptr, nullptr, scratch.data(), a);
+            return out;
+        });
 }
 
 Row check_activation(Activation activation) {
@@ -629,6 +660,7 @@ Doubles test_values(const Param& p) {
     if (p.decay) return random_values(n, p.name, 0, 1 / std::sqrt(double(p.shape[1])));
     if (named("_gate")) return random_values(n, p.name, 0.1, 0.3); // silu(g) = 1 would cancel r
     if (named("_gamma")) return random_values(n, p.name, 0.6, 0.3);
+    if (named("value_mix")) return random_values(n, p.name, 0.4, 0.3);
     if (named("norm") || named("ln_")) return random_values(n, p.name, named("bias") ? 0 : 1, 0.3);
     return random_values(n, p.name, 0, 0.3);
 }
@@ -2074,7 +2106,10 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_junction("sandwich, no parameters" + norm,
                             junction(parse_scheme("sandwich"), 4, 3), type, false, false));
     }
-    keep(check_rope()), keep(check_qk_norm(false)), keep(check_qk_norm(true));
+    keep(check_rope()), keep(check_qkv_norm("q and k norm", {1, 1, 0}));
+    keep(check_qkv_norm("norms of q's and k's heads", {4, 2, 0}));
+    keep(check_qkv_norm("norms of q's, k's and v's heads", {4, 2, 2}));
+    keep(check_value_residual());
     for (AttentionShape a : {AttentionShape{1, 1, 1, 1, 4},
                              {2, 7, 3, 3, 5},
                              {1, 9, 4, 2, 6},
