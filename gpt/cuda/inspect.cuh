@@ -141,6 +141,7 @@ void CudaModel<S, G>::finish_backward(const int* targets, double loss_scale) {
     set_targets(targets, loss_scale);
     enter(2 * config.layers);
     head_forward_backward();
+    clear_stream_gradients();
     enter_backward(2 * config.layers, true);
     wait();
 }
@@ -190,6 +191,7 @@ template <class S, class G> float* CudaModel<S, G>::writable(Stream which) {
     return which == Stream::residual ? residual(between) : acts.dresidual + 0;
 }
 template <class S, class G> void CudaModel<S, G>::write(Stream which, const float* values) {
+    if (which == Stream::gradient) clear_stream_gradients();
     CUDA(cudaMemcpyAsync(writable(which), values, stream_bytes(), cudaMemcpyHostToDevice, stream));
     stream.wait();
 }
@@ -207,6 +209,7 @@ template <class S, class G>
 void CudaModel<S, G>::write_rows(Stream which, const std::vector<int64_t>& to,
                                  const float* values) {
     const int64_t C = padded_config.width;
+    if (which == Stream::gradient) clear_stream_gradients();
     CUDA(cudaMemsetAsync(writable(which), 0, stream_bytes(), stream));
     for (int64_t row : to) {
         CUDA(cudaMemcpyAsync(writable(which) + row * C, values, size_t(C) * sizeof(float),
