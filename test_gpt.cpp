@@ -645,7 +645,8 @@ std::vector<std::string> all_schemes() {
 // windows and activations, so one architecture with RMSNorm and one with LayerNorm need them all.
 std::vector<std::string> schemes_of(const std::string& architecture_name) {
     if (architecture_name == "llama" || architecture_name == "gpt2") return all_schemes();
-    return {"pre", "lns", "lns-init", "mix:1+gpas", "sandwich+gpas", "peri", "siamese"};
+    return {"pre",           "lns",  "lns-init", "mix:1+gpas",
+            "sandwich+gpas", "peri", "siamese",  "hybrid+value-residual"};
 }
 
 // Whether the architecture has what the scheme needs.
@@ -1001,9 +1002,10 @@ Row check_lns_scales() {
     return row;
 }
 
-Row check_causal(const std::string& architecture_name) {
-    Row row{"claim: " + architecture_name + "  tokens do not depend on later ones"};
+Row check_causal(const std::string& architecture_name, const std::string& scheme) {
+    Row row{cat("claim: ", architecture_name, "  ", scheme, "  tokens do not depend on later ones")};
     Config c = small_config(architecture_name);
+    c.scheme = parse_scheme(scheme);
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 7, inputs, targets, false);
@@ -1025,9 +1027,10 @@ Row check_causal(const std::string& architecture_name) {
 
 // Logits computed token by token with the KV cache, as when generating text, equal those of the
 // whole sequence, also after earlier tokens change; and of a model that keeps no k and v.
-Row check_continuation(const std::string& architecture_name) {
-    Row row{"claim: " + architecture_name + "  generating equals the whole sequence"};
+Row check_continuation(const std::string& architecture_name, const std::string& scheme) {
+    Row row{cat("claim: ", architecture_name, "  ", scheme, "  generating equals the whole sequence")};
     Config c = small_config(architecture_name);
+    c.scheme = parse_scheme(scheme);
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 9, inputs, targets, false);
@@ -1825,9 +1828,9 @@ Row check_gpu_rounding() {
 
 // Logits computed token by token equal those of the whole sequence; these, the variance and the
 // loss without gradients equal the CPU's.
-Row check_gpu_inference(const std::string& architecture_name) {
-    Row row{"cuda: " + architecture_name + "  generating, variance, evaluation"};
-    const Config c = bf16_config(architecture_name, "lns");
+Row check_gpu_inference(const std::string& architecture_name, const std::string& scheme) {
+    Row row{cat("cuda: ", architecture_name, "  ", scheme, "  generating, variance, evaluation")};
+    const Config c = bf16_config(architecture_name, scheme);
     std::vector<int> inputs, targets;
     test_batch(c, 32, inputs, targets, true);
     std::unique_ptr<Model> reference = make_cpu_model(c, 1, 32, {.purpose = Purpose::layers}),
@@ -2024,13 +2027,17 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                                 {"olmo2", "sandwich+gpas"},
                                 {"llama-gqa", "deepnorm"},
                                 {"qwen2", "peri"},
+                                {"llama-gqa", "hybrid+value-residual"},
                                 {"olmo", "layerscale"}})
         for (DType dtype : {DType::float32, DType::bf16})
             keep(
                 cat(name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  bits repeat"),
                 [&, name = name, scheme = scheme] { return check_gpu_bits(name, scheme, dtype); });
     for (auto [name, scheme] :
-         {std::pair{"gpt2", "layerscale"}, {"llama-gqa", "post"}, {"qwen2", "sandwich+gpas"}})
+         {std::pair{"gpt2", "layerscale"},
+          {"llama-gqa", "post"},
+          {"qwen2", "sandwich+gpas"},
+          {"llama-gqa", "hybrid+value-residual"}})
         keep(cat(name, "  ", scheme, "  layer by layer"), [&, name = name, scheme = scheme] {
             return check_layers("cuda: ", name, scheme,
                                 [](const Config& c, int B, int T) { return gpu_model(c, B, T); });
@@ -2043,8 +2050,11 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                      return check_gpu_probes(name, scheme, dtype);
                  });
     for (const std::string& name : architectures)
-        keep(name + "  generating, variance, evaluation",
-             [&] { return check_gpu_inference(name); });
+        for (const char* scheme : {"lns", "hybrid+value-residual"}) {
+            if (scheme != std::string("lns") && name != "llama-gqa") continue;
+            keep(cat(name, "  ", scheme, "  generating, variance, evaluation"),
+                 [&] { return check_gpu_inference(name, scheme); });
+        }
     for (DType gradients : {DType::float32, DType::bf16})
         keep(cat("a step equals its parts, gradients in ",
                  gradients == DType::bf16 ? "bf16" : "float32"),
@@ -2124,6 +2134,7 @@ std::vector<Row> all_rows(const std::string& filter) {
     keep(check_lisa("llama-gqa", "lns", {}));
     keep(check_lisa("qwen2", "sandwich+gpas", {.dtype = DType::bf16}));
     keep(check_lisa("gpt2", "post", {.recompute = Recompute::layers}));
+    keep(check_lisa("llama-gqa", "hybrid+value-residual", {}));
     keep(check_lisa("olmo2", "olmo2",
                     {.dtype = DType::bf16,
                      .master_weights = false,
@@ -2140,8 +2151,12 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_same_bits(name, "mix:3", 0.5, "post"));
         keep(check_same_bits(name, "mix:3+gpas", 0.5, "post+gpas"));
         if (small_config(name).norm_weight) keep(check_folded(name)); // OLMo has no norm weights
-        keep(check_causal(name)), keep(check_continuation(name));
+        const std::string stock = stock_scheme(small_config(name).model_type).name();
+        keep(check_causal(name, stock)), keep(check_continuation(name, stock));
     }
+    for (auto [name, scheme] :
+         {std::pair{"llama-gqa", "hybrid+value-residual"}, {"gpt2", "pre+value-residual"}})
+        keep(check_causal(name, scheme)), keep(check_continuation(name, scheme));
     keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
     auto on_cpu = [](const Config& c, int B, int T) { return make_cpu_model(c, B, T, {}); };
     for (auto [name, scheme] : {std::pair{"llama", "pre"},
@@ -2149,6 +2164,8 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"olmo2", "olmo2"},
                                 {"qwen2", "sandwich+gpas"},
                                 {"llama-gqa", "post"},
+                                {"llama-gqa", "hybrid+value-residual"},
+                                {"gpt2", "pre+value-residual"},
                                 {"olmo", "peri"}})
         keep(check_layers("claim: ", name, scheme, on_cpu));
     for (auto [name, scheme] : {std::pair{"llama", "lns"},
@@ -2157,6 +2174,8 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"llama-gqa", "deepnorm"},
                                 {"qwen2", "peri"},
                                 {"qwen3", "lns"},
+                                {"llama-gqa", "hybrid+value-residual"},
+                                {"gpt2", "pre+value-residual"},
                                 {"smollm3", "pre"},
                                 {"olmo", "mix:1"}}) {
         keep(check_recompute<float>(name, scheme));
