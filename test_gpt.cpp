@@ -267,9 +267,8 @@ Row check_rope() {
                                               {std::vector<S>(x[0].size())}};
                            std::vector<S> qkv(x[0].size());
                            std::vector<Acc<S>> lse(a.rows() * a.NH);
-                           const S* none = nullptr;
-                           qk_forward(qkv.data(), x[0].data(), (S*)nullptr,
-                                      (NormStats<Acc<S>>*)nullptr, none, none, 0, table.data(), a);
+                           qkv_forward<S>(qkv.data(), x[0].data(), nullptr, nullptr, {}, 0,
+                                          table.data(), a);
                            attention_forward(out.y.data(), lse.data(), qkv.data(), a);
                            if (!c.empty())
                                attention_backward(out.gradients[0].data(), c.data(), qkv.data(),
@@ -278,27 +277,59 @@ Row check_rope() {
                        });
 }
 
-Row check_qk_norm(bool of_heads) {
+// Norms of q and k as wholes; of their heads; of those and v's.
+Row check_qkv_norm(const char* name, std::array<int, 3> norms) {
     AttentionShape a{2, 3, 4, 2, 5};
-    a.q_norms = of_heads ? a.NH : 1, a.k_norms = of_heads ? a.KVH : 1;
-    const int Q = a.q_norm_width(), K = a.k_norm_width(), all = a.q_width() + a.kv_width();
-    return check_layer(of_heads ? "norms of q's and k's heads" : "q and k norm",
-                       {random_values(a.rows() * a.row(), "qkv"),
-                        random_values(Q, "q weight", 1, 0.3), random_values(K, "k weight", 1, 0.3)},
-                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-                           LayerResult<S> out{x[0], {c, std::vector<S>(Q), std::vector<S>(K)}};
-                           std::vector<S> raw(a.rows() * all);
-                           std::vector<Acc<S>> scratch(row_chunks(a.rows()) * all);
-                           std::vector<NormStats<Acc<S>>> stats(a.norms() * a.rows());
-                           qk_forward(out.y.data(), out.y.data(), raw.data(), stats.data(),
-                                      x[1].data(), x[2].data(), 1e-6,
-                                      (const CosSin<Acc<S>>*)nullptr, a);
-                           if (!c.empty())
-                               qk_norm_backward(out.gradients[0].data(), raw.data(), stats.data(),
-                                                x[1].data(), x[2].data(), out.gradients[1].data(),
-                                                out.gradients[2].data(), scratch.data(), a);
-                           return out;
-                       });
+    a.q_norms = norms[0], a.k_norms = norms[1], a.v_norms = norms[2];
+    const int Q = a.q_norm_width(), K = a.k_norm_width(), V = a.v_norm_width();
+    return check_layer(
+        name,
+        {random_values(a.rows() * a.row(), "qkv"), random_values(Q, "q weight", 1, 0.3),
+         random_values(K, "k weight", 1, 0.3), random_values(V, "v weight", 1, 0.3)},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{x[0],
+                               {c, std::vector<S>(Q), std::vector<S>(K), std::vector<S>(V)}};
+            std::vector<S> raw(a.rows() * a.normed_width());
+            std::vector<Acc<S>> scratch(row_chunks(a.rows()) * a.normed_width());
+            std::vector<NormStats<Acc<S>>> stats(a.norms() * a.rows());
+            const QkvPointers<const S> weights(x[1].data(), x[2].data(), x[3].data());
+            qkv_forward<S>(out.y.data(), out.y.data(), raw.data(), stats.data(), weights, 1e-6,
+                           nullptr, a);
+            auto& g = out.gradients;
+            if (!c.empty())
+                qkv_norm_backward<S>(g[0].data(), raw.data(), stats.data(), weights,
+                                     {g[1].data(), g[2].data(), g[3].data()}, scratch.data(), a);
+            return out;
+        });
+}
+
+// A later layer mixes its v with the first layer's, which gets gradients from both. x is qkv of
+// either layer, then m.
+Row check_value_residual() {
+    const AttentionShape a{2, 3, 2, 1, 5};
+    const int KV = a.kv_width();
+    const size_t n = a.rows() * a.row();
+    return check_layer(
+        "value residual",
+        {random_values(n, "qkv of the first layer"), random_values(n, "qkv"), {0.3}},
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{x[0], {std::vector<S>(n), std::vector<S>(n), std::vector<S>(1)}};
+            std::vector<S> later = x[1], first_v(a.rows() * KV), v(a.rows() * KV);
+            const S *mix = x[2].data(), *none = nullptr;
+            mix_values<S>(out.y.data(), first_v.data(), none, none, a);
+            mix_values<S>(later.data(), v.data(), first_v.data(), mix, a);
+            out.y.insert(out.y.end(), later.begin(), later.end());
+            if (c.empty()) return out;
+            auto& g = out.gradients;
+            std::copy_n(c.begin(), n, g[0].begin());
+            std::copy_n(c.begin() + n, n, g[1].begin());
+            std::vector<Acc<S>> dvalues(a.rows() * KV), scratch(row_chunks(a.rows()));
+            mix_values_backward<S>(g[1].data(), dvalues.data(), v.data(), first_v.data(), mix,
+                                   g[2].data(), scratch.data(), a);
+            mix_values_backward<S>(g[0].data(), dvalues.data(), first_v.data(), first_v.data(),
+                                   nullptr, nullptr, scratch.data(), a);
+            return out;
+        });
 }
 
 Row check_activation(Activation activation) {
@@ -614,7 +645,8 @@ std::vector<std::string> all_schemes() {
 // windows and activations, so one architecture with RMSNorm and one with LayerNorm need them all.
 std::vector<std::string> schemes_of(const std::string& architecture_name) {
     if (architecture_name == "llama" || architecture_name == "gpt2") return all_schemes();
-    return {"pre", "lns", "lns-init", "mix:1+gpas", "sandwich+gpas", "peri", "siamese"};
+    return {"pre",           "lns",  "lns-init", "mix:1+gpas",
+            "sandwich+gpas", "peri", "siamese",  "hybrid+value-residual"};
 }
 
 // Whether the architecture has what the scheme needs.
@@ -630,6 +662,7 @@ Doubles test_values(const Param& p) {
     if (named("gate") && n == 1) return random_values(n, p.name, 0.1, 0.3); // 1 would cancel r
     if (named("_omega") || named("x0_skip")) return random_values(n, p.name, 1.2, 0.3);
     if (named("_gamma")) return random_values(n, p.name, 0.6, 0.3);
+    if (named("value_mix")) return random_values(n, p.name, 0.4, 0.3);
     if (named("norm") || named("ln_")) return random_values(n, p.name, named("bias") ? 0 : 1, 0.3);
     return random_values(n, p.name, 0, 0.3);
 }
@@ -978,9 +1011,10 @@ Row check_lns_scales() {
     return row;
 }
 
-Row check_causal(const std::string& architecture_name) {
-    Row row{"claim: " + architecture_name + "  tokens do not depend on later ones"};
+Row check_causal(const std::string& architecture_name, const std::string& scheme) {
+    Row row{cat("claim: ", architecture_name, "  ", scheme, "  tokens do not depend on later ones")};
     Config c = small_config(architecture_name);
+    c.scheme = parse_scheme(scheme);
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 7, inputs, targets, false);
@@ -1002,9 +1036,10 @@ Row check_causal(const std::string& architecture_name) {
 
 // Logits computed token by token with the KV cache, as when generating text, equal those of the
 // whole sequence, also after earlier tokens change; and of a model that keeps no k and v.
-Row check_continuation(const std::string& architecture_name) {
-    Row row{"claim: " + architecture_name + "  generating equals the whole sequence"};
+Row check_continuation(const std::string& architecture_name, const std::string& scheme) {
+    Row row{cat("claim: ", architecture_name, "  ", scheme, "  generating equals the whole sequence")};
     Config c = small_config(architecture_name);
+    c.scheme = parse_scheme(scheme);
     complete_config(c);
     std::vector<int> inputs, targets;
     test_batch(c, 9, inputs, targets, false);
@@ -1802,9 +1837,9 @@ Row check_gpu_rounding() {
 
 // Logits computed token by token equal those of the whole sequence; these, the variance and the
 // loss without gradients equal the CPU's.
-Row check_gpu_inference(const std::string& architecture_name) {
-    Row row{"cuda: " + architecture_name + "  generating, variance, evaluation"};
-    const Config c = bf16_config(architecture_name, "lns");
+Row check_gpu_inference(const std::string& architecture_name, const std::string& scheme) {
+    Row row{cat("cuda: ", architecture_name, "  ", scheme, "  generating, variance, evaluation")};
+    const Config c = bf16_config(architecture_name, scheme);
     std::vector<int> inputs, targets;
     test_batch(c, 32, inputs, targets, true);
     std::unique_ptr<Model> reference = make_cpu_model(c, 1, 32, {.purpose = Purpose::layers}),
@@ -2001,13 +2036,17 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                                 {"olmo2", "sandwich+gpas"},
                                 {"llama-gqa", "deepnorm"},
                                 {"qwen2", "peri"},
+                                {"llama-gqa", "hybrid+value-residual"},
                                 {"olmo", "layerscale"}})
         for (DType dtype : {DType::float32, DType::bf16})
             keep(
                 cat(name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  bits repeat"),
                 [&, name = name, scheme = scheme] { return check_gpu_bits(name, scheme, dtype); });
     for (auto [name, scheme] :
-         {std::pair{"gpt2", "layerscale"}, {"llama-gqa", "post"}, {"qwen2", "sandwich+gpas"}})
+         {std::pair{"gpt2", "layerscale"},
+          {"llama-gqa", "post"},
+          {"qwen2", "sandwich+gpas"},
+          {"llama-gqa", "hybrid+value-residual"}})
         keep(cat(name, "  ", scheme, "  layer by layer"), [&, name = name, scheme = scheme] {
             return check_layers("cuda: ", name, scheme,
                                 [](const Config& c, int B, int T) { return gpu_model(c, B, T); });
@@ -2020,8 +2059,11 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                      return check_gpu_probes(name, scheme, dtype);
                  });
     for (const std::string& name : architectures)
-        keep(name + "  generating, variance, evaluation",
-             [&] { return check_gpu_inference(name); });
+        for (const char* scheme : {"lns", "hybrid+value-residual"}) {
+            if (scheme != std::string("lns") && name != "llama-gqa") continue;
+            keep(cat(name, "  ", scheme, "  generating, variance, evaluation"),
+                 [&] { return check_gpu_inference(name, scheme); });
+        }
     for (DType gradients : {DType::float32, DType::bf16})
         keep(cat("a step equals its parts, gradients in ",
                  gradients == DType::bf16 ? "bf16" : "float32"),
@@ -2083,7 +2125,10 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_junction("sandwich, no parameters" + norm,
                             junction(parse_scheme("sandwich"), 4, 3), type, false, false));
     }
-    keep(check_rope()), keep(check_qk_norm(false)), keep(check_qk_norm(true));
+    keep(check_rope()), keep(check_qkv_norm("q and k norm", {1, 1, 0}));
+    keep(check_qkv_norm("norms of q's and k's heads", {4, 2, 0}));
+    keep(check_qkv_norm("norms of q's, k's and v's heads", {4, 2, 2}));
+    keep(check_value_residual());
     for (AttentionShape a : {AttentionShape{1, 1, 1, 1, 4},
                              {2, 7, 3, 3, 5},
                              {1, 9, 4, 2, 6},
@@ -2098,6 +2143,7 @@ std::vector<Row> all_rows(const std::string& filter) {
     keep(check_lisa("llama-gqa", "lns", {}));
     keep(check_lisa("qwen2", "sandwich+gpas", {.dtype = DType::bf16}));
     keep(check_lisa("gpt2", "post", {.recompute = Recompute::layers}));
+    keep(check_lisa("llama-gqa", "hybrid+value-residual", {}));
     keep(check_lisa("olmo2", "olmo2",
                     {.dtype = DType::bf16,
                      .master_weights = false,
@@ -2114,8 +2160,12 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_same_bits(name, "mix:3", 0.5, "post"));
         keep(check_same_bits(name, "mix:3+gpas", 0.5, "post+gpas"));
         if (small_config(name).norm_weight) keep(check_folded(name)); // OLMo has no norm weights
-        keep(check_causal(name)), keep(check_continuation(name));
+        const std::string stock = stock_scheme(small_config(name).model_type).name();
+        keep(check_causal(name, stock)), keep(check_continuation(name, stock));
     }
+    for (auto [name, scheme] :
+         {std::pair{"llama-gqa", "hybrid+value-residual"}, {"gpt2", "pre+value-residual"}})
+        keep(check_causal(name, scheme)), keep(check_continuation(name, scheme));
     keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
     auto on_cpu = [](const Config& c, int B, int T) { return make_cpu_model(c, B, T, {}); };
     for (auto [name, scheme] : {std::pair{"llama", "pre"},
@@ -2123,6 +2173,8 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"olmo2", "olmo2"},
                                 {"qwen2", "sandwich+gpas"},
                                 {"llama-gqa", "post"},
+                                {"llama-gqa", "hybrid+value-residual"},
+                                {"gpt2", "pre+value-residual"},
                                 {"olmo", "peri"}})
         keep(check_layers("claim: ", name, scheme, on_cpu));
     for (auto [name, scheme] : {std::pair{"llama", "lns"},
@@ -2131,6 +2183,8 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"llama-gqa", "deepnorm"},
                                 {"qwen2", "peri"},
                                 {"qwen3", "lns"},
+                                {"llama-gqa", "hybrid+value-residual"},
+                                {"gpt2", "pre+value-residual"},
                                 {"smollm3", "pre"},
                                 {"olmo", "mix:1"}}) {
         keep(check_recompute<float>(name, scheme));

@@ -458,8 +458,8 @@ struct AttentionShape {
     int B, T, NH, KVH, HS;
     int first = 0; // positions before this one are in the KV cache; 0 unless B is 1
     Branches branches = {};
-    int window = 0;               // a query sees so many keys, its own and those before it; 0: all
-    int q_norms = 0, k_norms = 0; // RMSNorms, each of an equal part of q or k
+    int window = 0; // a query sees so many keys, its own and those before it; 0: all
+    int q_norms = 0, k_norms = 0, v_norms = 0; // RMSNorms, each of an equal part of q, k or v
     int64_t rows() const { return int64_t(B) * T; }
     int q_width() const { return NH * HS; }
     int kv_width() const { return KVH * HS; }
@@ -467,21 +467,73 @@ struct AttentionShape {
     int64_t position(int64_t row) const {
         return branches.position ? branches.position[row] : row % T;
     }
-    // Norm n of q and k, one after the other, is of `width` channels from `begin` on. They share
-    // q's weight and k's.
-    struct NormPart {
-        bool of_q;
-        int begin, width;
-    };
-    int norms() const { return q_norms + k_norms; }
-    int q_norm_width() const { return q_width() / q_norms; }
-    int k_norm_width() const { return kv_width() / k_norms; }
-    NormPart norm_part(int n) const {
-        const int in_k = n - q_norms;
-        if (in_k < 0) return {true, n * q_norm_width(), q_norm_width()};
-        return {false, q_width() + in_k * k_norm_width(), k_norm_width()};
+    // q, k and v, one after the other, as far as they are normed: v may not be.
+    int norms() const { return q_norms + k_norms + v_norms; }
+    int normed_width() const { return q_width() + kv_width() + (v_norms ? kv_width() : 0); }
+    int q_norm_width() const { return q_norms ? q_width() / q_norms : 0; }
+    int k_norm_width() const { return k_norms ? kv_width() / k_norms : 0; }
+    int v_norm_width() const { return v_norms ? kv_width() / v_norms : 0; }
+    // Calls f(n, tensor, begin, width) for each norm n, of `width` channels from `begin` on. Norms
+    // of a tensor (0: q, 1: k, 2: v) share its weight.
+    template <class F> void each_norm(const F& f) const {
+        const int norms[] = {q_norms, k_norms, v_norms};
+        const int widths[] = {q_norm_width(), k_norm_width(), v_norm_width()};
+        for (int tensor = 0, n = 0, begin = 0; tensor < 3; tensor++)
+            for (int end = n + norms[tensor]; n < end; n++, begin += widths[tensor])
+                f(n, tensor, begin, widths[tensor]);
     }
 };
+
+// Value residual (arXiv 2410.17897): from the second layer on, v ← v + m · (v₁ − v), with v₁ the
+// first layer's v and m a learned scalar. In place on v of the qkv matmul's output, from row a.first
+// on. Keeps v as it was in `own` (rows, KVH·HS), unless that is null; the first layer, where `mix`
+// is null, does only that.
+template <class S, class X>
+void mix_values(X* qkv, S* own, const S* first_v, const S* mix, const AttentionShape& a) {
+    using A = Acc<S>;
+    const int KV = a.kv_width();
+#pragma omp parallel for
+    for (int64_t row = 0; row < a.rows() - a.first; row++) {
+        X* v = qkv + row * a.row() + a.q_width() + KV;
+        if (own)
+            for (int i = 0; i < KV; i++) own[row * KV + i] = v[i];
+        if (mix)
+            for (int i = 0; i < KV; i++)
+                v[i] = A(v[i]) + A(*mix) * (A(first_v[row * KV + i]) - A(v[i]));
+    }
+}
+
+// In place on v of dqkv. From the second layer on, adds the gradient of v₁ to dvalues (rows,
+// KVH·HS), and that of m to dmix, if not null; in the first layer, adds dvalues to dv. scratch:
+// (row_chunks(rows)).
+template <class S>
+void mix_values_backward(S* dqkv, Acc<S>* dvalues, const S* own, const S* first_v, const S* mix,
+                         Acc<S>* dmix, Acc<S>* scratch, const AttentionShape& a) {
+    using A = Acc<S>;
+    const int KV = a.kv_width();
+    const int64_t rows = a.rows(), chunks = row_chunks(rows);
+#pragma omp parallel for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        double sum = 0; // over all channels, where much cancels
+        for (int64_t row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; row++) {
+            S* dv = dqkv + row * a.row() + a.q_width() + KV;
+            A* dfirst = dvalues + row * KV;
+            const S *v = own + row * KV, *v1 = first_v + row * KV;
+            for (int i = 0; i < KV; i++) {
+                const A d = A(dv[i]);
+                if (!mix) {
+                    dv[i] = d + dfirst[i];
+                    continue;
+                }
+                sum += double(d) * (double(v1[i]) - double(v[i]));
+                dfirst[i] += A(*mix) * d;
+                dv[i] = d - A(*mix) * d;
+            }
+        }
+        scratch[chunk] = A(sum);
+    }
+    for (int64_t chunk = 0; dmix && chunk < chunks; chunk++) *dmix += scratch[chunk];
+}
 
 // Rotary positions (arXiv 2104.09864) of one head's HS channels, with Hugging Face's pairing:
 // channels i and i + HS/2 are rotated by the angle t · θ^(−2i/HS). turn: position t's row of the
@@ -499,16 +551,16 @@ void rotate(Y* out, const X* x, const CosSin<A>* turn, A direction, int HS) {
     }
 }
 
-// From the qkv matmul's output `in`, which may be qkv, to what attention reads: RMSNorms of q and
-// k, if there is `raw` (rows, Q + K), which keeps their input; then rotary positions, if there is a
-// table (T, HS/2). stats (rows, norms).
+// From the qkv matmul's output `in`, which may be qkv, to what attention reads: RMSNorms of q, k and
+// v, if there is `raw` (rows, normed width), which keeps their input; then rotary positions, if
+// there is a table (T, HS/2). stats (rows, norms).
 template <class S, class X>
-void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* q_weight,
-                const S* k_weight, double eps, const CosSin<Acc<S>>* table,
-                const AttentionShape& a) {
+void qkv_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats,
+                 const QkvPointers<const S>& weights, double eps, const CosSin<Acc<S>>* table,
+                 const AttentionShape& a) {
     using A = Acc<S>;
-    const int Q = a.q_width(), K = a.kv_width(), HS = a.HS;
-    const S* none = nullptr;
+    const int normed = a.normed_width(), HS = a.HS;
+    const S *const weight[] = {weights.q, weights.k, weights.v}, *none = nullptr;
 #pragma omp parallel for
     for (int64_t row = a.first; row < a.rows(); row++) {
         const X* x = in + (row - a.first) * a.row();
@@ -516,15 +568,13 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
         A* z = thread_scratch<A>(a.row());
         for (int i = 0; i < a.row(); i++) z[i] = A(x[i]);
         if (raw) {
-            S* kept = raw + row * (Q + K);
-            for (int i = 0; i < Q + K; i++) kept[i] = z[i];
-            for (int n = 0; n < a.norms(); n++) {
-                const auto [of_q, begin, width] = a.norm_part(n);
+            S* kept = raw + row * normed;
+            for (int i = 0; i < normed; i++) kept[i] = z[i];
+            a.each_norm([&](int n, int tensor, int begin, int width) {
                 NormStats<A>& st = stats[row * a.norms() + n];
                 st = norm_stats<A>(NormType::rms, A(eps), z + begin, width);
-                norm_row_forward(st, z + begin, of_q ? q_weight : k_weight, none, A(1), z + begin,
-                                 width);
-            }
+                norm_row_forward(st, z + begin, weight[tensor], none, A(1), z + begin, width);
+            });
         }
         for (int head = 0; head < a.NH + a.KVH && table; head++)
             rotate(z + head * HS, z + head * HS, table + a.position(row) * (HS / 2), A(1), HS);
@@ -532,37 +582,41 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats, const S* 
     }
 }
 
-// Of the norms, in place on q and k of dqkv. scratch: (row_chunks(rows), Q + K).
+// Of the norms, in place on dqkv. scratch: (row_chunks(rows), normed width).
 template <class S>
-void qk_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats, const S* q_weight,
-                      const S* k_weight, Acc<S>* dq_weight, Acc<S>* dk_weight, Acc<S>* scratch,
-                      const AttentionShape& a) {
+void qkv_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats,
+                       const QkvPointers<const S>& weights, const QkvPointers<Acc<S>>& dweights,
+                       Acc<S>* scratch, const AttentionShape& a) {
     using A = Acc<S>;
-    const int Q = a.q_width(), K = a.kv_width(), q_weights = a.q_norm_width();
+    const S* const weight[] = {weights.q, weights.k, weights.v};
+    A *const dweight[] = {dweights.q, dweights.k, dweights.v}, *none = nullptr;
+    const int q_weights = a.q_norm_width(), k_weights = a.k_norm_width();
+    const int first_sum[] = {0, q_weights, q_weights + k_weights,
+                             q_weights + k_weights + a.v_norm_width()};
+    const int normed = a.normed_width();
     const int64_t rows = a.rows(), chunks = row_chunks(rows);
-    A* none = nullptr;
 #pragma omp parallel for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        A *sums = scratch + chunk * (Q + K), *d = thread_scratch<A>(Q + K);
-        std::fill(sums, sums + Q + K, A(0));
+        A *sums = scratch + chunk * normed, *d = thread_scratch<A>(normed);
+        std::fill(sums, sums + normed, A(0));
         for (int64_t row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; row++) {
-            const S* x = raw + row * (Q + K);
+            const S* x = raw + row * normed;
             S* dy = dqkv + row * a.row();
-            for (int i = 0; i < Q + K; i++) d[i] = A(dy[i]);
-            for (int n = 0; n < a.norms(); n++) {
-                const auto [of_q, begin, width] = a.norm_part(n);
+            for (int i = 0; i < normed; i++) d[i] = A(dy[i]);
+            a.each_norm([&](int n, int tensor, int begin, int width) {
                 norm_row_backward(NormType::rms, stats[row * a.norms() + n], x + begin,
-                                  of_q ? q_weight : k_weight, d + begin, d + begin,
-                                  of_q ? sums : sums + q_weights, none, width);
-            }
-            for (int i = 0; i < Q + K; i++) dy[i] = d[i];
+                                  weight[tensor], d + begin, d + begin, sums + first_sum[tensor],
+                                  none, width);
+            });
+            for (int i = 0; i < normed; i++) dy[i] = d[i];
         }
     }
-    for (int64_t chunk = 0; dq_weight && chunk < chunks; chunk++) {
-        const A* sums = scratch + chunk * (Q + K);
-        for (int i = 0; i < q_weights; i++) dq_weight[i] += sums[i];
-        for (int i = 0; i < a.k_norm_width(); i++) dk_weight[i] += sums[q_weights + i];
-    }
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (int tensor = 0; tensor < 3 && dweight[tensor]; tensor++) {
+            const A* sums = scratch + chunk * normed + first_sum[tensor];
+            for (int i = 0; i < first_sum[tensor + 1] - first_sum[tensor]; i++)
+                dweight[tensor][i] += sums[i];
+        }
 }
 
 // Queries that attend at once: only their scores (tile, T) exist at a time, not T × T.
@@ -894,7 +948,7 @@ template <class S> struct Activations : CpuTensors<S> {
     template <class Make>
     void layout(const Config& c, int B, int T, const ModelOptions& o, const Make& make) {
         const bool exact = std::is_same_v<S, Acc<S>>;
-        CpuTensors<S>::layout(c, B, T, o, !exact && (c.rope() || c.qk_norm != QkNorm::none), make);
+        CpuTensors<S>::layout(c, B, T, o, !exact && (c.rope() || c.qkv_norms()), make);
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
         const bool backward = o.purpose >= Purpose::jacobians;
@@ -905,7 +959,7 @@ template <class S> struct Activations : CpuTensors<S> {
         if (!backward) return;
         make(dlogits, head_rows * V);
         make(scratch, std::max(junction_scratch(rows, c.width),
-                               row_chunks(rows) * (c.q_width() + c.kv_width())));
+                               row_chunks(rows) * c.normed_width()));
     }
 };
 
@@ -993,17 +1047,21 @@ template <class S> struct CpuModel : Model {
     A* start() { return acts.start.size ? acts.start + int64_t(first) * config.width : nullptr; }
     S* hidden(int l) { return acts.hidden[l] + int64_t(first) * config.mlp_in_width(); }
     S* activated(int l) { return acts.activated[l] + int64_t(first) * config.mlp_width; }
+    S* values(int l) { // before they are mixed; null where they are not kept
+        if (acts.values.slot[l] < 0) return nullptr;
+        return acts.values[l] + int64_t(first) * config.kv_width();
+    }
 
     // Those of attention, from row 0 on: it reads the KV cache.
     S* qkv(int l) { return acts.qkv[l]; }
-    S* qk_raw(int l) { return config.qk_norm != QkNorm::none ? acts.qk_raw[l] : nullptr; }
-    NormStats<A>* qk_stats(int l) { return acts.qk_stats[l]; }
+    S* qkv_raw(int l) { return config.qkv_norms() ? acts.qkv_raw[l] : nullptr; }
+    NormStats<A>* qkv_stats(int l) { return acts.qkv_stats[l]; }
     S* attended(int l) { return acts.attended[l]; }
     A* lse(int l) { return acts.lse[l]; }
     AttentionShape attention(int l) const {
         const Config& c = config;
         return {B,     T,           c.heads,           c.kv_heads,  c.head_size,
-                first, branching(), c.window_of(l, T), c.q_norms(), c.k_norms()};
+                first, branching(), c.window_of(l, T), c.q_norms(), c.k_norms(), c.v_norms()};
     }
     Branches branching() const {
         return positions.empty() ? Branches{} : Branches{positions.data(), branches.data()};
@@ -1064,6 +1122,7 @@ template <class S> struct CpuModel : Model {
     void clear_stream_gradients() {
         for (Array<A>* gradient : {&acts.dresidual, &acts.dsecond, &acts.dstart})
             std::fill_n(gradient->begin(), gradient->size ? rows() * config.width : 0, A(0));
+        std::fill(acts.dvalues.begin(), acts.dvalues.end(), A(0));
     }
 
     Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
@@ -1140,17 +1199,19 @@ template <class S> struct CpuModel : Model {
     // branch(2l + 1) = attention of input(2l)
     void attention_sublayer_forward(int l) {
         S* computed = qkv(l) + int64_t(first) * config.qkv_width();
-        if (config.rope() || config.qk_norm != QkNorm::none) {
+        if (config.rope() || config.qkv_norms()) {
             // Rounded once, after norm and rotation.
             A* unrounded = acts.unrounded_qkv;
             if constexpr (exact) unrounded = computed;
             multiply_forward(unrounded, input(2 * l), qkv_matrix(l));
-            const LayerParams& p = registry.layers[l];
-            const Timed timer(profile, costs().qk_forward(sizeof(A)));
-            qk_forward(qkv(l), unrounded, qk_raw(l), qk_stats(l), weight(p.q_norm),
-                       weight(p.k_norm), config.norm_eps, cos_sin(l), attention(l));
+            mix_values(l, unrounded);
+            const Timed timer(profile, costs().qkv_forward(sizeof(A)));
+            qkv_forward(qkv(l), unrounded, qkv_raw(l), qkv_stats(l),
+                        {+parameters, registry.layers[l]}, config.norm_eps, cos_sin(l),
+                        attention(l));
         } else {
             multiply_forward(computed, input(2 * l), qkv_matrix(l));
+            mix_values(l, computed);
         }
         {
             const Timed timer(profile, costs().attention_forward());
@@ -1160,8 +1221,17 @@ template <class S> struct CpuModel : Model {
                          attention_out_matrix(l));
     }
 
+    // v of the qkv matmul's output.
+    template <class X> void mix_values(int l, X* computed) {
+        if (!config.scheme.value_residual) return;
+        const Timed timer(profile, costs().mix_values("forward", sizeof(X)));
+        lns::mix_values<S>(computed, values(l), values(0), weight(registry.layers[l].value_mix),
+                           attention(l));
+    }
+
     // From dbranch to dinput.
     void attention_sublayer_backward(int l) {
+        const LayerParams& p = registry.layers[l];
         S *dattended = acts.dnarrow, *dqkv = acts.dwide;
         recompute_input(2 * l);
         multiply_backward(dattended, acts.dbranch, attended(l), attention_out_matrix(l));
@@ -1169,12 +1239,15 @@ template <class S> struct CpuModel : Model {
             const Timed timer(profile, costs().attention_backward());
             attention_backward(dqkv, dattended, qkv(l), lse(l), cos_sin(l), attention(l));
         }
-        if (config.qk_norm != QkNorm::none) {
-            const LayerParams& p = registry.layers[l];
-            const Timed timer(profile, costs().qk_norm_backward());
-            qk_norm_backward(dqkv, qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
-                             gradient(p.q_norm), gradient(p.k_norm), acts.scratch.begin(),
-                             attention(l));
+        if (config.qkv_norms()) {
+            const Timed timer(profile, costs().qkv_norm_backward());
+            qkv_norm_backward(dqkv, qkv_raw(l), qkv_stats(l), {+parameters, p}, {+gradients, p},
+                              acts.scratch.begin(), attention(l));
+        }
+        if (config.scheme.value_residual) {
+            const Timed timer(profile, costs().mix_values("backward", sizeof(S)));
+            mix_values_backward<S>(dqkv, acts.dvalues, values(l), values(0), weight(p.value_mix),
+                                   gradient(p.value_mix), acts.scratch.begin(), attention(l));
         }
         multiply_backward(acts.dinput, dqkv, input(2 * l), qkv_matrix(l));
     }

@@ -1019,56 +1019,148 @@ template <int N, class X> __device__ inline void store_some(X* at, const float (
         *at = X(x[0]);
 }
 
+// Value residual: from the second layer on, v ← v + m · (v₁ − v), with v₁ the first layer's v. A
+// thread has 8 channels.
+template <class S, class X>
+__global__ static void mix_values_kernel(X* qkv, S* own, const S* first_v, const S* mix,
+                                         AttentionShape a) {
+    const int KV = a.kv_width();
+    const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8, row = at / KV;
+    if (row >= a.rows() - a.first) return;
+    X* v = qkv + row * a.row() + a.q_width() + KV + at % KV;
+    float x[8];
+    load8(x, v);
+    if (own) store8(own + at, x);
+    if (!mix) return;
+    float x1[8];
+    load8(x1, first_v + at);
+    const float m = float(*mix);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] += m * (x1[i] - x[i]);
+    store8(v, x);
+}
+
+// In place on v of the qkv matmul's output, which begins at row a.first. Keeps v as it was in `own`
+// (rows, KVH·HS), unless that is null; the first layer, where `mix` is null, does only that.
+template <class S, class X>
+void mix_values(X* qkv, S* own, const S* first_v, const S* mix, const AttentionShape& a,
+                cudaStream_t stream) {
+    launch(mix_values_kernel<S, X>, blocks_for((a.rows() - a.first) * a.kv_width(), 8 * 256), 256,
+           0, stream, qkv, own, first_v, mix, a);
+}
+
+// partial (gridDim.x): each block's sum of dv · (v₁ − v).
+template <class S>
+__global__ static void mix_values_backward_kernel(S* dqkv, float* dvalues, const S* own,
+                                                  const S* first_v, const S* mix, double* partial,
+                                                  AttentionShape a) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    const int KV = a.kv_width();
+    const int64_t end = a.rows() * KV, step = int64_t(gridDim.x) * blockDim.x * 8;
+    const float m = mix ? float(*mix) : 0;
+    double sum[1] = {};
+    for (int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8; at < end; at += step) {
+        S* dv = dqkv + at / KV * a.row() + a.q_width() + KV + at % KV;
+        float d[8], dfirst[8];
+        load8(d, dv), load8(dfirst, dvalues + at);
+        if (mix) {
+            float v[8], v1[8];
+            load8(v, own + at), load8(v1, first_v + at);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                sum[0] += double(d[i]) * (double(v1[i]) - double(v[i])); // much cancels
+                dfirst[i] += m * d[i];
+                d[i] -= m * d[i];
+            }
+            store8(dvalues + at, dfirst);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) d[i] += dfirst[i];
+        }
+        store8(dv, d);
+    }
+    block_sums(sum, exchange);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum[0];
+}
+template <class G>
+__global__ static void add_mix_gradient_kernel(G* dmix, const double* partial, int parts) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < parts; i += warp) sum += partial[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) *dmix = G(float(*dmix) + float(sum));
+}
+
+inline int mix_values_parts(const AttentionShape& a) {
+    return int(std::min<int64_t>(512, blocks_for(a.rows() * a.kv_width(), 8 * 256)));
+}
+inline int64_t mix_values_scratch(const AttentionShape& a) { // bytes
+    return mix_values_parts(a) * int64_t(sizeof(double));
+}
+
+// In place on v of dqkv. From the second layer on, adds the gradient of v₁ to dvalues (rows,
+// KVH·HS), and that of m to dmix, if not null; in the first layer, where `mix` is null, adds dvalues
+// to dv. scratch: mix_values_scratch(a) bytes.
+template <class S, class G>
+void mix_values_backward(S* dqkv, float* dvalues, const S* own, const S* first_v, const S* mix,
+                         G* dmix, double* scratch, const AttentionShape& a, cudaStream_t stream) {
+    const int parts = mix_values_parts(a);
+    launch(mix_values_backward_kernel<S>, parts, 256, shared_bytes<double>(warp), stream, dqkv,
+           dvalues, own, first_v, mix, scratch, a);
+    if (mix && dmix)
+        launch(add_mix_gradient_kernel<G>, 1, warp, 0, stream, dmix, scratch, parts);
+}
+
 // Rotary positions (arXiv 2104.09864) with Hugging Face's pairing: channel i of a head is rotated
 // with channel i + channels/2. A block has a row, a thread N channels of a first half and their
 // partners.
 template <QkNorm norm, int N, class S, class X>
-__global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats* stats,
-                                         const S* q_weight, const S* k_weight, float eps,
-                                         const CosSin* table, AttentionShape a) {
+__global__ static void qkv_forward_kernel(S* qkv, const X* in, S* raw, NormStats* stats,
+                                          QkvPointers<const S> weights, float eps,
+                                          const CosSin* table, AttentionShape a) {
     SharedMemory shared;
     float* exchange = shared.take<float>(2 * warp);
-    float* head_rstd = norm == QkNorm::heads ? shared.take<float>(a.NH + a.KVH) : nullptr;
-    const int Q = a.q_width(), K = a.kv_width();
+    const int heads = a.prepared_heads(), width = a.prepared_width(), Q = a.q_width();
+    float* head_rstd = norm == QkNorm::heads ? shared.take<float>(heads) : nullptr;
     const int half = (a.channels + 1) / 2; // an odd last channel is paired with padding
     const int units = half / N;            // of a head
     const int64_t row = a.first + int64_t(blockIdx.x);
     const X* x = in + int64_t(blockIdx.x) * a.row();
     S* y = qkv + row * a.row();
-    if constexpr (!std::is_same_v<S, X>) // v is copied too
-        for (int at = Q + K + threadIdx.x * 8; at < a.row(); at += blockDim.x * 8) {
+    if constexpr (!std::is_same_v<S, X>) // the rest is copied
+        for (int at = width + threadIdx.x * 8; at < a.row(); at += blockDim.x * 8) {
             float v[8];
             load8(v, x + at);
             store8(y + at, v);
         }
     float rstd[2] = {1, 1};                // of q, of k
     if constexpr (norm == QkNorm::heads) { // a warp has a head
-        for (int head = threadIdx.x / warp; head < a.NH + a.KVH; head += blockDim.x / warp) {
+        for (int head = threadIdx.x / warp; head < heads; head += blockDim.x / warp) {
             float square = 0;
             for (int unit = threadIdx.x % warp; unit < units; unit += warp) {
                 const int at = head * a.HS + unit * N;
                 float low[N], high[N];
                 load_some(low, x + at), load_some(high, x + at + half);
-                store_some(raw + row * (Q + K) + at, low);
-                store_some(raw + row * (Q + K) + at + half, high);
+                store_some(raw + row * width + at, low);
+                store_some(raw + row * width + at + half, high);
 #pragma unroll
                 for (int i = 0; i < N; i++) square += low[i] * low[i] + high[i] * high[i];
             }
             square = warp_sum(square);
             if (threadIdx.x % warp == 0) {
                 head_rstd[head] = rsqrtf(square / float(a.channels) + eps);
-                stats[row * (a.NH + a.KVH) + head] = {0, head_rstd[head]};
+                stats[row * heads + head] = {0, head_rstd[head]};
             }
         }
         __syncthreads();
     } else if constexpr (norm == QkNorm::whole) {
         float squares[2] = {};
-        for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+        for (int unit = threadIdx.x; unit < heads * units; unit += blockDim.x) {
             const int head = unit / units, at = head * a.HS + unit % units * N;
             float low[N], high[N], square = 0;
             load_some(low, x + at), load_some(high, x + at + half);
-            store_some(raw + row * (Q + K) + at, low);
-            store_some(raw + row * (Q + K) + at + half, high);
+            store_some(raw + row * width + at, low);
+            store_some(raw + row * width + at + half, high);
 #pragma unroll
             for (int i = 0; i < N; i++) square += low[i] * low[i] + high[i] * high[i];
             squares[0] += head < a.NH ? square : 0;
@@ -1079,14 +1171,19 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
         rstd[1] = rsqrtf(squares[1] / float(a.KVH * a.channels) + eps);
         if (threadIdx.x < 2) stats[2 * row + threadIdx.x] = {0, threadIdx.x ? rstd[1] : rstd[0]};
     }
-    for (int unit = threadIdx.x; unit < (a.NH + a.KVH) * units; unit += blockDim.x) {
+    for (int unit = threadIdx.x; unit < heads * units; unit += blockDim.x) {
         const int head = unit / units, i0 = unit % units * N, at = head * a.HS + i0;
         float low[N], high[N];
         load_some(low, x + at), load_some(high, x + at + half);
+        const bool is_q = head < a.NH, is_v = head >= a.NH + a.KVH;
         if constexpr (norm != QkNorm::none) {
             constexpr bool of_heads = norm == QkNorm::heads;
-            const bool is_q = head < a.NH;
-            const S* weight = (is_q ? q_weight : k_weight) + (of_heads ? i0 : is_q ? at : at - Q);
+            const S* weight = (is_q   ? weights.q
+                               : is_v ? weights.v
+                                      : weights.k) +
+                              (of_heads ? i0
+                               : is_q   ? at
+                                        : at - Q);
             const float scale = of_heads ? head_rstd[head] : is_q ? rstd[0] : rstd[1];
             float low_weight[N], high_weight[N];
             load_some(low_weight, weight), load_some(high_weight, weight + half);
@@ -1096,7 +1193,7 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
                 high[i] *= scale * high_weight[i];
             }
         }
-        if (table) {
+        if (table && !is_v) {
             const float* pairs = &table[a.position(row) * half + i0].cos; // cos, sin, cos, …
             float turn[2][N];
             load_some(turn[0], pairs), load_some(turn[1], pairs + N);
@@ -1113,21 +1210,22 @@ __global__ static void qk_forward_kernel(S* qkv, const X* in, S* raw, NormStats*
     }
 }
 
-// From the output of q's and k's matrix to attention's input, from row `first` on: RMSNorms of q
-// and k, if `raw` (rows, (NH + KVH)·HS), which keeps their input, and stats (rows, norms) are not
+// From the output of the qkv matrix to attention's input, from row `first` on: RMSNorms of q, k and
+// v, if `raw` (rows, prepared_width()), which keeps their input, and stats (rows, norms) are not
 // null; then rotary positions, if there is a table (T, channels/2). `in` begins at row `first`;
 // where it is S it is part of qkv. Padding channels stay 0.
 template <class S, class X>
-void qk_forward(S* qkv, const X* in, S* raw, NormStats* stats, const S* q_weight, const S* k_weight,
-                double eps, const CosSin* table, const AttentionShape& a, cudaStream_t stream) {
+void qkv_forward(S* qkv, const X* in, S* raw, NormStats* stats,
+                 const QkvPointers<const S>& weights, double eps, const CosSin* table,
+                 const AttentionShape& a, cudaStream_t stream) {
     if (!raw && !table && std::is_same_v<S, X>) return;
     const bool whole = a.channels % 16 == 0; // both halves are vectors of 8
-    const int units = (a.NH + a.KVH) * blocks_for(a.channels, whole ? 16 : 2);
+    const int heads = a.prepared_heads(), units = heads * blocks_for(a.channels, whole ? 16 : 2);
     auto launch_with = [&]<QkNorm norm>() {
-        launch(whole ? qk_forward_kernel<norm, 8, S, X> : qk_forward_kernel<norm, 1, S, X>,
+        launch(whole ? qkv_forward_kernel<norm, 8, S, X> : qkv_forward_kernel<norm, 1, S, X>,
                unsigned(a.rows() - a.first), threads_for(units, 512),
-               shared_bytes<float>(2 * warp) + shared_bytes<float>(a.NH + a.KVH), stream, qkv, in,
-               raw, stats, q_weight, k_weight, float(eps), table, a);
+               shared_bytes<float>(2 * warp) + shared_bytes<float>(heads), stream, qkv, in, raw,
+               stats, weights, float(eps), table, a);
     };
     if (!raw)
         launch_with.template operator()<QkNorm::none>();
@@ -1139,12 +1237,12 @@ void qk_forward(S* qkv, const X* in, S* raw, NormStats* stats, const S* q_weight
 
 // The norms of one row's heads; a warp has a head. sums: as below.
 template <int N, class S>
-__device__ inline void qk_head_norms_backward(S* dy, const S* x, const NormStats* stats,
-                                              const S* q_weight, const S* k_weight, float* sums,
-                                              const AttentionShape& a) {
-    const int units = a.channels / N, width = a.q_width() + a.kv_width();
-    for (int head = threadIdx.x / warp; head < a.NH + a.KVH; head += blockDim.x / warp) {
-        const S* weights = head < a.NH ? q_weight : k_weight;
+__device__ inline void head_norms_backward(S* dy, const S* x, const NormStats* stats,
+                                           const QkvPointers<const S>& norms, float* sums,
+                                           const AttentionShape& a) {
+    const int units = a.channels / N, width = a.prepared_width();
+    for (int head = threadIdx.x / warp; head < a.prepared_heads(); head += blockDim.x / warp) {
+        const S* weights = head < a.NH ? norms.q : head < a.NH + a.KVH ? norms.k : norms.v;
         const float rstd = stats[head].rstd;
         float d[N], value[N], weight[N], dot = 0;
         for (int unit = threadIdx.x % warp; unit < units; unit += warp) {
@@ -1171,15 +1269,15 @@ __device__ inline void qk_head_norms_backward(S* dy, const S* x, const NormStats
     }
 }
 
-// In place on dqkv's q and k. Each block loops over rows and accumulates the weights' gradients of
-// all of them: partial (gridDim.x, Q + K), or (gridDim.x, 2·HS) if the norms are of heads. With g =
-// w ⊙ dy: dx = rstd · (g − x̂ · mean(g ⊙ x̂)).
+// In place on dqkv. Each block loops over rows and accumulates the weights' gradients of all of
+// them: partial (gridDim.x, Q + K) or, if the norms are of heads, (gridDim.x, 2·HS), with those of v
+// 3·HS. With g = w ⊙ dy: dx = rstd · (g − x̂ · mean(g ⊙ x̂)).
 template <bool of_heads, int N, class S>
-__global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const NormStats* stats,
-                                               const S* q_weight, const S* k_weight, float* partial,
-                                               AttentionShape a) {
+__global__ static void qkv_norm_backward_kernel(S* dqkv, const S* raw, const NormStats* stats,
+                                                QkvPointers<const S> weights, float* partial,
+                                                AttentionShape a) {
     SharedMemory shared;
-    const int Q = a.q_width(), width = Q + a.kv_width();
+    const int Q = a.q_width(), width = a.prepared_width();
     float* exchange = shared.take<float>(2 * warp);
     float* sums = shared.take<float>(width); // of dw; each thread has its own channels
     for (int i = threadIdx.x; i < width; i += blockDim.x) sums[i] = 0;
@@ -1189,8 +1287,7 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
         S* dy = dqkv + row * a.row();
         const S* x = raw + row * width;
         if constexpr (of_heads) {
-            qk_head_norms_backward<N>(dy, x, stats + row * (a.NH + a.KVH), q_weight, k_weight, sums,
-                                      a);
+            head_norms_backward<N>(dy, x, stats + row * a.prepared_heads(), weights, sums, a);
             continue;
         }
         const float rstd[2] = {stats[2 * row].rstd, stats[2 * row + 1].rstd};
@@ -1200,7 +1297,7 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
             const bool is_q = head < a.NH;
             float d[N], value[N], weight[N], dot = 0;
             load_some(d, dy + at), load_some(value, x + at);
-            load_some(weight, is_q ? q_weight + at : k_weight + at - Q);
+            load_some(weight, is_q ? weights.q + at : weights.k + at - Q);
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 dot += weight[i] * d[i] * value[i];
@@ -1221,7 +1318,7 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
             const bool is_q = head < a.NH;
             float d[N], value[N], weight[N];
             load_some(d, dy + at), load_some(value, x + at);
-            load_some(weight, is_q ? q_weight + at : k_weight + at - Q);
+            load_some(weight, is_q ? weights.q + at : weights.k + at - Q);
 #pragma unroll
             for (int i = 0; i < N; i++)
                 d[i] = (is_q ? rstd[0] : rstd[1]) *
@@ -1231,12 +1328,15 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
     }
     __syncthreads();
     if constexpr (of_heads) {
-        for (int i = threadIdx.x; i < 2 * a.HS; i += blockDim.x) {
-            const int begin = i < a.HS ? 0 : a.NH, end = i < a.HS ? a.NH : a.NH + a.KVH;
+        const int count = (a.v_norms ? 3 : 2) * a.HS;
+        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+            const int tensor = i / a.HS; // 0: q, 1: k, 2: v
+            const int begin = tensor == 0 ? 0 : a.NH + (tensor - 1) * a.KVH;
+            const int end = a.NH + tensor * a.KVH;
             float sum = 0;
             for (int head = begin; head < end; head++)
                 sum += sums[index_of_sum(head * a.HS + i % a.HS, width)];
-            partial[int64_t(blockIdx.x) * 2 * a.HS + i] = sum;
+            partial[int64_t(blockIdx.x) * count + i] = sum;
         }
     } else {
         for (int i = threadIdx.x; i < width; i += blockDim.x)
@@ -1244,34 +1344,38 @@ __global__ static void qk_norm_backward_kernel(S* dqkv, const S* raw, const Norm
     }
 }
 
-inline int qk_norm_parts(const AttentionShape& a) { return int(std::min<int64_t>(512, a.rows())); }
-inline int64_t qk_norm_scratch(const AttentionShape& a) { // floats
-    return int64_t(qk_norm_parts(a)) * (a.q_width() + a.kv_width());
+inline int qkv_norm_parts(const AttentionShape& a) { return int(std::min<int64_t>(512, a.rows())); }
+inline int64_t qkv_norm_scratch(const AttentionShape& a) { // floats
+    return int64_t(qkv_norm_parts(a)) * a.prepared_width();
 }
 
-// Turns dqkv (rows, row), the gradient of the norms' output, into that of their input; adds to
-// dq_weight and dk_weight, as wide as a norm. scratch: qk_norm_scratch(a) floats.
+// Turns dqkv (rows, row), the gradient of the norms' output, into that of their input; adds to the
+// gradients of the weights, as wide as a norm, if there are any. scratch: qkv_norm_scratch(a)
+// floats.
 template <class S, class G>
-void qk_norm_backward(S* dqkv, const S* raw, const NormStats* stats, const S* q_weight,
-                      const S* k_weight, G* dq_weight, G* dk_weight, float* scratch,
-                      const AttentionShape& a, cudaStream_t stream) {
-    const int Q = a.q_width(), K = a.kv_width(), parts = qk_norm_parts(a);
+void qkv_norm_backward(S* dqkv, const S* raw, const NormStats* stats,
+                       const QkvPointers<const S>& weights, const QkvPointers<G>& dweights,
+                       float* scratch, const AttentionShape& a, cudaStream_t stream) {
+    const int parts = qkv_norm_parts(a);
     const bool whole = a.channels % 8 == 0;
-    const int units = (a.NH + a.KVH) * (a.channels / (whole ? 8 : 1));
+    const int units = a.prepared_heads() * (a.channels / (whole ? 8 : 1));
     auto launch_with = [&]<bool of_heads>() {
-        launch(whole ? qk_norm_backward_kernel<of_heads, 8, S>
-                     : qk_norm_backward_kernel<of_heads, 1, S>,
+        launch(whole ? qkv_norm_backward_kernel<of_heads, 8, S>
+                     : qkv_norm_backward_kernel<of_heads, 1, S>,
                parts, threads_for(units, 512),
-               shared_bytes<float>(2 * warp) + shared_bytes<float>(Q + K), stream, dqkv, raw, stats,
-               q_weight, k_weight, scratch, a);
+               shared_bytes<float>(2 * warp) + shared_bytes<float>(a.prepared_width()), stream,
+               dqkv, raw, stats, weights, scratch, a);
     };
     a.heads_normed() ? launch_with.template operator()<true>()
                      : launch_with.template operator()<false>();
-    if (!dq_weight) return;
-    const int q_weights = Q / a.q_norms, k_weights = K / a.k_norms;
-    add_partial_sums(dq_weight, scratch, parts, q_weights + k_weights, q_weights, stream);
-    add_partial_sums(dk_weight, scratch + q_weights, parts, q_weights + k_weights, k_weights,
-                     stream);
+    const int widths[] = {a.q_width() / a.q_norms, a.kv_width() / a.k_norms,
+                          a.v_norms ? a.HS : 0};
+    const int all = widths[0] + widths[1] + widths[2];
+    int tensor = 0;
+    for (G* gradient : {dweights.q, dweights.k, dweights.v}) {
+        if (gradient) add_partial_sums(gradient, scratch, parts, all, widths[tensor], stream);
+        scratch += widths[tensor++];
+    }
 }
 
 // Hopper GPUs use their own instructions (wgmma, TMA) where the shape allows it: for llama-130m on
@@ -1731,8 +1835,7 @@ template <class S> struct Activations : CudaTensors<S> {
         // QK-norm amplifies rounding errors, so q and k are rounded once, after norm and RoPE.
         // Without it they are also rounded before RoPE, which saves a pass in float.
         CudaTensors<S>::layout(
-            c, B, T, o, c.qk_norm != QkNorm::none && !c.qkv_bias && !std::is_same_v<S, float>,
-            make);
+            c, B, T, o, c.qkv_norms() && !c.qkv_bias && !std::is_same_v<S, float>, make);
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
         const bool backward = o.purpose >= Purpose::jacobians;
@@ -1744,10 +1847,12 @@ template <class S> struct Activations : CudaTensors<S> {
         make(moments, rows);
         if (!backward) return;
         make(delta, rows * c.heads);
-        const AttentionShape a{B, T, c.heads, c.kv_heads, c.head_size, c.head_size};
+        AttentionShape a{B, T, c.heads, c.kv_heads, c.head_size, c.head_size};
+        a.v_norms = c.v_norms();
         const int widest = std::max({c.width, c.qkv_width(), c.mlp_in_width()});
         make(scratch, std::max({junction_scratch(c.width, multiprocessors),
-                                int64_t(sizeof(float)) * qk_norm_scratch(a),
+                                int64_t(sizeof(float)) * qkv_norm_scratch(a),
+                                c.scheme.value_residual ? mix_values_scratch(a) : 0,
                                 int64_t(sizeof(float)) * matmul_scratch(rows, widest)}));
     }
 };
@@ -1916,19 +2021,21 @@ template <class S, class G> struct CudaModel : Model {
     }
     S* hidden(int l) { return acts.hidden[l] + int64_t(first) * padded_config.mlp_in_width(); }
     S* activated(int l) { return acts.activated[l] + int64_t(first) * padded_config.mlp_width; }
+    S* values(int l) { // before they are mixed; null where they are not kept
+        if (acts.values.slot[l] < 0) return nullptr;
+        return acts.values[l] + int64_t(first) * padded_config.kv_width();
+    }
 
     // Those of attention, from row 0 on.
     S* qkv(int l) { return acts.qkv[l]; }
-    S* qk_raw(int l) { return padded_config.qk_norm != QkNorm::none ? acts.qk_raw[l] : nullptr; }
-    NormStats* qk_stats(int l) {
-        return padded_config.qk_norm != QkNorm::none ? acts.qk_stats[l] : nullptr;
-    }
+    S* qkv_raw(int l) { return config.qkv_norms() ? acts.qkv_raw[l] : nullptr; }
+    NormStats* qkv_stats(int l) { return config.qkv_norms() ? acts.qkv_stats[l] : nullptr; }
     S* attended(int l) { return acts.attended[l]; }
     float* lse(int l) { return acts.lse[l]; }
     AttentionShape attention(int l) const {
         const Config& c = padded_config;
         return {B,     T,        c.heads,           c.kv_heads,  c.head_size, config.head_size,
-                first, branches, c.window_of(l, T), c.q_norms(), c.k_norms()};
+                first, branches, c.window_of(l, T), c.q_norms(), c.k_norms(),     c.v_norms()};
     }
     const CosSin* cos_sin(int l) const { return config.rotates(l) ? +rotary_table : nullptr; }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
@@ -1987,6 +2094,13 @@ template <class S, class G> struct CudaModel : Model {
                               gradient(padded_registry.position_embedding),
                               layout().token_rows(batch), acts.dresidual, B, T, padded_config.width,
                               padded_config.vocab_size, stream);
+    }
+
+    // Before a backward pass.
+    void clear_stream_gradients() {
+        if (acts.dvalues.size)
+            CUDA(cudaMemsetAsync(acts.dvalues, 0, size_t(acts.dvalues.size) * sizeof(float),
+                                 stream));
     }
 
     Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
@@ -2083,22 +2197,22 @@ template <class S, class G> struct CudaModel : Model {
 
     // branch(2l + 1) = attention of input(2l)
     void attention_sublayer_forward(int l) {
-        const LayerParams& p = padded_registry.layers[l];
+        const QkvPointers<const S> weights(parameters, padded_registry.layers[l]);
         S* computed = qkv(l) + int64_t(first) * padded_config.qkv_width();
         if (acts.unrounded_qkv.size) {
             float* unrounded = acts.unrounded_qkv;
             multiply_forward(unrounded, input(2 * l), qkv_matrix(l));
-            const Timed timer = timed(costs().qk_forward_unrounded());
-            qk_forward<S, float>(qkv(l), unrounded, qk_raw(l), qk_stats(l), weight(p.q_norm),
-                                 weight(p.k_norm), config.norm_eps, cos_sin(l), attention(l),
-                                 stream);
+            mix_values(l, unrounded);
+            const Timed timer = timed(costs().qkv_forward_unrounded());
+            qkv_forward<S, float>(qkv(l), unrounded, qkv_raw(l), qkv_stats(l), weights,
+                                  config.norm_eps, cos_sin(l), attention(l), stream);
         } else {
             multiply_forward(computed, input(2 * l), qkv_matrix(l));
-            if (config.rotates(l) || config.qk_norm != QkNorm::none) {
-                const Timed timer = timed(costs().qk_forward());
-                qk_forward<S, S>(qkv(l), computed, qk_raw(l), qk_stats(l), weight(p.q_norm),
-                                 weight(p.k_norm), config.norm_eps, cos_sin(l), attention(l),
-                                 stream);
+            mix_values(l, computed);
+            if (config.rotates(l) || config.qkv_norms()) {
+                const Timed timer = timed(costs().qkv_forward());
+                qkv_forward<S, S>(qkv(l), computed, qkv_raw(l), qkv_stats(l), weights,
+                                  config.norm_eps, cos_sin(l), attention(l), stream);
             }
         }
         {
@@ -2109,8 +2223,17 @@ template <class S, class G> struct CudaModel : Model {
                          attention_out_matrix(l));
     }
 
+    // v of the qkv matmul's output.
+    template <class X> void mix_values(int l, X* computed) {
+        if (!config.scheme.value_residual) return;
+        const Timed timer = timed(costs().mix_values("forward", sizeof(X)));
+        cuda::mix_values<S>(computed, values(l), values(0),
+                            weight(padded_registry.layers[l].value_mix), attention(l), stream);
+    }
+
     // From dbranch to dinput.
     void attention_sublayer_backward(int l) {
+        const LayerParams& p = padded_registry.layers[l];
         S *dattended = acts.dnarrow, *dqkv = acts.dwide;
         recompute_input(2 * l);
         multiply_backward(dattended, acts.dbranch, attended(l), attention_out_matrix(l));
@@ -2119,12 +2242,16 @@ template <class S, class G> struct CudaModel : Model {
             attention_backward<S>(dqkv, dattended, attended(l), qkv(l), lse(l), cos_sin(l),
                                   acts.delta, attention(l), stream);
         }
-        if (config.qk_norm != QkNorm::none) {
-            const LayerParams& p = padded_registry.layers[l];
-            const Timed timer = timed(costs().qk_norm_backward());
-            qk_norm_backward<S>(dqkv, qk_raw(l), qk_stats(l), weight(p.q_norm), weight(p.k_norm),
-                                gradient(p.q_norm), gradient(p.k_norm), scratch(), attention(l),
-                                stream);
+        if (config.qkv_norms()) {
+            const Timed timer = timed(costs().qkv_norm_backward());
+            qkv_norm_backward<S, G>(dqkv, qkv_raw(l), qkv_stats(l), {+parameters, p},
+                                    {+gradients, p}, scratch(), attention(l), stream);
+        }
+        if (config.scheme.value_residual) {
+            const Timed timer = timed(costs().mix_values("backward", sizeof(S)));
+            mix_values_backward<S, G>(dqkv, acts.dvalues, values(l), values(0), weight(p.value_mix),
+                                      gradient(p.value_mix), acts.scratch.template as<double>(),
+                                      attention(l), stream);
         }
         multiply_backward(acts.dinput, dqkv, input(2 * l), qkv_matrix(l));
     }

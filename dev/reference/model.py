@@ -244,16 +244,45 @@ def split_heads(x, heads):
     return x.view(B, T, heads, width // heads).transpose(1, 2)
 
 
-class GPT2Attention(nn.Module):
-    def __init__(self, config, number):
+class Attention(nn.Module):
+    """The norms of q, k and v, and v mixed with the first layer's."""
+
+    def __init__(self, config, scheme, number):
         super().__init__()
+        NH, KVH, eps = config.num_attention_heads, config.num_key_value_heads, config.norm_eps
+        HS = config.head_dim or config.hidden_size // NH
+        self.heads, self.kv_heads, self.HS = NH, KVH, HS
+        self.q_norm = self.k_norm = self.v_norm = nn.Identity()
+        self.whole = config.architecture == "olmo2" and not scheme.head_norms
+        if self.whole:  # over all heads together
+            self.q_norm, self.k_norm = RMSNorm(NH * HS, eps), RMSNorm(KVH * HS, eps)
+        if config.architecture == "qwen3" or scheme.head_norms:
+            self.q_norm, self.k_norm = RMSNorm(HS, eps), RMSNorm(HS, eps)
+        if scheme.head_norms:
+            self.v_norm = RMSNorm(HS, eps)
+        if scheme.value_residual and number > 1:
+            self.value_mix = nn.Parameter(torch.full((1,), 0.5))
+        self.first = []  # the first layer's attention, which is not a part of this one
+
+    def prepared(self, q, k, v):
+        """q, k and v as heads, as they are before the rotation."""
+        self.v = v
+        if hasattr(self, "value_mix"):
+            v = (1 - self.value_mix) * v + self.value_mix * self.first[0].v
+        if self.whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = split_heads(q, self.heads), *(split_heads(y, self.kv_heads) for y in (k, v))
+        return (q, k, v) if self.whole else (self.q_norm(q), self.k_norm(k), self.v_norm(v))
+
+
+class GPT2Attention(Attention):
+    def __init__(self, config, scheme, number):
+        super().__init__(config, scheme, number)
         C = config.hidden_size
-        self.heads = config.num_attention_heads
         self.c_attn, self.c_proj = Conv1D(C, 3 * C), Conv1D(C, C)
 
     def forward(self, x):
-        q, k, v = self.c_attn(x).chunk(3, -1)
-        return self.c_proj(attend(*(split_heads(y, self.heads) for y in (q, k, v))))
+        return self.c_proj(attend(*self.prepared(*self.c_attn(x).chunk(3, -1))))
 
 
 class GPT2MLP(nn.Module):
@@ -268,13 +297,12 @@ class GPT2MLP(nn.Module):
         return self.c_proj(gelu)
 
 
-class LlamaAttention(nn.Module):
-    def __init__(self, config, number):
-        super().__init__()
-        C, NH, KVH = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        HS = config.head_dim or C // NH
+class LlamaAttention(Attention):
+    def __init__(self, config, scheme, number):
+        super().__init__(config, scheme, number)
+        C, NH, KVH, HS = config.hidden_size, self.heads, self.kv_heads, self.HS
         bias = config.architecture == "qwen2" or config.attention_bias
-        self.heads, self.kv_heads, self.config = NH, KVH, config
+        self.config = config
         self.rotated = not config.rotated_layers or config.rotated_layers[number - 1]
         windowed = not config.window_layers or config.window_layers[number - 1]
         self.window = config.sliding_window if windowed else 0
@@ -282,24 +310,12 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(C, KVH * HS, bias=bias)
         self.v_proj = nn.Linear(C, KVH * HS, bias=bias)
         self.o_proj = nn.Linear(NH * HS, C, bias=config.attention_bias)
-        self.q_norm = self.k_norm = nn.Identity()
-        if config.architecture == "olmo2":  # over all heads together
-            self.q_norm = RMSNorm(NH * HS, config.norm_eps)
-            self.k_norm = RMSNorm(KVH * HS, config.norm_eps)
-        if config.architecture == "qwen3":
-            self.q_norm, self.k_norm = RMSNorm(HS, config.norm_eps), RMSNorm(HS, config.norm_eps)
 
     def forward(self, x):
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.config.architecture == "qwen3":  # of each head
-            q = self.q_norm(split_heads(q, self.heads))
-            k = self.k_norm(split_heads(k, self.kv_heads))
-        else:
-            q = split_heads(self.q_norm(q), self.heads)
-            k = split_heads(self.k_norm(k), self.kv_heads)
+        q, k, v = self.prepared(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         if self.rotated:
             q, k = (rotate(y, self.config.rope_theta, self.config.rope_scaling) for y in (q, k))
-        return self.o_proj(attend(q, k, split_heads(v, self.kv_heads), self.window))
+        return self.o_proj(attend(q, k, v, self.window))
 
 
 class LlamaMLP(nn.Module):
@@ -337,7 +353,7 @@ class Layer(nn.Module):
         if scheme.gates == "layer":
             self.gate = nn.Parameter(torch.zeros(1))
         for kind, f in {
-            "attn": (GPT2Attention if gpt2 else LlamaAttention)(config, number),
+            "attn": (GPT2Attention if gpt2 else LlamaAttention)(config, scheme, number),
             "mlp": (GPT2MLP if gpt2 else LlamaMLP)(config),
         }.items():
             k = sublayer_index(number, kind)
@@ -422,6 +438,9 @@ class Model(nn.Module):
         if self.has_embed_norm:
             trunk.embed_norm = make_norm(config)
         layers = [Layer(config, scheme, n + 1) for n in range(config.num_hidden_layers)]
+        attentions = [getattr(layer, layer.modules_of["attn"]) for layer in layers]
+        for attention in attentions[1:]:
+            attention.first.append(attentions[0])
         trunk.add_module(self.names["layers"], nn.ModuleList(layers))
         trunk.add_module(self.names["final"], make_norm(config))
         if scheme.row["reads_second"][-1] and not scheme.row["plain_head"]:

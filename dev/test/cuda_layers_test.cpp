@@ -366,6 +366,10 @@ const QkCase qk_cases[] = {
     {{1, 9, 2, 1, 8, 5, 0, {}, 0, 2, 1}, true, false},
     {{1, 6, 2, 2, 56, 52, 4, {}, 0, 2, 2}, true, true},
     {{2, 260, 16, 8, 128, 128, 0, {}, 0, 16, 8}, true, true},
+    // And of v's.
+    {{2, 3, 4, 2, 16, 16, 0, {}, 0, 4, 2, 2}, true, true},
+    {{1, 9, 2, 1, 8, 5, 3, {}, 0, 2, 1, 1}, true, false},
+    {{2, 130, 6, 3, 64, 64, 0, {}, 0, 6, 3, 3}, true, true},
 };
 
 // c.a, with norms of the whole of q and k unless it has norms of heads.
@@ -374,27 +378,35 @@ AttentionShape shape_of(const QkCase& c) {
     if (c.norm && !a.q_norms) a.q_norms = a.k_norms = 1;
     return a;
 }
-// The norms of a row: where each begins, its width, its real channels, and whether it is of q.
+// The norms of a row: where each begins, its width, its real channels, and of which tensor it is.
 struct NormPart {
-    int begin, width, real;
-    bool of_q;
+    int begin, width, real, tensor;
 };
 std::vector<NormPart> norm_parts(const AttentionShape& a) {
     std::vector<NormPart> parts;
-    for (int n = 0; n < a.q_norms; n++) {
-        const int width = a.q_width() / a.q_norms;
-        parts.push_back({n * width, width, width / a.HS * a.channels, true});
-    }
-    for (int n = 0; n < a.k_norms; n++) {
-        const int width = a.kv_width() / a.k_norms;
-        parts.push_back({a.q_width() + n * width, width, width / a.HS * a.channels, false});
+    int tensor = 0, begin = 0;
+    for (auto [norms, all] : {std::pair{a.q_norms, a.q_width()}, {a.k_norms, a.kv_width()},
+                              {a.v_norms, a.kv_width()}}) {
+        for (int n = 0; n < norms; n++) {
+            const int width = all / norms;
+            parts.push_back({begin + n * width, width, width / a.HS * a.channels, tensor});
+        }
+        begin += all, tensor++;
     }
     return parts;
+}
+// Weights of q's norms, k's and v's, each as wide as a norm.
+std::array<Doubles, 3> norm_weights(const AttentionShape& a, const std::function<Doubles(int)>& make) {
+    return {make(a.q_norms ? a.q_width() / a.q_norms : 1),
+            make(a.k_norms ? a.kv_width() / a.k_norms : 1), make(a.v_norms ? a.HS : 1)};
 }
 std::string name_of(const QkCase& c) {
     return cat("B ", c.a.B, ", T ", c.a.T, ", NH ", c.a.NH, ", KVH ", c.a.KVH, ", HS ", c.a.HS,
                ", channels ", c.a.channels, ", first ", c.a.first, c.norm ? ", norm" : "",
-               c.a.q_norms ? " of heads" : "", c.table ? ", rope" : "");
+               c.a.v_norms   ? " of heads, v's too"
+               : c.a.q_norms ? " of heads"
+                             : "",
+               c.table ? ", rope" : "");
 }
 
 // Zero where a channel of a head is padding.
@@ -414,21 +426,20 @@ std::vector<CosSin> turns(const AttentionShape& a) {
     return table;
 }
 
-template <class S> void check_qk_forward(const QkCase& c) {
+template <class S> void check_qkv_forward(const QkCase& c) {
     SCOPED_TRACE(name_of(c));
     const AttentionShape a = shape_of(c);
     const std::vector<NormPart> parts = norm_parts(a);
-    const int Q = a.q_width(), K = a.kv_width(), norms = int(parts.size());
-    const int q_weights = c.norm ? Q / a.q_norms : 1, k_weights = c.norm ? K / a.k_norms : 1;
+    const int width = a.prepared_width(), norms = int(parts.size());
     const double eps = 1e-3;
-    const Doubles qkv = mask_padding(numbers<S>(a.rows() * a.row(), "qkv"), a),
-                  q_weight = mask_padding(numbers<S>(q_weights, "q_weight"), a),
-                  k_weight = mask_padding(numbers<S>(k_weights, "k_weight"), a);
+    const Doubles qkv = mask_padding(numbers<S>(a.rows() * a.row(), "qkv"), a);
+    const auto weight = norm_weights(
+        a, [&](int n) { return mask_padding(numbers<S>(n, cat("weight ", n).c_str()), a); });
     const std::vector<CosSin> table = turns(a);
-    Doubles wanted = qkv, rstds(a.rows() * norms), raws(a.rows() * (Q + K));
+    Doubles wanted = qkv, rstds(a.rows() * norms), raws(a.rows() * width);
     for (int64_t row = a.first; row < a.rows(); row++) {
         double* x = &wanted[row * a.row()];
-        std::copy(x, x + Q + K, &raws[row * (Q + K)]);
+        std::copy(x, x + width, &raws[row * width]);
         for (int n = 0; n < norms; n++) {
             const NormPart& part = parts[n];
             double *y = x + part.begin, square = 0;
@@ -436,7 +447,7 @@ template <class S> void check_qk_forward(const QkCase& c) {
             const double rstd = 1 / std::sqrt(square / part.real + eps);
             rstds[row * norms + n] = rstd;
             for (int i = 0; i < part.width; i++)
-                y[i] *= rstd * (part.of_q ? q_weight : k_weight)[i];
+                y[i] *= rstd * weight[size_t(part.tensor)][size_t(i)];
         }
         const int half = a.channels / 2;
         for (int head = 0; head < a.NH + a.KVH && c.table; head++)
@@ -447,17 +458,17 @@ template <class S> void check_qk_forward(const QkCase& c) {
                 x1 = x1 * turn.cos + x0 * turn.sin, x0 = y0;
             }
     }
-    OnDevice<S> out(qkv), raw(Doubles(a.rows() * (Q + K)));
+    OnDevice<S> out(qkv), raw(Doubles(a.rows() * width));
     OnDevice<NormStats> stats(std::vector<NormStats>(std::max<int64_t>(1, a.rows() * norms)));
-    const OnDevice<S> q_weight_(q_weight), k_weight_(k_weight);
+    const OnDevice<S> q(weight[0]), k(weight[1]), v(weight[2]);
     const OnDevice<CosSin> table_(table.empty() ? std::vector<CosSin>(1) : table);
     Stream stream;
     in_every_order(
         [&] {
             out.write(qkv);
-            qk_forward<S, S>(out, out + int64_t(a.first) * a.row(), c.norm ? raw + 0 : nullptr,
-                             stats + 0, q_weight_.in(), k_weight_.in(), eps,
-                             c.table ? table_.in() : nullptr, a, stream);
+            qkv_forward<S, S>(out, out + int64_t(a.first) * a.row(), c.norm ? raw + 0 : nullptr,
+                              stats + 0, {q.in(), k.in(), v.in()}, eps,
+                              c.table ? table_.in() : nullptr, a, stream);
         },
         out);
     expect_near(out, wanted, tolerance<S>());
@@ -469,70 +480,159 @@ template <class S> void check_qk_forward(const QkCase& c) {
             EXPECT_NEAR(got[i].rstd, rstds[i], 1e-5 * rstds[i]);
             EXPECT_EQ(got[i].mean, 0);
         }
-        for (int i = 0; i < Q + K; i++) EXPECT_EQ(kept[row * (Q + K) + i], raws[row * (Q + K) + i]);
+        for (int i = 0; i < width; i++) EXPECT_EQ(kept[row * width + i], raws[row * width + i]);
     }
 }
 
-TEST(CudaLayers, QkForward) {
-    for (const QkCase& c : qk_cases) check_qk_forward<bf16>(c), check_qk_forward<float>(c);
+TEST(CudaLayers, QkvForward) {
+    for (const QkCase& c : qk_cases) check_qkv_forward<bf16>(c), check_qkv_forward<float>(c);
 }
 
-template <class S, class G> void check_qk_norm_backward(const QkCase& c) {
+template <class S, class G> void check_qkv_norm_backward(const QkCase& c) {
     SCOPED_TRACE(name_of(c));
     const AttentionShape a = shape_of(c);
     const std::vector<NormPart> parts = norm_parts(a);
-    const int Q = a.q_width(), K = a.kv_width(), norms = int(parts.size());
-    const int q_weights = c.norm ? Q / a.q_norms : 1, k_weights = c.norm ? K / a.k_norms : 1;
+    const int width = a.prepared_width(), norms = int(parts.size());
     const Doubles dqkv = mask_padding(numbers<S>(a.rows() * a.row(), "dqkv"), a),
-                  raw = mask_padding(numbers<S>(a.rows() * (Q + K), "raw"), a),
-                  q_weight = mask_padding(numbers<S>(q_weights, "q_weight"), a),
-                  k_weight = mask_padding(numbers<S>(k_weights, "k_weight"), a);
+                  raw = mask_padding(numbers<S>(a.rows() * width, "raw"), a);
+    const auto weight = norm_weights(
+        a, [&](int n) { return mask_padding(numbers<S>(n, cat("weight ", n).c_str()), a); });
+    const auto ones = norm_weights(a, [](int n) { return Doubles(size_t(n), 1.0); });
     std::vector<NormStats> stats(a.rows() * norms);
-    Doubles wanted = dqkv, dq(q_weights, 1.0), dk(k_weights, 1.0);
+    Doubles wanted = dqkv;
+    auto dweight = ones;
     for (int64_t row = 0; row < a.rows(); row++)
         for (int n = 0; n < norms; n++) {
             const NormPart& part = parts[n];
-            const double* x = &raw[row * (Q + K) + part.begin];
+            const double* x = &raw[row * width + part.begin];
             double* dy = &wanted[row * a.row() + part.begin];
-            const Doubles& weight = part.of_q ? q_weight : k_weight;
+            const Doubles& w = weight[size_t(part.tensor)];
             double square = 0, dot = 0;
             for (int i = 0; i < part.width; i++) square += x[i] * x[i];
             const float rstd = float(1 / std::sqrt(square / part.real + 1e-3));
             stats[row * norms + n] = {0, rstd};
             for (int i = 0; i < part.width; i++) {
-                (part.of_q ? dq : dk)[i] += dy[i] * x[i] * rstd;
-                dot += weight[i] * dy[i] * x[i] * rstd;
+                dweight[size_t(part.tensor)][size_t(i)] += dy[i] * x[i] * rstd;
+                dot += w[i] * dy[i] * x[i] * rstd;
             }
             for (int i = 0; i < part.width; i++)
-                dy[i] = rstd * (weight[i] * dy[i] - x[i] * rstd * dot / part.real);
+                dy[i] = rstd * (w[i] * dy[i] - x[i] * rstd * dot / part.real);
         }
     OnDevice<S> out(dqkv);
     // raw's padding is not read.
     Doubles raw_of_any_padding = raw;
     for (size_t i = 0; i < raw.size(); i++)
         if (int(i) % a.HS >= a.channels) raw_of_any_padding[i] = NAN;
-    const OnDevice<S> raw_(raw_of_any_padding), q_weight_(q_weight), k_weight_(k_weight);
+    const OnDevice<S> raw_(raw_of_any_padding), q(weight[0]), k(weight[1]), v(weight[2]);
     const OnDevice<NormStats> stats_(stats);
-    OnDevice<G> dq_(dq), dk_(dk);
-    OnDevice<float> scratch(qk_norm_scratch(a));
+    OnDevice<G> dq(ones[0]), dk(ones[1]), dv(ones[2]);
+    OnDevice<float> scratch(qkv_norm_scratch(a));
     Stream stream;
     auto backward = [&] {
-        out.write(dqkv), dq_.write(Doubles(q_weights, 1.0)), dk_.write(Doubles(k_weights, 1.0));
-        qk_norm_backward(out + 0, raw_.in(), stats_.in(), q_weight_.in(), k_weight_.in(), dq_ + 0,
-                         dk_ + 0, scratch + 0, a, stream);
+        out.write(dqkv), dq.write(ones[0]), dk.write(ones[1]), dv.write(ones[2]);
+        qkv_norm_backward<S, G>(out + 0, raw_.in(), stats_.in(), {q.in(), k.in(), v.in()},
+                                {dq + 0, dk + 0, a.v_norms ? dv + 0 : nullptr}, scratch + 0, a,
+                                stream);
     };
-    in_every_order(backward, out, dq_, dk_);
+    in_every_order(backward, out, dq, dk, dv);
     expect_near(out, wanted, tolerance<S>());
-    expect_near(dq_, dq, tolerance<G>());
-    expect_near(dk_, dk, tolerance<G>());
+    expect_near(dq, dweight[0], tolerance<G>());
+    expect_near(dk, dweight[1], tolerance<G>());
+    expect_near(dv, dweight[2], tolerance<G>());
 }
 
-TEST(CudaLayers, QkNormBackward) {
+TEST(CudaLayers, QkvNormBackward) {
     for (const QkCase& c : qk_cases) {
         if (!c.norm || c.a.first > 0) continue;
-        check_qk_norm_backward<bf16, bf16>(c);
-        check_qk_norm_backward<bf16, float>(c);
-        check_qk_norm_backward<float, float>(c);
+        check_qkv_norm_backward<bf16, bf16>(c);
+        check_qkv_norm_backward<bf16, float>(c);
+        check_qkv_norm_backward<float, float>(c);
+    }
+}
+
+// A later layer mixes its v with the first layer's; X is the scalar of the matmul's output.
+template <class S, class X> void check_mix_values(const AttentionShape& a) {
+    SCOPED_TRACE(testing::Message() << "B " << a.B << ", T " << a.T << ", first " << a.first);
+    const int KV = a.kv_width(), before = a.q_width() + KV;
+    const int64_t rows = a.rows() - a.first;
+    const Doubles qkv = numbers<X>(rows * a.row(), "qkv"), v1 = numbers<S>(rows * KV, "v1");
+    const double m = double(S(0.3f));
+    Doubles wanted = qkv, kept(rows * KV);
+    for (int64_t row = 0; row < rows; row++)
+        for (int i = 0; i < KV; i++) {
+            double& v = wanted[row * a.row() + before + i];
+            kept[row * KV + i] = v;
+            v = (1 - m) * v + m * v1[row * KV + i];
+        }
+    Stream stream;
+    OnDevice<X> out(qkv);
+    OnDevice<S> own(rows * KV);
+    const OnDevice<S> v1_(v1), m_(Doubles{m});
+    in_every_order(
+        [&] {
+            out.write(qkv);
+            mix_values<S, X>(out, own, v1_.in(), m_.in(), a, stream);
+        },
+        out, own);
+    expect_near(out, wanted, tolerance<X>());
+    expect_near(own, kept, tolerance<S>());
+    out.write(qkv);
+    mix_values<S, X>(out, nullptr, v1_.in(), m_.in(), a, stream);
+    expect_near(out, wanted, tolerance<X>());
+    out.write(qkv), own.write(Doubles(rows * KV));
+    mix_values<S, X>(out, own, nullptr, nullptr, a, stream); // the first layer
+    EXPECT_EQ(out.read(), qkv);
+    expect_near(own, kept, tolerance<S>());
+}
+
+template <class S, class G> void check_mix_values_backward(const AttentionShape& a) {
+    SCOPED_TRACE(testing::Message() << "B " << a.B << ", T " << a.T);
+    const int KV = a.kv_width(), before = a.q_width() + KV;
+    const Doubles dqkv = numbers<S>(a.rows() * a.row(), "dqkv"),
+                  dvalues = numbers<float>(a.rows() * KV, "dvalues"),
+                  v = numbers<S>(a.rows() * KV, "v"), v1 = numbers<S>(a.rows() * KV, "v1");
+    const double m = double(S(0.3f));
+    Doubles wanted = dqkv, wanted_first = dqkv, wanted_values = dvalues, dmix = {1};
+    for (int64_t row = 0; row < a.rows(); row++)
+        for (int i = 0; i < KV; i++) {
+            const int64_t at = row * a.row() + before + i, value = row * KV + i;
+            wanted_values[value] += m * dqkv[at];
+            dmix[0] += dqkv[at] * (v1[value] - v[value]);
+            wanted[at] *= 1 - m;
+            wanted_first[at] += dvalues[value];
+        }
+    Stream stream;
+    OnDevice<S> out(dqkv);
+    OnDevice<float> values(dvalues);
+    OnDevice<G> dmix_(Doubles{1});
+    OnDevice<double> scratch(mix_values_scratch(a) / int64_t(sizeof(double)));
+    const OnDevice<S> v_(v), v1_(v1), m_(Doubles{m});
+    in_every_order(
+        [&] {
+            out.write(dqkv), values.write(dvalues), dmix_.write(Doubles{1});
+            mix_values_backward<S, G>(out, values, v_.in(), v1_.in(), m_.in(), dmix_, scratch, a,
+                                      stream);
+        },
+        out, values, dmix_);
+    expect_near(out, wanted, tolerance<S>());
+    expect_near(values, wanted_values, tolerance<float>());
+    expect_near(dmix_, dmix, tolerance<G>());
+    out.write(dqkv), values.write(dvalues); // the first layer
+    mix_values_backward<S, G>(out, values, v1_.in(), v1_.in(), nullptr, nullptr, scratch, a, stream);
+    expect_near(out, wanted_first, tolerance<S>());
+    EXPECT_EQ(values.read(), dvalues);
+}
+
+TEST(CudaLayers, MixValues) {
+    for (const AttentionShape& a : {AttentionShape{2, 3, 4, 2, 16, 16}, {1, 9, 2, 1, 8, 5, 4},
+                                    {1, 1, 1, 1, 8, 8}, {2, 130, 6, 3, 64, 64}}) {
+        check_mix_values<bf16, bf16>(a);
+        check_mix_values<bf16, float>(a);
+        check_mix_values<float, float>(a);
+        if (a.first > 0) continue;
+        check_mix_values_backward<bf16, bf16>(a);
+        check_mix_values_backward<bf16, float>(a);
+        check_mix_values_backward<float, float>(a);
     }
 }
 

@@ -200,6 +200,8 @@ TEST(Export, ModelsWithoutAStockFormAreUnchanged) {
                                                                        {"qwen2", "peri"},
                                                                        {"llama", "olmo2"},
                                                                        {"olmo2", "lns"},
+                                                                       {"llama", "hybrid"},
+                                                                       {"qwen3", "hybrid*"},
                                                                        {"llama", "lns+gpas"},
                                                                        {"llama", "lns+gpas-each"},
                                                                        {"llama", "lns:before"},
@@ -216,6 +218,20 @@ TEST(Export, ModelsWithoutAStockFormAreUnchanged) {
         EXPECT_EQ(e.config().at("model_type"), "lns-" + type);
         EXPECT_EQ(checkpoint_config(e.dir / "out").scheme.name(), scheme);
     }
+}
+
+TEST(Export, ValueResidualHasNoStockForm) {
+    for (const char* scheme : {"pre+value-residual", "lns+value-residual"}) {
+        Exported e("llama", scheme);
+        EXPECT_TRUE(says(e.run(), {"stock tools cannot run it", "mixed with the first layer's"}));
+        e.expect(e.read(), one);
+        EXPECT_EQ(checkpoint_config(e.dir / "out").scheme.name(), scheme);
+    }
+    Exported first("llama", "pre+value-residual"), second("llama", "pre+value-residual");
+    first.options.drop_layers = "1";
+    EXPECT_TRUE(says(first.run(), {"layer 1 cannot be dropped", "+value-residual"}));
+    second.options.drop_layers = "2";
+    EXPECT_TRUE(says(second.run(), {"1 of 2 layers", "stock tools cannot run it"}));
 }
 
 TEST(Export, ShapesThatStockModelsDoNotHave) {

@@ -43,11 +43,15 @@ template <class S> struct Costs {
                 double(n) * s * (C + OC) + (1.0 + add) * a * C * OC};
     }
 
-    Cost qk_forward(double source_bytes) const {
+    Cost qkv_forward(double source_bytes) const {
         return {"forward", "q and k", 0, rows * c.qkv_width() * (s + source_bytes)};
     }
-    Cost qk_norm_backward() const {
+    Cost qkv_norm_backward() const {
         return {"backward", "q and k norm", 0, rows * s * 3 * c.qkv_width()};
+    }
+    // In either pass; v is read and written in numbers of so many bytes.
+    Cost mix_values(const char* group, double value_bytes) const {
+        return {group, "value residual", 0, rows * c.kv_width() * (2 * value_bytes + 2 * s)};
     }
     Cost attention_forward() const {
         return {"forward", "attention", attention_flops(2),

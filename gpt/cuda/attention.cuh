@@ -21,7 +21,11 @@ struct AttentionShape {
     Branches branches = {};       // on the GPU
     int window = 0;               // a query sees so many keys, its own and those before it; 0: all
     int q_norms = 0, k_norms = 0; // RMSNorms, each of an equal part of q or k: 1 or their heads
+    int v_norms = 0;              // of v's heads; 0 unless those of q and k are normed
     __host__ __device__ bool heads_normed() const { return q_norms == NH && k_norms == KVH; }
+    // The heads that are normed or rotated: q's, k's and, with norms, v's.
+    __host__ __device__ int prepared_heads() const { return NH + KVH + v_norms; }
+    __host__ __device__ int prepared_width() const { return prepared_heads() * HS; }
     __host__ __device__ int64_t rows() const { return int64_t(B) * T; }
     __host__ __device__ int q_width() const { return NH * HS; }
     __host__ __device__ int kv_width() const { return KVH * HS; }

@@ -55,14 +55,18 @@ template <class S, class G> struct Costs {
         return cost;
     }
 
-    Cost qk_forward() const {
-        return {"forward", "q and k", 0, rows * 2 * (c.q_width() + c.kv_width()) * s};
+    Cost qkv_forward() const {
+        return {"forward", "q and k", 0, rows * 2 * c.normed_width() * s};
     }
-    Cost qk_forward_unrounded() const {
+    Cost qkv_forward_unrounded() const {
         return {"forward", "q and k", 0, rows * c.qkv_width() * (s + f)};
     }
-    Cost qk_norm_backward() const {
-        return {"backward", "q and k norm", 0, rows * 3 * (c.q_width() + c.kv_width()) * s};
+    Cost qkv_norm_backward() const {
+        return {"backward", "q and k norm", 0, rows * 3 * c.normed_width() * s};
+    }
+    // In either pass; v is read and written in numbers of so many bytes.
+    Cost mix_values(const char* group, double value_bytes) const {
+        return {group, "value residual", 0, rows * c.kv_width() * (2 * value_bytes + 2 * s)};
     }
     Cost attention_forward() const {
         return {"forward", "attention", attention_flops(2),

@@ -27,8 +27,10 @@ struct PassTensors {
     Slots<Array<JunctionStats>> stats; // (rows) of each junction
     Slots<Array<S>> qkv;               // (rows, (NH + 2·KVH)·HS) of each layer
     Array<A> unrounded_qkv;            // (rows, the same), where they are rounded after the norm
-    Slots<Array<S>> qk_raw;            // (rows, (NH + KVH)·HS), where q and k have norms
-    Slots<Array<NormStats>> qk_stats;  // (rows, norms of q and k)
+    Slots<Array<S>> values;            // (rows, KVH·HS): v before it is mixed with the first
+                                       // layer's; that of the first layer is always kept
+    Slots<Array<S>> qkv_raw;           // (rows, normed width): what is normed of q, k and v
+    Slots<Array<NormStats>> qkv_stats; // (rows, norms of q, k and v)
     Slots<Array<S>> attended;          // (rows, NH·HS)
     Slots<Array<A>> lse;               // (rows, NH)
     Slots<Array<S>> hidden, activated; // (rows, H or 2·H), (rows, H)
@@ -38,6 +40,7 @@ struct PassTensors {
     Array<A> dsecond, dstart; // (rows, C)
     Array<S> dinput, dbranch; // (rows, C)
     Array<S> dwide, dnarrow;  // gradients of qkv or hidden, and of attended or activated
+    Array<A> dvalues;         // (rows, KVH·HS), of the first layer's v by the layers that mix it
 
     int branch_of(int k) const { return branch_pairs ? 2 - k % 2 : k; }
 
@@ -78,9 +81,12 @@ struct PassTensors {
         qkv.layout(L, rows * c.qkv_width(), make,
                    [&](int l) { return o.purpose == Purpose::generate || keep(l); });
         make(unrounded_qkv, round_late ? rows * c.qkv_width() : 0);
-        const int64_t qk = c.qk_norm != QkNorm::none ? rows : 0;
-        qk_raw.layout(L, qk * (c.q_width() + c.kv_width()), make, keep);
-        qk_stats.layout(L, qk * (c.q_norms() + c.k_norms()), make, keep);
+        const int64_t value_elements = c.scheme.value_residual ? rows * c.kv_width() : 0;
+        values.layout(
+            L, value_elements, make, [&](int l) { return l == 0 || keep(l); },
+            [&](int l) { return l == 0 || backward; });
+        qkv_raw.layout(L, c.qkv_norms() ? rows * c.normed_width() : 0, make, keep);
+        qkv_stats.layout(L, rows * c.qkv_norms(), make, keep);
         attended.layout(L, rows * c.q_width(), make, keep);
         lse.layout(L, rows * c.heads, make, keep);
         hidden.layout(L, rows * c.mlp_in_width(), make, keep);
@@ -94,6 +100,7 @@ struct PassTensors {
         make(dbranch, rows * C);
         make(dwide, rows * std::max(c.qkv_width(), c.mlp_in_width()));
         make(dnarrow, rows * std::max(c.q_width(), c.mlp_width));
+        make(dvalues, value_elements);
     }
 };
 

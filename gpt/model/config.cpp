@@ -539,6 +539,11 @@ std::string config_to_json(const Config& c) {
     return j.dump(2) + "\n";
 }
 
+bool same_qkv(const Config& a, const Config& b) {
+    return a.q_norms() == b.q_norms() && a.k_norms() == b.k_norms() && a.v_norms() == b.v_norms() &&
+           a.scheme.value_residual == b.scheme.value_residual;
+}
+
 std::string beyond_stock_model(const Config& c) {
     // Compared by what junctions do, not by name: mix:0 is pre. Initial values make no difference.
     const Scheme stock = stock_scheme(c.model_type);
@@ -549,6 +554,11 @@ std::string beyond_stock_model(const Config& c) {
             return cat("the norm scheme ", c.scheme.name(), " (the stock ", c.model_type, " has ",
                        stock.name(), ")");
     }
+    Config other = c;
+    other.scheme = stock;
+    if (!same_qkv(c, other))
+        return c.scheme.value_residual ? "values mixed with the first layer's (+value-residual)"
+                                       : "norms of each head's q, k and v";
     const ConfigKeys& k = architecture_row(c.model_type).keys;
     if (!k.kv_heads && c.kv_heads != c.heads)
         return "fewer heads of keys and values than of queries";

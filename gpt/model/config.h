@@ -48,7 +48,7 @@ struct Config {
     std::vector<bool> window_layers;            // which have that window; empty: all
     Activation activation = Activation::swiglu; // of the MLP
     bool qkv_bias = false, attn_out_bias = false, mlp_bias = false;
-    QkNorm qk_norm = QkNorm::none;
+    QkNorm qk_norm = QkNorm::none; // the architecture's; a scheme's norms of heads replace it
     bool tied = false; // the head is the embedding
 
     Scheme scheme;
@@ -70,8 +70,13 @@ struct Config {
     int q_width() const { return heads * head_size; }
     int kv_width() const { return kv_heads * head_size; }
     int qkv_width() const { return q_width() + 2 * kv_width(); }
-    int q_norms() const { return qk_norm == QkNorm::heads ? heads : qk_norm != QkNorm::none; }
-    int k_norms() const { return qk_norm == QkNorm::heads ? kv_heads : qk_norm != QkNorm::none; }
+    // RMSNorms of q, k and v in each layer.
+    bool head_norms() const { return scheme.row->head_norms || qk_norm == QkNorm::heads; }
+    int q_norms() const { return head_norms() ? heads : qk_norm != QkNorm::none; }
+    int k_norms() const { return head_norms() ? kv_heads : qk_norm != QkNorm::none; }
+    int v_norms() const { return scheme.row->head_norms ? kv_heads : 0; }
+    int qkv_norms() const { return q_norms() + k_norms() + v_norms(); }
+    int normed_width() const { return q_width() + kv_width() + (v_norms() ? kv_width() : 0); }
     int mlp_in_width() const { return gated_mlp() ? 2 * mlp_width : mlp_width; } // gate and up
 };
 
@@ -98,6 +103,9 @@ std::string config_to_json(const Config& config);
 // Its model_type is then "lns-llama" for "llama": other tools refuse it instead of computing
 // something else.
 std::string beyond_stock_model(const Config& config);
+
+// Whether attention computes q, k and v alike under the schemes of both.
+bool same_qkv(const Config& a, const Config& b);
 
 // The scheme of an architecture's stock model.
 Scheme stock_scheme(const std::string& model_type);

@@ -1,4 +1,5 @@
-// What the layers of both backends share: a junction's parameters and the rotary table.
+// What the layers of both backends share: parameters of a junction and of attention, and the rotary
+// table.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +36,21 @@ template <class P> struct JunctionPointers {
 
 // The vectors (C) among them: weight and bias of four norms, γ and ω.
 const int junction_vectors = 10;
+
+// The weights of the norms of q, k and v, or their gradients; null where there are none.
+template <class P> struct QkvPointers {
+    P *q = nullptr, *k = nullptr, *v = nullptr;
+
+    QkvPointers() = default;
+    QkvPointers(P* q, P* k, P* v) : q(q), k(k), v(v) {}
+    // base: of the flat buffer, or null.
+    QkvPointers(P* base, const LayerParams& p) {
+        auto pointer = [&](int64_t offset) {
+            return base && offset >= 0 ? base + offset : nullptr;
+        };
+        q = pointer(p.q_norm), k = pointer(p.k_norm), v = pointer(p.v_norm);
+    }
+};
 
 // A junction is split in two between layers that run one by one: what leaves a layer, and what
 // enters the next.

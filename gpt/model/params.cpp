@@ -159,10 +159,13 @@ struct Builder {
     void attention(LayerParams& p, const std::string& attn) {
         const int Q = c.q_width();
         qkv(p, attn);
-        if (c.qk_norm != QkNorm::none) {
+        if (c.scheme.value_residual && current_layer > 0)
+            p.value_mix = vector(attn + "value_mix", 1, 0.5);
+        if (c.q_norms()) {
             p.q_norm = vector(attn + "q_norm.weight", Q / c.q_norms(), 1);
             p.k_norm = vector(attn + "k_norm.weight", c.kv_width() / c.k_norms(), 1);
         }
+        if (c.v_norms()) p.v_norm = vector(attn + "v_norm.weight", c.head_size, 1);
         align();
         p.attn_out = matrix(attn + names.attn_out, C, Q, std_of(C, Q, false, true));
         p.attn_out_bias = bias(attn + names.attn_out, C, c.attn_out_bias);

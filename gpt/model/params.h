@@ -45,6 +45,8 @@ struct NormParams {
 struct LayerParams {
     int64_t qkv, qkv_bias = -1;           // (NH·HS + 2·KVH·HS, C)
     int64_t q_norm = -1, k_norm = -1;     // (NH·HS), (KVH·HS); of heads: (HS) each
+    int64_t v_norm = -1;                  // (HS)
+    int64_t value_mix = -1;               // (1)
     int64_t attn_out, attn_out_bias = -1; // (C, NH·HS)
     int64_t mlp_in, mlp_in_bias = -1;     // (H, C), or gate and up (2·H, C)
     int64_t mlp_out, mlp_out_bias = -1;   // (C, H)

@@ -66,6 +66,9 @@ bool same_layer(const Scheme& scheme, int L, int layer, const Scheme& other, int
 // Drops layers from a plan for all of them.
 void drop_layers(ExportPlan& plan, const Config& model) {
     const int L = model.layers, left = int(plan.layers.size());
+    if (model.scheme.value_residual && plan.layers[0] != 0)
+        fail("layer 1 cannot be dropped: with +value-residual, the other layers mix their values "
+             "with its values");
     Scheme& scheme = plan.config.scheme;
     if (!plan.beyond.empty()) {
         if (scheme.row->depth != DepthScale::none || scheme.row->depth_transfer)
@@ -148,7 +151,7 @@ ExportPlan plan_export(const Config& config, const Registry& registry,
     // embedding's values.
     const bool scaled_head =
         junction(c.scheme, L, 2 * L).in_scale != 1 && registry.junctions[size_t(2 * L)].in.weight < 0;
-    bool folds = !(scaled_head && c.tied);
+    bool folds = same_qkv(c, plan.config) && !(scaled_head && c.tied);
     for (int k = 0; k <= 2 * L; k++) {
         Junction ours = junction(c.scheme, L, k);
         const Junction theirs = junction(plan.config.scheme, L, k);
