@@ -2046,6 +2046,8 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
          {std::pair{"gpt2", "layerscale"},
           {"llama-gqa", "post"},
           {"qwen2", "sandwich+gpas"},
+          {"llama-gqa", "siamese"},
+          {"gpt2", "lns:after+x0"},
           {"llama-gqa", "hybrid+value-residual"}})
         keep(cat(name, "  ", scheme, "  layer by layer"), [&, name = name, scheme = scheme] {
             return check_layers("cuda: ", name, scheme,
@@ -2164,7 +2166,11 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_causal(name, stock)), keep(check_continuation(name, stock));
     }
     for (auto [name, scheme] :
-         {std::pair{"llama-gqa", "hybrid+value-residual"}, {"gpt2", "pre+value-residual"}})
+         {std::pair{"llama-gqa", "hybrid+value-residual"},
+          {"gpt2", "pre+value-residual"},
+          {"llama", "siamese"},
+          {"gpt2", "residual"},
+          {"qwen2", "mix:1+gpas+x0"}})
         keep(check_causal(name, scheme)), keep(check_continuation(name, scheme));
     keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
     auto on_cpu = [](const Config& c, int B, int T) { return make_cpu_model(c, B, T, {}); };
@@ -2175,6 +2181,9 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"llama-gqa", "post"},
                                 {"llama-gqa", "hybrid+value-residual"},
                                 {"gpt2", "pre+value-residual"},
+                                {"qwen2", "siamese"},
+                                {"llama", "residual"},
+                                {"gpt2", "lns:after+x0"},
                                 {"olmo", "peri"}})
         keep(check_layers("claim: ", name, scheme, on_cpu));
     for (auto [name, scheme] : {std::pair{"llama", "lns"},
@@ -2185,6 +2194,9 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"qwen3", "lns"},
                                 {"llama-gqa", "hybrid+value-residual"},
                                 {"gpt2", "pre+value-residual"},
+                                {"llama-gqa", "siamese"},
+                                {"gpt2", "residual"},
+                                {"qwen2", "peri+x0"},
                                 {"smollm3", "pre"},
                                 {"olmo", "mix:1"}}) {
         keep(check_recompute<float>(name, scheme));

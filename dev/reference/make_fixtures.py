@@ -54,7 +54,8 @@ def schemes_of(config):
              for name in scheme_rows(L)]
     one_stream = [name for name in names if "siamese" not in name and name != "residual"]
     return (names + [name + "+gpas" for name in one_stream]
-            + ["lns+gpas-each", "pre+x0", "peri+x0", "mix:1+gpas+x0"])
+            + ["lns+gpas-each", "pre+x0", "peri+x0", "mix:1+gpas+x0", "lns+value-residual",
+               "hybrid+value-residual"])
 
 
 # Chosen so that float32's rounding errors stay well below the tolerance of 1e-5 in every tensor (see

@@ -100,6 +100,7 @@ class Scheme:
     number: int = -1  # of NAME:NUMBER
     gates: str = ""  # "layer" with +gpas, "sublayer" with +gpas-each
     x0: bool = False
+    value_residual: bool = False
     lns_power: float = 0.5
     lns_sites: list = field(default_factory=lambda: ["attn", "mlp"])
     base_width: int = 256  # of CompleteP
@@ -118,7 +119,7 @@ class Scheme:
         name, _, number = (base, "", "") if base in rows else base.rpartition(":")
         if name not in rows or (number and rows[name]["number"] is None):
             raise ValueError(f"scheme {base!r} is none of {', '.join(rows)}")
-        known = {"gpas", "gpas-each", "x0", "scaled-init", "depth-init"}
+        known = {"gpas", "gpas-each", "x0", "value-residual", "scaled-init", "depth-init"}
         if not set(additions) <= known:
             raise ValueError(f"scheme {text!r} has additions other than {', '.join(known)}")
         row = dict(rows[name])
@@ -128,7 +129,11 @@ class Scheme:
         return Scheme(
             name, row, int(number) if number else row["number"] or -1,
             gates="layer" if "gpas" in additions else "sublayer" if "gpas-each" in additions else "",
-            x0="x0" in additions)
+            x0="x0" in additions, value_residual="value-residual" in additions)
+
+    @property
+    def head_norms(self):
+        return self.row["head_norms"]
 
     @property
     def two_streams(self):
