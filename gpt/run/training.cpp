@@ -269,8 +269,8 @@ void open_directory(Run& run) {
     if (o.out.empty()) {
         const Config& c = run.config;
         std::string name = (c.preset.empty() ? c.model_type : c.preset) + "-" + c.scheme.name();
-        for (char& c : name)
-            if (c == ':' || c == '*') c = c == ':' ? '-' : '+'; // no shell expands it
+        std::replace(name.begin(), name.end(), ':', '-');
+        if (const size_t star = name.find('*'); star != name.npos) name.replace(star, 1, "-star");
         o.out = default_run_path("runs/" + name);
     }
     const bool exists = o.resume && std::filesystem::is_directory(o.out);
