@@ -103,6 +103,8 @@ class Scheme:
     scaled: bool = False  # in-norms by layer^-lns_power
     gamma: str = "none"  # or vector, scalar
     gpas: bool = False
+    head_norms: bool = False  # of each head of q, k and v
+    value_residual: bool = False
     lns_power: float = 0.5
     lns_sites: list = field(default_factory=lambda: ["attn", "mlp"])
 
@@ -119,7 +121,7 @@ class Scheme:
         """`NAME[:NUMBER][+gpas][+scaled-init]`; NUMBER is mix's k or the power of lns."""
         name, *options = text.split("+")
         name, _, number = name.partition(":")
-        if not set(options) <= {"gpas", "scaled-init"} or (number and name not in ("mix", "lns")):
+        if not set(options) <= {"gpas", "value-residual", "scaled-init"} or (number and name not in ("mix", "lns")):
             raise ValueError(f"scheme {text!r} is not NAME[:NUMBER][+gpas][+scaled-init]")
         rows = scheme_rows(layers)
         if name not in rows:
@@ -136,6 +138,8 @@ class Scheme:
             scaled=row["depth"] == "output",
             gamma=row["gamma"],
             gpas="gpas" in options,
+            head_norms=row["head_norms"],
+            value_residual="value-residual" in options,
         )
         if number and name == "lns":
             scheme.lns_power = float(number)
