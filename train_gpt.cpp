@@ -348,7 +348,9 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
             }
             if (j.adds_start) {
                 const A* before = z; // of r
-                if (j.out_norm) {
+                if (!j.branch) {
+                    before = x.x0 + at; // r itself may have taken the place of r_prev
+                } else if (j.out_norm) {
                     norm_row_forward(st.out, z, p.out_weight, p.out_bias, A(1), v, C);
                     before = v;
                 }

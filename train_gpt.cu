@@ -620,7 +620,10 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
                     if (!part.has(n)) continue;
                     for (int i = 0; i < 8; i++) {
                         const float g = dz[n][i];
-                        skip_sum += double(g) * double(j.out_norm ? before[n][i] : kept * z[n][i]);
+                        const float r = !j.branch    ? x0[n][i]
+                                        : j.out_norm ? before[n][i]
+                                                     : kept * z[n][i];
+                        skip_sum += double(g) * double(r);
                         weight_sum += double(g) * double(x0[n][i]);
                         dx0[n][i] += weight * g;
                         dz[n][i] = skip * g + (j.branch ? 0 : dx0[n][i]);

@@ -75,6 +75,8 @@ def draw(config, name, shape):
     leaf = name.split(".")[-1]
     if leaf.endswith("gate"):
         return random.uniform(-0.7, 0.7, shape).astype(np.float32)
+    if leaf == "value_mix":
+        return random.uniform(0.2, 0.8, shape).astype(np.float32)
     if leaf.endswith("_gamma"):
         return (random.choice([-1, 1], shape) * random.uniform(0.3, 0.7, shape)).astype(np.float32)
     if leaf == "bias":
@@ -94,7 +96,9 @@ def all_parameters(config):
     for text in schemes_of(config):
         for name, p in Model(config, Scheme.parse(text, L)).named_parameters():
             shape = shapes.setdefault(name, tuple(p.shape))
-            if shape != tuple(p.shape) and not name.endswith("_gamma"):
+            # γ is a vector or a scalar; OLMo 2 norms the whole of q and k, or their heads
+            differs = name.endswith(("_gamma", "q_norm.weight", "k_norm.weight"))
+            if shape != tuple(p.shape) and not differs:
                 raise ValueError(f"{name} is {shape} and, under {text}, {tuple(p.shape)}")
             shapes[name] = max(shape, tuple(p.shape))
     return {name: draw(config, name, shapes[name]) for name in sorted(shapes)}
