@@ -475,14 +475,16 @@ struct AttentionShape {
     int q_norm_width() const { return q_norms ? q_width() / q_norms : 0; }
     int k_norm_width() const { return k_norms ? kv_width() / k_norms : 0; }
     int v_norm_width() const { return v_norms ? kv_width() / v_norms : 0; }
-    // Calls f(n, tensor, begin, width) for each norm n, of `width` channels from `begin` on. Norms
-    // of a tensor (0: q, 1: k, 2: v) share its weight.
-    template <class F> void each_norm(const F& f) const {
-        const int norms[] = {q_norms, k_norms, v_norms};
-        const int widths[] = {q_norm_width(), k_norm_width(), v_norm_width()};
-        for (int tensor = 0, n = 0, begin = 0; tensor < 3; tensor++)
-            for (int end = n + norms[tensor]; n < end; n++, begin += widths[tensor])
-                f(n, tensor, begin, widths[tensor]);
+    // Norm n is of `width` channels from `begin` on. Norms of a tensor (0: q, 1: k, 2: v) share its
+    // weight.
+    struct NormPart {
+        int tensor, begin, width;
+    };
+    NormPart norm_part(int n) const {
+        const int in_k = n - q_norms, in_v = in_k - k_norms;
+        if (in_k < 0) return {0, n * q_norm_width(), q_norm_width()};
+        if (in_v < 0) return {1, q_width() + in_k * k_norm_width(), k_norm_width()};
+        return {2, q_width() + kv_width() + in_v * v_norm_width(), v_norm_width()};
     }
 };
 
@@ -572,11 +574,12 @@ void qkv_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats,
         if (raw) {
             S* kept = raw + row * normed;
             for (int i = 0; i < normed; i++) kept[i] = z[i];
-            a.each_norm([&](int n, int tensor, int begin, int width) {
+            for (int n = 0; n < a.norms(); n++) {
+                const auto [tensor, begin, width] = a.norm_part(n);
                 NormStats<A>& st = stats[row * a.norms() + n];
                 st = norm_stats<A>(NormType::rms, A(eps), z + begin, width);
                 norm_row_forward(st, z + begin, weight[tensor], none, A(1), z + begin, width);
-            });
+            }
         }
         for (int head = 0; head < a.NH + a.KVH && table; head++)
             rotate(z + head * HS, z + head * HS, table + a.position(row) * (HS / 2), A(1), HS);
@@ -605,11 +608,12 @@ void qkv_norm_backward(S* dqkv, const S* raw, const NormStats<Acc<S>>* stats,
             const S* x = raw + row * normed;
             S* dy = dqkv + row * a.row();
             for (int i = 0; i < normed; i++) d[i] = A(dy[i]);
-            a.each_norm([&](int n, int tensor, int begin, int width) {
+            for (int n = 0; n < a.norms(); n++) {
+                const auto [tensor, begin, width] = a.norm_part(n);
                 norm_row_backward(NormType::rms, stats[row * a.norms() + n], x + begin,
                                   weight[tensor], d + begin, d + begin, sums + first_sum[tensor],
                                   none, width);
-            });
+            }
             for (int i = 0; i < normed; i++) dy[i] = d[i];
         }
     }
