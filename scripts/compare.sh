@@ -226,7 +226,7 @@ limit=()
 check_time() { # sets limit, which starts a command that may take the time left
     [[ $end ]] || return 0
     if ((SECONDS >= end)); then
-        echo "compare.sh: $minutes minutes are over. The same command continues" >&2
+        echo "compare.sh: the time is over. The same command continues" >&2
         exit 130
     fi
     limit=(timeout --foreground --preserve-status $((end - SECONDS)))

@@ -168,14 +168,19 @@ def outcome_words(group):
     return "; ".join(told)
 
 
+def has_comparison(groups, paper):
+    return any(baseline_of(group, groups, paper.baseline) for group in groups)
+
+
 def result_rows(groups, pre, with_bits, paper):
     """The best group first; groups without a result last."""
     ranked = sorted(groups, key=lambda g: (not g.losses, g.loss if g.losses else 0))
     rows = []
+    compared = has_comparison(groups, paper)
     for group in ranked:
         base = baseline_of(group, groups, paper.baseline)
         row = [label(group), mean_and_spread(group.perplexities)]
-        if pre:
+        if compared:
             row.append(escape((base and difference(group, base)) or ""))
         row += map(escape, paper.cells(group.scheme))
         row.append(mean_and_spread(group.losses, 4))
@@ -229,7 +234,7 @@ def result(groups, paper):
         parts.append(summary(same, pre))
         name = "Pre-LN" if paper.baseline == "pre" else escape(paper.baseline)
         head = ["scheme", "perplexity"]
-        head += [f"against {name}, by seed"] if pre else []
+        head += [f"against {name}, by seed"] if has_comparison(same, paper) else []
         head += [f"the paper’s, {size}" for size in paper.sizes] + ["loss, nats a token"]
         head += ["bits per byte"] if with_bits else []
         head += ["seeds"]
@@ -360,7 +365,14 @@ def training_table(groups, paper):
     head = ["of the steps", *(f"{10 * tenth}%" for tenth in range(1, 11))]
     rows = [("under" if row[0].startswith(" ") else "", map(escape, row)) for row in rows]
     rows = [(kind, [cell or "–" for cell in row]) for kind, row in rows]
-    return f"<h3>Validation perplexity through training</h3>\n{table(head, rows)}"
+    look = "Look whether the gap to the line that a row is compared with grows or closes."
+    if paper.percents:
+        look += " What was published is of another text: only its gaps can be compared."
+    return (
+        "<h3>Validation perplexity through training</h3>\n"
+        f"<p class=look>{look}</p>\n{table(head, rows)}"
+    )
+
 
 
 def subject(groups):

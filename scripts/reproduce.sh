@@ -164,7 +164,8 @@ if [[ $dry ]] || ((${#models[@]} > 1)); then
     plan=''
     for model in "${models[@]}"; do
         part=$(compare "$model" --dry-run)
-        echo "${model%%|*}, $part"
+        echo "== ${model/|/ }"
+        echo "$part"
         plan+=$part$'\n'
     done
     awk '/^  all left/ {
@@ -178,20 +179,21 @@ fi
 status=0
 for model in "${models[@]}"; do
     time=()
-    [[ ! $minutes ]] || time=(--minutes "$(awk -v m="$minutes" -v s=$SECONDS 'BEGIN { left = m - s / 60; print left > 0 ? left : 0 }')")
+    [[ ! $minutes ]] || time=(--minutes "$(awk -v m="$minutes" -v s=$SECONDS 'BEGIN { left = m - s / 60; print (left > 0 ? left : 0) }')")
     compare "$model" ${time[@]+"${time[@]}"} || status=$?
     ((status == 0)) || break
 done
 # The report, also of what was trained until time ran out.
 ((status == 0)) || [[ $minutes ]] || exit "$status"
 ((status == 0 || status == 130)) || exit "$status"
-runs=() left=0
+runs=() left=0 all=0
 for model in "${models[@]}"; do
     for scheme in "${schemes[@]}"; do
         for rate in $RATES; do
             for seed in $SEEDS; do
                 run=$out/${model%%|*}/${scheme//:/-}-lr$rate-seed$seed
                 ! grep -qsm1 '}$' "$run/log.jsonl" || runs+=("$run") # a whole step
+                ((++all))
                 [[ -f $run/outcome ]] || ((++left))
             done
         done
@@ -200,5 +202,5 @@ done
 # shellcheck disable=SC2034 # read by write_report
 paper_flags=(--paper "$table" --scale "$scale")
 ((${#runs[@]} == 0)) || write_report "$out/$table.txt" "$out/$table.html" "${runs[@]}"
-((left == 0)) || echo "reproduce.sh: $left runs are left. The same command continues" >&2
+((left == 0)) || echo "reproduce.sh: of $table, $left of $all runs are left. The same command continues" >&2
 exit "$status"
