@@ -149,7 +149,7 @@ out=${out:-runs/reproduce-$scale}
 data=(${texts[@]+"${texts[@]}"} ${tokenizer[@]+"${tokenizer[@]}"})
 # Other texts than web pages would lose most of their tokens if each document were cut to a sequence.
 [[ ! ${texts[*]-} ]] || data+=(--packed --tokens "$out/tokens")
-[[ ! $steps ]] || more=(-x "$steps" ${more[@]+"${more[@]}"})
+[[ ! $steps ]] || more+=(-x "$steps")
 export SEEDS RATES=${rates//,/ } SECOND_SEED='' MEASURE_SECONDS=${MEASURE_SECONDS:-$((60 / ${#models[@]}))}
 SEEDS=$(seq -s ' ' "$seeds")
 compare() { # MODEL FLAG...

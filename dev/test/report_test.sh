@@ -261,7 +261,8 @@ sweep mix 0.002 1.90 1.95 1.98 # −0.1, −0.09, −0.1
 sweep post 0.001 2.5 2.5 2.6
 sweep post 0.002 1.5 # two of its three seeds are missing
 text=$(python3 scripts/table.py "$dir"/sweep/*/ --paper table1 --scale 130m)
-check "sweep: the best rate, mean and deviation" says "$text" "mix lr 0.002    6.99 ± 0.28  1.9433 ± 0.0404  3 of 3  −9.2%, p = 0.0012                    26.07 (−2.5%)"
+check "sweep: the best rate, mean and deviation" says "$(tr -s ' ' <<<"$text")" \
+    "mix lr 0.002 6.99 ± 0.28 1.9433 ± 0.0404 3 of 3 −9.2%, p = 0.0012 26.07 (−2.5%)"
 check "sweep: noise is called so" says "$text" "within noise: lns lr 0.001 (−0.3%, p = 0.74)"
 check "sweep: what is not, too" says "$text" "better: mix lr 0.002 (−9.2%, p = 0.0012)"
 check "sweep: and what is worse" says "$text" "worse: post lr 0.001 ("
