@@ -1,8 +1,8 @@
 #!/bin/bash
 # Trains one model under several norm schemes and compares the results.
 set -euo pipefail
-# shellcheck source=scripts/python.sh
-. "$(dirname "$0")/python.sh"
+# shellcheck source=scripts/common.sh
+. "$(dirname "$0")/common.sh"
 
 usage() {
     cat <<'USAGE'
@@ -240,7 +240,7 @@ setting_flags() {
     echo "${1:+--lr $1} ${2:+--seed $2}"
 }
 run_of() { # SCHEME SUFFIX
-    echo "$out/${1//:/-}$2"
+    echo "$out/$(run_name "$1" "$2")"
 }
 stages=()
 for seed in "${seeds[@]-}"; do
@@ -297,7 +297,7 @@ measure() {
 
 # Prints the runs that are left and their cost; sets files, how many of C4 the data takes.
 estimate() {
-    local steps step_tokens run_flops total=0 left=0 suffix names scheme again per_file
+    local steps step_tokens run_flops total=0 left=0 suffix names=() scheme again per_file
     read -r steps step_tokens < <(sed -nE 's/^run +([0-9]+) steps? of ([0-9]+) tokens.*/\1 \2/p' <<<"$plan")
     run_flops=$(sed -nE 's/^compute .* ([0-9.e+]+) FLOPs in all.*/\1/p' <<<"$plan")
     [[ ${steps:-} && ${step_tokens:-} && $run_flops ]] || fail "the output of ./train_gpt --dry-run is" \
@@ -305,7 +305,8 @@ estimate() {
     [[ -s $out/speed ]] || measure
     for stage in "${stages[@]}"; do
         IFS='|' read -r suffix names _ <<<"$stage"
-        for scheme in $names; do
+        read -ra names <<<"$names"
+        for scheme in "${names[@]}"; do
             ((total += 1))
             [[ -f $(run_of "$scheme" "$suffix")/outcome ]] || ((left += 1))
         done
@@ -404,9 +405,10 @@ fi
 # RUN/outcome is "finished" or how it diverged.
 runs=()
 train() { # STAGE
-    local suffix names own given recorded scheme run resume command status error
+    local suffix names=() own given recorded scheme run resume command status error
     IFS='|' read -r suffix names own <<<"$1"
     read -ra own <<<"$own"
+    read -ra names <<<"$names"
     own=(${flags[@]+"${flags[@]}"} ${own[@]+"${own[@]}"})
     given=$(printf '%q ' ${own[@]+"${own[@]}"})
     given=${given% } recorded=$out/flags$suffix
@@ -417,7 +419,7 @@ train() { # STAGE
     else
         echo "$given" >"$recorded"
     fi
-    for scheme in $names; do
+    for scheme in "${names[@]}"; do
         run=$(run_of "$scheme" "$suffix")
         runs+=("$run")
         if [[ -f $run/outcome ]]; then

@@ -2,8 +2,8 @@
 # Repeats a table of the paper and reports the result beside the paper's.
 set -euo pipefail
 here=$(dirname "$0")
-# shellcheck source=scripts/python.sh
-. "$here/python.sh"
+# shellcheck source=scripts/common.sh
+. "$here/common.sh"
 
 usage() {
     cat <<'USAGE'
@@ -191,7 +191,7 @@ for model in "${models[@]}"; do
     for scheme in "${schemes[@]}"; do
         for rate in $RATES; do
             for seed in $SEEDS; do
-                run=$out/${model%%|*}/${scheme//:/-}-lr$rate-seed$seed
+                run=$out/${model%%|*}/$(run_name "$scheme" "-lr$rate-seed$seed")
                 ! grep -qsm1 '}$' "$run/log.jsonl" || runs+=("$run") # a whole step
                 ((++all))
                 [[ -f $run/outcome ]] || ((++left))

@@ -32,7 +32,8 @@ check "dry run: the speed was measured" test "$(awk '{ print ($1 > 0) }' "$dir/r
 check "dry run: what was measured with is gone" absent 'run/measuring*'
 check "dry run: nothing is made" absent run/data
 out=$(reproduce all --dry-run)
-check "the whole: every scheme at three rates, variants, second seeds" says "$out" "59 runs"
+check "the whole: every scheme at three rates, variants, second seeds" says "$out" \
+    "$((3 * ($(./train_gpt schemes --format names | wc -w) + 4) + 6 + 5)) runs"
 out=$(reproduce all --dry-run --quick)
 check "quick: ten schemes at two rates" says "$out" "20 runs of 3 steps, 20 of them left"
 
@@ -175,6 +176,9 @@ out=$(table table1 --dry-run "${tiny[@]}")
 check "table1: six schemes, three rates, three seeds" says "$out" "laptop: 54 runs of 3 steps, 54 of them left"
 check "table1: which" says "$out" "schemes   pre lns post deepnorm deepnorm-published mix"
 out=$(scripts/reproduce.sh depth --out "$dir/depth" --dry-run -- -t 16 -b 1 -d 16 --threads 1 2>&1)
+for name in table6 table7 table8; do
+    check "$name: schemes that there are" says "$(table $name --dry-run "${tiny[@]}")" " of them left"
+done
 check "depth: a plan without a text" test "$(count "$out" "45 runs")" = 4
 check "depth: and the cost of all" grep -qE '^all models  [0-9.e+]+ hours left' <<<"$out"
 depths=0
@@ -194,6 +198,9 @@ check "a table: the paper's numbers" grep -qE '^lns .*25\.76 \(−3\.6%\).*15\.7
 [[ ${why:-} ]] || check "a table: a report" grep -q '25.76 (−3.6%)' "$dir/tables/table1.html"
 out=$(table table7 --seeds 1 --rates 1e-2 --steps 4 pre lns "${tiny[@]}")
 check "another table: runs are shared" says "$out" "2 runs of 4 steps, 0 of them left"
+out=$(table table8 --seeds 1 --rates 1e-2 --steps 1 --out "$dir/star" 'hybrid*' lns:after "${tiny[@]}")
+check "names of directories are plain" here 'star/llama/hybrid-star-lr1e-2-seed1/step-000001'
+check "both are in the table" test "$(grep -cE '^(hybrid\*|lns:after) .*finished' "$dir/star/table8.txt")" = 2
 check "another table: its report" grep -q 25.76 "$dir/tables/table7.txt"
 export PYTHONPATH=$dir/lacks # tables suffice from here on
 for architecture in olmo qwen; do
