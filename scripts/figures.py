@@ -489,10 +489,11 @@ def learning_rate_panel(groups, name):
         if math.isfinite(group.lr) and (group.losses or group.diverged):
             found.setdefault(group.but_lr, []).append(group)
     lines = {}
-    for (scheme, *_), same in found.items():
-        if len({group.lr for group in same}) > 1:
-            label = re.sub(r" lr \S+$", "", same[0].label) if scheme in lines else scheme
-            lines[label] = same
+    several = [same for same in found.values() if len({group.lr for group in same}) > 1]
+    schemes = [same[0].scheme for same in several]
+    for scheme, same in zip(schemes, several):
+        label = re.sub(r" lr \S+$", "", same[0].label)
+        lines[label if schemes.count(scheme) > 1 else scheme] = same
     return final_panel(lines, lambda group: group.lr, "Final perplexity by learning rate", name,
                        "peak learning rate")  # fmt: skip
 

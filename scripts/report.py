@@ -23,24 +23,26 @@ import figures
 from figures import COLOURS, GRID, TEXT, count, matplotlib, pyplot
 from runs import RISE, STUCK, Run, RunError, judge_together
 from table import (
-    Paper,
     add_paper_flags,
     baseline_of,
     best_rates,
     by_tokenizer,
     check,
     comparison_note,
-)
-from table import (
+    depth_rows,
     difference,
     drawn_of,
     edge_note,
     group_runs,
     mean_and_spread,
+    Paper,
     perplexity,
     reference,
+    tokenizer_name,
+    tokens_to_reach,
+    training_rows,
+    verdicts,
 )
-from table import tokenizer_name, tokens_to_reach, training_rows, verdicts
 
 # Colours of the SVGs that the page replaces by variables: they are lighter in dark mode.
 VARIABLES = {TEXT: "ink", GRID: "grid", **{c: f"c{i}" for i, c in enumerate(COLOURS)}}
@@ -358,6 +360,15 @@ def picture(item):
     return f"{words}<div class=panels>\n{panels}</div>\n"
 
 
+def depth_table(groups):
+    rows = depth_rows(best_rates(groups))
+    if not rows:
+        return ""
+    look = "Look whether perplexity falls toward the right; in brackets, against the shallowest model, by seed."
+    body = [("", [escape(cell) or "–" for cell in row]) for row in rows[1:]]
+    return f"<h3>Perplexity by depth</h3>\n<p class=look>{look}</p>\n{table(rows[0], body)}"
+
+
 def training_table(groups, paper):
     rows = training_rows(best_rates(groups), paper)
     if not rows:
@@ -372,7 +383,6 @@ def training_table(groups, paper):
         "<h3>Validation perplexity through training</h3>\n"
         f"<p class=look>{look}</p>\n{table(head, rows)}"
     )
-
 
 
 def subject(groups):
@@ -410,7 +420,7 @@ def page(groups, notes, pictures, paper):
         sections.append(("result", "Result", result(groups, paper)))
     loss, probes = pictures
     if loss:
-        told = training_table(groups, paper)
+        told = depth_table(groups) + training_table(groups, paper)
         sections.append(("loss", "Loss", told + "".join(map(picture, loss))))
     told = depth(groups)
     if probes or told:

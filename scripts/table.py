@@ -18,6 +18,7 @@ and label, and what a reader should know before comparing them.
 import argparse
 import math
 import os
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -258,6 +259,8 @@ def edge_note(groups, best):
             names.append(group.label)
     if not names:
         return ""
+    if len(names) == len(best) > 1:
+        names = ["all"]
     return (
         f"At an edge of the learning rates tried, so that others may be better: {', '.join(names)}."
     )
@@ -384,6 +387,25 @@ def training_rows(groups, paper):
                 first if scheme != paper.baseline else None,
                 paper.baseline,
             )
+    return rows
+
+
+def depth_rows(best):
+    """Of the best groups: a head and a row a scheme, of perplexity by the number of layers and its
+    difference from the shallowest model's; [] if there is only one depth."""
+    depths = sorted({group.layers for group in best if group.layers and group.losses})
+    if len(depths) < 2:
+        return []
+    rows = [["layers", *map(str, depths)]]
+    for scheme in dict.fromkeys(group.scheme for group in best):
+        cells, first = [], None
+        for depth in depths:
+            same = [g for g in best if g.scheme == scheme and g.layers == depth and g.losses]
+            group = min(same, key=lambda g: g.rank, default=None)
+            change = f" ({difference(group, first)})" if group and first else ""
+            cells.append(mean_and_spread(group.perplexities) + change if group else "")
+            first = first or group
+        rows.append([scheme, *cells])
     return rows
 
 
@@ -578,6 +600,10 @@ def drawn_of(groups):
     schemes = [group.scheme for group in drawn]
     for group in drawn:
         group.tag = group.label if schemes.count(group.scheme) > 1 else group.scheme
+    if len(groups) > MANY:  # the line's style says the learning rate
+        short = [re.sub(r" lr \S+$", "", group.tag) for group in drawn]
+        for group, tag in zip(drawn, short):
+            group.tag = tag if short.count(tag) == 1 else group.tag
     return drawn
 
 
@@ -686,6 +712,11 @@ def scheme_table(groups, paper):
     yield from aligned(table, words=(4,))
     yield from verdicts(best, paper.baseline)
     yield from filter(None, (edge_note(groups, best), comparison_note(best, paper.baseline)))
+    rows = depth_rows(best)
+    if rows:
+        yield ""
+        yield "Perplexity by depth, against the shallowest model by seed:"
+        yield from aligned(rows)
     rows = training_rows(best, paper) if paper.percents else []
     if rows:
         yield ""

@@ -325,6 +325,7 @@ check "depth: a picture" grep -q 'aria-label="Final perplexity by depth"' "$dir/
 check "depth: models are named by it" says "$text" "lns layers 24|"
 check "depth: and compared with their like" says "$text" "Against pre layers 6, paired by 2 seeds: within noise: lns layers 6 (+0.0%, p = 1)."
 check "depth: of 24 layers, too" says "$text" "Against pre layers 24, paired by 2 seeds: better: lns layers 24 (−18.2%, p = 0.0016)."
+check "depth: whether it pays" says "$text" "lns|7.17 ± 0.10|4.90 ± 0.07 (−31.7%, p < 0.001)|"
 check "paper: a table that it lacks" fails_with "has no table 'table9'; it has table1, table6" report "$dir/pre-1" --paper table9
 
 # Tokenizers
