@@ -1,8 +1,8 @@
 #!/bin/bash
 # Trains one model under several norm schemes and compares the results.
 set -euo pipefail
-# shellcheck source=scripts/python.sh
-. "$(dirname "$0")/python.sh"
+# shellcheck source=scripts/common.sh
+. "$(dirname "$0")/common.sh"
 
 usage() {
     cat <<'USAGE'
@@ -28,17 +28,21 @@ trains, probes each trained model, and writes OUT/table.txt and OUT/report.html:
   7b                    LNS, and OLMo's scaled initialization, on C4
 
   -o, --out DIR         default: runs/compare, or runs/compare-PRESET
+  --minutes N           stop and save after N minutes, with exit status 130; the same command continues
+  --train-only          no probes, no table, no report
   --dry-run             print the plan and its cost, and stop
 
 With a PRESET only:
   --quick               fewer runs: ten schemes, two learning rates and one seed for laptop; pre and
                         lns (7b: lns and pre+scaled-init) for the others
   --data FILE           text to train on instead of C4, plain or as .gz, .xz or .zst; a line
-                        <|endoftext|> ends a document. laptop needs about 20 MB
+                        <|endoftext|> ends a document; may be repeated. laptop needs about 20 MB
   --tokenizer SPEC      as for data/tokenize. Default: T5's for C4; for --data, a SentencePiece
                         model trained on it
   --packed              concatenate documents instead of giving each its own sequence, cut or
                         padded to 256 tokens as in the paper; laptop and 7b always do
+  --tokens DIR          where the tokens are, or will be, for several comparisons of the same text.
+                        Default: OUT/data, for C4 data/c4 or data/c4-padded
 
 Environment: RATES="1e-3 3e-3" and SEEDS="1 2" train each scheme with each learning rate and seed;
 SECOND_SEED=yes then repeats the best with seed 2, as laptop does. LAUNCH="mpirun -np 8" starts
@@ -51,18 +55,22 @@ fail() {
     exit 1
 }
 
-preset='' quick='' packed='' text='' tokenizer='' out='' dry='' schemes=() more=()
+preset='' quick='' packed='' texts=() tokenizer='' tokens='' out='' dry='' train_only='' minutes=''
+schemes=() more=()
 while (($#)); do
     case $1 in
     -h | --help) usage && exit ;;
     --quick) quick=yes ;;
     --packed) packed=yes ;;
     --dry-run) dry=yes ;;
-    --data | --tokenizer | -o | --out)
+    --train-only) train_only=yes ;;
+    --data | --tokenizer | --tokens | --minutes | -o | --out)
         [[ ${2:-} ]] || fail "$1 needs a value"
         case $1 in
-        --data) text=$2 ;;
+        --data) texts+=("$2") ;;
         --tokenizer) tokenizer=$2 ;;
+        --tokens) tokens=$2 ;;
+        --minutes) minutes=$2 ;;
         *) out=$2 ;;
         esac
         shift
@@ -80,8 +88,10 @@ while (($#)); do
     esac
     shift
 done
-[[ $preset || ! $quick$packed$text$tokenizer ]] || fail "--quick, --packed, --data and --tokenizer" \
-    "belong to a preset: laptop, 60m, 130m, 250m, 350m, 1b or 7b"
+[[ $preset || ! $quick$packed${texts[*]-}$tokenizer$tokens ]] || fail "--quick, --packed, --data," \
+    "--tokens and --tokenizer belong to a preset: laptop, 60m, 130m, 250m, 350m, 1b or 7b"
+[[ ! $minutes || $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--minutes $minutes: a number is expected"
+[[ ! $minutes ]] || command -v timeout >/dev/null || fail "--minutes needs timeout, which is part of GNU coreutils"
 for flag in ${more[@]+"${more[@]}"}; do
     case $flag in
     -n* | --norm | --norm=* | -o* | --out | --out=* | -y* | --resume*) ;;
@@ -160,27 +170,43 @@ for ((i = 0; i + 1 < ${#more[@]}; i++)); do
 done
 
 # Whatever is missing is reported before anything takes time.
-[[ $preset != laptop || $text ]] || fail "the laptop preset needs a text to train on: --data FILE, of" \
+[[ $preset != laptop || ${texts[*]-} || $dry ]] || fail "the laptop preset needs a text to train on: --data FILE, of" \
     "about 20 MB. data/get.sh tinystories fetches one"
-unpack=(cat)
-if [[ $text ]]; then
-    [[ -f $text && -r $text ]] || fail "--data $text is no file that can be read"
-    case $text in
-    *.gz) unpack=(gzip -dc) ;;
-    *.xz) unpack=(xz -dc) ;;
-    *.zst) unpack=(zstd -dc) ;;
+unpacker() { # FILE
+    case $1 in
+    *.gz) echo gzip ;;
+    *.xz) echo xz ;;
+    *.zst) echo zstd ;;
+    *) echo cat ;;
     esac
-    command -v "${unpack[0]}" >/dev/null || fail "${unpack[0]}, which unpacks $text, is missing." \
-        "Install it, or pass the unpacked text"
-    [[ $tokenizer || -x data/vocabulary || $dry ]] || fail "there is no data/vocabulary to train a" \
-        "vocabulary with. Build it (make data/vocabulary), or choose a --tokenizer"
-fi
+}
+separator='<|endoftext|>'
+unpack() { # all texts, one after the other
+    local file next=''
+    for file in "${texts[@]}"; do
+        [[ ! $next ]] || printf '\n%s\n' "$separator"
+        next=yes
+        case $(unpacker "$file") in
+        cat) cat "$file" ;;
+        *) "$(unpacker "$file")" -dc "$file" ;;
+        esac || return
+    done
+}
+for file in ${texts[@]+"${texts[@]}"}; do
+    [[ -f $file && -r $file ]] || fail "--data $file is no file that can be read"
+    command -v "$(unpacker "$file")" >/dev/null || fail "$(unpacker "$file"), which unpacks $file, is" \
+        "missing. Install it, or pass the unpacked text"
+done
+text=${texts[*]-}
+[[ ! $text || $tokenizer || -x data/vocabulary || $dry ]] || fail "there is no data/vocabulary to train a" \
+    "vocabulary with. Build it (make data/vocabulary), or choose a --tokenizer"
 [[ ! $preset || -x data/tokenize || $dry ]] || fail "there is no data/tokenize here. Build it: make data/tokenize"
 
 # Where the shards are, or will be.
 data=data/c4-padded
 [[ $packed ]] && data=data/c4
 [[ $text ]] && data=$out/data
+data=${tokens:-$data}
 have_data() { compgen -G "$data/*_train_*.bin" >/dev/null; }
 input=()
 if [[ $preset ]] && have_data; then
@@ -193,6 +219,19 @@ for scheme in "${schemes[@]}"; do
         fail "these flags are refused: ${plan##*train_gpt: }"
 done
 
+# --minutes: timeout ends what runs when they are over.
+end=''
+[[ ! $minutes ]] || end=$(awk -v minutes="$minutes" 'BEGIN { print int(60 * minutes) }')
+limit=()
+check_time() { # sets limit, which starts a command that may take the time left
+    [[ $end ]] || return 0
+    if ((SECONDS >= end)); then
+        echo "compare.sh: the time is over. The same command continues" >&2
+        exit 130
+    fi
+    limit=(timeout --foreground --preserve-status $((end - SECONDS)))
+}
+
 # Stages are runs that share their flags: "SUFFIX|SCHEMES|FLAGS".
 setting() { # RATE SEED
     echo "${1:+-lr$1}${2:+-seed$2}"
@@ -201,7 +240,7 @@ setting_flags() {
     echo "${1:+--lr $1} ${2:+--seed $2}"
 }
 run_of() { # SCHEME SUFFIX
-    echo "$out/${1//:/-}$2"
+    echo "$out/$(run_name "$1" "$2")"
 }
 stages=()
 for seed in "${seeds[@]-}"; do
@@ -258,7 +297,7 @@ measure() {
 
 # Prints the runs that are left and their cost; sets files, how many of C4 the data takes.
 estimate() {
-    local steps step_tokens run_flops total=0 left=0 suffix names scheme again per_file
+    local steps step_tokens run_flops total=0 left=0 suffix names=() scheme again per_file
     read -r steps step_tokens < <(sed -nE 's/^run +([0-9]+) steps? of ([0-9]+) tokens.*/\1 \2/p' <<<"$plan")
     run_flops=$(sed -nE 's/^compute .* ([0-9.e+]+) FLOPs in all.*/\1/p' <<<"$plan")
     [[ ${steps:-} && ${step_tokens:-} && $run_flops ]] || fail "the output of ./train_gpt --dry-run is" \
@@ -266,7 +305,8 @@ estimate() {
     [[ -s $out/speed ]] || measure
     for stage in "${stages[@]}"; do
         IFS='|' read -r suffix names _ <<<"$stage"
-        for scheme in $names; do
+        read -ra names <<<"$names"
+        for scheme in "${names[@]}"; do
             ((total += 1))
             [[ -f $(run_of "$scheme" "$suffix")/outcome ]] || ((left += 1))
         done
@@ -313,6 +353,8 @@ estimate() {
         echo "  data      as the flags say"
     elif have_data; then
         echo "  data      $data, seen $(sed -n 's/^ *seen //p' <<<"$plan") by each run"
+    elif [[ $preset == laptop && ! $text ]]; then
+        echo "  data      none yet: --data FILE"
     elif [[ $text ]]; then
         echo "  data      $text, to be tokenized into $data"
     else
@@ -326,7 +368,7 @@ estimate() {
 pad=()
 [[ $packed ]] || pad=(--pad-documents 256)
 tokenize_text() {
-    local made_of spec=$tokenizer separator='<|endoftext|>' split=() count model=$data/text.model
+    local made_of spec=$tokenizer split=() count model=$data/text.model
     made_of="$text ${tokenizer:-learned $vocabulary} ${pad[*]-}"
     if have_data; then
         [[ $(cat "$data/made_of" 2>/dev/null) == "$made_of" ]] || fail "the tokens in $data were made" \
@@ -334,7 +376,7 @@ tokenize_text() {
         return
     fi
     mkdir -p "$data"
-    count=$("${unpack[@]}" "$text" | grep -cxF -- "$separator" || [[ ${PIPESTATUS[0]} == 0 ]]) ||
+    count=$(unpack | grep -cxF -- "$separator" || [[ ${PIPESTATUS[0]} == 0 ]]) ||
         fail "$text cannot be unpacked: it is damaged, or not what its name says"
     if ((count > 0)); then
         split=(--doc-separator "$separator")
@@ -344,12 +386,12 @@ tokenize_text() {
     fi
     if [[ ! $spec ]]; then
         # The first 100 MB are enough for a vocabulary.
-        { "${unpack[@]}" "$text" || true; } 2>/dev/null | head -c 100000000 |
+        { unpack || true; } 2>/dev/null | head -c 100000000 |
             data/vocabulary --size "$vocabulary" --doc-separator "$separator" -o "$model"
         spec=$model
     fi
     echo "$made_of" >"$data/made_of"
-    "${unpack[@]}" "$text" | data/tokenize --tokenizer "$spec" ${split[@]+"${split[@]}"} ${pad[@]+"${pad[@]}"} -o "$data/text"
+    unpack | data/tokenize --tokenizer "$spec" ${split[@]+"${split[@]}"} ${pad[@]+"${pad[@]}"} -o "$data/text"
     compgen -G "$data/text_val_*.bin" >/dev/null || fail "$text is too short to keep a part for validation"
 }
 if [[ $text ]]; then
@@ -363,9 +405,10 @@ fi
 # RUN/outcome is "finished" or how it diverged.
 runs=()
 train() { # STAGE
-    local suffix names own given recorded scheme run resume command status error
+    local suffix names=() own given recorded scheme run resume command status error
     IFS='|' read -r suffix names own <<<"$1"
     read -ra own <<<"$own"
+    read -ra names <<<"$names"
     own=(${flags[@]+"${flags[@]}"} ${own[@]+"${own[@]}"})
     given=$(printf '%q ' ${own[@]+"${own[@]}"})
     given=${given% } recorded=$out/flags$suffix
@@ -376,7 +419,7 @@ train() { # STAGE
     else
         echo "$given" >"$recorded"
     fi
-    for scheme in $names; do
+    for scheme in "${names[@]}"; do
         run=$(run_of "$scheme" "$suffix")
         runs+=("$run")
         if [[ -f $run/outcome ]]; then
@@ -385,13 +428,14 @@ train() { # STAGE
         fi
         resume=()
         [[ -d $run ]] && resume=(-y)
+        check_time
         command=(${launch[@]+"${launch[@]}"} ./train_gpt -n "$scheme" -o "$run"
             ${resume[@]+"${resume[@]}"} ${own[@]+"${own[@]}"})
         printf '== %s:' "$scheme" && printf ' %q' "${command[@]}" && echo
 
         # tee must outlive a signal to the process group, to print what the trainer says as it saves.
         status=0
-        "${command[@]}" 2>"$run.err" | (trap '' INT TERM && exec tee -a "$run.txt") ||
+        ${limit[@]+"${limit[@]}"} "${command[@]}" 2>"$run.err" | (trap '' INT TERM && exec tee -a "$run.txt") ||
             status=${PIPESTATUS[0]}
         error=$(<"$run.err")
         rm "$run.err"
@@ -400,10 +444,12 @@ train() { # STAGE
             echo finished >"$run/outcome"
         elif [[ $error == *'is not finite'* ]]; then
             echo "$error" >"$run/outcome" # divergence is a result, too
-        elif ((status == 130)); then
-            echo "compare.sh: stopped. The same command continues" >&2
-            exit 130
         else
+            check_time
+            if ((status == 130)); then
+                echo "compare.sh: stopped. The same command continues" >&2
+                exit 130
+            fi
             compgen -G "$out/*$suffix/log.jsonl" >/dev/null || rm "$recorded" # nothing was trained with them
             fail "$scheme stopped with exit status $status. The same command tries again"
         fi
@@ -418,29 +464,22 @@ if [[ $second_seed ]]; then
     done
 fi
 
+[[ ! $train_only ]] || exit 0
 if [[ $preset ]]; then
     for run in "${runs[@]}"; do
         if ! compgen -G "$run/step-*" >/dev/null || [[ -f $run/probe.json ]]; then continue; fi
         echo "== probe $run"
         status=0
-        ./train_gpt probe "$run" ${probe_flags[@]+"${probe_flags[@]}"} >"$run.probe.txt" || status=$?
+        check_time
+        ${limit[@]+"${limit[@]}"} ./train_gpt probe "$run" ${probe_flags[@]+"${probe_flags[@]}"} >"$run.probe.txt" || status=$?
+        ((status != 0)) && check_time
         ((status == 130)) && exit 130
         ((status == 0)) || echo "compare.sh: $run could not be probed; the report will lack its probes" >&2
     done
     echo
 fi
-if ! command -v python3 >/dev/null; then
-    echo "compare.sh: the runs are done. There is no table of them, because there is no python3:" \
-        "\`make deps\`; then the same command writes it" >&2
-    exit
+if [[ $preset ]]; then
+    write_report "$out/table.txt" "$out/report.html" "${runs[@]}"
+else
+    write_report '' '' "${runs[@]}"
 fi
-table=$(python3 scripts/table.py "${runs[@]}")
-echo "$table"
-[[ $preset ]] || exit 0
-echo "$table" >"$out/table.txt"
-if ! lack=$(python3 scripts/figures.py 2>&1); then
-    echo "compare.sh: the runs are done, and their table is $out/table.txt. There is no report:" \
-        "$(tail -1 <<<"${lack#figures.py: }"). Then the same command writes it" >&2
-    exit
-fi
-python3 scripts/report.py "${runs[@]}" -o "$out/report.html"

@@ -1,8 +1,8 @@
 """Pictures of runs: shared parts (Matplotlib, colours, axes), and the pictures of the report.
 
-Okabe and Ito's colours remain distinct for colour-blind readers; line styles and markers differ too.
-A panel of the report is as wide as a phone can show without shrinking the text, so a page places as
-many side by side as fit.
+Colour says the scheme and line style the learning rate; seeds share both. Okabe and Ito's colours remain
+distinct for colour-blind readers, Tol's follow them; markers differ too. A panel is as wide as a phone
+can show without shrinking the text, so a page places several side by side.
 """
 
 import math
@@ -34,6 +34,8 @@ try:
     import numpy
     from matplotlib import colors as mcolors
     from matplotlib import pyplot
+    from matplotlib.collections import QuadMesh
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
     from matplotlib.ticker import SymmetricalLogLocator
 except ImportError as error:
@@ -42,9 +44,10 @@ except ImportError as error:
         f"none that works ({error}): `make deps` installs it under build/"
     )
 
-from table import by_tokenizer, drawn_of, perplexity, tokenizer_name
+from table import best_rates, by_tokenizer, differing_flags, drawn_of, perplexity, tokenizer_name
 
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
+COLOURS += ["#882255", "#999933", "#332288", "#44AA99", "#8C564B", "#DDAA33", "#7F7F7F"]
 LINES = ["-", "--", "-.", (0, (1, 1.2))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 TEXT, GRID = "#222222", "#DDDDDD"
@@ -80,12 +83,13 @@ def use_style(font_size, more=()):
         matplotlib.rcParams["text.parse_math"] = False  # a $ in a directory's name is a $
 
 
-def line_style(index):
-    """The look of the index-th line. 28 are distinct, and the first 4 also without colour."""
+def line_style(group):
+    """The look of a group's lines: colour by scheme, line by learning rate, marker by scheme and other
+    flags."""
     return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": LINES[index % len(LINES)],
-        "marker": MARKERS[index % len(MARKERS)],
+        "color": COLOURS[group.colour % len(COLOURS)],
+        "linestyle": LINES[group.line % len(LINES)],
+        "marker": MARKERS[group.marker % len(MARKERS)],
     }
 
 
@@ -156,12 +160,13 @@ class Picture:
 
 
 def prepare():
-    use_style(FONT_SIZE, {"svg.fonttype": "none", "xtick.labelsize": 10.5, "ytick.labelsize": 10.5})
+    use_style(FONT_SIZE, {"svg.fonttype": "none", "xtick.labelsize": 10.5, "ytick.labelsize": 10.5,
+                          "pdf.fonttype": 42})  # fmt: skip
     warnings.filterwarnings("ignore", message=".*[Gg]lyph.*missing")
 
 
 def name_of(*words):
-    """"lns+scaled-init" -> "lns-scaled-init", for a file's name."""
+    """ "lns+scaled-init" -> "lns-scaled-init", for a file's name."""
     text = "-".join(words)
     text = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in text)
     return "-".join(part for part in text.split("-") if part)
@@ -229,11 +234,20 @@ def label_ends(axes, ends):
 
 
 def colour_of(group):
-    return line_style(group.index)["color"]
+    return line_style(group)["color"]
+
+
+def key_of_rates(axes, groups):
+    """A legend of line styles, if the groups have several learning rates."""
+    styles = {g.lr: line_style(g)["linestyle"] for g in groups if math.isfinite(g.lr)}
+    if len(styles) > 1:
+        lines = [Line2D([], [], color=TEXT, linestyle=styles[lr], label=f"lr {plain(lr)}")
+                 for lr in sorted(styles)]  # fmt: skip
+        axes.legend(handles=lines, fontsize=LABEL_SIZE, frameon=False, loc="best")
 
 
 def draw_line(axes, group, xs, ys, marks=True, **more):
-    style = {**line_style(group.index), "linewidth": 1.8, "markersize": 4.5, **more}
+    style = {**line_style(group), "linewidth": 1.8, "markersize": 4.5, **more}
     if not marks:
         style["marker"] = ""
     elif len(xs) > 14:
@@ -319,7 +333,8 @@ def training_panel(groups, title, name):
                 curves.append((group, run, tokens[known], losses[known]))
     if not curves:
         return None
-    figure, axes = new_panel(title, [short(group.tag) for group, *_ in curves])
+    labels = dict.fromkeys(short(group.tag) for group, *_ in curves)
+    figure, axes = new_panel(title, list(labels))
     ends, good, starts = {}, [], []
     for group, run, xs, ys in curves:
         first = group.label not in ends
@@ -336,13 +351,15 @@ def training_panel(groups, title, name):
     every = [y for *_, ys in curves for y in ys]
     limits(axes, [y for y in good if y <= max(starts)] or every, log=False)
     axes.set_ylabel("nats a token")
+    key_of_rates(axes, [group for group, *_ in curves])
     label_ends(axes, list(ends.values()))
     return Panel(name, title, figure)
 
 
-def validation_panel(groups, title, name, of=lambda loss: loss, unit="nats a token", from_=0.0):
+def validation_panel(groups, others, title, name, of=lambda loss: loss, unit="nats a token",
+                     from_=0.0):  # fmt: skip
     """of(loss): the mean over seeds, and a band from minimum to maximum, starting at the fraction
-    from_ of training."""
+    from_ of training. The others, at learning rates that are not their best, are pale."""
     end = max((group.tokens for group in groups), default=0)
     begin = from_ * end
     curves = []
@@ -355,6 +372,13 @@ def validation_panel(groups, title, name, of=lambda loss: loss, unit="nats a tok
         return None
     texts = [f"{short(g.tag)} {numpy.mean(curve[-1][1]):.2f}" for g, curve, _ in curves]
     figure, axes = new_panel(title, texts)
+    for group in others:
+        if not group.diverged:
+            points = [
+                (tokens, numpy.mean([of(v) for v in losses])) for tokens, losses in group.curve
+            ]
+            draw_line(axes, group, *zip(*points) if points else ((), ()), marks=False, linewidth=1,
+                      alpha=0.4)  # fmt: skip
     ends = []
     for (group, curve, _), text in zip(curves, texts):
         tokens = [t for t, _ in curve]
@@ -376,6 +400,7 @@ def validation_panel(groups, title, name, of=lambda loss: loss, unit="nats a tok
     limits(axes, values, log=False)
     tokens_axis(axes, begin, end)
     axes.set_ylabel(unit)
+    key_of_rates(axes, [*(group for group, *_ in curves), *others])
     label_ends(axes, ends)
     return Panel(name, title, figure)
 
@@ -390,7 +415,7 @@ def accuracy_panel(groups, task, name):
     if not curves:
         return None
     title = f"Accuracy on {task}"
-    figure, axes = new_panel(title, [short(group.tag) for group, _ in curves])
+    figure, axes = new_panel(title, list(dict.fromkeys(short(group.tag) for group, _ in curves)))
     ends, values = {}, []
     for group, points in curves:
         xs, ys, errors, chances = zip(*points)
@@ -420,47 +445,69 @@ def accuracy_picture(groups):
     )
 
 
-def learning_rate_panel(groups, name):
-    lines = {}
-    for group in groups:
-        if math.isfinite(group.lr) and (group.losses or group.diverged):
-            lines.setdefault(group.but_lr, []).append(group)
-    schemes = {}
-    for (scheme, *_), same in lines.items():
-        if len({group.lr for group in same}) > 1:
-            label = re.sub(r" lr \S+$", "", same[0].label) if scheme in schemes else scheme
-            schemes[label] = same
-    values = [p for gs in schemes.values() for g in gs for p in g.perplexities]
+def final_panel(lines, of, title, name, axis):
+    """The final perplexity, mean and deviation over seeds, by of(group): lines are {label: groups}. A
+    cross at the top is a group that diverged."""
+    values = [p for same in lines.values() for group in same for p in group.perplexities]
     if not values:
         return None
-    labels = [short(scheme) for scheme in schemes]
-    figure, axes = new_panel("Final perplexity by learning rate", labels)
+    figure, axes = new_panel(title, [short(label) for label in lines])
     median = sorted(values)[len(values) // 2]
     limits(axes, [v for v in values if v < 3 * median], log=True, ratio=4)
-    ends, lrs = [], set()
-    for scheme, same in schemes.items():
+    ends = []
+    for label, same in lines.items():
         points = {}
         for group in same:
-            lrs.add(group.lr)
             if group.losses:
-                points.setdefault(group.lr, []).extend(group.perplexities)
+                points.setdefault(of(group), []).extend(group.perplexities)
             elif group.diverged:
-                axes.plot([group.lr], [0.97], transform=axes.get_xaxis_transform(), marker="x",
-                          color=colour_of(same[0]), markersize=8, markeredgewidth=2)  # fmt: skip
+                axes.plot([of(group)], [0.97], transform=axes.get_xaxis_transform(), marker="x",
+                          color=colour_of(group), markersize=8, markeredgewidth=2)  # fmt: skip
         if points:
             xs = sorted(points)
-            ys = [sum(points[x]) / len(points[x]) for x in xs]
-            draw_line(axes, same[0], xs, ys)
-            ends.append((xs[-1], ys[-1], short(scheme), colour_of(same[0])))
+            ys = [numpy.mean(points[x]) for x in xs]
+            draw_line(axes, same[0], xs, ys, linestyle="-")
+            spreads = [numpy.std(points[x], ddof=1) if len(points[x]) > 1 else 0 for x in xs]
+            axes.errorbar(xs, ys, yerr=spreads, fmt="none", ecolor=colour_of(same[0]), elinewidth=1,
+                          capsize=2, alpha=0.7)  # fmt: skip
+            ends.append((xs[-1], ys[-1], short(label), colour_of(same[0])))
+    ticks = sorted({of(group) for same in lines.values() for group in same})
     axes.set_xscale("log")
-    axes.set_xlim(min(lrs) / 1.15, max(lrs) * 1.15)
-    axes.set_xticks(sorted(lrs))
+    axes.set_xlim(min(ticks) / 1.15, max(ticks) * 1.15)
+    axes.set_xticks(ticks)
     axes.minorticks_off()
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"{lr:g}"))
-    axes.set_xlabel("peak learning rate")
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
+    axes.set_xlabel(axis)
     axes.set_ylabel("perplexity")
     label_ends(axes, ends)
-    return Panel(name, "Final perplexity by learning rate", figure)
+    return Panel(name, title, figure)
+
+
+def learning_rate_panel(groups, name):
+    found = {}
+    for group in groups:
+        if math.isfinite(group.lr) and (group.losses or group.diverged):
+            found.setdefault(group.but_lr, []).append(group)
+    lines = {}
+    several = [same for same in found.values() if len({group.lr for group in same}) > 1]
+    schemes = [same[0].scheme for same in several]
+    for scheme, same in zip(schemes, several):
+        label = re.sub(r" lr \S+$", "", same[0].label)
+        lines[label if schemes.count(scheme) > 1 else scheme] = same
+    return final_panel(lines, lambda group: group.lr, "Final perplexity by learning rate", name,
+                       "peak learning rate")  # fmt: skip
+
+
+def depth_panel(groups, name):
+    """Each scheme at its best learning rate, by the number of layers."""
+    lines = {}
+    for group in best_rates(groups):
+        if group.layers and (group.losses or group.diverged):
+            lines.setdefault(group.scheme, []).append(group)
+    lines = {k: same for k, same in lines.items() if len({group.layers for group in same}) > 1}
+    return final_panel(
+        lines, lambda group: group.layers, "Final perplexity by depth", name, "layers"
+    )
 
 
 def loss_pictures(groups):
@@ -470,12 +517,17 @@ def loss_pictures(groups):
         apart = f" ({tokenizer_name(key)})" if len(classes) > 1 else ""
         tag = name_of(str(classes.index((key, same)) + 1)) if len(classes) > 1 else ""
         drawn = drawn_of(same)
-        chosen = ""
-        if len(drawn) < len(same):
-            chosen = " For each scheme, only the best learning rate is drawn."
+        others = [group for group in same if group not in drawn]
+        chosen = (
+            " Colour says the scheme, line style the learning rate."
+            if "--lr" in differing_flags(same)
+            else ""
+        )
+        if others:
+            chosen += " Each scheme's best is labelled; validations at the others are pale."
         panels = [
             training_panel(drawn, "Training loss, smoothed", name_of("training-loss", tag)),
-            validation_panel(drawn, "Validation loss", name_of("validation-loss", tag)),
+            validation_panel(drawn, others, "Validation loss", name_of("validation-loss", tag)),
         ]
         pictures.append(
             Picture(
@@ -487,9 +539,9 @@ def loss_pictures(groups):
             )
         )
         panels = [
-            validation_panel(drawn, "Validation perplexity", name_of("perplexity", tag),
+            validation_panel(drawn, others, "Validation perplexity", name_of("perplexity", tag),
                              perplexity, "perplexity"),
-            validation_panel(drawn, "Its second half", name_of("perplexity-end", tag),
+            validation_panel(drawn, others, "Its second half", name_of("perplexity-end", tag),
                              perplexity, "perplexity", 0.5),
         ]  # fmt: skip
         pictures.append(
@@ -502,10 +554,15 @@ def loss_pictures(groups):
         )
         pictures.append(
             Picture(
-                f"Learning rates{apart}",
-                "Look for a scheme whose best learning rate is not the others': compared at one "
-                "rate alone it would be wronged; a cross at the top is a run that diverged.",
-                [learning_rate_panel(same, name_of("learning-rates", tag))],
+                f"Learning rates and depth{apart}",
+                "Look for a scheme whose best learning rate is not the others', compared at one rate "
+                "alone it would be wronged; and, where there are models of several depths, whether "
+                "a curve falls with depth. Bars are deviations over seeds; a cross at the top is a "
+                "run that diverged.",
+                [
+                    learning_rate_panel(same, name_of("learning-rates", tag)),
+                    depth_panel(same, name_of("depth", tag)),
+                ],
             )
         )
     return kept([*pictures, accuracy_picture(drawn_of(groups))])
@@ -540,6 +597,7 @@ def line_panel(curves, title, name, first=1, axis="layer", unit="", errors=None)
     limits(axes, [y for _, ys in curves for y in ys])
     layer_axis(axes, first, first + max(len(ys) for _, ys in curves) - 1, axis, 0.3)
     axes.set_ylabel(unit)
+    key_of_rates(axes, [group for group, _ in curves])
     label_ends(axes, ends)
     return Panel(name, title, figure)
 
@@ -597,7 +655,7 @@ def fit_panel(group, values, bounds):
     title = f"{short(group.tag)}: variance and its fits"
     figure, axes = new_panel(title)
     layers = numpy.arange(1, len(values) + 1)
-    axes.plot(layers, values, color=colour_of(group), marker=line_style(group.index)["marker"],
+    axes.plot(layers, values, color=colour_of(group), marker=line_style(group)["marker"],
               linestyle="", markersize=5.5, label="measured")  # fmt: skip
     if fits:
         xs = numpy.linspace(1, len(values), 100)
@@ -707,9 +765,7 @@ def bar_panels(values, kind, title, axis="layer"):
     """A panel for each of [(group, one number per layer)], on a common scale."""
     values = [(group, bars) for group, bars in values if finite(bars)]
     bounds = finite([bar for _, bars in values for bar in bars])
-    return [
-        bar_panel(g, bars, bounds, name_of(kind, g.tag), title(g), axis) for g, bars in values
-    ]
+    return [bar_panel(g, bars, bounds, name_of(kind, g.tag), title(g), axis) for g, bars in values]
 
 
 def variance_pictures(groups):
@@ -812,7 +868,9 @@ def removal_pictures(groups):
         for task in group.probe.removal_tasks:
             values = group.probe.series("task_removal", task, "change")
             errors = group.probe.series("task_removal", task, "change_error")
-            if values and not any(task.startswith(f"{other}_") for other in group.probe.removal_tasks):
+            if values and not any(
+                task.startswith(f"{other}_") for other in group.probe.removal_tasks
+            ):
                 changes.append((group, task, values, errors))
     bounds = finite([v for *_, values, _ in changes for v in values])
     pictures.append(
@@ -940,6 +998,23 @@ def probe_pictures(groups):
     pictures += [gradient_picture(probed), angular_picture(probed), *removal_pictures(probed)]
     pictures += [*jacobian_pictures(probed), *use_pictures(probed)]
     return kept(pictures)
+
+
+def make_vectors(figures):
+    """Replaces images, of matrices and colour bars, by rectangles."""
+    for axes in (axes for figure in figures for axes in figure.axes):
+        for image in list(axes.images):
+            cells = image.get_array()
+            left, right, bottom, top = image.get_extent()
+            if image.origin == "upper":
+                bottom, top = top, bottom
+            axes.pcolormesh(numpy.linspace(left, right, cells.shape[1] + 1),
+                            numpy.linspace(bottom, top, cells.shape[0] + 1), cells,
+                            cmap=image.cmap, norm=image.norm)  # fmt: skip
+            image.remove()
+        for mesh in axes.collections:
+            if isinstance(mesh, QuadMesh):
+                mesh.set(rasterized=False, edgecolor="face", linewidth=0.3)  # no gaps between them
 
 
 def kept(pictures):

@@ -2,11 +2,12 @@
 """Writes one HTML file about runs: the table of schemes, loss and perplexity, and the diagnostics of
 each layer. It needs no network, and can be read on a phone, in dark mode and on paper.
 
-    scripts/report.py RUN... [-o report.html] [--png DIR]
+    scripts/report.py RUN... [-o report.html] [--png DIR] [--pdf DIR] [--paper TABLE]
 
 RUN is a directory that ./train_gpt -o wrote, finished or not, perhaps with a probe.json from
 ./train_gpt probe, or a directory with only a probe.json. Runs that differ only by seed form a group,
-shown as mean and standard deviation. The same runs and Matplotlib version give the same bytes.
+shown as mean and standard deviation, and are compared with Pre-LN's by seed. --paper adds what
+scripts/paper.tsv has of a table, --pdf writes figures for a paper. The same runs and Matplotlib version give the same bytes.
 """
 
 import argparse
@@ -21,12 +22,32 @@ import sys
 import figures
 from figures import COLOURS, GRID, TEXT, count, matplotlib, pyplot
 from runs import RISE, STUCK, Run, RunError, judge_together
-from table import by_tokenizer, check, drawn_of, group_runs, mean_and_spread, perplexity, reference
-from table import tokenizer_name, tokens_to_reach
+from table import (
+    add_paper_flags,
+    baseline_of,
+    best_rates,
+    by_tokenizer,
+    check,
+    comparison_note,
+    depth_rows,
+    difference,
+    drawn_of,
+    edge_note,
+    group_runs,
+    mean_and_spread,
+    Paper,
+    perplexity,
+    reference,
+    tokenizer_name,
+    tokens_to_reach,
+    training_rows,
+    verdicts,
+)
 
 # Colours of the SVGs that the page replaces by variables: they are lighter in dark mode.
 VARIABLES = {TEXT: "ink", GRID: "grid", **{c: f"c{i}" for i, c in enumerate(COLOURS)}}
 DARK = ["#F08A3C", "#5AA9E0", "#2BC39A", "#E0A0C4", "#DDDDDD", "#7CC8F2", "#F0B93A"]
+DARK += ["#D0709A", "#C2C25C", "#9A8CE8", "#6FD0C0", "#C4907F", "#F2D06B", "#A8A8A8"]
 
 CSS = """
 :root { color-scheme: light dark; --ink: #222222; --paper: #ffffff; --soft: #5a5a5a;
@@ -43,10 +64,11 @@ h3 { font-size: 1.1em; margin: 1.6em 0 .2em }
 p { margin: .4em 0; max-width: 46em } .soft { color: var(--soft) } nav a { margin-right: 1em }
 a { color: inherit }
 .warn { background: var(--warn); padding: .6em .9em; border-radius: 6px; max-width: none }
-.panels { display: grid; gap: 8px 20px;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 335px), 1fr)) }
-.panels.two { max-width: 860px }
-.panels > div { max-width: 480px; break-inside: avoid }
+.panels { display: grid; gap: 8px 20px; grid-template-columns: repeat(6, 1fr); align-items: start }
+.panels > div { grid-column: span 2; min-width: 0; break-inside: avoid }
+.panels > .half { grid-column: span 3 }
+@media (max-width: 1050px) { .panels > div { grid-column: span 3 } }
+@media (max-width: 700px) { .panels > div, .panels > .half { grid-column: span 6 } }
 .panels svg { display: block; width: 100%; height: auto }
 .panels text { fill: var(--ink) }
 .scroll { overflow-x: auto; margin: .6em 0 }
@@ -57,7 +79,8 @@ th { vertical-align: bottom; font-weight: 600; white-space: normal; min-width: 6
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--paper); font-family: ui-monospace, "DejaVu Sans Mono", monospace }
 td:last-child.words { text-align: left; white-space: normal; min-width: 13em }
-tr.best td { font-weight: 600 } tr.diverged td { color: var(--soft) }
+tr.best td { font-weight: 600 } tr.diverged td, tr.under td { color: var(--soft) }
+tr.under td:first-child { padding-left: 2em }
 .key { display: inline-block; width: 1.6em; height: 0; border-top: 3px; margin-right: .5em;
   vertical-align: middle }
 .cross { color: var(--c0); font-weight: 700 }
@@ -65,7 +88,7 @@ code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace }
 @media print { :root { --ink: #000000; --paper: #ffffff; --soft: #444444; --grid: #dddddd;
     --warn: #ffffff; --line: #bbbbbb; color-scheme: light; LIGHT }
   body { max-width: none; padding: 0; font-size: 10pt } nav { display: none }
-  .panels { grid-template-columns: 1fr 1fr } .warn { border: 1px solid #000000 }
+  .panels > div { grid-column: span 3 } .warn { border: 1px solid #000000 }
   h2, h3, .look { break-after: avoid } table, tr { break-inside: avoid }
   .scroll { overflow: visible } th, td { padding: .2em .4em } details { display: block } }
 @media (max-width: 480px) { body { padding: 10px } th, td { padding: .25em .45em }
@@ -125,8 +148,8 @@ def table(head, rows, words=False):
 
 
 def label(group):
-    line = ["solid", "dashed", "dashed", "dotted"][group.index % 4]
-    colour = group.index % len(COLOURS)
+    line = ["solid", "dashed", "dotted", "double"][group.line % 4]
+    colour = group.colour % len(COLOURS)
     key = f'<span class=key style="border-top-style:{line};border-color:var(--c{colour})"></span>'
     return key + escape(group.label)
 
@@ -147,36 +170,44 @@ def outcome_words(group):
     return "; ".join(told)
 
 
-def result_rows(groups, pre, with_bits):
+def has_comparison(groups, paper):
+    return any(baseline_of(group, groups, paper.baseline) for group in groups)
+
+
+def result_rows(groups, pre, with_bits, paper):
     """The best group first; groups without a result last."""
     ranked = sorted(groups, key=lambda g: (not g.losses, g.loss if g.losses else 0))
     rows = []
+    compared = has_comparison(groups, paper)
     for group in ranked:
-        reached = ""
-        if pre:
-            tokens = tokens_to_reach(group.curve, pre.loss)
-            reached = "not reached"
-            if tokens and pre.tokens:
-                reached = f"{count(tokens)} ({tokens / pre.tokens:.2f}×)"
-        losses = mean_and_spread(group.losses, 4)
-        row = [label(group), mean_and_spread(group.perplexities), losses]
-        if not losses and group.curve:  # the last validation of an unfinished run
+        base = baseline_of(group, groups, paper.baseline)
+        row = [label(group), mean_and_spread(group.perplexities)]
+        if compared:
+            row.append(escape((base and difference(group, base)) or ""))
+        row += map(escape, paper.cells(group.scheme))
+        row.append(mean_and_spread(group.losses, 4))
+        if not group.losses and group.curve:  # the last validation of an unfinished run
             loss = statistics.fmean(group.curve[-1][1])
-            row[1:] = [f"({perplexity(loss):.2f})", f"({loss:.4f})"]
+            row[1], row[-1] = f"({perplexity(loss):.2f})", f"({loss:.4f})"
         if with_bits:
             row.append(mean_and_spread(group.bits_per_byte or [], 4))
         row.append(seeds(group))
         if pre:
-            row.append(reached)
+            own = base or (group if group.losses else pre)
+            tokens = tokens_to_reach(group.curve, own.loss)
+            found = tokens and own.tokens
+            row.append(f"{count(tokens)} ({tokens / own.tokens:.2f}×)" if found else "not reached")
         row.append(count(group.tokens))
         speed = group.tokens_per_s
         row += [f"{speed:,.0f}" if math.isfinite(speed) else "", outcome_words(group)]
-        kind = "diverged" if group.diverged else "best" if group is ranked[0] and losses else ""
+        kind = (
+            "diverged" if group.diverged else "best" if group is ranked[0] and group.losses else ""
+        )
         rows.append((kind, [cell or "–" for cell in row[:-1]] + [row[-1]]))
     return rows
 
 
-def result(groups):
+def result(groups, paper):
     """The table of schemes, one per tokenizer, and its summary."""
     classes = by_tokenizer(groups)
     logged = [group for group in groups if group.logged]
@@ -199,21 +230,28 @@ def result(groups):
             f"are comparable within one only. {ending} ({escape(words)}.)</p>"
         )
     for key, same in classes:
-        pre = reference(same)
+        pre = reference(same, paper.baseline)
         if len(classes) > 1:
             parts.append(f"<h3>Tokenizer: {escape(tokenizer_name(key))}</h3>")
         parts.append(summary(same, pre))
-        head = ["scheme", "perplexity", "loss, nats a token"]
+        name = "Pre-LN" if paper.baseline == "pre" else escape(paper.baseline)
+        head = ["scheme", "perplexity"]
+        head += [f"against {name}, by seed"] if has_comparison(same, paper) else []
+        head += [f"the paper’s, {size}" for size in paper.sizes] + ["loss, nats a token"]
         head += ["bits per byte"] if with_bits else []
         head += ["seeds"]
-        head += ["tokens to reach Pre-LN’s result"] if pre else []
+        head += [f"tokens to reach {name}’s result"] if pre else []
         head += ["tokens", "tokens/s", ""]
         drawn = drawn_of(same)
-        parts.append(table(head, result_rows(drawn, pre, with_bits), words=True))
-        if len(drawn) < len(same):
-            every = table(head, result_rows(same, pre, with_bits), words=True)
+        best = best_rates(same)
+        parts.append(table(head, result_rows(best, pre, with_bits, paper), words=True))
+        told = verdicts(best, paper.baseline)
+        told += filter(None, (edge_note(same, best), comparison_note(best, paper.baseline)))
+        parts += [f"<p>{escape(sentence)}</p>" for sentence in told]
+        if len(best) < len(same):
+            every = table(head, result_rows(same, pre, with_bits, paper), words=True)
             parts.append(
-                "<p>Of each scheme the best learning rate stands here, and in the pictures.</p>"
+                "<p>Of each scheme the best learning rate stands here.</p>"
                 f"<details><summary>Every learning rate</summary>{every}</details>"
             )
     note = (
@@ -222,13 +260,16 @@ def result(groups):
         "if a loss was not finite, if it ended above where it began, or more than "
         f"{RISE} nats above its best validation, or {STUCK} above the best run of its size on the same data."
     )
-    if any(reference(same) for _, same in classes):
+    if any(reference(same, paper.baseline) for _, same in classes):
         note += (
-            " Tokens to reach Pre-LN’s result are read off the validation curve between its "
+            " Tokens to reach a result are read off the validation curve between its "
             "points; before the end the learning rate is still high, so a small saving is no proof."
         )
     else:
-        note += " There is no finished run of <code>pre</code>, so there is no comparison with it."
+        note += (
+            f" There is no finished run of <code>{escape(paper.baseline)}</code>, so there is no "
+            "comparison with it."
+        )
     return "\n".join([*parts, f"<p class=soft>{note}</p>"])
 
 
@@ -306,12 +347,41 @@ def depth(groups):
 
 
 def picture(item):
-    panels = "".join(f"<div>{svg(panel)}</div>\n" for panel in item.panels)
+    """Its panels fill the page: three in a row, or two in the last rows; one stands beside its text."""
     n = len(item.panels)
-    two = " two" if n % 2 == 0 and n % 3 else ""  # a row, else three; one on a phone
+    halves = {0: 0, 1: 4, 2: 2}[n % 3]
+    panels = "".join(
+        f"<div{' class=half' if i >= n - halves else ''}>{svg(panel)}</div>\n"
+        for i, panel in enumerate(item.panels)
+    )
+    words = f"<h3>{escape(item.title)}</h3>\n<p class=look>{escape(item.look)}</p>\n"
+    if n == 1:
+        return f"<div class=panels><div class=half>\n{words}</div>\n{panels}</div>\n"
+    return f"{words}<div class=panels>\n{panels}</div>\n"
+
+
+def depth_table(groups):
+    rows = depth_rows(best_rates(groups))
+    if not rows:
+        return ""
+    look = "Look whether perplexity falls toward the right; in brackets, against the shallowest model, by seed."
+    body = [("", [escape(cell) or "–" for cell in row]) for row in rows[1:]]
+    return f"<h3>Perplexity by depth</h3>\n<p class=look>{look}</p>\n{table(rows[0], body)}"
+
+
+def training_table(groups, paper):
+    rows = training_rows(best_rates(groups), paper)
+    if not rows:
+        return ""
+    head = ["of the steps", *(f"{10 * tenth}%" for tenth in range(1, 11))]
+    rows = [("under" if row[0].startswith(" ") else "", map(escape, row)) for row in rows]
+    rows = [(kind, [cell or "–" for cell in row]) for kind, row in rows]
+    look = "Look whether the gap to the line that a row is compared with grows or closes."
+    if paper.percents:
+        look += " What was published is of another text: only its gaps can be compared."
     return (
-        f"<h3>{escape(item.title)}</h3>\n<p class=look>{escape(item.look)}</p>\n"
-        f'<div class="panels{two}">\n{panels}</div>\n'
+        "<h3>Validation perplexity through training</h3>\n"
+        f"<p class=look>{look}</p>\n{table(head, rows)}"
     )
 
 
@@ -344,13 +414,14 @@ def run_list(groups):
     return table(["run", "group", "seed", "steps", ""], rows, words=True)
 
 
-def page(groups, notes, pictures):
+def page(groups, notes, pictures, paper):
     sections = []
     if any(group.logged for group in groups):
-        sections.append(("result", "Result", result(groups)))
+        sections.append(("result", "Result", result(groups, paper)))
     loss, probes = pictures
     if loss:
-        sections.append(("loss", "Loss", "".join(map(picture, loss))))
+        told = depth_table(groups) + training_table(groups, paper)
+        sections.append(("loss", "Loss", told + "".join(map(picture, loss))))
     told = depth(groups)
     if probes or told:
         sections.append(("layers", "What the layers do", told + "".join(map(picture, probes))))
@@ -375,12 +446,12 @@ def page(groups, notes, pictures):
     )
 
 
-def write_pngs(directory, pictures):
+def write_files(directory, kind, pictures, **how):
     try:
         os.makedirs(directory, exist_ok=True)
         for item in pictures:
             for panel in item.panels:
-                panel.figure.savefig(os.path.join(directory, panel.name + ".png"), dpi=150)
+                panel.figure.savefig(os.path.join(directory, f"{panel.name}.{kind}"), **how)
     except OSError as error:
         raise RunError(f"cannot write {directory}: {error.strerror}") from None
 
@@ -403,7 +474,10 @@ def main():
     parser.add_argument("runs", metavar="RUN", nargs="+")
     parser.add_argument("-o", "--out", metavar="FILE.html", default="report.html")
     parser.add_argument("--png", metavar="DIR", help="write each picture there too, as PNG")
+    parser.add_argument("--pdf", metavar="DIR", help="and as PDF, of vectors, for a paper")
+    add_paper_flags(parser)
     args = parser.parse_args()
+    paper = Paper(args.paper, args.scale)
     paths = list(dict.fromkeys(os.path.normpath(path) for path in args.runs))
     runs = [Run(path) for path in paths]
     check(runs)
@@ -414,14 +488,17 @@ def main():
     pictures = figures.loss_pictures(groups), figures.probe_pictures(groups)
     every = [item for part in pictures for item in part]
     unique_names(every)
-    text = page(groups, notes, pictures)
+    text = page(groups, notes, pictures, paper)
     try:
         with open(args.out, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
     except OSError as error:
         raise RunError(f"cannot write {args.out}: {error.strerror}") from None
     if args.png:
-        write_pngs(args.png, every)
+        write_files(args.png, "png", every, dpi=150)
+    if args.pdf:
+        figures.make_vectors([panel.figure for item in every for panel in item.panels])
+        write_files(args.pdf, "pdf", every, metadata={"CreationDate": None})
     panels = sum(len(item.panels) for item in every)
     print(f"wrote {args.out}: {len(runs)} runs, {panels} pictures, {len(text) / 1e6:.1f} MB")
     for note in notes:

@@ -104,6 +104,14 @@ class Run:
         return self.log[-1]["tokens"] if self.log else 0
 
     @property
+    def planned_tokens(self):
+        """Of the whole run; None if its steps are unknown."""
+        steps = number(self.flags.get("--steps"))
+        if not self.log or not self.log[-1]["step"] or not steps > 0:
+            return None
+        return self.tokens * steps / self.log[-1]["step"]
+
+    @property
     def tokens_per_s(self):
         """Averaged over the whole run; None if the log lacks the time."""
         seconds = number(self.log[-1].get("seconds")) if self.log else math.nan
@@ -300,7 +308,9 @@ def scalars(values):
 
 def objects(values):
     """The objects of an object; {} if it is none."""
-    return {k: v for k, v in values.items() if isinstance(v, dict)} if isinstance(values, dict) else {}
+    return (
+        {k: v for k, v in values.items() if isinstance(v, dict)} if isinstance(values, dict) else {}
+    )
 
 
 def section(values, key):

@@ -51,7 +51,7 @@ def write(name, values):
 os.makedirs(args.dir, exist_ok=True)
 flags = {"--norm": args.scheme, "--lr": args.lr, "--seed": str(args.seed)}
 flags.update({"--steps": str(args.steps), "--model": "made", "--train": args.tokenizer})
-flags["--embed-std"] = args.embed_std
+flags.update({"--embed-std": args.embed_std, "--layers": str(args.layers)})
 if not args.no_log:
     last = args.stop or args.steps
     with open(os.path.join(args.dir, "log.jsonl"), "w", encoding="utf-8") as file:

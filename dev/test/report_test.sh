@@ -153,8 +153,8 @@ out=$(report "${runs[@]}" --png "$dir/png")
 check "report: it succeeds" test $? -eq 0
 text=$(page)
 check "report: mean and deviation over seeds, tokens to reach Pre-LN's" \
-    says "$text" "lns|6.86 ± 0.24|1.9250 ± 0.0354|2|64k (0.64×)|100k|500||"
-check "report: the reference" says "$text" "pre|7.78 ± 0.55|2.0500 ± 0.0707|2|100k (1.00×)|100k|500||"
+    says "$text" "lns|6.86 ± 0.24|−11.8%, p = 0.13, within noise|1.9250 ± 0.0354|2|64k (0.64×)|100k|500||"
+check "report: the reference" says "$text" "pre|7.78 ± 0.55|–|2.0500 ± 0.0707|2|100k (1.00×)|100k|500||"
 check "report: a mark where the loss was not finite" says "$text" "0 of 1|not reached|40k|500|✗ diverged: not finite at step 40|"
 check "report: a mark where it ended above its start" says "$text" "✗ diverged: ended at 7.00"
 check "report: a run that stopped before a checkpoint" says "$text" "✗ diverged: not finite after step 30"
@@ -203,7 +203,7 @@ from table import group_runs
 from runs import Run
 
 drawn = []
-figures.draw_line = lambda axes, group, xs, ys: drawn.append((group.scheme, xs, ys))
+figures.draw_line = lambda axes, group, xs, ys, **_: drawn.append((group.scheme, xs, ys))
 runs = ("of-pre-0.001", "of-pre-0.003", "of-lns-0.001", "of-lns-0.003", "of-pre-embed")
 figures.prepare()
 groups, _ = group_runs([Run(f"{sys.argv[1]}/{name}") for name in runs])
@@ -235,6 +235,98 @@ check "report: learning rates are told apart" says "$text" "pre lr 0.003|"
 check "report: and drawn" says "$text" "Learning rates"
 check "report: the best of each scheme" says "$(sed '/Every learning rate/,$d' <<<"$text")" "lns lr 0.001|7.03|"
 check "report: only that" silent_on "$(sed '/Every learning rate/,$d' <<<"$text")" "lns lr 0.003|"
+
+# Sweeps: the best learning rate of each scheme, paired by seed
+check "sweep: the paired t-test has the tables' critical values" python3 - <<'PYTHON'
+import sys
+
+sys.path.insert(0, "scripts")
+from table import t_test
+
+for t, degrees, p in ((12.706, 1, 0.05), (4.303, 2, 0.05), (3.182, 3, 0.05), (2.776, 4, 0.05),
+                      (9.925, 2, 0.01), (2.042, 30, 0.05), (0, 2, 1)):  # fmt: skip
+    assert abs(t_test(t, degrees) - p) < 1e-4 and t_test(t, degrees) == t_test(-t, degrees)
+PYTHON
+sweep() { # SCHEME RATE LOSS...: of seeds 1, 2, …
+    local seed=0 loss
+    for loss in "${@:3}"; do make_run "sweep/$1-$2-$((++seed))" "$1" --lr "$2" --seed $seed --final "$loss"; done
+}
+sweep pre 0.001 2.00 2.04 2.08
+sweep pre 0.002 2.10 2.14 2.18
+sweep pre 0.0005 2.20 2.24 2.28
+sweep lns 0.001 2.00 2.05 2.06 # differences 0, 0.01, −0.02
+sweep lns 0.002 2.40 2.40 2.40
+sweep mix 0.001 2.30 2.30 2.30
+sweep mix 0.002 1.90 1.95 1.98 # −0.1, −0.09, −0.1
+sweep post 0.001 2.5 2.5 2.6
+sweep post 0.002 1.5 # two of its three seeds are missing
+text=$(python3 scripts/table.py "$dir"/sweep/*/ --paper table1 --scale 130m)
+check "sweep: the best rate, mean and deviation" says "$(tr -s ' ' <<<"$text")" \
+    "mix lr 0.002 6.99 ± 0.28 1.9433 ± 0.0404 3 of 3 −9.2%, p = 0.0012 26.07 (−2.5%)"
+check "sweep: noise is called so" says "$text" "within noise: lns lr 0.001 (−0.3%, p = 0.74)"
+check "sweep: what is not, too" says "$text" "better: mix lr 0.002 (−9.2%, p = 0.0012)"
+check "sweep: and what is worse" says "$text" "worse: post lr 0.001 ("
+check "sweep: what three seeds can show" says "$text" "3 seeds cannot show a p below 0.25"
+check "sweep: a best rate at the edge" says "$text" "so that others may be better: lns lr 0.001, mix lr 0.002, post lr 0.001."
+out=$(report "$dir"/sweep/*/ --paper table1 --pdf "$dir/pdf")
+text=$(page)
+check "sweep: the report has it" says "$text" "mix lr 0.002|6.99 ± 0.28|−9.2%, p = 0.0012|26.07 (−2.5%)|21.39 (−2.4%)|1363.21 (70×)|1414.78 (83×)|1.9433"
+check "sweep: and says it" says "$text" "within noise: lns lr 0.001 (−0.3%, p = 0.74)"
+check "sweep: through training" says "$text" "against pre lr 0.001|"
+check "sweep: a PDF of every picture" test "$(find "$dir/pdf" -name '*.pdf' | wc -l)" = "$(sed -nE 's/.* ([0-9]+) pictures.*/\1/p' <<<"$out")"
+check "sweep: colour by scheme, line by rate, seeds share both" python3 - "$dir" <<'PYTHON'
+import glob, sys
+
+sys.path.insert(0, "scripts")
+import figures
+from table import group_runs
+from runs import Run
+
+groups, _ = group_runs([Run(path) for path in glob.glob(f"{sys.argv[1]}/sweep/*")])
+styles = {(g.scheme, g.lr): figures.line_style(g) for g in groups}
+assert len(groups) == len(styles) == 9
+for look, of in (("color", 0), ("linestyle", 1)):
+    seen = {}
+    for key, style in styles.items():
+        assert seen.setdefault(key[of], style[look]) == style[look], look
+    assert len(set(seen.values())) == len(seen), look
+assert styles["pre", 0.001]["linestyle"] == "-"  # most schemes' best
+PYTHON
+rows_are_full() { # of six columns, a panel takes two or three
+    python3 - "$dir/report.html" <<'PYTHON'
+import re, sys
+
+blocks = re.findall(r"<div class=panels>(.*?)</svg>\n</div>\n</div>", open(sys.argv[1]).read(), re.S)
+widths = [[3 if half else 2 for half in re.findall(r"<div( class=half)?>", block)] for block in blocks]
+for row in widths:
+    used = 0
+    for width in row:
+        used = used % 6 + width
+        assert used <= 6, widths
+    assert used == 6, widths
+assert widths
+PYTHON
+}
+check "report: pictures fill their rows" rows_are_full
+report "$dir"/{pre,lns}-1 --pdf "$dir/vectors" >/dev/null
+check "report: also of diagnostics" rows_are_full
+check "pdf: heat maps are vectors, too" test "$(cat "$dir"/vectors/{angular,jacobian-matrix}*.pdf | grep -ac '/Subtype /Image')" = 0
+check "pdf: fonts are embedded" grep -aq /FontFile2 "$dir/vectors/variance.pdf"
+check "pdf: no date" test "$(cat "$dir"/vectors/*.pdf | grep -ac CreationDate)" = 0
+
+# Depth: each model has its own Pre-LN.
+for scheme in pre lns; do for layers in 6 24; do for seed in 1 2; do
+    final=$(awk "BEGIN { print 2 - $layers / 100 + $seed / 50 - ($layers == 24 && \"$scheme\" == \"lns\") * (0.2 + $seed / 1000) }")
+    make_run "depth/$scheme-$layers-$seed" $scheme --layers $layers --seed $seed --final "$final"
+done; done; done
+report "$dir"/depth/*/ >/dev/null
+text=$(page)
+check "depth: a picture" grep -q 'aria-label="Final perplexity by depth"' "$dir/report.html"
+check "depth: models are named by it" says "$text" "lns layers 24|"
+check "depth: and compared with their like" says "$text" "Against pre layers 6, paired by 2 seeds: within noise: lns layers 6 (+0.0%, p = 1)."
+check "depth: of 24 layers, too" says "$text" "Against pre layers 24, paired by 2 seeds: better: lns layers 24 (−18.2%, p = 0.0016)."
+check "depth: whether it pays" says "$text" "lns|7.17 ± 0.10|4.90 ± 0.07 (−31.7%, p < 0.001)|"
+check "paper: a table that it lacks" fails_with "has no table 'table9'; it has table1, table6" report "$dir/pre-1" --paper table9
 
 # Tokenizers
 make_run bytes lns --tokenizer bytes:257 --final 1.5

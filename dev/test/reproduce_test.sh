@@ -1,6 +1,6 @@
 #!/bin/bash
-# scripts/compare.sh from text to table, in miniature: the plan, resuming after an interruption, and
-# runs that diverge.
+# scripts/compare.sh and reproduce.sh from text to table, in miniature: the plan, resuming after an
+# interruption, and runs that diverge.
 # shellcheck source=dev/test/lib/checks.sh
 . "$(dirname "$0")/lib/checks.sh"
 export CUDA_VISIBLE_DEVICES='' MEASURE_SECONDS=1
@@ -32,7 +32,8 @@ check "dry run: the speed was measured" test "$(awk '{ print ($1 > 0) }' "$dir/r
 check "dry run: what was measured with is gone" absent 'run/measuring*'
 check "dry run: nothing is made" absent run/data
 out=$(reproduce all --dry-run)
-check "the whole: every scheme at three rates, variants, second seeds" says "$out" "59 runs"
+check "the whole: every scheme at three rates, variants, second seeds" says "$out" \
+    "$((3 * ($(./train_gpt schemes --format names | wc -w) + 4) + 6 + 5)) runs"
 out=$(reproduce all --dry-run --quick)
 check "quick: ten schemes at two rates" says "$out" "20 runs of 3 steps, 20 of them left"
 
@@ -158,6 +159,88 @@ out=$(scripts/compare.sh 130m pre --data "$dir/text.txt" --tokenizer bytes --out
 check "padded: ends well" test $? -eq 0
 check "padded: a document a window" says "$out" "windows of 256, a document each"
 check "padded: the recipe's rate" grep -q '"--lr": 0.001,' "$dir/padded/pre-seed1/run.json"
+
+# Several comparisons of one text, and a text in two files
+check "without a preset there are no tokens to place" refused "belong to a preset" pre --tokens "$dir/t"
+out=$(SCHEMES=pre RATES=1e-3 reproduce shared --data "$dir/text2.txt" --tokens "$dir/tokens" --train-only)
+check "tokens: where they were wanted" here 'tokens/text_train_*.bin'
+check "tokens: of both texts" grep -q "text.txt.gz $dir/text2.txt" "$dir/tokens/made_of"
+check "train only: no report" absent shared/report.html
+
+# scripts/reproduce.sh: a table's schemes, rates and seeds; runs that tables share are trained once
+table() { # TABLE FLAG...
+    scripts/reproduce.sh "$1" --data "$dir/text.txt.gz" --tokenizer bytes --out "$dir/tables" "${@:2}" 2>&1
+}
+tiny=(-- "${small[@]}" --mlp-width 16)
+out=$(table table1 --dry-run "${tiny[@]}")
+check "table1: six schemes, three rates, three seeds" says "$out" "laptop: 54 runs of 3 steps, 54 of them left"
+check "table1: which" says "$out" "schemes   pre lns post deepnorm deepnorm-published mix"
+out=$(scripts/reproduce.sh depth --out "$dir/depth" --dry-run -- -t 16 -b 1 -d 16 --threads 1 2>&1)
+for name in table6 table7 table8; do
+    check "$name: schemes that there are" says "$(table $name --dry-run "${tiny[@]}")" " of them left"
+done
+check "depth: a plan without a text" test "$(count "$out" "45 runs")" = 4
+check "depth: and the cost of all" grep -qE '^all models  [0-9.e+]+ hours left' <<<"$out"
+depths=0
+while read -r _ _ model; do
+    read -ra model <<<"$model"
+    parameters=$(./train_gpt --vocab 4096 "${model[@]}" --dry-run 2>&1 | sed -nE 's/^parameters ([0-9.]+)M.*/\1/p')
+    check "depth: 5.80M parameters in ${model[*]}, too" test "${parameters/./}" -gt 568 -a "${parameters/./}" -lt 592
+    ((++depths))
+done < <(grep '^== depth-' <<<"$out")
+check "depth: three sizes beside laptop's own" test "$depths" = 3
+out=$(table table1 --seeds 2 --rates 1e-2,1e-3 --steps 4 pre lns "${tiny[@]}")
+check "a table: ends well" test $? -eq 0
+check "a table: each rate and seed" test "$(cat "$dir"/tables/llama/{pre,lns}-lr1e-{2,3}-seed{1,2}/outcome | grep -c finished)" = 8
+check "a table: as many steps as asked" here tables/llama/pre-lr1e-2-seed2/step-000004
+check "a table: tested by seed" says "$out" "paired by 2 seeds"
+check "a table: the paper's numbers" grep -qE '^lns .*25\.76 \(−3\.6%\).*15\.71 \(−7\.7%\)' "$dir/tables/table1.txt"
+[[ ${why:-} ]] || check "a table: a report" grep -q '25.76 (−3.6%)' "$dir/tables/table1.html"
+out=$(table table7 --seeds 1 --rates 1e-2 --steps 4 pre lns "${tiny[@]}")
+check "another table: runs are shared" says "$out" "2 runs of 4 steps, 0 of them left"
+out=$(table table8 --seeds 1 --rates 1e-2 --steps 1 --out "$dir/star" 'hybrid*' lns:after "${tiny[@]}")
+check "names of directories are plain" here 'star/llama/hybrid-star-lr1e-2-seed1/step-000001'
+check "both are in the table" test "$(grep -cE '^(hybrid\*|lns:after) .*finished' "$dir/star/table8.txt")" = 2
+check "another table: its report" grep -q 25.76 "$dir/tables/table7.txt"
+export PYTHONPATH=$dir/lacks # tables suffice from here on
+for architecture in olmo qwen; do
+    out=$(table $architecture --seeds 1 --rates 1e-2 --steps 2 "${tiny[@]}")
+    check "$architecture: its numbers" grep -qE '^(pre|pre.scaled-init) .*(19\.30|20\.62)$' "$dir/tables/$architecture.txt"
+done
+check "olmo: its architecture" grep -q '"model_type": *"[a-z-]*olmo"' "$dir/tables/olmo/lns-lr1e-2-seed1/step-000002/config.json"
+
+# Out of time, then the rest: nothing is trained twice
+long=(130m pre --scale 60m --steps 10000)
+for ((i = 0; i < 10; i++)); do # a slow machine spends the first seconds on the plan
+    out=$(table "${long[@]}" --minutes 0.05 -- -m tiny "${small[@]}" --save-every 5000 --keep 1)
+    status=$?
+    here 'tables/code/pre-lr1e-3-seed1/step-*' && break
+done
+check "out of time: status 130" test "$status" -eq 130
+check "out of time: says so" says "$out" "of 130m, 2 of 2 runs are left. The same command continues"
+check "out of time: saved" here 'tables/code/pre-lr1e-3-seed1/step-*'
+check "out of time: a report of what there is" says "$out" "not finished: at step"
+out=$(table "${long[@]}" -- -m tiny "${small[@]}" --save-every 5000 --keep 1)
+check "with more time: ends well" test $? -eq 0
+check "with more time: continues" says "$out" "continuing from $dir/tables/code/pre-lr1e-3-seed1/step-"
+check "with more time: each step once" test "$(steps tables/code/pre-lr1e-3-seed1)" = 10000
+check "130m: by the text and by the code" test "$(grep -hc '"--embed-std": 0.02,' "$dir"/tables/{text,code}/pre-lr1e-3-seed1/run.json | xargs)" = "1 0"
+check "130m: beside what was published" grep -qE '^lns, published +63\.3 +27\.9 ' "$dir/tables/130m.txt"
+unset PYTHONPATH
+wrong() { # SENTENCE ARGUMENT...
+    local out status=0
+    out=$(scripts/reproduce.sh "${@:2}" 2>&1) || status=$?
+    [[ $status == 1 ]] && says "$out" "$1" && return
+    echo "status $status: $out"
+    return 1
+}
+check "no table" wrong "name a table: table1, table6"
+check "an unknown table" wrong "there is no table 'table9'" table9
+check "an unknown scale" wrong "there is no scale '7b' of table1" table1 --scale 7b
+check "no seeds" wrong "--seeds 0: a number of seeds is expected" table1 --seeds 0
+check "a rate that is none" wrong "--rates 1e-3,x: a list of learning rates" table1 --rates 1e-3,x
+check "130m is of the recipe" wrong "which laptop does not follow" 130m --scale laptop
+check "laptop's tables need a text" wrong "needs a text" table1
 
 # A vocabulary that SentencePiece learns
 if [[ $(./train_gpt --version) != *'SentencePiece: no'* && -x data/vocabulary ]]; then
