@@ -34,6 +34,8 @@
 #include "gpt/cpu/costs.h"         // defines: Costs, of each part of a pass
 #include "gpt/cpu/exp.h"           // defines: exp_below, sigmoid, silu, dsilu
 #include "gpt/cpu/gemm.h"          // defines: gemm, pack, packed_gemm
+#include "gpt/cpu/sources.h"       // defines: SourceArguments, sources_forward, sources_backward
+#include "gpt/cpu/streams.h"       // defines: StreamArguments, streams_forward, streams_backward
 #include "gpt/model/activations.h" // defines: PassTensors, which of them are kept
 #include "gpt/model/layers.h"      // defines: JunctionPointers
 #include "gpt/model/model.h"

@@ -1001,6 +1001,16 @@ void matmul_backward_weight(CublasLt& cublas, G* dw, G* dbias, const S* dout, in
     add_partial_sums(dbias, scratch, parts, OC, OC, cublas.stream);
 }
 
+} // namespace lns::cuda
+
+// Junctions that mix several streams or all branches, by the rows and matmuls above.
+// defines: StreamArguments, StreamGradients, streams_forward, streams_backward
+#include "gpt/cuda/streams.cuh"
+// defines: SourceArguments, SourceGradients, sources_forward, sources_backward
+#include "gpt/cuda/sources.cuh"
+
+namespace lns::cuda {
+
 // ---------------------------------------------------------------------------------------------
 // Attention. A row of qkv is NH heads of q, KVH of k, KVH of v; NH / KVH heads of q share one of k
 // and v (GQA, arXiv 2305.13245). AttentionShape has the sizes.
