@@ -446,6 +446,100 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
         });
 }
 
+// The junctions of a model whose embedding and branches are given, n streams (mHC) between them; x
+// is these and each junction's φ, β and α, y every h.
+Row check_streams(int n) {
+    const int rows = 5, C = 6, junctions = 3;
+    const StreamShape shape{n, C};
+    const int M = shape.maps(), width = int(shape.width());
+    std::vector<Doubles> x = {random_values(rows * C, "embedding")};
+    for (int k = 1; k < junctions; k++) x.push_back(random_values(rows * C, cat("b ", k)));
+    for (int k = 0; k + 1 < junctions; k++) {
+        x.push_back(random_values(M * width, cat("weight ", k)));
+        x.push_back(random_values(M, cat("bias ", k), 0, 2));
+        x.push_back(random_values(3, cat("scale ", k), 0.5, 0.3));
+    }
+    return check_layer(
+        cat("mHC, ", n, " streams"), x, [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{std::vector<S>(junctions * rows * C), {}};
+            for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
+            Tensors<S> X(junctions, std::vector<S>(rows * width)),
+                projected(junctions, std::vector<S>(rows * M)),
+                maps = projected, rstd(junctions, std::vector<S>(rows));
+            std::vector<S> dX(rows * width), dmaps(rows * M), dprojected(rows * M),
+                scratch(streams_scratch(rows, shape));
+            auto arguments = [&](int k) {
+                StreamArguments<S> a;
+                a.shape = shape, a.rows = rows;
+                a.before = x[0].data();
+                if (k > 0)
+                    a.before = X[k - 1].data(), a.maps_before = maps[k - 1].data(),
+                    a.b = x[k].data();
+                a.X = X[k].data(), a.h = out.y.data() + k * rows * C;
+                if (k + 1 == junctions) return a;
+                const int first = junctions + 3 * k; // of the parameters
+                a.weight = x[first].data(), a.bias = x[first + 1].data();
+                a.scale = x[first + 2].data(), a.projected = projected[k].data();
+                a.maps = maps[k].data(), a.rstd = rstd[k].data();
+                a.dweight = out.gradients[first].data();
+                a.dbias = out.gradients[first + 1].data();
+                a.dscale = out.gradients[first + 2].data();
+                return a;
+            };
+            for (int k = 0; k < junctions; k++) streams_forward(arguments(k));
+            for (int k = junctions - 1; k >= 0 && !c.empty(); k--) {
+                StreamArguments<S> a = arguments(k);
+                a.dh = c.data() + k * rows * C, a.dX = dX.data(), a.dmaps = dmaps.data();
+                a.dprojected = dprojected.data();
+                a.db = a.dembedded = out.gradients[k].data();
+                streams_backward(a, scratch.data());
+            }
+            return out;
+        });
+}
+
+// What sublayers read by attention over the sources before them; x is the embedding, the branches,
+// then each junction's query and key weight.
+Row check_sources(int branches, int block) {
+    const int rows = 5, C = 7;
+    const SourceShape shape{C, block};
+    std::vector<Doubles> x = {random_values(rows * C, "embedding"),
+                              random_values(branches * rows * C, "branches")};
+    for (int k = 1; k <= branches; k++) {
+        x.push_back(random_values(C, cat("query ", k)));
+        x.push_back(random_values(C, cat("key weight ", k), 1, 0.3));
+    }
+    return check_layer(cat("attention residuals, ", branches, " branches in blocks of ", block), x,
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(branches * rows * C), {}};
+                           for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
+                           std::vector<S> dsources(shape.count(branches) * rows * C),
+                               scratch(sources_scratch(rows, C));
+                           auto arguments = [&](int k) {
+                               SourceArguments<S> a;
+                               a.shape = shape, a.k = k, a.rows = rows, a.eps = 1e-5;
+                               a.embedded = x[0].data(), a.branches = x[1].data(),
+                               a.stride = rows * C;
+                               a.query = x[2 * k].data(), a.key_weight = x[2 * k + 1].data();
+                               a.h = out.y.data() + (k - 1) * rows * C;
+                               return a;
+                           };
+                           for (int k = 1; k <= branches; k++) sources_forward(arguments(k));
+                           if (c.empty()) return out;
+                           for (int k = branches; k >= 1; k--) {
+                               SourceArguments<S> a = arguments(k);
+                               a.dh = c.data() + (k - 1) * rows * C, a.last = k == branches;
+                               a.dsources = dsources.data(), a.dstride = rows * C;
+                               a.db = out.gradients[1].data() + (k - 1) * rows * C;
+                               a.dquery = out.gradients[2 * k].data();
+                               a.dkey_weight = out.gradients[2 * k + 1].data();
+                               sources_backward(a, scratch.data());
+                           }
+                           std::copy_n(dsources.begin(), rows * C, out.gradients[0].begin());
+                           return out;
+                       });
+}
+
 // All forms of matrix products, by gemm() in float and by plain loops, against the definition.
 Row check_gemm() {
     Row row{"matrix products, all forms"};
@@ -2127,6 +2221,9 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_junction("sandwich, no parameters" + norm,
                             junction(parse_scheme("sandwich"), 4, 3), type, false, false));
     }
+    for (int n : {1, 2, 4, 8}) keep(check_streams(n));
+    for (auto [branches, block] : {std::pair{1, 1}, {5, 1}, {5, 2}, {4, 4}, {6, 3}})
+        keep(check_sources(branches, block));
     keep(check_rope()), keep(check_qkv_norm("q and k norm", {1, 1, 0}));
     keep(check_qkv_norm("norms of q's and k's heads", {4, 2, 0}));
     keep(check_qkv_norm("norms of q's, k's and v's heads", {4, 2, 2}));

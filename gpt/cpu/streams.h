@@ -84,10 +84,10 @@ template <class S> void streams_forward(const StreamArguments<S>& x) {
             }
         }
         if (x.weight)
-            x.rstd[row] = A(1) / std::sqrt(A(sum_of<A>(width, [=](int64_t i) {
-                                               return X[i] * X[i];
-                                           })) / A(width) +
-                                           A(stream_eps));
+            x.rstd[row] =
+                A(1) /
+                std::sqrt(A(sum_of<A>(width, [=](int64_t i) { return X[i] * X[i]; })) / A(width) +
+                          A(stream_eps));
     }
     if (x.weight) {
         const std::vector<A> weight(x.weight, x.weight + M * width);
@@ -103,8 +103,7 @@ template <class S> void streams_forward(const StreamArguments<S>& x) {
             A sums[sinkhorn_sums * most_streams];
             for (int i = 0; i < M; i++) projected[i] *= x.rstd[row];
             for (int i = 0; i < 2 * n; i++)
-                maps[i] = A(1 + i / n) *
-                          sigmoid(A(x.scale[i / n]) * projected[i] + A(x.bias[i]));
+                maps[i] = A(1 + i / n) * sigmoid(A(x.scale[i / n]) * projected[i] + A(x.bias[i]));
             exponentials(x, projected, maps + 2 * n);
             sinkhorn(maps + 2 * n, n, sums);
             std::copy_n(maps, n, pre);

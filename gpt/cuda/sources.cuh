@@ -19,11 +19,11 @@ template <class S> struct SourceArguments {
     int64_t rows;
     float eps; // of the keys' norm
     const float* embedded;
-    const S* branches;    // that of sublayer 1; the others follow,
-    int64_t stride;       // so many elements from one to the next
-    const S* query;       // w (C)
-    const S* key_weight;  // of the keys' norm, (C); null: 1
-    float* h;             // written by the forward pass
+    const S* branches;   // that of sublayer 1; the others follow,
+    int64_t stride;      // so many elements from one to the next
+    const S* query;      // w (C)
+    const S* key_weight; // of the keys' norm, (C); null: 1
+    float* h;            // written by the forward pass
 };
 
 // What its backward pass adds to those.
@@ -46,7 +46,8 @@ __device__ void load_source(const SourceArguments<S>& a, int i, int64_t at, floa
         part.load(b, a.branches + (k - 1) * a.stride + at);
 #pragma unroll
         for (int n = 0; n < N; n++)
-            for (int c = 0; c < 8; c++) v[n][c] = k == a.shape.begin(i) ? b[n][c] : v[n][c] + b[n][c];
+            for (int c = 0; c < 8; c++)
+                v[n][c] = k == a.shape.begin(i) ? b[n][c] : v[n][c] + b[n][c];
     }
 }
 

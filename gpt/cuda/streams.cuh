@@ -41,10 +41,10 @@ template <class S, class G> struct StreamGradients {
     float *dX, *dmaps;
     float* dprojected; // overwritten; after the maps, by how much X shrinks
     S* db;
-    float* dembedded;        // written at junction 0
+    float* dembedded;         // written at junction 0
     G *weight, *bias, *scale; // added to, unless null
-    float* weight_in_float;  // (maps, n·C), overwritten where G is not float
-    float* scratch;          // matmul_scratch(rows, maps + 3)
+    float* weight_in_float;   // (maps, n·C), overwritten where G is not float
+    float* scratch;           // matmul_scratch(rows, maps + 3)
 };
 
 const float stream_eps = 1e-20f; // of the norm of X
@@ -111,8 +111,8 @@ template <class S> __global__ static void maps_forward_kernel(StreamArguments<S>
     float *projected = a.projected + row * a.shape.row(), *maps = a.maps + row * a.shape.row();
     for (int i = 0; i < a.shape.maps(); i++) projected[i] *= a.rstd[row];
     for (int i = 0; i < 2 * n; i++)
-        maps[i] = float(1 + i / n) *
-                  sigmoid(float(a.scale[i / n]) * projected[i] + float(a.bias[i]));
+        maps[i] =
+            float(1 + i / n) * sigmoid(float(a.scale[i / n]) * projected[i] + float(a.bias[i]));
     float m[most_streams * most_streams], sums[sinkhorn_sums * most_streams];
     exponentials(a, projected, m);
     sinkhorn(m, n, sums);
@@ -168,8 +168,7 @@ void launch_rows_of_streams(const StreamArguments<S>& a, const F& f, cudaStream_
                    : with(f(std::integral_constant<int, most_streams>()));
 }
 
-template <class S>
-void streams_forward(CublasLt& cublas, const StreamArguments<S>& a) {
+template <class S> void streams_forward(CublasLt& cublas, const StreamArguments<S>& a) {
     const cudaStream_t stream = cublas.stream;
     launch_rows_of_streams(
         a, [](auto MAX) { return mix_streams_kernel<decltype(MAX)::value, S>; }, stream);
@@ -374,16 +373,15 @@ void streams_backward(CublasLt& cublas, const StreamArguments<S>& a,
     // 1. h = H_pre X and the maps, from X.
     if (a.weight) {
         launch_rows_of_streams(
-            a,
-            [](auto MAX) { return read_streams_backward_kernel<decltype(MAX)::value, S, G>; },
+            a, [](auto MAX) { return read_streams_backward_kernel<decltype(MAX)::value, S, G>; },
             stream, d);
         launch(maps_backward_kernel<S, G>, blocks_for(a.rows, 128), 128, 0, stream, a, d);
     }
     launch(streams_gradient_kernel<S, G>, blocks_for(a.units(), 256), 256, 0, stream, a, d);
     if (a.weight) {
-        Matmul p = backward_matmul<float>(d.dX, d.dprojected, a.shape.row(),
-                                          stream_weight(a, stream), a.rows, int(a.shape.width()),
-                                          a.shape.maps());
+        Matmul p =
+            backward_matmul<float>(d.dX, d.dprojected, a.shape.row(), stream_weight(a, stream),
+                                   a.rows, int(a.shape.width()), a.shape.maps());
         p.beta = 1;
         cublas.matmul(p);
         if (d.weight) stream_parameters_backward(cublas, a, d);
