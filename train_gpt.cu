@@ -2110,11 +2110,11 @@ template <class S, class G> struct CudaModel : Model {
                               padded_config.vocab_size, stream);
     }
 
-    // Before a backward pass.
+    // Before a backward pass: of the second stream, of x₀ and of layer 1's v.
     void clear_stream_gradients() {
-        if (acts.dvalues.size)
-            CUDA(cudaMemsetAsync(acts.dvalues, 0, size_t(acts.dvalues.size) * sizeof(float),
-                                 stream));
+        for (Array<float>* gradient : {&acts.dsecond, &acts.dstart, &acts.dvalues})
+            if (gradient->size)
+                CUDA(cudaMemsetAsync(*gradient, 0, size_t(gradient->size) * sizeof(float), stream));
     }
 
     Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
@@ -2143,12 +2143,6 @@ template <class S, class G> struct CudaModel : Model {
                 acts.dsecond,
                 acts.dstart,
                 acts.scratch};
-    }
-    // Of the second stream and of x₀.
-    void clear_stream_gradients() {
-        for (Array<float>* gradient : {&acts.dsecond, &acts.dstart})
-            if (gradient->size)
-                CUDA(cudaMemsetAsync(*gradient, 0, size_t(gradient->size) * sizeof(float), stream));
     }
     void join_forward(int k) {
         const Junction j = junction_of(k);

@@ -329,8 +329,8 @@ void parse_base(const std::string& base, Scheme& scheme) {
     if (!scheme.row->number_of)
         fail("the norm scheme '", scheme.row->name, "' takes no number, found '", base, "'");
     scheme.number = parse_number(base, colon, scheme.row->number_of);
-    const bool some = scheme.row->grouped || scheme.row->mixing != Mixing::sum;
-    if (some && scheme.number == 0)
+    if (scheme.row->grouped && scheme.number == 0) fail("'", base, "' asks for no group at all");
+    if (scheme.row->mixing != Mixing::sum && scheme.number == 0)
         fail("'", base, "' asks for no ", scheme.row->number_of, " at all");
 }
 
