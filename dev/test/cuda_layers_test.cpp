@@ -853,7 +853,8 @@ template <class S, class G> void check_streams(int n, int64_t rows, int C) {
     auto arguments = [&](int k) {
         OfGpu& a = *gpu[k];
         const bool maps = k + 1 < junctions;
-        StreamArguments<S> x = {shape, row_shape(C), rows};
+        StreamArguments<S> x = {};
+        x.shape = shape, x.row_shape = row_shape(C), x.rows = rows;
         x.before = k ? gpu[k - 1]->X.in() : embedding_.in();
         if (k) x.maps_before = gpu[k - 1]->maps, x.b = a.b;
         if (maps) x.weight = a.weight, x.bias = a.bias, x.scale = a.scale, x.maps = a.maps;
