@@ -1382,7 +1382,8 @@ void qkv_norm_backward(S* dqkv, const S* raw, const NormStats* stats,
                           a.v_norms ? a.HS : 0};
     const int all = widths[0] + widths[1] + widths[2];
     int tensor = 0;
-    for (G* gradient : {dweights.q, dweights.k, dweights.v}) {
+    G* const gradients[] = {dweights.q, dweights.k, dweights.v}; // nvcc takes no list in the loop
+    for (G* gradient : gradients) {
         if (gradient) add_partial_sums(gradient, scratch, parts, all, widths[tensor], stream);
         scratch += widths[tensor++];
     }
