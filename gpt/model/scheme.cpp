@@ -195,12 +195,12 @@ const std::vector<SchemeRow>& scheme_table() {
          .what = "SiameseNorm's post_pre",
          .source = "arXiv 2602.08064, its code"},
         {.name = "mhc",
-         .equations = "u = N(H₁X), X ← H₂X + H₃ ⊗ b; head: N(mean of X)",
+         .equations = "u = N(H_pre X), X ← H_res X + H_post ⊗ b; head: N(mean X)",
          .in_norm = all,
          .mixing = Mixing::streams,
          .number_of = "residual streams",
          .default_number = [](int) { return 4; },
-         .what = "mHC: X is k streams (4 by default); H₂ is doubly stochastic, and all H are "
+         .what = "mHC: X is k streams, 4 by default; H_res is doubly stochastic, and all H are "
                  "functions of X",
          .source = "arXiv 2512.24880"},
         {.name = "attnres",
