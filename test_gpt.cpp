@@ -446,6 +446,100 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
         });
 }
 
+// The junctions of a model whose embedding and branches are given, n streams (mHC) between them; x
+// is these and each junction's φ, β and α, y every h.
+Row check_streams(int n) {
+    const int rows = 5, C = 6, junctions = 3;
+    const StreamShape shape{n, C};
+    const int M = shape.maps(), width = int(shape.width());
+    std::vector<Doubles> x = {random_values(rows * C, "embedding")};
+    for (int k = 1; k < junctions; k++) x.push_back(random_values(rows * C, cat("b ", k)));
+    for (int k = 0; k + 1 < junctions; k++) {
+        x.push_back(random_values(M * width, cat("weight ", k)));
+        x.push_back(random_values(M, cat("bias ", k), 0, 2));
+        x.push_back(random_values(3, cat("scale ", k), 0.5, 0.3));
+    }
+    return check_layer(
+        cat("mHC, ", n, " streams"), x, [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{std::vector<S>(junctions * rows * C), {}};
+            for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
+            Tensors<S> X(junctions, std::vector<S>(rows * width)),
+                projected(junctions, std::vector<S>(rows * M)),
+                maps = projected, rstd(junctions, std::vector<S>(rows));
+            std::vector<S> dX(rows * width), dmaps(rows * M), dprojected(rows * M),
+                scratch(streams_scratch(rows, shape));
+            auto arguments = [&](int k) {
+                StreamArguments<S> a;
+                a.shape = shape, a.rows = rows;
+                a.before = x[0].data();
+                if (k > 0)
+                    a.before = X[k - 1].data(), a.maps_before = maps[k - 1].data(),
+                    a.b = x[k].data();
+                a.X = X[k].data(), a.h = out.y.data() + k * rows * C;
+                if (k + 1 == junctions) return a;
+                const int first = junctions + 3 * k; // of the parameters
+                a.weight = x[first].data(), a.bias = x[first + 1].data();
+                a.scale = x[first + 2].data(), a.projected = projected[k].data();
+                a.maps = maps[k].data(), a.rstd = rstd[k].data();
+                a.dweight = out.gradients[first].data();
+                a.dbias = out.gradients[first + 1].data();
+                a.dscale = out.gradients[first + 2].data();
+                return a;
+            };
+            for (int k = 0; k < junctions; k++) streams_forward(arguments(k));
+            for (int k = junctions - 1; k >= 0 && !c.empty(); k--) {
+                StreamArguments<S> a = arguments(k);
+                a.dh = c.data() + k * rows * C, a.dX = dX.data(), a.dmaps = dmaps.data();
+                a.dprojected = dprojected.data();
+                a.db = a.dembedded = out.gradients[k].data();
+                streams_backward(a, scratch.data());
+            }
+            return out;
+        });
+}
+
+// What sublayers read by attention over the sources before them; x is the embedding, the branches,
+// then each junction's query and key weight.
+Row check_sources(int branches, int block) {
+    const int rows = 5, C = 7;
+    const SourceShape shape{C, block};
+    std::vector<Doubles> x = {random_values(rows * C, "embedding"),
+                              random_values(branches * rows * C, "branches")};
+    for (int k = 1; k <= branches; k++) {
+        x.push_back(random_values(C, cat("query ", k)));
+        x.push_back(random_values(C, cat("key weight ", k), 1, 0.3));
+    }
+    return check_layer(cat("attention residuals, ", branches, " branches in blocks of ", block), x,
+                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+                           LayerResult<S> out{std::vector<S>(branches * rows * C), {}};
+                           for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
+                           std::vector<S> dsources(shape.count(branches) * rows * C),
+                               scratch(sources_scratch(rows, C));
+                           auto arguments = [&](int k) {
+                               SourceArguments<S> a;
+                               a.shape = shape, a.k = k, a.rows = rows, a.eps = 1e-5;
+                               a.embedded = x[0].data(), a.branches = x[1].data(),
+                               a.stride = rows * C;
+                               a.query = x[2 * k].data(), a.key_weight = x[2 * k + 1].data();
+                               a.h = out.y.data() + (k - 1) * rows * C;
+                               return a;
+                           };
+                           for (int k = 1; k <= branches; k++) sources_forward(arguments(k));
+                           if (c.empty()) return out;
+                           for (int k = branches; k >= 1; k--) {
+                               SourceArguments<S> a = arguments(k);
+                               a.dh = c.data() + (k - 1) * rows * C, a.last = k == branches;
+                               a.dsources = dsources.data(), a.dstride = rows * C;
+                               a.db = out.gradients[1].data() + (k - 1) * rows * C;
+                               a.dquery = out.gradients[2 * k].data();
+                               a.dkey_weight = out.gradients[2 * k + 1].data();
+                               sources_backward(a, scratch.data());
+                           }
+                           std::copy_n(dsources.begin(), rows * C, out.gradients[0].begin());
+                           return out;
+                       });
+}
+
 // All forms of matrix products, by gemm() in float and by plain loops, against the definition.
 Row check_gemm() {
     Row row{"matrix products, all forms"};
@@ -631,6 +725,10 @@ std::vector<std::string> all_schemes() {
     std::vector<std::string> names;
     for (const SchemeRow& row : scheme_table()) {
         std::string name = row.name;
+        if (row.mixing != Mixing::sum) {
+            names.insert(names.end(), {name, name + ":2"});
+            continue;
+        }
         if (row.number_of) name += row.grouped ? ":2" : ":1";
         names.push_back(name);
         if (!row.reads_second) names.push_back(name + "+gpas");
@@ -993,6 +1091,34 @@ Row check_folded(const std::string& architecture_name) {
     return row;
 }
 
+// Equal streams, read with weights of sum 1, and equal weights of all sources are Pre-LN, but for
+// eps: mHC with α = 0 and attention residuals with queries of 0 start so.
+Row check_starts_as_pre(const std::string& architecture_name, const std::string& scheme) {
+    Row row{cat("claim: ", architecture_name, "  ", scheme, " starts as pre")};
+    Config c = small_config(architecture_name);
+    c.norm_eps = 1e-14;
+    complete_config(c);
+    std::vector<int> inputs, targets;
+    test_batch(c, 14, inputs, targets, true);
+    c.scheme = parse_scheme("pre");
+    CpuModel<double> pre(c, 2, 7, {});
+    c.scheme = parse_scheme(scheme);
+    CpuModel<double> model(c, 2, 7, {});
+    fill_parameters(pre), model.initialize(1);
+    for (const Param& p : model.registry.params) {
+        const Param* same = pre.registry.find(p.name);
+        for (int64_t i = 0; i < p.size(); i++)
+            if (same || p.name.ends_with("_streams.scale"))
+                model.parameters[p.offset + i] = same ? pre.parameters[same->offset + i] : 0;
+    }
+    const double loss = pre.loss_and_gradients(inputs.data(), targets.data(), 2, 7, 1);
+    row.add("loss",
+            std::fabs(model.loss_and_gradients(inputs.data(), targets.data(), 2, 7, 1) / loss - 1),
+            1e-10);
+    row.add("gradients", compare_gradients(gradients_of(model), gradients_of(pre), 1e-3), 1e-9);
+    return row;
+}
+
 // The scale is 1/sqrt(layer) on both norms of a layer, and 1 on the final norm.
 Row check_lns_scales() {
     Row row{"claim: lns scales by 1/sqrt(1), 1/sqrt(1), 1/sqrt(2), 1/sqrt(2), ..., final 1"};
@@ -1088,7 +1214,8 @@ Row check_accumulation() {
 Row check_deterministic() {
     Row row{"claim: a repeated pass gives the same bits"};
     Config c = small_config("llama");
-    row.add("differ", bits_differ(pass_of(c, "sandwich+gpas"), pass_of(c, "sandwich+gpas")), 0);
+    for (const char* scheme : {"sandwich+gpas", "mhc", "attnres"})
+        row.add("differ", bits_differ(pass_of(c, scheme), pass_of(c, scheme)), 0);
     return row;
 }
 
@@ -1211,7 +1338,17 @@ Row check_initialization(const std::string& scheme) {
         const float* w = model.parameters + p.offset;
         auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
         if (!p.decay) {
-            double expected = named("gamma")                        ? row_of.gamma_init(c.layers)
+            if (named("_streams.bias")) {
+                const int n = c.scheme.row->default_number(c.layers);
+                double reads = 0;
+                for (int i = 0; i < n; i++) reads += sigmoid(double(w[i]));
+                if (std::fabs(reads - 1) > 1e-6 || w[n] != 0 || w[2 * n] != 0 || w[2 * n + 1] > -4)
+                    row.note = p.name + " is not near Pre-LN";
+                continue;
+            }
+            double expected = named("_streams.scale")               ? 0.01
+                              : named("query")                      ? 0
+                              : named("gamma")                      ? row_of.gamma_init(c.layers)
                               : named("omega")                      ? row_of.omega_init(c.layers)
                               : named("value_mix")                  ? 0.5
                               : named("gate") || named("x0_weight") ? 0
@@ -2036,6 +2173,8 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                                 {"olmo2", "sandwich+gpas"},
                                 {"llama-gqa", "deepnorm"},
                                 {"qwen2", "peri"},
+                                {"llama-gqa", "mhc"},
+                                {"gpt2", "attnres:3"},
                                 {"llama-gqa", "hybrid+value-residual"},
                                 {"olmo", "layerscale"}})
         for (DType dtype : {DType::float32, DType::bf16})
@@ -2117,8 +2256,9 @@ std::vector<Row> all_rows(const std::string& filter) {
         const std::string norm = type == NormType::rms ? " RMSNorm" : " LayerNorm";
         for (const std::string& name : all_schemes()) {
             // Layer 2 of 4, where mix:1 and mix:3 differ: its attention's junction.
-            keep(check_junction(name + norm, junction(parse_scheme(name), 4, 3), type, true,
-                                type == NormType::layer));
+            const Junction j = junction(parse_scheme(name), 4, 3);
+            if (j.mixing == Mixing::sum)
+                keep(check_junction(name + norm, j, type, true, type == NormType::layer));
         }
         keep(check_junction("mix:3" + norm, junction(parse_scheme("mix:3"), 4, 3), type, true,
                             true));
@@ -2127,6 +2267,9 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_junction("sandwich, no parameters" + norm,
                             junction(parse_scheme("sandwich"), 4, 3), type, false, false));
     }
+    for (int n : {1, 2, 4, 8}) keep(check_streams(n));
+    for (auto [branches, block] : {std::pair{1, 1}, {5, 1}, {5, 2}, {4, 4}, {6, 3}})
+        keep(check_sources(branches, block));
     keep(check_rope()), keep(check_qkv_norm("q and k norm", {1, 1, 0}));
     keep(check_qkv_norm("norms of q's and k's heads", {4, 2, 0}));
     keep(check_qkv_norm("norms of q's, k's and v's heads", {4, 2, 2}));
@@ -2170,8 +2313,13 @@ std::vector<Row> all_rows(const std::string& filter) {
           {"gpt2", "pre+value-residual"},
           {"llama", "siamese"},
           {"gpt2", "residual"},
-          {"qwen2", "mix:1+gpas+x0"}})
+          {"qwen2", "mix:1+gpas+x0"},
+          {"qwen2", "mhc+value-residual"},
+          {"gpt2", "attnres:2"}})
         keep(check_causal(name, scheme)), keep(check_continuation(name, scheme));
+    for (const char* name : {"llama", "gpt2"})
+        for (const char* scheme : {"mhc", "mhc:2", "attnres", "attnres:2"})
+            keep(check_starts_as_pre(name, scheme));
     keep(check_lns_scales()), keep(check_accumulation()), keep(check_deterministic());
     auto on_cpu = [](const Config& c, int B, int T) { return make_cpu_model(c, B, T, {}); };
     for (auto [name, scheme] : {std::pair{"llama", "pre"},
@@ -2197,6 +2345,10 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"llama-gqa", "siamese"},
                                 {"gpt2", "residual"},
                                 {"qwen2", "peri+x0"},
+                                {"llama-gqa", "mhc"},
+                                {"gpt2", "mhc:3+value-residual"},
+                                {"llama-gqa", "attnres"},
+                                {"gpt2", "attnres:2"},
                                 {"smollm3", "pre"},
                                 {"olmo", "mix:1"}}) {
         keep(check_recompute<float>(name, scheme));

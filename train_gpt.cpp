@@ -34,6 +34,8 @@
 #include "gpt/cpu/costs.h"         // defines: Costs, of each part of a pass
 #include "gpt/cpu/exp.h"           // defines: exp_below, sigmoid, silu, dsilu
 #include "gpt/cpu/gemm.h"          // defines: gemm, pack, packed_gemm
+#include "gpt/cpu/sources.h"       // defines: SourceArguments, sources_forward, sources_backward
+#include "gpt/cpu/streams.h"       // defines: StreamArguments, streams_forward, streams_backward
 #include "gpt/model/activations.h" // defines: PassTensors, which of them are kept
 #include "gpt/model/layers.h"      // defines: JunctionPointers
 #include "gpt/model/model.h"
@@ -964,8 +966,9 @@ template <class S> struct Activations : CpuTensors<S> {
         make(logits, backward && exact ? 0 : logit_rows * V);
         if (!backward) return;
         make(dlogits, head_rows * V);
-        make(scratch, std::max(junction_scratch(rows, c.width),
-                               row_chunks(rows) * c.normed_width()));
+        make(scratch, std::max({junction_scratch(rows, c.width),
+                                row_chunks(rows) * c.normed_width(),
+                                streams_scratch(rows, this->stream_shape)}));
     }
 };
 
@@ -1147,14 +1150,77 @@ template <class S> struct CpuModel : Model {
         return x;
     }
     void join_forward(int k) {
-        const Junction j = junction_of(k);
+        Junction j = junction_of(k);
+        const A* r_prev = before(k);
+        if (j.mixing != Mixing::sum) {
+            mix_forward(j, k);
+            j = entering(j), r_prev = residual(k);
+        }
         const Timed timer(profile, costs().junction_forward(j));
-        junction_forward(junction_arguments(j, k), stopped[k]);
+        JunctionArguments<S> x = junction_arguments(j, k);
+        x.r_prev = r_prev;
+        junction_forward(x, stopped[k]);
     }
     void join_backward(int k) {
         const Junction j = junction_of(k);
-        const Timed timer(profile, costs().junction_backward(j));
-        junction_backward(junction_arguments(j, k), acts.scratch.begin());
+        const bool mixes = j.mixing != Mixing::sum;
+        if (mixes) std::fill_n(+acts.dresidual, rows() * config.width, A(0)); // its r ends here
+        {
+            const Junction rest = mixes ? entering(j) : j;
+            const Timed timer(profile, costs().junction_backward(rest));
+            junction_backward(junction_arguments(rest, k), acts.scratch.begin());
+        }
+        if (mixes) mix_backward(j, k);
+    }
+
+    // residual(k), where it is not a sum.
+    void mix_forward(const Junction& j, int k) {
+        const Timed timer(profile, costs().mix_forward(j, k));
+        if (j.mixing == Mixing::streams) return streams_forward(stream_arguments(k));
+        sources_forward(source_arguments(k));
+    }
+    // From its gradient in dresidual to dbranch; at the first junction, to the embedding's gradient
+    // in dresidual.
+    void mix_backward(const Junction& j, int k) {
+        const Timed timer(profile, costs().mix_backward(j, k));
+        if (j.mixing == Mixing::streams)
+            return streams_backward(stream_arguments(k), acts.scratch.begin());
+        sources_backward(source_arguments(k), acts.scratch.begin());
+        if (k == 1) std::copy_n(acts.dsources.begin(), rows() * config.width, +acts.dresidual);
+    }
+    StreamArguments<S> stream_arguments(int k) {
+        const JunctionParams& p = registry.junctions[k];
+        StreamArguments<S> x;
+        x.shape = acts.stream_shape, x.rows = rows();
+        auto tensor = [&](const Slots<Array<A>>& slots, int k, int64_t row) {
+            return slots[k] + first * row;
+        };
+        const int64_t width = x.shape.width(), maps = x.shape.maps();
+        x.before = k == 0 ? embedded() : tensor(acts.streams, k - 1, width);
+        if (k > 0) x.maps_before = tensor(acts.maps, k - 1, maps), x.b = branch(k);
+        x.X = tensor(acts.streams, k, width), x.h = residual(k);
+        x.weight = weight(p.stream_weight), x.bias = weight(p.stream_bias);
+        x.scale = weight(p.stream_scale);
+        if (x.weight) {
+            x.projected = tensor(acts.projected, k, maps), x.maps = tensor(acts.maps, k, maps);
+            x.rstd = tensor(acts.stream_rstd, k, 1);
+        }
+        x.dh = x.dembedded = acts.dresidual, x.dX = acts.dstreams, x.dmaps = acts.dmaps;
+        x.dprojected = acts.dprojected, x.db = acts.dbranch;
+        x.dweight = gradient(p.stream_weight), x.dbias = gradient(p.stream_bias);
+        x.dscale = gradient(p.stream_scale);
+        return x;
+    }
+    SourceArguments<S> source_arguments(int k) {
+        const JunctionParams& p = registry.junctions[k];
+        SourceArguments<S> x;
+        x.shape = acts.source_shape, x.k = k, x.rows = rows(), x.eps = config.norm_eps;
+        x.embedded = embedded(), x.branches = branch(1), x.stride = acts.branch.stride;
+        x.query = weight(p.query), x.key_weight = weight(p.key_weight), x.h = residual(k);
+        x.dh = acts.dresidual, x.last = k == 2 * config.layers, x.db = acts.dbranch;
+        x.dsources = acts.dsources, x.dstride = acts.branch.stride;
+        x.dquery = gradient(p.query), x.dkey_weight = gradient(p.key_weight);
+        return x;
     }
 
     // The matrices of layer l, (OC, C) and (OC), as offsets.

@@ -1004,6 +1004,16 @@ void matmul_backward_weight(CublasLt& cublas, G* dw, G* dbias, const S* dout, in
     add_partial_sums(dbias, scratch, parts, OC, OC, cublas.stream);
 }
 
+} // namespace lns::cuda
+
+// Junctions that mix several streams or all branches, by the rows and matmuls above.
+// defines: StreamArguments, StreamGradients, streams_forward, streams_backward
+#include "gpt/cuda/streams.cuh"
+// defines: SourceArguments, SourceGradients, sources_forward, sources_backward
+#include "gpt/cuda/sources.cuh"
+
+namespace lns::cuda {
+
 // ---------------------------------------------------------------------------------------------
 // Attention. A row of qkv is NH heads of q, KVH of k, KVH of v; NH / KVH heads of q share one of k
 // and v (GQA, arXiv 2305.13245). AttentionShape has the sizes.
@@ -1375,7 +1385,8 @@ void qkv_norm_backward(S* dqkv, const S* raw, const NormStats* stats,
                           a.v_norms ? a.HS : 0};
     const int all = widths[0] + widths[1] + widths[2];
     int tensor = 0;
-    for (G* gradient : {dweights.q, dweights.k, dweights.v}) {
+    G* const gradients[] = {dweights.q, dweights.k, dweights.v}; // nvcc takes no list in the loop
+    for (G* gradient : gradients) {
         if (gradient) add_partial_sums(gradient, scratch, parts, all, widths[tensor], stream);
         scratch += widths[tensor++];
     }
@@ -1829,6 +1840,7 @@ template <class S> struct Activations : CudaTensors<S> {
     Array<char> logits;     // (head_rows, V) of S, then their gradients, or (logit_rows, V) floats
     Array<float> delta;     // (rows, NH): dO · O
     Array<char> scratch;    // partial sums
+    Array<float> stream_weight; // (maps, n·C): φ or its gradient, in float
     Array<Moments> moments; // (rows), for layer diagnostics
 
     // Calls make(array, elements) for every array. Widths are padded.
@@ -1842,6 +1854,8 @@ template <class S> struct Activations : CudaTensors<S> {
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
         const bool backward = o.purpose >= Purpose::jacobians;
+        const StreamShape& streams = this->stream_shape;
+        make(stream_weight, streams.maps() * streams.width());
         // Half a gigabyte of logits where there is a backward pass.
         head_rows = backward ? head_part(rows, V, int64_t(1) << 28, 128) : 0;
         logit_rows = backward ? std::max<int64_t>(1, head_rows * int64_t(sizeof(S)) / 4)
@@ -1852,7 +1866,8 @@ template <class S> struct Activations : CudaTensors<S> {
         make(delta, rows * c.heads);
         AttentionShape a{B, T, c.heads, c.kv_heads, c.head_size, c.head_size};
         a.v_norms = c.v_norms();
-        const int widest = std::max({c.width, c.qkv_width(), c.mlp_in_width()});
+        const int widest =
+            std::max({c.width, c.qkv_width(), c.mlp_in_width(), streams.maps() + 3});
         make(scratch, std::max({junction_scratch(c.width, multiprocessors),
                                 int64_t(sizeof(float)) * qkv_norm_scratch(a),
                                 c.scheme.value_residual ? mix_values_scratch(a) : 0,
@@ -2099,11 +2114,11 @@ template <class S, class G> struct CudaModel : Model {
                               padded_config.vocab_size, stream);
     }
 
-    // Before a backward pass.
+    // Before a backward pass: of the second stream, of x₀ and of layer 1's v.
     void clear_stream_gradients() {
-        if (acts.dvalues.size)
-            CUDA(cudaMemsetAsync(acts.dvalues, 0, size_t(acts.dvalues.size) * sizeof(float),
-                                 stream));
+        for (Array<float>* gradient : {&acts.dsecond, &acts.dstart, &acts.dvalues})
+            if (gradient->size)
+                CUDA(cudaMemsetAsync(*gradient, 0, size_t(gradient->size) * sizeof(float), stream));
     }
 
     Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
@@ -2133,22 +2148,94 @@ template <class S, class G> struct CudaModel : Model {
                 acts.dstart,
                 acts.scratch};
     }
-    // Of the second stream and of x₀.
-    void clear_stream_gradients() {
-        for (Array<float>* gradient : {&acts.dsecond, &acts.dstart})
-            if (gradient->size)
-                CUDA(cudaMemsetAsync(*gradient, 0, size_t(gradient->size) * sizeof(float), stream));
-    }
     void join_forward(int k) {
-        const Timed timer =
-            timed(costs().junction_forward(junction_of(k), acts.input.slot[k] >= 0));
-        junction_forward(junction_arguments(k), stream);
+        const Junction j = junction_of(k);
+        const bool mixes = j.mixing != Mixing::sum;
+        if (mixes) mix_forward(j, k);
+        const Junction rest = mixes ? entering(j) : j;
+        const bool has_input = acts.input.slot[k] >= 0;
+        const Timed timer = timed(costs().junction_forward(rest, has_input));
+        junction_forward(junction_arguments(rest, k, mixes ? residual(k) : before(k),
+                                            has_input ? input(k) : nullptr),
+                         stream);
     }
     void join_backward(int k) {
-        const bool last = k == 2 * config.layers;
-        const Timed timer = timed(costs().junction_backward(junction_of(k), last));
-        junction_backward(junction_arguments(k), junction_gradients(k, last), multiprocessors,
-                          stream);
+        const Junction j = junction_of(k);
+        const bool mixes = j.mixing != Mixing::sum;
+        {
+            const Junction rest = mixes ? entering(j) : j;
+            const bool last = mixes || k == 2 * config.layers; // nothing else reads such an r
+            const Timed timer = timed(costs().junction_backward(rest, last));
+            junction_backward(junction_arguments(rest, k, before(k), nullptr),
+                              junction_gradients(k, last), multiprocessors, stream);
+        }
+        if (mixes) mix_backward(j, k);
+    }
+
+    // residual(k), where it is not a sum.
+    void mix_forward(const Junction& j, int k) {
+        const Timed timer = timed(costs().mix_forward(j, k));
+        if (j.mixing == Mixing::streams) return streams_forward(cublas, stream_arguments(k));
+        sources_forward(source_arguments(k), stream);
+    }
+    // From its gradient in dresidual to dbranch; at the first junction, to the embedding's gradient
+    // in dresidual.
+    void mix_backward(const Junction& j, int k) {
+        const Timed timer = timed(costs().mix_backward(j, k));
+        const JunctionParams& p = padded_registry.junctions[k];
+        if (j.mixing == Mixing::streams)
+            return streams_backward(
+                cublas, stream_arguments(k),
+                StreamGradients<S, G>{acts.dresidual, acts.dstreams, acts.dmaps, acts.dprojected,
+                                      acts.dbranch, acts.dresidual, gradient(p.stream_weight),
+                                      gradient(p.stream_bias), gradient(p.stream_scale),
+                                      acts.stream_weight, scratch()});
+        sources_backward(source_arguments(k),
+                         SourceGradients<S, G>{acts.dresidual, acts.dsources, acts.branch.stride,
+                                               k == 2 * config.layers, acts.dbranch,
+                                               gradient(p.query), gradient(p.key_weight),
+                                               scratch()},
+                         multiprocessors, stream);
+        if (k == 1)
+            CUDA(cudaMemcpyAsync(acts.dresidual, acts.dsources, stream_bytes(),
+                                 cudaMemcpyDeviceToDevice, stream));
+    }
+    StreamArguments<S> stream_arguments(int k) {
+        const JunctionParams& p = padded_registry.junctions[k];
+        const StreamShape& shape = acts.stream_shape;
+        auto tensor = [&](const Slots<Array<float>>& slots, int k, int64_t row) {
+            return slots.slot[k] < 0 ? nullptr : slots[k] + first * row;
+        };
+        const bool starts = k == 0;
+        return {shape,
+                row_shape(shape.C),
+                rows(),
+                starts ? embedded() : tensor(acts.streams, k - 1, shape.width()),
+                starts ? nullptr : tensor(acts.maps, k - 1, shape.row()),
+                starts ? nullptr : branch(k),
+                weight(p.stream_weight),
+                weight(p.stream_bias),
+                weight(p.stream_scale),
+                acts.stream_weight,
+                tensor(acts.streams, k, shape.width()),
+                residual(k),
+                tensor(acts.projected, k, shape.row()),
+                tensor(acts.maps, k, shape.row()),
+                tensor(acts.stream_rstd, k, 1)};
+    }
+    SourceArguments<S> source_arguments(int k) {
+        const JunctionParams& p = padded_registry.junctions[k];
+        return {acts.source_shape,
+                row_shape(padded_config.width),
+                k,
+                rows(),
+                float(config.norm_eps),
+                embedded(),
+                branch(1),
+                acts.branch.stride,
+                weight(p.query),
+                weight(p.key_weight),
+                residual(k)};
     }
 
     // The matrices of layer l, (OC, C) and (OC), as offsets.

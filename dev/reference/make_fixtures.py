@@ -52,10 +52,11 @@ def schemes_of(config):
         return ["pre", "lns", "mix:1+gpas", "sandwich+gpas", "peri", "siamese"]
     names = [name + (":1" if name == "mix" else ":2" if name == "group" else "")
              for name in scheme_rows(L)]
-    one_stream = [name for name in names if "siamese" not in name and name != "residual"]
+    one_stream = [name for name in names
+                  if "siamese" not in name and name not in ("residual", "mhc", "attnres")]
     return (names + [name + "+gpas" for name in one_stream]
             + ["lns+gpas-each", "pre+x0", "peri+x0", "mix:1+gpas+x0", "lns+value-residual",
-               "hybrid+value-residual"])
+               "hybrid+value-residual", "attnres:2"])
 
 
 # Chosen so that float32's rounding errors stay well below the tolerance of 1e-5 in every tensor (see
@@ -79,6 +80,8 @@ def draw(config, name, shape):
         return random.uniform(0.2, 0.8, shape).astype(np.float32)
     if leaf.endswith("_gamma"):
         return (random.choice([-1, 1], shape) * random.uniform(0.3, 0.7, shape)).astype(np.float32)
+    if leaf == "query":
+        return random.uniform(-0.6, 0.6, shape).astype(np.float32)
     if leaf == "bias":
         return random.uniform(-0.3, 0.3, shape).astype(np.float32)
     if len(shape) == 1:

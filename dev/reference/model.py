@@ -136,6 +136,11 @@ class Scheme:
         return self.row["head_norms"]
 
     @property
+    def source_block(self):
+        """How many sublayers' outputs a source of attention residuals adds up."""
+        return -(-len(self.row["in_norm"]) // self.number)
+
+    @property
     def two_streams(self):
         return any(self.row["reads_second"])
 
@@ -178,10 +183,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
+    def __init__(self, size, eps, affine=True):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size)) if affine else 1.0
 
     def forward(self, x):
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
@@ -336,11 +341,57 @@ class LlamaMLP(nn.Module):
         return self.down_proj(gate * torch.sigmoid(gate) * self.up_proj(x))
 
 
+class StreamMaps(nn.Module):
+    """mHC's maps of a sublayer (arXiv 2512.24880) from n streams of C channels."""
+
+    def __init__(self, n, channels):
+        super().__init__()
+        self.n = n
+        self.weight = nn.Parameter(torch.zeros(n * (n + 2), n * channels))
+        self.bias = nn.Parameter(torch.zeros(n * (n + 2)))
+        self.scale = nn.Parameter(torch.zeros(3))
+
+    def forward(self, streams):
+        """Of (B,T,n,C): weights to read (B,T,n) and write (B,T,n), and to mix (B,T,n,n)."""
+        n, x = self.n, streams.flatten(-2)
+        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-20)
+        read, write, mix = (x @ self.weight.T).split([n, n, n * n], -1)
+        read_bias, write_bias, mix_bias = self.bias.split([n, n, n * n])
+        read = torch.sigmoid(self.scale[0] * read + read_bias)
+        write = 2 * torch.sigmoid(self.scale[1] * write + write_bias)
+        mix = torch.exp(self.scale[2] * mix + mix_bias).unflatten(-1, (n, n))
+        for _ in range(20):
+            mix = mix / mix.sum(-2, keepdim=True)
+            mix = mix / mix.sum(-1, keepdim=True)
+        return read, write, mix
+
+
+class SourceAttention(nn.Module):
+    """Attention residuals (arXiv 2603.15031): an average over earlier outputs."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(config.hidden_size))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.architecture != "olmo")
+
+    def forward(self, sources):
+        values = torch.stack(sources)
+        weights = (self.norm(values) @ self.query).softmax(0)
+        return (weights[..., None] * values).sum(0)
+
+
+def sources_of(start, branches, block):
+    """The embedding, and the sums of each `block` branches so far."""
+    return [start] + [sum(branches[i : i + block]) for i in range(0, len(branches), block)]
+
+
 class Streams:
     """What passes through the layers: r, the second stream y if there is one, and x₀."""
 
     def __init__(self, r, x0, y=None):
         self.r, self.x0, self.y = r, x0, y
+        self.branches = []  # of all sublayers so far
+        self.mixed = None  # mHC's streams, (B,T,n,C)
 
 
 class Layer(nn.Module):
@@ -379,6 +430,10 @@ class Layer(nn.Module):
             if row["omega_init"] is not None:
                 self.register_parameter(
                     f"{kind}_omega", nn.Parameter(torch.ones(config.hidden_size)))
+            if row["mixing"] == "streams":
+                self.add_module(f"{kind}_streams", StreamMaps(scheme.number, config.hidden_size))
+            if row["mixing"] == "sources" and k > 0:
+                self.add_module(f"{kind}_sources", SourceAttention(config))
             if scheme.gates == "sublayer":
                 self.register_parameter(f"{kind}_gate", nn.Parameter(torch.zeros(1)))
 
@@ -387,6 +442,19 @@ class Layer(nn.Module):
         scheme, row, r = self.scheme, self.scheme.row, streams.r
         k = sublayer_index(self.number, kind)
         norms = {role: getattr(self, name) for role, name in self.norms_of[kind].items()}
+        if row["mixing"] == "sources":
+            if k > 0:
+                attention = getattr(self, f"{kind}_sources")
+                r = attention(sources_of(streams.x0, streams.branches, scheme.source_block))
+            u = norms["in"](r)
+            streams.branches.append(getattr(self, self.modules_of[kind])(u))
+            return
+        if row["mixing"] == "streams":
+            read, write, mix = getattr(self, f"{kind}_streams")(streams.mixed)
+            u = norms["in"]((read[..., None] * streams.mixed).sum(-2))
+            b = getattr(self, self.modules_of[kind])(u)
+            streams.mixed = mix @ streams.mixed + write[..., None] * b[..., None, :]
+            return
         u = r + norms["second"](streams.y) if "second" in norms else r
         if "in" in norms:
             u = norms["in"](u * scheme.depth_factor("input", self.number, kind))
@@ -448,6 +516,8 @@ class Model(nn.Module):
             attention.first.append(attentions[0])
         trunk.add_module(self.names["layers"], nn.ModuleList(layers))
         trunk.add_module(self.names["final"], make_norm(config))
+        if scheme.row["mixing"] == "sources":
+            trunk.final_sources = SourceAttention(config)
         if scheme.row["reads_second"][-1] and not scheme.row["plain_head"]:
             trunk.second_norm = make_norm(config)
         if not config.tie_word_embeddings:
@@ -466,8 +536,15 @@ class Model(nn.Module):
         if self.has_embed_norm:
             r = trunk.embed_norm(r)
         streams = Streams(r, r, y)
+        if self.scheme.row["mixing"] == "streams":
+            streams.mixed = torch.stack([r] * self.scheme.number, -2)
         for layer in getattr(trunk, self.names["layers"]):
             layer(streams, self.stop)
+        if self.scheme.row["mixing"] == "streams":
+            streams.r = streams.mixed.mean(-2)
+        if self.scheme.row["mixing"] == "sources":
+            streams.r = trunk.final_sources(
+                sources_of(streams.x0, streams.branches, self.scheme.source_block))
         final, r = getattr(trunk, self.names["final"]), streams.r
         if hasattr(trunk, "second_norm"):
             r = final(r + trunk.second_norm(streams.y))

@@ -6,6 +6,8 @@
 #include "gpt/base/files.h"
 #include "gpt/base/random.h"
 #include "gpt/cpu/bf16.h"
+#include "gpt/cpu/sources.h"
+#include "gpt/cpu/streams.h"
 
 #include <gtest/gtest.h>
 
@@ -780,6 +782,179 @@ TEST(CudaLayers, LossOfNonFiniteLogits) {
     EXPECT_NEAR(loss.read()[0], 500, 1e-3);
     EXPECT_NEAR(x.read()[3], -1, 1e-6);
     EXPECT_NEAR(x.read()[7], 1, 1e-4);
+}
+
+// Two junctions of n streams and the last one: everything that they compute, against the CPU's
+// functions in double.
+template <class S, class G> void check_streams(int n, int64_t rows, int C) {
+    SCOPED_TRACE(cat(sizeof(S), " ", sizeof(G), ", ", n, " streams, ", rows, " rows, width ", C));
+    const int junctions = 3;
+    const StreamShape shape{n, C};
+    const int64_t M = shape.maps(), width = shape.width(), row = shape.row();
+    auto named = [](const char* name, int k) { return cat(name, " ", k); };
+    struct Numbers {
+        Doubles b, weight, bias, scale, dh, dweight, X, h, projected, maps, rstd, db, dbias, dscale;
+    };
+    std::vector<Numbers> cpu(junctions);
+    const Doubles embedding = numbers<float>(rows * C, "embedding");
+    for (int k = 0; k < junctions; k++) {
+        Numbers& a = cpu[k];
+        auto drawn = [&](int64_t size, const char* name, double std) {
+            return numbers<S>(size, named(name, k).c_str(), std);
+        };
+        a.b = drawn(rows * C, "b", 1), a.weight = drawn(M * width, "weight", 1);
+        a.bias = drawn(M, "bias", 1), a.scale = drawn(3, "scale", 0.3);
+        a.dh = numbers<float>(rows * C, named("dh", k).c_str());
+        a.dweight = numbers<G>(M * width, "dweight"), a.dbias = numbers<G>(M, "dbias");
+        a.dscale = numbers<G>(3, "dscale");
+        a.X.resize(rows * width), a.h.resize(rows * C), a.db.resize(rows * C);
+        a.projected.resize(rows * M), a.maps.resize(rows * M), a.rstd.resize(rows);
+    }
+    const std::vector<Numbers> given = cpu;
+    Doubles dX(rows * width), dmaps(rows * M), dprojected(rows * M), dembedded(rows * C),
+        partial(streams_scratch(rows, shape));
+    auto of_cpu = [&](int k) {
+        Numbers& a = cpu[k];
+        lns::StreamArguments<double> x;
+        x.shape = shape, x.rows = rows;
+        x.before = k ? cpu[k - 1].X.data() : embedding.data();
+        if (k) x.maps_before = cpu[k - 1].maps.data(), x.b = a.b.data();
+        x.X = a.X.data(), x.h = a.h.data();
+        x.dh = a.dh.data(), x.dX = dX.data(), x.dmaps = dmaps.data();
+        x.dprojected = dprojected.data(), x.db = a.db.data(), x.dembedded = dembedded.data();
+        if (k + 1 == junctions) return x;
+        x.weight = a.weight.data(), x.bias = a.bias.data(), x.scale = a.scale.data();
+        x.projected = a.projected.data(), x.maps = a.maps.data(), x.rstd = a.rstd.data();
+        x.dweight = a.dweight.data(), x.dbias = a.dbias.data(), x.dscale = a.dscale.data();
+        return x;
+    };
+    for (int k = 0; k < junctions; k++) lns::streams_forward(of_cpu(k));
+    for (int k = junctions - 1; k >= 0; k--) lns::streams_backward(of_cpu(k), partial.data());
+
+    Stream stream;
+    CublasLt cublas(stream);
+    struct OfGpu {
+        OnDevice<S> b, weight, bias, scale;
+        OnDevice<float> dh, X, h, projected, maps, rstd;
+        OnDevice<G> dweight, dbias, dscale;
+        OnDevice<S> db;
+    };
+    std::vector<std::unique_ptr<OfGpu>> gpu;
+    for (const Numbers& a : given)
+        gpu.emplace_back(
+            new OfGpu{OnDevice<S>(a.b), OnDevice<S>(a.weight), OnDevice<S>(a.bias),
+                      OnDevice<S>(a.scale), OnDevice<float>(a.dh), OnDevice<float>(rows * width),
+                      OnDevice<float>(rows * C), OnDevice<float>(rows * row),
+                      OnDevice<float>(rows * row), OnDevice<float>(rows), OnDevice<G>(a.dweight),
+                      OnDevice<G>(a.dbias), OnDevice<G>(a.dscale), OnDevice<S>(rows * C)});
+    const OnDevice<float> embedding_(embedding), dX_(rows * width), dmaps_(Doubles(rows * row)),
+        dprojected_(rows * row), dembedded_(rows * C), weight(M * width),
+        scratch(matmul_scratch(rows, int(M) + 3));
+    auto arguments = [&](int k) {
+        OfGpu& a = *gpu[k];
+        const bool maps = k + 1 < junctions;
+        StreamArguments<S> x = {};
+        x.shape = shape, x.row_shape = row_shape(C), x.rows = rows;
+        x.before = k ? gpu[k - 1]->X.in() : embedding_.in();
+        if (k) x.maps_before = gpu[k - 1]->maps, x.b = a.b;
+        if (maps) x.weight = a.weight, x.bias = a.bias, x.scale = a.scale, x.maps = a.maps;
+        x.weight_in_float = weight, x.X = a.X, x.h = a.h, x.projected = a.projected;
+        x.rstd = a.rstd;
+        return x;
+    };
+    in_every_order(
+        [&] {
+            for (int k = 0; k < junctions; k++) {
+                gpu[k]->dweight.write(given[k].dweight), gpu[k]->dbias.write(given[k].dbias);
+                gpu[k]->dscale.write(given[k].dscale);
+                streams_forward(cublas, arguments(k));
+            }
+            for (int k = junctions - 1; k >= 0; k--) {
+                OfGpu& a = *gpu[k];
+                streams_backward(cublas, arguments(k),
+                                 StreamGradients<S, G>{a.dh, dX_, dmaps_, dprojected_, a.db,
+                                                       dembedded_, a.dweight, a.dbias, a.dscale,
+                                                       weight, scratch});
+            }
+        },
+        gpu[1]->h, gpu[1]->db, gpu[0]->dweight, gpu[0]->dbias, gpu[0]->dscale, dembedded_);
+    const double near = 1e-5;
+    for (int k = 0; k < junctions; k++) {
+        SCOPED_TRACE(k);
+        expect_near(gpu[k]->h, cpu[k].h, near);
+        if (k) expect_near(gpu[k]->db, cpu[k].db, std::max(near, tolerance<S>()));
+        if (k + 1 == junctions) break;
+        expect_near(gpu[k]->dweight, cpu[k].dweight, std::max(near, tolerance<G>()));
+        expect_near(gpu[k]->dbias, cpu[k].dbias, std::max(near, tolerance<G>()));
+        expect_near(gpu[k]->dscale, cpu[k].dscale, std::max(near, tolerance<G>()));
+    }
+    expect_near(dembedded_, dembedded, near);
+}
+
+TEST(CudaLayers, Streams) {
+    const Variable none("LNS_CACHE", "none");
+    check_streams<bf16, bf16>(4, 7, 24), check_streams<bf16, float>(4, 130, 8);
+    check_streams<float, float>(1, 3, 40), check_streams<float, float>(3, 5, 264);
+    check_streams<bf16, float>(8, 3, 16), check_streams<float, float>(2, 2, 1032);
+}
+
+// The junctions of a model whose embedding and branches are given, against the CPU's functions.
+template <class S, class G> void check_sources(int branches, int block, int64_t rows, int C) {
+    SCOPED_TRACE(cat(sizeof(S), " ", sizeof(G), ", ", branches, " branches in blocks of ", block,
+                     ", ", rows, " rows, width ", C));
+    const SourceShape shape{C, block};
+    const int64_t n = rows * C;
+    const Doubles embedding = numbers<float>(n, "embedding"), b = numbers<S>(branches * n, "b"),
+                  query = numbers<S>(C, "query", 1 / std::sqrt(C)), key = numbers<S>(C, "key"),
+                  dh = numbers<float>(branches * n, "dh"), dquery = numbers<G>(C, "dquery"),
+                  dkey = numbers<G>(C, "dkey");
+    Doubles h(branches * n), dsources(shape.count(branches) * n), db(branches * n),
+        partial(lns::sources_scratch(rows, C)), wanted_query = dquery, wanted_key = dkey;
+    auto of_cpu = [&](int k) {
+        lns::SourceArguments<double> x;
+        x.shape = shape, x.k = k, x.rows = rows, x.eps = 1e-5;
+        x.embedded = embedding.data(), x.branches = b.data(), x.stride = n;
+        x.query = query.data(), x.key_weight = key.data(), x.h = &h[(k - 1) * n];
+        x.dh = &dh[(k - 1) * n], x.dsources = dsources.data(), x.dstride = n;
+        x.last = k == branches, x.db = &db[(k - 1) * n];
+        x.dquery = wanted_query.data(), x.dkey_weight = wanted_key.data();
+        return x;
+    };
+    for (int k = 1; k <= branches; k++) lns::sources_forward(of_cpu(k));
+    for (int k = branches; k >= 1; k--) lns::sources_backward(of_cpu(k), partial.data());
+
+    Stream stream;
+    const int multiprocessors = 2;
+    const OnDevice<float> embedding_(embedding), h_(branches * n), dh_(dh),
+        dsources_(shape.count(branches) * n), scratch(sources_scratch(C, multiprocessors));
+    const OnDevice<S> b_(b), query_(query), key_(key), db_(branches * n);
+    OnDevice<G> dquery_(dquery), dkey_(dkey);
+    auto arguments = [&](int k) {
+        return SourceArguments<S>{shape, row_shape(C),    k, rows, 1e-5f, embedding_, b_, n, query_,
+                                  key_,  h_ + (k - 1) * n};
+    };
+    in_every_order(
+        [&] {
+            dquery_.write(dquery), dkey_.write(dkey);
+            for (int k = 1; k <= branches; k++) sources_forward(arguments(k), stream);
+            for (int k = branches; k >= 1; k--)
+                sources_backward(arguments(k),
+                                 SourceGradients<S, G>{dh_ + (k - 1) * n, dsources_, n,
+                                                       k == branches, db_ + (k - 1) * n, dquery_,
+                                                       dkey_, scratch},
+                                 multiprocessors, stream);
+        },
+        h_, db_, dsources_, dquery_, dkey_);
+    const double near = 1e-5;
+    expect_near(h_, h, near), expect_near(dsources_, dsources, near);
+    expect_near(db_, db, std::max(near, tolerance<S>()));
+    expect_near(dquery_, wanted_query, std::max(near, 2 * tolerance<G>()));
+    expect_near(dkey_, wanted_key, std::max(near, 2 * tolerance<G>()));
+}
+
+TEST(CudaLayers, Sources) {
+    check_sources<bf16, bf16>(5, 1, 7, 24), check_sources<float, float>(6, 4, 130, 8);
+    check_sources<bf16, float>(3, 2, 5, 1032), check_sources<float, float>(1, 1, 1, 2056);
 }
 
 template <class G> void check_norm(int64_t n) {

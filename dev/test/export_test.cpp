@@ -210,6 +210,8 @@ TEST(Export, ModelsWithoutAStockFormAreUnchanged) {
                                                                        {"llama", "siamese"},
                                                                        {"qwen2", "residual"},
                                                                        {"llama", "admin"},
+                                                                       {"llama", "mhc"},
+                                                                       {"qwen2", "attnres:2"},
                                                                        {"olmo", "skipinit+gpas"}}) {
         Exported e(type, scheme);
         EXPECT_TRUE(says(
@@ -217,6 +219,14 @@ TEST(Export, ModelsWithoutAStockFormAreUnchanged) {
         e.expect(e.read(), one);
         EXPECT_EQ(e.config().at("model_type"), "lns-" + type);
         EXPECT_EQ(checkpoint_config(e.dir / "out").scheme.name(), scheme);
+    }
+}
+
+TEST(Export, LayersOfMixedStreamsStay) {
+    for (const char* scheme : {"mhc:2", "attnres"}) {
+        Exported e("llama", scheme);
+        e.options.drop_layers = "2";
+        EXPECT_TRUE(says(e.run(), {scheme, "layers of this model cannot be dropped"}));
     }
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "gpt/model/config.h"
 #include "gpt/run/schemes.h"
 
 using namespace lns;
@@ -19,13 +20,15 @@ const SchemeRow& row_of(const char* name) { return *parse_scheme(name).row; }
 TEST(Scheme, NamesAreReadAsTheyAreWritten) {
     for (const std::string& name : scheme_names()) {
         EXPECT_EQ(parse_scheme(name).name(), name);
-        if (parse_scheme(name).row->reads_second) continue;
+        const SchemeRow& row = *parse_scheme(name).row;
+        if (row.reads_second || row.mixing != Mixing::sum) continue;
         const Scheme all = parse_scheme(name + "+scaled-init+gpas");
         EXPECT_TRUE(all.gpas && all.scaled_init);
         EXPECT_EQ(all.name(), name + "+gpas+scaled-init");
     }
-    for (const char* name : {"mix:12", "group:4", "lns:after", "pre+gpas-each+x0+value-residual",
-                             "lns:after-mlp+prores:200+depth-init"})
+    for (const char* name :
+         {"mix:12", "group:4", "mhc:2", "attnres:8", "lns:after", "pre+gpas-each+x0+value-residual",
+          "lns:after-mlp+prores:200+depth-init"})
         EXPECT_EQ(parse_scheme(name).name(), name);
     EXPECT_EQ(parse_scheme("mix:12").number, 12);
     EXPECT_EQ(parse_scheme("pre+prores").name(), "pre+prores");
@@ -42,6 +45,8 @@ TEST(Scheme, WrongNamesAreSentences) {
     EXPECT_TRUE(says(error("pre+x0:3"), {"'+x0' takes no number"}));
     EXPECT_TRUE(says(error("pre+prores:0"), {"no steps at all"}));
     EXPECT_TRUE(says(error("group:0"), {"no group at all"}));
+    EXPECT_TRUE(says(error("mhc:0"), {"'mhc:0'", "no residual streams at all"}));
+    EXPECT_TRUE(says(error("attnres:0"), {"'attnres:0'", "no blocks at all"}));
     for (const char* k : {"mix:", "mix:x", "mix:-1", "mix:1234567"})
         EXPECT_TRUE(says(error(k), {"number of layers k", k})) << k;
     for (const char* text : {"", "pre+", "+"})
@@ -52,6 +57,9 @@ TEST(Scheme, AdditionsThatHaveNoMeaningAreRefused) {
     auto error = [](const char* text) { return error_of([&] { parse_scheme(text); }); };
     EXPECT_TRUE(says(error("siamese+gpas"), {"+gpas", "siamese", "two residual streams"}));
     EXPECT_TRUE(says(error("residual+x0"), {"+x0", "residual", "two residual streams"}));
+    EXPECT_TRUE(says(error("mhc+gpas"), {"+gpas", "mhc", "joins no sum"}));
+    EXPECT_TRUE(says(error("attnres:4+x0"), {"+x0", "attnres", "joins no sum"}));
+    EXPECT_TRUE(says(error("attnres+prores"), {"+prores", "attnres", "joins no sum"}));
     EXPECT_TRUE(says(error("admin+prores"), {"+prores", "admin", "variance"}));
     EXPECT_TRUE(says(error("pre+gpas+gpas-each"), {"+gpas-each", "choose one"}));
     EXPECT_TRUE(says(error("pre+scaled-init+depth-init"), {"+depth-init", "choose one"}));
@@ -107,6 +115,23 @@ TEST(Scheme, BranchesFadeIn) {
     EXPECT_DOUBLE_EQ(junction(s, 4, 3).beta, 0.75);
     EXPECT_DOUBLE_EQ(junction(s, 4, 6).beta, 0.5);
     EXPECT_DOUBLE_EQ(junction(s, 4, 8).beta, 0.375);
+}
+
+TEST(Scheme, MixedJunctions) {
+    const Junction mhc = junction(parse_scheme("mhc"), 4, 3);
+    EXPECT_TRUE(mhc.mixing == Mixing::streams && mhc.mixed == 4 && mhc.in_norm);
+    EXPECT_NE(mhc, junction(parse_scheme("mhc:2"), 4, 3));
+    EXPECT_EQ(junction(parse_scheme("attnres"), 4, 0).mixing, Mixing::sum);
+    EXPECT_EQ(junction(parse_scheme("attnres"), 4, 1).mixed, 1);
+    EXPECT_EQ(junction(parse_scheme("attnres:8"), 4, 1), junction(parse_scheme("attnres"), 4, 1));
+    EXPECT_EQ(junction(parse_scheme("attnres:3"), 4, 5).mixed, 3); // 3, 3 and 2 sublayers
+    for (const auto& [scheme, what] :
+         {std::pair{"mhc:9", "up to 8"}, {"attnres:9", "8 sublayers"}}) {
+        Config c = preset_config("llama-9m");
+        c.layers = 4, c.scheme = parse_scheme(scheme);
+        complete_config(c);
+        EXPECT_TRUE(says(error_of([&] { check_config(c); }), {scheme, what}));
+    }
 }
 
 TEST(Scheme, IsDescribed) {

@@ -6,6 +6,7 @@
 
 #include "gpt/cpu/arrays.h"
 #include "gpt/model/config.h"
+#include "gpt/model/mixing.h"
 #include "gpt/model/profile.h"
 
 namespace lns {
@@ -27,6 +28,25 @@ template <class S> struct Costs {
         const double branch = j.branch * (1 + 2 * j.keeps_branch());
         return {"backward", "junctions", 0, rows * c.width * (s * (2 + branch) + 2 * a)};
     }
+    // Streams and their maps, or all sources of junction k.
+    Cost mix_forward(const Junction& j, int k) const {
+        if (j.mixing == Mixing::sources)
+            return {"forward", "sources", 0, source_bytes(k) + a * rows * c.width};
+        const StreamShape x{j.mixed, c.width};
+        return {"forward", "streams", 2 * rows * x.maps() * double(x.width()),
+                rows * (3 * a * double(x.width()) + (a + s) * c.width)};
+    }
+    Cost mix_backward(const Junction& j, int k) const {
+        if (j.mixing == Mixing::sources)
+            return {"backward", "sources", 0,
+                    source_bytes(k) +
+                        rows * c.width *
+                            (a * (1 + 2.0 * SourceShape{c.width, j.mixed}.count(k)) + s)};
+        const StreamShape x{j.mixed, c.width};
+        return {"backward", "streams", 4 * rows * x.maps() * double(x.width()),
+                rows * (9 * a * double(x.width()) + (a + 2 * s) * c.width)};
+    }
+    double source_bytes(int k) const { return rows * c.width * (a + k * s); }
     Cost input_recompute() const { return {"recompute", "junctions", 0, rows * s * 2 * c.width}; }
 
     // n rows times a matrix (OC, C).

@@ -93,6 +93,7 @@ template <class S>
 void CpuModel<S>::embed(const int* inputs, int b, int t, const Branches& branched) {
     if (options.purpose < Purpose::layers || options.recompute != Recompute::none)
         fail_layer_by_layer();
+    check_one_stream();
     set_tokens(inputs, b, t, 0, branched);
     embed();
     between = 0;

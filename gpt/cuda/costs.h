@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "gpt/model/config.h"
+#include "gpt/model/mixing.h"
 #include "gpt/model/profile.h"
 #include "gpt/model/scheme.h"
 
@@ -30,6 +31,24 @@ template <class S, class G> struct Costs {
                 rows * c.width *
                     ((2.0 - last + j.in_norm + j.keeps_branch()) * f +
                      (1.0 + j.branch * (1 + j.keeps_branch())) * s)};
+    }
+    // Streams and their maps, or all sources of junction k.
+    Cost mix_forward(const Junction& j, int k) const {
+        if (j.mixing == Mixing::sources)
+            return {"forward", "sources", 0, rows * c.width * (2 * f + k * s)};
+        const StreamShape x{j.mixed, c.width};
+        return {"forward", "streams", 2 * rows * x.maps() * double(x.width()),
+                rows * (4 * f * double(x.width()) + (f + s) * c.width)};
+    }
+    Cost mix_backward(const Junction& j, int k) const {
+        if (j.mixing == Mixing::sources) {
+            const double sources = SourceShape{c.width, j.mixed}.count(k);
+            return {"backward", "sources", 0,
+                    rows * c.width * ((2 + 2 * sources) * f + (2 * k + 1) * s)};
+        }
+        const StreamShape x{j.mixed, c.width};
+        return {"backward", "streams", 4 * rows * x.maps() * double(x.width()),
+                rows * (10 * f * double(x.width()) + (2 * f + 2 * s) * c.width)};
     }
     Cost input_recompute() const { return {"recompute", "junctions", 0, rows * c.width * (f + s)}; }
 

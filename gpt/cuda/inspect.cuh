@@ -102,6 +102,7 @@ template <class S, class G>
 void CudaModel<S, G>::embed(const int* inputs, int b, int t, const Branches& branched) {
     if (options.purpose < Purpose::layers || options.recompute != Recompute::none)
         fail_layer_by_layer();
+    check_one_stream();
     begin_pass(inputs, nullptr, b, t, 0, branched);
     kv_cache_valid = false;
     embed();

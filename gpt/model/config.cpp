@@ -7,6 +7,7 @@
 #include "gpt/base/error.h"
 #include "gpt/base/json.h"
 #include "gpt/base/suggest.h"
+#include "gpt/model/mixing.h"
 
 namespace lns {
 
@@ -173,7 +174,13 @@ void check_config(const Config& c) {
             fail("the config.json says which of ", list->size(), " layers have ", what,
                  ", but the model has ", c.layers, ": leave --layers out");
     const SchemeRow& row = *c.scheme.row;
-    if (!row.grouped && c.scheme.number > c.layers)
+    if (row.mixing == Mixing::streams && c.scheme.number > most_streams)
+        fail(c.scheme.name(), " asks for too many residual streams: there may be up to ",
+             most_streams);
+    if (row.mixing == Mixing::sources && c.scheme.number > 2 * c.layers)
+        fail(c.scheme.name(), " asks for more blocks than the model's ", 2 * c.layers,
+             " sublayers (attention and MLP)");
+    if (row.mixing == Mixing::sum && !row.grouped && c.scheme.number > c.layers)
         fail(c.scheme.name(), " asks for more ", row.number_of, " than the model's ", c.layers);
     if (row.depth == DepthScale::init_weight && !c.norm_weight)
         fail("the scheme '", row.name,

@@ -209,13 +209,22 @@ struct Model {
     virtual std::vector<double> row_chords(int, int) { fail_layer_by_layer(); }
     // Σ g² over the gradient of each parameter, in the registry's order.
     virtual std::vector<double> gradient_squares() { fail_layer_by_layer(); }
+    // Of embed().
+    void check_one_stream() const {
+        if (config.scheme.row->mixing != Mixing::sum)
+            fail("layer diagnostics and the removal of layers are about one residual stream, and "
+                 "the norm scheme '",
+                 config.scheme.name(), "' has none: it mixes ",
+                 config.scheme.row->mixing == Mixing::streams ? "several streams"
+                                                              : "the outputs of all layers");
+    }
     [[noreturn]] static void fail_backward() { fail("this model was made for forward passes"); }
     [[noreturn]] static void fail_layer_by_layer() {
         fail("this model was not made to run layer by layer, or with --recompute");
     }
 
-    // Var(r) over tokens and channels, of the last forward pass: after the embedding, then after
-    // each layer, L + 1 numbers.
+    // Var(r) (of what sublayers read, where it is no sum) over tokens and channels, of the last
+    // forward pass: after the embedding, then after each layer, L + 1 numbers.
     std::vector<double> residual_variance();
 
     // The first tensor that is not finite, in the order of computation (gpt/model/nonfinite.h); ""

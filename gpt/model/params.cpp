@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "gpt/base/error.h"
+#include "gpt/model/mixing.h"
 
 namespace lns {
 
@@ -106,6 +107,12 @@ struct Builder {
             p.start_weight = vector(layer(k / 2) + "x0_weight", 1, 0);
         }
         const bool last = k == 2 * L;
+        const std::string which = last ? root("final") : layer(k / 2) + sublayer(k + 1);
+        if (j.mixing == Mixing::streams && !last) streams(p, which + "_streams", {j.mixed, C}, k);
+        if (j.mixing == Mixing::sources) {
+            p.query = vector(which + "_sources.query", C, 0);
+            if (c.norm_weight) p.key_weight = vector(which + "_sources.norm.weight", C, 1);
+        }
         const std::string final_name = root(names.final_norm);
         if (j.reads_second)
             p.second = norm(!last          ? layer(k / 2) + sublayer(k + 1) + "_second_norm"
@@ -114,6 +121,22 @@ struct Builder {
                             1);
         if (j.in_norm) p.in = norm(last ? final_name : norm_name(k + 1, false), j.in_weight_init);
     }
+    // Maps that start nearly as Pre-LN: sublayer k + 1 reads stream k mod n, almost alone, and adds
+    // to all; the streams hardly mix.
+    void streams(JunctionParams& p, const std::string& name, const StreamShape& shape, int k) {
+        const int n = shape.n;
+        align();
+        p.stream_weight = add(name + ".weight", {shape.maps(), shape.width()}, 0, c.init_std);
+        p.stream_bias = vector(name + ".bias", shape.maps(), 0);
+        std::vector<double>& bias = registry.params.back().values;
+        bias.assign(size_t(shape.maps()), 0);
+        const double others = 0.05, favourite = std::log((1 - others) / others);
+        for (int i = 0; i < n; i++)
+            bias[i] = i == k % n ? favourite : std::log(others / (n - 1 - others));
+        for (int i = 0; i < n * n; i++) bias[2 * n + i] = i % (n + 1) == 0 ? 0 : -5;
+        p.stream_scale = vector(name + ".scale", 3, 0.01);
+    }
+
     static const char* sublayer(int k) { return k % 2 == 1 ? "attn" : "mlp"; }
 
     // The rest of junction k, behind sublayer k.

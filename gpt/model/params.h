@@ -22,6 +22,7 @@ struct Param {
     double mean = 0, std = 0;   // starts at normal(mean, std)
     int64_t tail = INT64_MAX;   // elements from here on (V in GPT-2's c_attn)
     double tail_std = 0;        // start at normal(mean, tail_std)
+    std::vector<double> values; // starts at these, unless empty
     bool decay = false;         // weight decay: matrices only
     bool layer_matrix = false;  // a matrix of a layer, not an embedding or the head
     int layer = -1;             // from 0; −1: it belongs to no layer
@@ -58,6 +59,10 @@ struct JunctionParams {
     int64_t omega = -1;                         // (C)
     int64_t gate = -1;                          // (1)
     int64_t start_skip = -1, start_weight = -1; // (1): a and λ of +x0
+    // φ (maps, n·C), β (maps) and α (3) of streams; w (C) and the keys' norm (C) of sources
+    // (gpt/model/mixing.h)
+    int64_t stream_weight = -1, stream_bias = -1, stream_scale = -1;
+    int64_t query = -1, key_weight = -1;
 };
 
 struct Registry {
@@ -82,7 +87,8 @@ template <class S> void initialize(const Param& p, uint64_t seed, S* out) {
 #pragma omp parallel for
     for (int64_t i = 0; i < p.size(); i++) {
         double std = i < p.tail ? p.std : p.tail_std;
-        const double x = std > 0 ? p.mean + std * random_normal(seed, stream, i) : p.mean;
+        const double mean = p.values.empty() ? p.mean : p.values[size_t(i)];
+        const double x = std > 0 ? mean + std * random_normal(seed, stream, i) : mean;
         out[i] = std::is_same_v<S, double> ? S(x) : S(float(x));
     }
 }

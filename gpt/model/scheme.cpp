@@ -194,6 +194,23 @@ const std::vector<SchemeRow>& scheme_table() {
          .reads_second = all,
          .what = "SiameseNorm's post_pre",
          .source = "arXiv 2602.08064, its code"},
+        {.name = "mhc",
+         .equations = "u = N(H_pre X), X ← H_res X + H_post ⊗ b; head: N(mean X)",
+         .in_norm = all,
+         .mixing = Mixing::streams,
+         .number_of = "residual streams",
+         .default_number = [](int) { return 4; },
+         .what = "mHC: X is k streams, 4 by default; H_res is doubly stochastic, and all H are "
+                 "functions of X",
+         .source = "arXiv 2512.24880"},
+        {.name = "attnres",
+         .equations = "u = N(Σ softmaxᵢ(w · N(vᵢ)) vᵢ); v₀ = x₀, vᵢ = bᵢ",
+         .in_norm = all,
+         .mixing = Mixing::sources,
+         .number_of = "blocks",
+         .default_number = [](int L) { return 2 * L; },
+         .what = "attention residuals; attnres:k sums branches in k blocks",
+         .source = "arXiv 2603.15031"},
         {.name = "group",
          .equations = "u = N(r), r ← r + b",
          .in_norm = all,
@@ -313,6 +330,8 @@ void parse_base(const std::string& base, Scheme& scheme) {
         fail("the norm scheme '", scheme.row->name, "' takes no number, found '", base, "'");
     scheme.number = parse_number(base, colon, scheme.row->number_of);
     if (scheme.row->grouped && scheme.number == 0) fail("'", base, "' asks for no group at all");
+    if (scheme.row->mixing != Mixing::sum && scheme.number == 0)
+        fail("'", base, "' asks for no ", scheme.row->number_of, " at all");
 }
 
 void parse_addition(const std::string& text, Scheme& scheme) {
@@ -347,6 +366,11 @@ void check_additions(const Scheme& s) {
     refuse(s.gated() && second, s.gpas ? "+gpas" : "+gpas-each", streams);
     refuse(s.x0 && second, "+x0", streams);
     refuse(s.prores && second, "+prores", streams);
+    const char* mixing = "a branch of it joins no sum that the addition could change";
+    const bool mixed = s.row->mixing != Mixing::sum;
+    refuse(s.gated() && mixed, s.gpas ? "+gpas" : "+gpas-each", mixing);
+    refuse(s.x0 && mixed, "+x0", mixing);
+    refuse(s.prores && mixed, "+prores", mixing);
     refuse(s.prores && profiled, "+prores",
            "its ω come from the variance of the first batch's branches, which would be 0");
 }
@@ -407,6 +431,11 @@ Junction junction(const Scheme& scheme, int L, int k) {
 
     Junction j;
     j.branch = k > 0;
+    if (row.mixing == Mixing::streams) {
+        j.mixing = row.mixing, j.mixed = place.number();
+    } else if (row.mixing == Mixing::sources && k > 0) {
+        j.mixing = row.mixing, j.mixed = (2 * L + place.number() - 1) / place.number();
+    }
     j.second = row.reads_second;
     j.starts_second = j.second && k == 0;
     if (k == 0) {

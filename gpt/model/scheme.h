@@ -18,6 +18,9 @@
 //     y ← y + b
 //     u ← scale · norm_in(r + norm_second(y))   where it is read
 //
+// Two schemes have another way of mixing in place of the sum (Mixing): r is what it gives, and
+// nothing but norm_in follows. gpt/model/mixing.h has their equations.
+//
 // A scheme is a row of the table in scheme.cpp; the backends know only Junction.
 #pragma once
 
@@ -37,6 +40,13 @@ enum class DepthScale {
     input,       // the in-norm's input, which only eps can tell from 1
     branch,      // b, where it is added
     residual,    // the sum of r and b
+};
+
+// What precedes u ← scale · norm_in(r).
+enum class Mixing {
+    sum,     // all of the above
+    streams, // r is a mixture of residual streams, among which b is distributed
+    sources, // r is an average, by attention, of the embedding and all b so far
 };
 
 struct Scheme;
@@ -76,6 +86,7 @@ struct SchemeRow {
     bool head_norms = false;                // q, k and v are normed per head
     bool grouped = false;                   // norms are over groups of channels
     bool depth_transfer = false;            // CompleteP
+    Mixing mixing = Mixing::sum;
     const char* number_of = nullptr;        // what the number of NAME:number counts
     int (*default_number)(int L) = nullptr; // 0: the architecture's
     const char* what;                       // for `train_gpt schemes` and the README
@@ -149,6 +160,8 @@ struct Junction {
     bool second = false;       // there is a second stream
     bool starts_second = false; // junction 0: y is the embedding
     bool reads_second = false;  // u is that of r + norm_second(y)
+    Mixing mixing = Mixing::sum;
+    int mixed = 0; // streams; or branches of a source
     double skip = 1, beta = 1;
     double in_scale = 1;       // of the in-norm's whole output, bias included
     double in_eps = 1;         // of the in-norm's eps
@@ -159,7 +172,8 @@ struct Junction {
     // Whether the backward pass needs the sublayer's output. Where it does not, that output is
     // (r − skip · r_prev) / β, as layer diagnostics compute it.
     bool keeps_branch() const {
-        return branch_norm || out_norm || gamma != Gamma::none || gate || adds_start || fades;
+        return branch_norm || out_norm || gamma != Gamma::none || gate || adds_start || fades ||
+               mixing != Mixing::sum;
     }
     // What few schemes have, in kernels of their own.
     bool extended() const { return omega || adds_start || second; }

@@ -70,6 +70,11 @@ void drop_layers(ExportPlan& plan, const Config& model) {
         fail("layer 1 cannot be dropped: with +value-residual, the other layers mix their values "
              "with its values");
     Scheme& scheme = plan.config.scheme;
+    if (scheme.row->mixing != Mixing::sum)
+        fail("the norm scheme ", scheme.name(),
+             " mixes more than one residual stream and a branch, ",
+             "so that a layer is part of what later layers read: layers of this model cannot be "
+             "dropped");
     if (!plan.beyond.empty()) {
         if (scheme.row->depth != DepthScale::none || scheme.row->depth_transfer)
             scheme.row = parse_scheme("pre").row;

@@ -49,6 +49,18 @@ const char* name_of(DepthScale depth) {
     return "";
 }
 
+const char* name_of(Mixing mixing) {
+    switch (mixing) {
+    case Mixing::sum:
+        return "sum";
+    case Mixing::streams:
+        return "streams";
+    case Mixing::sources:
+        return "sources";
+    }
+    return "";
+}
+
 // Lists have an element for each sublayer; reads_second one more, for the head.
 nlohmann::ordered_json ingredients(const SchemeRow& row, int L) {
     using Json = nlohmann::ordered_json;
@@ -64,25 +76,28 @@ nlohmann::ordered_json ingredients(const SchemeRow& row, int L) {
         for (int k = 1; k <= 2 * L; k++) list.push_back(f ? f({k, L, scheme}) : 1);
         return list;
     };
-    return {{"name", row.name},
-            {"number", row.number_of ? Json(number_of(scheme, L)) : Json()},
-            {"branch_norm", where(row.branch_norm, 2 * L)},
-            {"out_norm", where(row.out_norm, 2 * L)},
-            {"in_norm", where(row.in_norm, 2 * L)},
-            {"embed_norm", row.embed_norm},
-            {"skip", factors(row.skip)},
-            {"beta", factors(row.beta)},
-            {"depth", name_of(row.depth)},
-            {"depth_at", where(row.depth_at ? row.depth_at : [](const Place&) { return true; }, 2 * L)},
-            {"gamma", name_of(row.gamma)},
-            {"gamma_init", of_layers(row.gamma_init)},
-            {"omega_init", of_layers(row.omega_init)},
-            {"xavier_gain", of_layers(row.xavier_gain)},
-            {"reads_second", where(row.reads_second, 2 * L + 1)},
-            {"plain_head", row.plain_head},
-            {"head_norms", row.head_norms},
-            {"grouped", row.grouped},
-            {"depth_transfer", row.depth_transfer}};
+    return {
+        {"name", row.name},
+        {"number", row.number_of ? Json(number_of(scheme, L)) : Json()},
+        {"branch_norm", where(row.branch_norm, 2 * L)},
+        {"out_norm", where(row.out_norm, 2 * L)},
+        {"in_norm", where(row.in_norm, 2 * L)},
+        {"embed_norm", row.embed_norm},
+        {"skip", factors(row.skip)},
+        {"beta", factors(row.beta)},
+        {"depth", name_of(row.depth)},
+        {"depth_at", where(
+                         row.depth_at ? row.depth_at : [](const Place&) { return true; }, 2 * L)},
+        {"gamma", name_of(row.gamma)},
+        {"gamma_init", of_layers(row.gamma_init)},
+        {"omega_init", of_layers(row.omega_init)},
+        {"xavier_gain", of_layers(row.xavier_gain)},
+        {"reads_second", where(row.reads_second, 2 * L + 1)},
+        {"plain_head", row.plain_head},
+        {"mixing", name_of(row.mixing)},
+        {"head_norms", row.head_norms},
+        {"grouped", row.grouped},
+        {"depth_transfer", row.depth_transfer}};
 }
 
 Table table_of_schemes() {
