@@ -1219,44 +1219,144 @@ Row check_deterministic() {
     return row;
 }
 
-// Three steps of AdamW against the formula, written out independently.
-Row check_adamw() {
-    Row row{"AdamW against its formula, decay on matrices only"};
+// The orthogonal factor that Muon's polynomials make of x (rows, columns), by their definition,
+// from the right whatever the shape.
+Doubles orthogonal_factor(Doubles x, int64_t rows, int64_t columns, const Quintics& polynomials) {
+    const double size = std::max(polynomials.margin * norm(x), 1e-7);
+    for (double& v : x) v /= size;
+    auto product = [](const Doubles& a, const Doubles& b, int64_t m, int64_t k, int64_t n) {
+        Doubles out(size_t(m * n));
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t p = 0; p < k; p++)
+                for (int64_t j = 0; j < n; j++) out[i * n + j] += a[i * k + p] * b[p * n + j];
+        return out;
+    };
+    for (const Quintic& q : polynomials.all) {
+        Doubles transposed(x.size());
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < columns; j++) transposed[j * rows + i] = x[i * columns + j];
+        const Doubles gram = product(transposed, x, columns, rows, columns);
+        Doubles sum = product(gram, gram, columns, columns, columns);
+        for (size_t i = 0; i < sum.size(); i++) sum[i] = q.c * sum[i] + q.b * gram[i];
+        for (int64_t i = 0; i < columns; i++) sum[i * columns + i] += q.a;
+        x = product(x, sum, rows, columns, columns);
+    }
+    return x;
+}
+
+// A parameter, its states, and its update by the definitions of AdamW, Muon and NorMuon.
+struct Updated {
+    Doubles w, m = Doubles(w.size()), v = Doubles(w.size()), v_rows = {};
+
+    void update(const Param& p, UpdateRule rule, const Doubles& gradient,
+                const Hyperparameters& o) {
+        const double decay = p.decay ? o.weight_decay * p.decay_scale : 0;
+        auto move = [&](size_t i, double lr, double step) {
+            const bool decays = !o.cautious || w[i] * step >= 0;
+            w[i] -= lr * p.lr_scale * (step + (decays ? decay * w[i] : 0));
+        };
+        if (rule == UpdateRule::adamw) {
+            const double t = double(o.step_of(p.layer));
+            for (size_t i = 0; i < w.size(); i++) {
+                const double g = o.grad_scale * gradient[i];
+                m[i] = o.beta1 * m[i] + (1 - o.beta1) * g;
+                v[i] = o.beta2 * v[i] + (1 - o.beta2) * g * g;
+                move(i, o.lr,
+                     m[i] / (1 - std::pow(o.beta1, t)) /
+                         (std::sqrt(v[i] / (1 - std::pow(o.beta2, t))) + o.eps * p.eps_scale));
+            }
+            return;
+        }
+        Doubles u(w.size());
+        for (size_t i = 0; i < w.size(); i++) {
+            const double g = (1 - o.momentum) * o.grad_scale * gradient[i];
+            m[i] = o.momentum * m[i] + g, u[i] = o.momentum * m[i] + g;
+        }
+        const int64_t rows = p.shape[0], columns = p.shape[1];
+        const bool jordan = o.muon_scale == MuonScale::jordan;
+        u = orthogonal_factor(u, rows, columns, quintics(o.orthogonalization));
+        if (rule == UpdateRule::normuon) {
+            const double before = norm(u);
+            v_rows.resize(size_t(rows));
+            for (int64_t r = 0; r < rows; r++) {
+                double mean = 0;
+                for (int64_t c = 0; c < columns; c++)
+                    mean += u[r * columns + c] * u[r * columns + c] / double(columns);
+                v_rows[r] = o.beta2 * v_rows[r] + (1 - o.beta2) * mean;
+                for (int64_t c = 0; c < columns; c++)
+                    u[r * columns + c] /= std::sqrt(v_rows[r]) + 1e-10;
+            }
+            const double wanted = jordan ? before : std::sqrt(double(std::min(rows, columns)));
+            const double now = norm(u);
+            for (double& x : u) x *= wanted / now;
+        }
+        const double size = jordan ? std::sqrt(std::max(1.0, double(rows) / double(columns)))
+                                   : 0.2 * std::sqrt(double(std::max(rows, columns)));
+        for (size_t i = 0; i < w.size(); i++) move(i, o.muon_lr, size * u[i]);
+    }
+};
+
+// Three steps against the formulas in double, with factors of each parameter's learning rate,
+// decay and eps.
+Row check_optimizer(const char* optimizer, const Hyperparameters& hyperparameters) {
+    Hyperparameters o = hyperparameters;
+    const bool adamw = optimizer == std::string("adamw");
+    Row row{cat(optimizer_row(optimizer).title, " against its formula, factors for each parameter",
+                o.cautious ? ", cautious decay" : "",
+                adamw                                                     ? ""
+                : o.orthogonalization == Orthogonalization::polar_express ? ", Polar Express"
+                                                                          : ", Newton-Schulz",
+                adamw                               ? ""
+                : o.muon_scale == MuonScale::jordan ? ", Jordan's scale"
+                                                    : ", Moonlight's scale")};
     Config c = small_config("qwen2");
     complete_config(c);
-    CpuModel<double> model(c, 1, 1, {});
+    CpuModel<double> model(c, 1, 1, {.optimizer = &optimizer_row(optimizer)});
+    for (size_t i = 0; i < model.registry.params.size(); i++) {
+        Param& p = model.registry.params[i];
+        p.lr_scale = 1 + double(i % 2), p.decay_scale = 1 + double(i % 3);
+        p.eps_scale = 1 + 99 * double(i % 5);
+    }
+    model.optimizer_layout = OptimizerLayout(*model.optimizer, model.registry);
     fill_parameters(model);
-    double worst = 0;
+    std::vector<Updated> expected;
     for (const Param& p : model.registry.params) {
         if (p.decay != (p.shape.size() == 2)) row.note = "decay is on for " + p.name;
+        const double* w = model.parameters + p.offset;
+        expected.push_back({.w = Doubles(w, w + p.size())});
     }
-    Doubles w(model.parameters.begin(), model.parameters.end());
-    Doubles m(w.size()), v(w.size());
-    for (int step = 1; step <= 3; step++) {
-        for (const Param& p : model.registry.params) {
-            Doubles g = random_values(size_t(p.size()), cat(p.name, step));
-            for (int64_t i = p.offset, n = 0; n < p.size(); i++, n++) {
-                model.gradients[i] = g[n];
-                const double clipped = 0.5 * g[n];
-                m[i] = 0.9 * m[i] + 0.1 * clipped;
-                v[i] = 0.95 * v[i] + 0.05 * clipped * clipped;
-                const double mhat = m[i] / (1 - std::pow(0.9, step));
-                const double vhat = v[i] / (1 - std::pow(0.95, step));
-                const double decay = p.shape.size() == 2 ? 0.1 : 0;
-                w[i] -= 0.01 * (mhat / (std::sqrt(vhat) + 1e-3) + decay * w[i]);
-            }
+    o.lr = 0.01, o.beta2 = 0.95, o.eps = 1e-3, o.weight_decay = 0.1, o.grad_scale = 0.5;
+    o.muon_lr = 0.02, o.momentum = 0.9;
+    for (o.step = 1; o.step <= 3; o.step++) {
+        for (size_t i = 0; i < expected.size(); i++) {
+            const Param& p = model.registry.params[i];
+            const Doubles g = random_values(size_t(p.size()), cat(p.name, o.step));
+            std::copy(g.begin(), g.end(), model.gradients + p.offset);
+            expected[i].update(p, model.optimizer->rule(p), g, o);
         }
-        model.update({.lr = 0.01,
-                      .beta1 = 0.9,
-                      .beta2 = 0.95,
-                      .eps = 1e-3,
-                      .weight_decay = 0.1,
-                      .step = step,
-                      .grad_scale = 0.5});
+        model.update(o);
     }
-    Doubles updated(model.parameters.begin(), model.parameters.end());
-    worst = relative_error(updated, w, 0);
-    row.add("weights", worst, 1e-12);
+    Doubles found, wanted;
+    for (size_t i = 0; i < expected.size(); i++) {
+        const double* w = model.parameters + model.registry.params[i].offset;
+        found.insert(found.end(), w, w + expected[i].w.size());
+        wanted.insert(wanted.end(), expected[i].w.begin(), expected[i].w.end());
+    }
+    row.add("weights", relative_error(found, wanted, 0), 1e-12);
+    if (adamw) return row;
+    // Singular values near 1: u uᵀ is nearly the identity.
+    const int64_t rows = 8, columns = 20;
+    const Doubles u = orthogonal_factor(random_values(size_t(rows * columns), "u"), rows, columns,
+                                        quintics(o.orthogonalization));
+    double worst = 0;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < rows; j++) {
+            double dot = i == j ? -1 : 0;
+            for (int64_t k = 0; k < columns; k++) dot += u[i * columns + k] * u[j * columns + k];
+            worst = std::max(worst, std::fabs(dot));
+        }
+    row.add("distance from orthogonal", worst,
+            o.orthogonalization == Orthogonalization::polar_express ? 0.2 : 0.5);
     return row;
 }
 
@@ -1846,6 +1946,114 @@ int layer_by_name(const std::string& name) {
     return -1;
 }
 
+// Steps of Muon on a device, where a layer rests in the second, against the formulas; its memory
+// and its FLOPs.
+Row check_muon(const std::string& name, const std::string& scheme, const char* optimizer,
+               ModelOptions options) {
+    const bool cuda = options.device == Device::cuda, bf16 = options.dtype == DType::bf16;
+    Row row{cat(cuda ? "cuda: " : "", optimizer_row(optimizer).title, "  ", name, "  ", scheme,
+                !bf16                    ? " float"
+                : options.master_weights ? " bf16"
+                                         : " pure bf16")};
+    Config c = small_config(name);
+    c.layers = 2, c.width = 16 * c.heads, c.head_size = 0, c.mlp_width = 100, c.vocab_size = 97;
+    c.scheme = parse_scheme(scheme);
+    complete_config(c);
+    auto make = [&](const char* which) {
+        options.optimizer = &optimizer_row(which);
+        return cuda ? gpu_model(c, 1, 1, options) : make_cpu_model(c, 1, 1, options);
+    };
+    auto plan = [&](const char* which) {
+        options.optimizer = &optimizer_row(which);
+        return (cuda ? plan_cuda_memory(c, 1, 1, options) : plan_cpu_memory(c, 1, 1, options))
+            .optimizer;
+    };
+    const std::unique_ptr<Model> model = make(optimizer);
+    const int64_t more = model->bytes() - make("adamw")->bytes();
+    row.add("memory that was not planned", double(std::abs(more - plan(optimizer) + plan("adamw"))),
+            0);
+    fill_weights(*model, true);
+    const std::vector<Param>& params = model->registry.params;
+    auto read = [&](Buffer buffer, const Param& p) {
+        std::vector<float> values(size_t(model->shaped(buffer, p).size()));
+        model->read(buffer, p, values.data());
+        return Doubles(values.begin(), values.end());
+    };
+    std::vector<Updated> expected;
+    for (const Param& p : params) expected.push_back({.w = read(Buffer::parameters, p)});
+    std::vector<Doubles> begin;
+    for (const Updated& x : expected) begin.push_back(x.w);
+
+    Hyperparameters o{.lr = 0.01,
+                      .beta2 = 0.95,
+                      .weight_decay = 0.1,
+                      .grad_scale = 0.5,
+                      .cautious = true,
+                      .muon_lr = 0.01,
+                      .orthogonalization = Orthogonalization::polar_express};
+    double flops = 0;
+    for (const Param& p : params)
+        if (p.layer_matrix) {
+            const double m = double(std::max(p.shape[0], p.shape[1]));
+            const double n = double(std::min(p.shape[0], p.shape[1]));
+            flops += 5 * (2 * n * n * m + 2 * n * n * n + 2 * n * n * m);
+        }
+    int moved = 0;
+    for (o.step = 1; o.step <= 3; o.step++) {
+        const bool rests = o.step == 2;
+        o.layer_steps.assign(size_t(c.layers), o.step);
+        o.layer_steps[0] = rests ? 0 : (o.step + 1) / 2;
+        std::vector<Doubles> before;
+        for (const Param& p : params) before.push_back(read(Buffer::parameters, p));
+        for (size_t i = 0; i < params.size(); i++) {
+            const Param& p = params[i];
+            const Doubles x = random_values(size_t(p.size()), cat(p.name, o.step));
+            const std::vector<float> g(x.begin(), x.end());
+            model->write(Buffer::gradients, p, g.data());
+            if (!o.rests(p.layer))
+                expected[i].update(p, model->optimizer->rule(p), read(Buffer::gradients, p), o);
+        }
+        Profile profile;
+        model->profile = &profile;
+        model->update(o);
+        model->profile = nullptr;
+        if (o.step == 1)
+            row.add("FLOPs", std::fabs(profile.part("update", "Muon").flops / flops - 1),
+                    cuda ? 0.1 : 1e-12); // a GPU pads the width of MLPs
+        for (size_t i = 0; i < params.size(); i++)
+            moved +=
+                params[i].layer == 0 && rests && read(Buffer::parameters, params[i]) != before[i];
+    }
+    row.add("a resting layer changed", moved, 0);
+    std::map<std::string, std::pair<Doubles, Doubles>> compared;
+    auto compare = [&](const std::string& what, const Doubles& found, const Doubles& wanted) {
+        auto& [a, b] = compared[what];
+        a.insert(a.end(), found.begin(), found.end()),
+            b.insert(b.end(), wanted.begin(), wanted.end());
+    };
+    for (size_t i = 0; i < params.size(); i++) {
+        const Param& p = params[i];
+        Doubles found = read(Buffer::parameters, p), wanted = expected[i].w;
+        for (size_t n = 0; n < found.size(); n++) found[n] -= begin[i][n], wanted[n] -= begin[i][n];
+        compare(p.layer_matrix ? "matrices" : "rest", found, wanted);
+        for (int s = 0; s < int(model->optimizer->states.size()); s++) {
+            const std::string& state = model->optimizer->states[size_t(s)].name;
+            if (model->optimizer->has(s, p))
+                compare(state, read({Buffer::state, s}, p),
+                        state == "m"   ? expected[i].m
+                        : state == "v" ? expected[i].v
+                                       : expected[i].v_rows);
+        }
+    }
+    for (const auto& [what, pair] : compared)
+        row.add(what.c_str(), relative_error(pair.first, pair.second, 0),
+                !bf16                                    ? 1e-4
+                : !options.master_weights                ? 0.1
+                : what == "matrices" || what == "v_rows" ? 5e-2
+                                                         : 1e-5);
+    return row;
+}
+
 // Steps with LISA: layers that rest keep all their bits and have no gradient; the others have those
 // of a pass through the whole model, and are updated by AdamW with their own number of steps, as
 // torch.optim.AdamW counts for each tensor.
@@ -2224,6 +2432,23 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                            .stochastic_rounding = true,
                            .recompute = Recompute::activations});
     });
+    for (const char* optimizer : {"muon", "normuon"}) {
+        keep(cat(optimizer_row(optimizer).title, " float"),
+             [=] { return check_muon("gpt2", "post", optimizer, {.device = Device::cuda}); });
+        keep(cat(optimizer_row(optimizer).title, " bf16"), [=] {
+            return check_muon("llama-gqa", "lns", optimizer,
+                              {.device = Device::cuda, .dtype = DType::bf16});
+        });
+        keep(cat(optimizer_row(optimizer).title, " pure bf16"), [=] {
+            return check_muon("qwen2", "sandwich+gpas", optimizer,
+                              {.device = Device::cuda,
+                               .dtype = DType::bf16,
+                               .master_weights = false,
+                               .moments = DType::bf16,
+                               .gradients = DType::bf16,
+                               .stochastic_rounding = true});
+        });
+    }
     keep("--dry-run's bytes are those allocated", check_gpu_plan);
     // Training is chaotic: two runs in float that differ only by rounding diverge this far.
     keep("200 steps in float32 as on the CPU in float32",
@@ -2283,18 +2508,30 @@ std::vector<Row> all_rows(const std::string& filter) {
                              {1, 70, 1, 1, 2, 0, {}, 5}})
         keep(check_attention(a));
     for (int i = 0; i < int(std::size(activations)); i++) keep(check_activation(Activation(i)));
-    keep(check_cross_entropy()), keep(check_adamw()), keep(check_ranges(Device::cpu));
+    keep(check_cross_entropy()), keep(check_ranges(Device::cpu));
+    const ModelOptions pure_bf16{.dtype = DType::bf16,
+                                 .master_weights = false,
+                                 .moments = DType::bf16,
+                                 .stochastic_rounding = true,
+                                 .recompute = Recompute::activations};
+    for (bool cautious : {false, true}) keep(check_optimizer("adamw", {.cautious = cautious}));
+    for (const char* optimizer : {"muon", "normuon"})
+        for (Orthogonalization how :
+             {Orthogonalization::newton_schulz, Orthogonalization::polar_express})
+            for (MuonScale scale : {MuonScale::moonlight, MuonScale::jordan})
+                keep(check_optimizer(optimizer, {.cautious = scale == MuonScale::jordan,
+                                                 .orthogonalization = how,
+                                                 .muon_scale = scale}));
+    keep(check_muon("gpt2", "post", "muon", {}));
+    keep(check_muon("llama-gqa", "lns", "normuon", {}));
+    keep(check_muon("qwen2", "sandwich+gpas", "muon", {.dtype = DType::bf16}));
+    keep(check_muon("olmo2", "olmo2", "normuon", pure_bf16));
     keep(check_rounding());
     keep(check_lisa("llama-gqa", "lns", {}));
     keep(check_lisa("qwen2", "sandwich+gpas", {.dtype = DType::bf16}));
     keep(check_lisa("gpt2", "post", {.recompute = Recompute::layers}));
     keep(check_lisa("llama-gqa", "hybrid+value-residual", {}));
-    keep(check_lisa("olmo2", "olmo2",
-                    {.dtype = DType::bf16,
-                     .master_weights = false,
-                     .moments = DType::bf16,
-                     .stochastic_rounding = true,
-                     .recompute = Recompute::activations}));
+    keep(check_lisa("olmo2", "olmo2", pure_bf16));
 
     for (const std::string& scheme : scheme_names()) keep(check_initialization(scheme));
     for (const char* scheme : {"lns+gpas+scaled-init", "deepnorm+scaled-init", "pre+depth-init+x0"})

@@ -39,6 +39,7 @@
 #include "gpt/model/activations.h" // defines: PassTensors, which of them are kept
 #include "gpt/model/layers.h"      // defines: JunctionPointers
 #include "gpt/model/model.h"
+#include "gpt/model/muon.h"   // defines: quintics, muon_scale
 #include "gpt/run/program.h"  // defines: run_program, run_command, read_command_line
 #include "gpt/run/training.h" // defines: Run, set_up, begin_step, end_step, log_step, save_step, ...
 
@@ -893,12 +894,37 @@ template <class S, class W, class M> struct AdamWBuffers {
     M *moment1, *moment2;
 };
 
+// 16 random bits for each of three numbers of element i, from (step, i), to round them to bf16.
+template <bool stochastic> struct RandomBits {
+    uint32_t first = 0, second = 0;
+
+    RandomBits(int64_t i, int64_t step) {
+        if constexpr (stochastic) {
+            first = mix_bits(uint32_t(i) * 0x9E3779B9u + uint32_t(step));
+            second = mix_bits(first + uint32_t(i >> 32));
+        }
+    }
+    template <class X, class A> void store(X& x, A value, int which) const {
+        if constexpr (stochastic && std::is_same_v<X, bf16>)
+            x.bits = round_stochastically(float(value), which == 0   ? first
+                                                        : which == 1 ? first >> 16
+                                                                     : second);
+        else
+            x = value;
+    }
+};
+
+// Cautious decay (arXiv 2510.12402) stops where the update makes the weight larger.
+template <class A> A decay_of(A decay, A w, A step, bool cautious) {
+    return cautious && w * step < 0 ? A(0) : decay;
+}
+
 // One pass over the memory of a range. stochastic: bf16 results are rounded stochastically.
 template <bool stochastic, class S, class W, class M>
 void adamw_update(const AdamWBuffers<S, W, M>& x, const Hyperparameters& o,
                   const Registry& registry, const UpdateRange& range) {
     using A = Acc<S>;
-    const A beta1 = A(o.beta1), beta2 = A(o.beta2), eps = A(o.eps), lr = A(o.lr);
+    const A beta1 = A(o.beta1), beta2 = A(o.beta2);
     const double t = double(o.step_of(range.layer));
     const A correction1 = A(1 / (1 - std::pow(o.beta1, t)));
     const A correction2 = A(1 / (1 - std::pow(o.beta2, t)));
@@ -907,36 +933,146 @@ void adamw_update(const AdamWBuffers<S, W, M>& x, const Hyperparameters& o,
     S* copy = x.parameters;
     const A* gradients = x.gradients;
     M *moment1 = x.moment1, *moment2 = x.moment2;
-    auto store = [](auto& x, A value, [[maybe_unused]] uint32_t random) {
-        using X = std::remove_reference_t<decltype(x)>;
-        if constexpr (stochastic && std::is_same_v<X, bf16>)
-            x.bits = round_stochastically(float(value), random);
-        else
-            x = value;
-    };
 #pragma omp parallel
     for (size_t n = range.first; n < range.last; n++) {
         const Param& p = registry.params[n];
-        const A decay = p.decay ? A(o.weight_decay) : A(0);
+        const A lr = A(o.lr * p.lr_scale), eps = A(o.eps * p.eps_scale);
+        const A decay = p.decay ? A(o.weight_decay * p.decay_scale) : A(0);
         const int64_t end = p.offset + p.size();
 #pragma omp for simd nowait schedule(static)
         for (int64_t i = p.offset; i < end; i++) {
             const int64_t at = i - range.begin;
-            // 16 random bits for each of the three, from (step, i).
-            uint32_t random = 0, more = 0;
-            if constexpr (stochastic) {
-                random = mix_bits(uint32_t(i) * 0x9E3779B9u + uint32_t(o.step));
-                more = mix_bits(random + uint32_t(i >> 32));
-            }
+            const RandomBits<stochastic> random(i, o.step);
             const A g = scale * gradients[i];
             const A m = beta1 * A(moment1[at]) + (A(1) - beta1) * g;
             const A v = beta2 * A(moment2[at]) + (A(1) - beta2) * g * g;
             const A w = A(weights[i]);
             const A step = m * correction1 / (std::sqrt(v * correction2) + eps);
-            const A updated = w - lr * (step + decay * w);
-            store(moment1[at], m, random), store(moment2[at], v, random >> 16);
-            store(weights[i], updated, more);
+            const A updated = w - lr * (step + decay_of(decay, w, step, o.cautious) * w);
+            random.store(moment1[at], m, 0), random.store(moment2[at], v, 1);
+            random.store(weights[i], updated, 2);
             if (copy) copy[i] = updated;
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Muon (gpt/model/muon.h): m ← μ m + (1 − μ) g; u = μ m + (1 − μ) g;
+// w ← w − lr · (scale · orthogonal(u) + decay · w).
+
+// x (rows, columns) of norm 1 ← nearly its orthogonal factor; x is used up. y: as large; gram,
+// polynomial: (n, n), n the smaller size. Returns x or y.
+template <class S>
+S* orthogonalize(S* x, S* y, S* gram, S* polynomial, int64_t rows, int64_t columns,
+                 const Quintics& quintics) {
+    using A = Acc<S>;
+    const int64_t n = std::min(rows, columns);
+    const bool wide = rows <= columns;
+    for (const Quintic& q : quintics.all) {
+        wide ? gemm(false, true, n, n, columns, x, x, gram, false)
+             : gemm(true, false, n, n, rows, x, x, gram, false);
+        gemm(false, false, n, n, n, gram, gram, polynomial, false);
+#pragma omp parallel for
+        for (int64_t i = 0; i < n; i++) {
+            S* row = polynomial + i * n;
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++)
+                row[j] =
+                    A(q.c) * A(row[j]) + A(q.b) * A(gram[i * n + j]) + (i == j ? A(q.a) : A(0));
+        }
+        wide ? gemm(false, false, n, columns, n, polynomial, x, y, false)
+             : gemm(false, false, rows, n, n, x, polynomial, y, false);
+        std::swap(x, y);
+    }
+    return x;
+}
+
+// squares[r] = the sum of squares of a row (columns); returns the sum of all.
+template <class A, class F>
+double squares_of_rows(A* squares, int64_t rows, int64_t columns, const F& value) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++)
+        squares[r] = A(sum_of<A>(columns, [&](int64_t c) {
+            const A x = value(r * columns + c);
+            return x * x;
+        }));
+    return sum_of<double>(rows, [=](int64_t r) { return double(squares[r]); });
+}
+
+template <class S, class W, class M> struct MuonBuffers {
+    W* weights;
+    S* parameters; // as AdamWBuffers'
+    const Acc<S>* gradients;
+    M *momentum, *row_moments; // of the range's elements and rows; the latter null: no NorMuon
+    S* scratch;                // layout.scratch()
+    Acc<S>* row_scratch;       // layout.most_rows
+};
+
+// NorMuon: v ← β₂ v + (1 − β₂) · the mean square of a row. sizes (rows): from sums of squares to
+// the factors of the rows, 1 / (√v + eps) and one that makes the norm of all `norm`.
+template <bool stochastic, class A, class M>
+void normalize_rows(A* sizes, M* v, int64_t rows, int64_t columns, double beta2, double norm,
+                    const Param& p, int64_t step) {
+    double square = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const A mean = sizes[r] / A(columns), moment = A(beta2) * A(v[r]) + A(1 - beta2) * mean;
+        RandomBits<stochastic>(p.offset + r, step).store(v[r], moment, 1);
+        const A factor = A(1) / (std::sqrt(moment) + A(normuon_eps));
+        square += double(factor * factor * sizes[r]);
+        sizes[r] = factor;
+    }
+    const A common = A(norm / (std::sqrt(square) + normuon_eps));
+    for (int64_t r = 0; r < rows; r++) sizes[r] *= common;
+}
+
+template <bool stochastic, class S, class W, class M>
+void muon_update(MuonBuffers<S, W, M> x, const Hyperparameters& o, const Registry& registry,
+                 const UpdateRange& range, const OptimizerLayout& layout) {
+    using A = Acc<S>;
+    const Quintics polynomials = quintics(o.orthogonalization);
+    const A mu = A(o.momentum), scale = A(o.grad_scale);
+    S *u = x.scratch, *other = u + layout.largest, *gram = other + layout.largest;
+    A* sizes = x.row_scratch;
+    for (size_t n = range.first; n < range.last; n++) {
+        const Param& p = registry.params[n];
+        const int64_t rows = p.shape[0], columns = p.shape[1];
+        const A* gradient = x.gradients + p.offset;
+        W* weights = x.weights + p.offset;
+        M* momentum = x.momentum + p.offset - range.begin;
+        auto mixed = [=](int64_t i) {
+            return mu * A(momentum[i]) + (A(1) - mu) * (scale * gradient[i]);
+        };
+#pragma omp parallel for simd
+        for (int64_t i = 0; i < p.size(); i++)
+            RandomBits<stochastic>(p.offset + i, o.step).store(momentum[i], mixed(i), 0);
+        const double norm = std::sqrt(squares_of_rows(sizes, rows, columns, mixed));
+        const A inverse = A(1 / std::max(polynomials.margin * norm, 1e-7));
+#pragma omp parallel for simd
+        for (int64_t i = 0; i < p.size(); i++) u[i] = inverse * mixed(i);
+        const S* factor =
+            orthogonalize(u, other, gram, gram + layout.gram, rows, columns, polynomials);
+
+        std::fill_n(sizes, rows, A(1));
+        if (x.row_moments) {
+            const double size = std::sqrt(
+                squares_of_rows(sizes, rows, columns, [=](int64_t i) { return A(factor[i]); }));
+            normalize_rows<stochastic>(sizes, x.row_moments, rows, columns, o.beta2,
+                                       normuon_norm(o.muon_scale, rows, columns, size), p, o.step);
+            x.row_moments += rows;
+        }
+        const A size = A(muon_scale(o.muon_scale, rows, columns));
+        const A lr = A(o.muon_lr * p.lr_scale);
+        const A decay = p.decay ? A(o.weight_decay * p.decay_scale) : A(0);
+#pragma omp parallel for
+        for (int64_t r = 0; r < rows; r++) {
+            const A row_size = size * sizes[r];
+#pragma omp simd
+            for (int64_t i = r * columns; i < (r + 1) * columns; i++) {
+                const A w = A(weights[i]), step = row_size * A(factor[i]);
+                const A updated = w - lr * (step + decay_of(decay, w, step, o.cautious) * w);
+                RandomBits<stochastic>(p.offset + i, o.step).store(weights[i], updated, 2);
+                if (x.parameters) x.parameters[p.offset + i] = updated;
+            }
         }
     }
 }
@@ -986,6 +1122,8 @@ template <class S> struct CpuModel : Model {
     };
     OptimizerLayout optimizer_layout;
     std::vector<State> states;
+    Array<S> muon_scratch;
+    Array<A> muon_row_scratch;
     bool overwrite_gradients = false; // of matrices, by the next backward pass: zero_gradients()
     Activations<S> acts;
     Array<CosSin<A>> rotary_table;
@@ -1014,6 +1152,8 @@ template <class S> struct CpuModel : Model {
                 State& state = states.emplace_back();
                 o.moments == DType::bf16 ? make(state.rounded, n) : make(state.full, n);
             }
+            make(muon_scratch, optimizer_layout.scratch());
+            make(muon_row_scratch, optimizer_layout.most_rows);
         }
         acts.layout(c, max_B, max_T, o, make);
         stopped.resize(2 * c.layers + 1);
@@ -1564,6 +1704,21 @@ template <class S> struct CpuModel : Model {
                        : adamw_update<false>(x, o, registry, range);
             break;
         }
+        case UpdateRule::muon:
+        case UpdateRule::normuon: {
+            const Timed timer(profile, costs().muon(registry, range, sizeof(M), copy));
+            M* row_moments = nullptr;
+            if (range.rule == UpdateRule::normuon) {
+                const int s = optimizer->index("v_rows");
+                row_moments = state_array<M>(states[size_t(s)]) +
+                              optimizer_layout.offset(s, registry.params[range.first]);
+            }
+            const MuonBuffers<S, W, M> x{weights,     copy,         gradients,       state("m"),
+                                         row_moments, muon_scratch, muon_row_scratch};
+            stochastic ? muon_update<true>(x, o, registry, range, optimizer_layout)
+                       : muon_update<false>(x, o, registry, range, optimizer_layout);
+            break;
+        }
         }
     }
     template <class M> static M* state_array(const State& state) {
@@ -1636,7 +1791,9 @@ std::optional<Step> train_step(Run& run) {
     input.loss_scale = 1 / count_targets(run);
     input.grad_clip = o.grad_clip, input.gate_clip = o.clip_gates;
     const double lr = learning_rate(run.schedule, number);
-    input.hyperparameters = hyperparameters(o, lr, number);
+    Schedule of_muon = run.schedule;
+    of_muon.peak = o.muon_peak();
+    input.hyperparameters = hyperparameters(o, lr, learning_rate(of_muon, number), number);
     if (run.lisa) input.hyperparameters.layer_steps = run.lisa->updates(number);
 
     begin_step(run, input);

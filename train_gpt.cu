@@ -34,6 +34,7 @@
 // defines: Config, Registry, Param, Junction, Model, ModelOptions, StepInput, Hyperparameters,
 // Profile, …
 #include "gpt/model/model.h"
+#include "gpt/model/muon.h" // defines: quintics, muon_scale
 
 // defines: CUDA, launch, blocks_at_once, shared_bytes, SharedMemory, copy_async, …
 #include "gpt/cuda/cuda.h"
@@ -1728,6 +1729,8 @@ struct UpdateStep {
     float correction1, correction2; // 1 / (1 − β₁ᵗ), 1 / (1 − β₂ᵗ)
     float grad_clip;                // clip the gradient's norm to this; 0: never
     float grad_scale;               // multiplies every gradient, where there is no norm
+    float muon_lr, momentum;
+    bool cautious;
     uint32_t step;
 };
 inline UpdateStep make_update_step(const Hyperparameters& o, double grad_clip, int layer) {
@@ -1741,6 +1744,9 @@ inline UpdateStep make_update_step(const Hyperparameters& o, double grad_clip, i
             .correction2 = float(1 / (1 - std::pow(o.beta2, t))),
             .grad_clip = float(grad_clip),
             .grad_scale = float(o.grad_scale),
+            .muon_lr = float(o.muon_lr),
+            .momentum = float(o.momentum),
+            .cautious = o.cautious,
             .step = uint32_t(o.step)};
 }
 
@@ -1770,6 +1776,7 @@ template <class S, class M, class G> struct AdamWBuffers {
     const double* norm; // the gradient's, for clipping; may be null
     const double* loss; // may be null
     int64_t n, begin = 0;
+    float lr_scale = 1, decay_scale = 1, eps_scale = 1; // Param's, of all n
 };
 
 // Rounds up or down to a bf16, as a float, with probabilities that make the mean exact: as
@@ -1798,14 +1805,16 @@ __global__ static void adamw_kernel(AdamWBuffers<S, M, G> a) {
     float scale = o.grad_scale;
     if (a.norm)
         scale = o.grad_clip > 0 && *a.norm > double(o.grad_clip) ? float(o.grad_clip / *a.norm) : 1;
-    const float decay = a.decays[vector / 32] >> vector % 32 & 1 ? o.weight_decay : 0;
+    const float lr = o.lr * a.lr_scale, eps = o.eps * a.eps_scale;
+    const bool decays = a.decays[vector / 32] >> vector % 32 & 1;
+    const float decay = decays ? o.weight_decay * a.decay_scale : 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const float d = scale * g[i];
         m[i] = o.beta1 * m[i] + (1 - o.beta1) * d;
         v[i] = o.beta2 * v[i] + (1 - o.beta2) * d * d;
-        const float step = m[i] * o.correction1 / (sqrtf(v[i] * o.correction2) + o.eps);
-        w[i] -= o.lr * (step + decay * w[i]);
+        const float step = m[i] * o.correction1 / (sqrtf(v[i] * o.correction2) + eps);
+        w[i] -= lr * (step + (o.cautious && w[i] * step < 0 ? 0 : decay) * w[i]);
         if constexpr (stochastic) { // 16 random bits each, a function of (step, at + i)
             const uint32_t random = mix_bits(uint32_t(at + i) * 0x9E3779B9u + o.step);
             const uint32_t more = mix_bits(random + uint32_t((at + i) >> 32));
@@ -1828,6 +1837,244 @@ template <class S, class M, class G>
 void adamw_update(const AdamWBuffers<S, M, G>& a, bool stochastic, cudaStream_t stream) {
     launch(stochastic ? adamw_kernel<true, S, M, G> : adamw_kernel<false, S, M, G>,
            blocks_for(a.n, 256 * 8), 256, 0, stream, a);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Muon (gpt/model/muon.h): m ← μ m + (1 − μ) g; u = μ m + (1 − μ) g;
+// w ← w − lr · (scale · orthogonal(u) + decay · w). Pointers are those of one matrix.
+
+// A matrix (rows, columns), padded, with its momentum and what else belongs to it.
+template <class S, class M, class G> struct MuonBuffers {
+    S* parameters;
+    float* master; // may be null
+    const G* gradients;
+    M *momentum, *row_moments; // (rows, columns); (rows), null: no NorMuon
+    const UpdateStep* step;
+    const double *norm, *loss; // as AdamWBuffers'
+    int64_t begin;             // in the flat buffers, for random bits
+    int64_t rows, columns;
+    float lr_scale, decay_scale; // the latter 0: no decay
+
+    __host__ __device__ int64_t size() const { return rows * columns; }
+    __device__ bool skipped() const {
+        return (norm && !std::isfinite(*norm)) || (loss && !std::isfinite(*loss));
+    }
+    __device__ float gradient_scale() const {
+        if (!norm) return step->grad_scale;
+        const double clip = step->grad_clip;
+        return clip > 0 && *norm > clip ? float(clip / *norm) : 1;
+    }
+    __device__ uint32_t random_bits(int64_t i) const {
+        return mix_bits(uint32_t(begin + i) * 0x9E3779B9u + step->step);
+    }
+};
+
+// Scratch of an update, for the largest matrix.
+template <class S> struct MuonScratch {
+    S *x, *y, *gram, *polynomial;
+    double *norm, *partial, *row_squares; // norm_blocks; most_rows
+    float* row_sizes;                     // most_rows
+
+    MuonScratch(const OptimizerLayout& layout, S* values, double* sums)
+        : x(values), y(x + layout.largest), gram(y + layout.largest),
+          polynomial(gram + layout.gram), norm(sums), partial(norm + 1),
+          row_squares(partial + norm_blocks),
+          row_sizes(reinterpret_cast<float*>(row_squares + layout.most_rows)) {}
+    // Elements of `sums`.
+    static int64_t sums(const OptimizerLayout& layout) {
+        return layout.scratch() ? 1 + norm_blocks + 2 * layout.most_rows : 0;
+    }
+};
+
+// m, and in partial each block's sum of u².
+template <bool stochastic, class S, class M, class G>
+__global__ static void muon_momentum_kernel(MuonBuffers<S, M, G> a, double* partial) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    const int64_t stride = int64_t(gridDim.x) * blockDim.x * 8;
+    const float scale = a.gradient_scale(), mu = a.step->momentum;
+    const bool skipped = a.skipped();
+    double total[1] = {};
+    for (int64_t i0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i0 < a.size();
+         i0 += stride) {
+        float g[8], m[8], sum = 0;
+        load8(g, a.gradients + i0), load8(m, a.momentum + i0);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            m[i] = mu * m[i] + (1 - mu) * (scale * g[i]);
+            if constexpr (stochastic && sizeof(M) == 2)
+                m[i] = round_to_bf16_stochastically(m[i], a.random_bits(i0 + i));
+            const float u = mu * float(M(m[i])) + (1 - mu) * (scale * g[i]);
+            sum += u * u;
+        }
+        if (!skipped) store8(a.momentum + i0, m);
+        total[0] += double(sum);
+    }
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total[0];
+}
+
+// x = u / max(margin · ‖u‖, 1e-7)
+template <class S, class M, class G>
+__global__ static void muon_direction_kernel(S* x, MuonBuffers<S, M, G> a, const double* norm,
+                                             double margin) {
+    const int64_t i0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (i0 >= a.size()) return;
+    const float scale = a.gradient_scale(), mu = a.step->momentum;
+    const float inverse = float(1 / fmax(margin * *norm, 1e-7));
+    float g[8], m[8];
+    load8(g, a.gradients + i0), load8(m, a.momentum + i0);
+#pragma unroll
+    for (int i = 0; i < 8; i++) m[i] = inverse * (mu * m[i] + (1 - mu) * (scale * g[i]));
+    store8(x + i0, m);
+}
+
+// square (n, n) ← a I + b gram + c square
+template <class S>
+__global__ static void quintic_kernel(S* square, const S* gram, int n, float a, float b, float c) {
+    const int64_t i0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (i0 >= int64_t(n) * n) return;
+    const int row = int(i0 / n), column = int(i0 % n);
+    float x[8], y[8];
+    load8(x, square + i0), load8(y, gram + i0);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = c * x[i] + b * y[i] + (column + i == row ? a : 0);
+    store8(square + i0, x);
+}
+
+// out (m, n) = op(a) · op(b), row-major: op(a) (m, k) is stored (k, m) if a_transposed. All ranks
+// have to compute the same bits, so that none measures which algorithm is the fastest.
+template <class S>
+void row_major_product(CublasLt& cublas, S* out, const S* a, bool a_transposed, const S* b,
+                       bool b_transposed, int64_t m, int64_t n, int64_t k) {
+    cublas.matmul({.in = data_type<S>,
+                   .out = data_type<S>,
+                   .a_transposed = b_transposed,
+                   .b_transposed = a_transposed,
+                   .m = n,
+                   .n = m,
+                   .k = k,
+                   .a = b,
+                   .b = a,
+                   .d = out,
+                   .lda = b_transposed ? k : n,
+                   .ldb = a_transposed ? m : k,
+                   .ldd = n,
+                   .timed = false});
+}
+
+// Nearly the orthogonal factor of scratch.x (rows, columns), of norm 1 at most; in scratch.x or y.
+template <class S>
+S* orthogonalize(CublasLt& cublas, const MuonScratch<S>& scratch, int64_t rows, int64_t columns,
+                 const Quintics& quintics) {
+    const bool wide = rows <= columns;
+    const int n = int(std::min(rows, columns));
+    S *x = scratch.x, *y = scratch.y, *gram = scratch.gram, *polynomial = scratch.polynomial;
+    for (const Quintic& q : quintics.all) {
+        wide ? row_major_product(cublas, gram, x, false, x, true, n, n, columns)
+             : row_major_product(cublas, gram, x, true, x, false, n, n, rows);
+        row_major_product(cublas, polynomial, gram, false, gram, false, n, n, n);
+        launch(quintic_kernel<S>, blocks_for(int64_t(n) * n, 256 * 8), 256, 0, cublas.stream,
+               polynomial, gram, n, float(q.a), float(q.b), float(q.c));
+        wide ? row_major_product(cublas, y, polynomial, false, x, false, n, columns, n)
+             : row_major_product(cublas, y, x, false, polynomial, false, rows, n, n);
+        std::swap(x, y);
+    }
+    return x;
+}
+
+// squares[r] = the sum of squares of row r of x, by a block each.
+template <class S>
+__global__ static void row_squares_kernel(double* squares, const S* x, int64_t columns) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    double total[1] = {};
+    for (int64_t c = threadIdx.x * 8; c < columns; c += blockDim.x * 8) {
+        float row[8], sum = 0;
+        load8(row, x + blockIdx.x * columns + c);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += row[i] * row[i];
+        total[0] += double(sum);
+    }
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) squares[blockIdx.x] = total[0];
+}
+
+// NorMuon, by one block: v ← β₂ v + (1 − β₂) · the mean square of a row, and the rows' factors
+// 1 / (√v + eps), times one that makes the norm of all `norm`, or if that is 0 the norm before.
+// columns: without padding.
+template <bool stochastic, class S, class M, class G>
+__global__ static void normalize_rows_kernel(float* sizes, MuonBuffers<S, M, G> a,
+                                             const double* squares, int columns, double norm) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(2 * warp);
+    const float beta2 = a.step->beta2;
+    double total[2] = {};
+    for (int64_t r = threadIdx.x; r < a.rows; r += blockDim.x) {
+        const float mean = float(squares[r]) / float(columns);
+        float v[1] = {beta2 * float(a.row_moments[r]) + (1 - beta2) * mean};
+        const float factor = 1 / (sqrtf(v[0]) + float(normuon_eps));
+        total[0] += squares[r], total[1] += factor * factor * squares[r];
+        sizes[r] = factor;
+        if constexpr (stochastic && sizeof(M) == 2)
+            v[0] = round_to_bf16_stochastically(v[0], a.random_bits(r) >> 16);
+        if (!a.skipped()) a.row_moments[r] = M(v[0]);
+    }
+    block_sums(total, exchange);
+    if (norm == 0) norm = sqrt(total[0]);
+    const float common = float(norm / (sqrt(total[1]) + normuon_eps));
+    for (int64_t r = threadIdx.x; r < a.rows; r += blockDim.x) sizes[r] *= common;
+}
+
+// row_sizes: may be null.
+template <bool stochastic, class S, class M, class G>
+__global__ static void muon_update_kernel(MuonBuffers<S, M, G> a, const S* factor, float size,
+                                          const float* row_sizes) {
+    const int64_t i0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (i0 >= a.size() || a.skipped()) return;
+    const UpdateStep o = *a.step;
+    const float lr = o.muon_lr * a.lr_scale, decay = o.weight_decay * a.decay_scale;
+    if (row_sizes) size *= row_sizes[i0 / a.columns];
+    float w[8], x[8];
+    load8(x, factor + i0);
+    a.master ? load8(w, a.master + i0) : load8(w, a.parameters + i0);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float step = size * x[i];
+        w[i] -= lr * (step + (o.cautious && w[i] * step < 0 ? 0 : decay) * w[i]);
+        if constexpr (stochastic && sizeof(S) == 2)
+            if (!a.master)
+                w[i] = round_to_bf16_stochastically(
+                    w[i], mix_bits(a.random_bits(i0 + i) + uint32_t((a.begin + i0 + i) >> 32)));
+    }
+    if (a.master) store8(a.master + i0, w);
+    store8(a.parameters + i0, w);
+}
+
+// rows, columns: without padding.
+template <bool stochastic, class S, class M, class G>
+void muon_update(CublasLt& cublas, const MuonBuffers<S, M, G>& a, const MuonScratch<S>& scratch,
+                 const Hyperparameters& o, int64_t rows, int64_t columns) {
+    const cudaStream_t stream = cublas.stream;
+    const Quintics polynomials = quintics(o.orthogonalization);
+    const int blocks = int(std::clamp<int64_t>(a.size() / (4 * 256 * 8), 1, norm_blocks));
+    launch(muon_momentum_kernel<stochastic, S, M, G>, blocks, 256, shared_bytes<double>(warp),
+           stream, a, scratch.partial);
+    launch(root_of_sums_kernel, 1, norm_blocks, shared_bytes<double>(warp), stream, scratch.norm,
+           scratch.partial, blocks);
+    launch(muon_direction_kernel<S, M, G>, blocks_for(a.size(), 256 * 8), 256, 0, stream, scratch.x,
+           a, scratch.norm, polynomials.margin);
+    const S* factor = orthogonalize(cublas, scratch, a.rows, a.columns, polynomials);
+    if (a.row_moments) {
+        launch(row_squares_kernel<S>, int(a.rows), 128, shared_bytes<double>(warp), stream,
+               scratch.row_squares, factor, a.columns);
+        launch(normalize_rows_kernel<stochastic, S, M, G>, 1, 1024, shared_bytes<double>(2 * warp),
+               stream, scratch.row_sizes, a, scratch.row_squares, int(columns),
+               normuon_norm(o.muon_scale, rows, columns, 0));
+    }
+    launch(muon_update_kernel<stochastic, S, M, G>, blocks_for(a.size(), 256 * 8), 256, 0, stream,
+           a, factor, float(muon_scale(o.muon_scale, rows, columns)),
+           a.row_moments ? scratch.row_sizes : nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1893,6 +2140,8 @@ template <class S, class G> struct CudaModel : Model {
         Array<bf16> rounded;
     };
     OptimizerLayout optimizer_layout; // padded
+    Array<S> muon_values;             // MuonScratch's
+    Array<double> muon_sums;
     std::vector<State> states;
     Array<uint32_t> decays; // a bit for each 8 parameters
     Array<int64_t> gates;   // GPAS's, as offsets
@@ -1958,6 +2207,8 @@ template <class S, class G> struct CudaModel : Model {
                 State& state = states.emplace_back();
                 o.moments == DType::bf16 ? make(state.rounded, size) : make(state.full, size);
             }
+            make(muon_values, optimizer_layout.scratch());
+            make(muon_sums, MuonScratch<S>::sums(optimizer_layout));
             make(decays, blocks_for(n, 8 * 32));
             upload_decays();
             const std::vector<int64_t> offsets = padded_registry.gates();
@@ -2644,11 +2895,12 @@ template <class S, class G> struct CudaModel : Model {
                              stream));
         for (const UpdateRange& range : optimizer_layout.ranges_of(o))
             if (!o.rests(range.layer))
-                options.moments == DType::bf16 ? update_range<bf16>(range, norm, loss)
-                                               : update_range<float>(range, norm, loss);
+                options.moments == DType::bf16 ? update_range<bf16>(o, range, norm, loss)
+                                               : update_range<float>(o, range, norm, loss);
     }
     template <class M>
-    void update_range(const UpdateRange& range, const double* norm, const double* loss) {
+    void update_range(const Hyperparameters& o, const UpdateRange& range, const double* norm,
+                      const double* loss) {
         auto state = [&](const char* name) {
             const size_t s = size_t(optimizer->index(name));
             return state_array<M>(states[s]) + range.states[s];
@@ -2656,13 +2908,53 @@ template <class S, class G> struct CudaModel : Model {
         switch (range.rule) {
         case UpdateRule::adamw: {
             const Timed timer = timed(costs().adamw(range.size(), sizeof(M), master.size > 0));
+            const Param& p = padded_registry.params[range.first]; // the factors of all
             adamw_update(AdamWBuffers<S, M, G>{parameters, master, gradients, state("m"),
                                                state("v"), decays, update_steps + 1 + range.layer,
-                                               norm, loss, range.size(), range.begin},
+                                               norm, loss, range.size(), range.begin,
+                                               float(p.lr_scale), float(p.decay_scale),
+                                               float(p.eps_scale)},
                          options.stochastic_rounding, stream);
             break;
         }
+        case UpdateRule::muon:
+        case UpdateRule::normuon:
+            for (size_t i = range.first; i < range.last; i++) {
+                M* momentum = state("m") + padded_registry.params[i].offset - range.begin;
+                options.stochastic_rounding
+                    ? update_matrix<true>(o, range, i, momentum, norm, loss)
+                    : update_matrix<false>(o, range, i, momentum, norm, loss);
+            }
+            break;
         }
+    }
+    // Muon, of the i-th parameter.
+    template <bool stochastic, class M>
+    void update_matrix(const Hyperparameters& o, const UpdateRange& range, size_t i, M* momentum,
+                       const double* norm, const double* loss) {
+        const Param &p = padded_registry.params[i], &real = registry.params[i];
+        const Timed timer = timed(costs().muon(p.shape[0], p.shape[1], sizeof(M), master.size > 0));
+        M* row_moments = nullptr;
+        if (range.rule == UpdateRule::normuon) {
+            const int s = optimizer->index("v_rows");
+            row_moments = state_array<M>(states[size_t(s)]) + optimizer_layout.offset(s, p);
+        }
+        const MuonBuffers<S, M, G> buffers = {parameters + p.offset,
+                                              master.size ? master + p.offset : nullptr,
+                                              gradients + p.offset,
+                                              momentum,
+                                              row_moments,
+                                              update_steps + 1 + range.layer,
+                                              norm,
+                                              loss,
+                                              p.offset,
+                                              p.shape[0],
+                                              p.shape[1],
+                                              float(p.lr_scale),
+                                              p.decay ? float(p.decay_scale) : 0};
+        muon_update<stochastic>(cublas, buffers,
+                                MuonScratch<S>(optimizer_layout, muon_values, muon_sums), o,
+                                real.shape[0], real.shape[1]);
     }
     template <class M> static M* state_array(const State& state) {
         if constexpr (std::is_same_v<M, float>)

@@ -989,7 +989,9 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     std::vector<uint32_t> decays(n / 8 / 32 + 1);
     for (int64_t i = 0; i < n / 8; i += 3) decays[i / 32] |= 1u << i % 32;
     const double norm = 50;
-    UpdateStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f, 17};
+    UpdateStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f};
+    o.cautious = c.grad_clip == 0, o.step = 17;
+    const float lr_scale = 0.5f, decay_scale = 3, eps_scale = 1e6f;
     const double scale = c.grad_clip < 0                         ? 0.25
                          : c.grad_clip > 0 && norm > c.grad_clip ? c.grad_clip / norm
                                                                  : 1;
@@ -1003,7 +1005,8 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     Stream stream;
     auto step = [&](const double* norm, const double* loss) {
         adamw_update(AdamWBuffers<S, M, G>{w_, c.with_master ? master + 0 : nullptr, g_, m_, v_,
-                                           decays_, o_, norm, loss, n},
+                                           decays_, o_, norm, loss, n, 0, lr_scale, decay_scale,
+                                           eps_scale},
                      c.stochastic, stream);
     };
     step(norm_.in(), bad.in());
@@ -1024,9 +1027,10 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     for (int64_t i = 0; i < n; i++) {
         const double d = scale * g[i];
         const double m1 = 0.9f * m[i] + (1 - 0.9f) * d, v1 = 0.95f * v[i] + (1 - 0.95f) * d * d;
-        const double decay = i / 8 % 3 == 0 ? 0.1f : 0;
-        const double step = m1 * 1.5 / (std::sqrt(v1 * 2.5) + 1e-8f) + decay * exact[i];
-        const double x = exact[i] - double(1e-2f) * step;
+        const double step = m1 * 1.5 / (std::sqrt(v1 * 2.5) + double(1e-8f) * double(eps_scale));
+        const bool decays = i / 8 % 3 == 0 && !(o.cautious && exact[i] * step < 0);
+        const double decay = decays ? double(0.1f) * double(decay_scale) : 0;
+        const double x = exact[i] - double(1e-2f) * double(lr_scale) * (step + decay * exact[i]);
         auto near = [&](double value, double size, bool rounded) {
             // In bf16 half a unit in the last place to nearest, a whole one at random.
             return 1e-6 * size + (rounded ? std::abs(value) / (c.stochastic ? 127 : 255) : 0);

@@ -28,10 +28,11 @@ out=$(LNS_SIM_MEMORY=600M gpu bench -m llama-9m -b 64 -t 256)
 check "too little memory is explained" says "$out" " of 600 MiB free"
 check "with advice on what would fit" grep -qE "try --batch [0-9]+, or (--batch [0-9]+ with )?--recompute" <<<"$out"
 
-for way in mixed pure float32; do
+for way in mixed pure muon float32; do
     case $way in
     mixed) flags=(--dtype bf16) ;;
     pure) flags=(--dtype bf16 --master-weights no --moments bf16 --rounding stochastic --lisa 1) ;;
+    muon) flags=(--dtype bf16 --moments bf16 --rounding stochastic --optimizer muon --normuon --lisa 1) ;;
     float32) flags=(--dtype float32 --recompute layers) ;;
     esac
     gpu "${small[@]}" -d 64 -x 4 --save-every 2 --keep 0 "${flags[@]}" -o "$dir/$way" >/dev/null

@@ -95,7 +95,11 @@ TEST(Train, AResumedRunHasTheSameBits) {
     for (const std::string numbers :
          {"", "--dtype bf16 --recompute layers ",
           "--dtype bf16 --master-weights no --moments bf16 --rounding stochastic ",
-          "--lisa 1 --lisa-interval 2 "}) {
+          "--lisa 1 --lisa-interval 2 ",
+          "--optimizer muon --normuon --cautious-decay --lisa 1 --lisa-interval 2 "
+          "--dtype bf16 --master-weights no --moments bf16 --rounding stochastic ",
+          "--optimizer muon --muon-lr 0.02 --muon-scale jordan --momentum 0.9 "
+          "--orthogonalize polar-express --dtype bf16 "}) {
         for (const char* run : {"straight", "resumed"}) fs::remove_all(dir / run);
         ASSERT_RUNS(small_model + numbers + "-d 64 -x 30 -v 7 --save-every 13 --keep 0 -i '" +
                     dir / "t_train_*'" + " -o " + dir / "straight");
@@ -251,6 +255,35 @@ TEST(Train, WithLisaOnlyDrawnLayersChange) {
     EXPECT_TRUE(fails_with("-y --lisa 3 -o " + dir / "lisa", {"--lisa was 2"}));
 }
 
+TEST(Train, MuonsFlagsBelongToIt) {
+    NEEDS_PROGRAM();
+    TemporaryDirectory dir;
+    for (const std::string flag : {"--muon-lr 0.02", "--muon-scale jordan", "--momentum 0.9",
+                                   "--orthogonalize polar-express", "--normuon"})
+        EXPECT_TRUE(fails_with(small_model + flag + " --dry-run",
+                               {flag.substr(0, flag.find(' ')), "AdamW", "--optimizer muon"}));
+    EXPECT_TRUE(fails_with(small_model + "--cautious-decay --weight-decay 0 --dry-run",
+                           {"--cautious-decay", "--weight-decay 0"}));
+    Finished f = train_gpt(small_model + "-d 64 -x 2 -o " + dir / "muon" +
+                           " --optimizer muon --muon-lr 0.02 --muon-scale jordan --cautious-decay");
+    ASSERT_EQ(f.status, 0) << f.output;
+    EXPECT_TRUE(says(f.output, {"Muon", "jordan", "0.02", "AdamW for the rest", "cautious decay"}));
+    EXPECT_TRUE(fails_with("-y --optimizer muon --normuon -o " + dir / "muon",
+                           {"--optimizer was muon", "normuon"}));
+    f = train_gpt("-y -x 3 --muon-lr 0.01 -o " + dir / "muon");
+    EXPECT_TRUE(says(f.output, {"--muon-lr was 0.02 until now and is 0.01"}));
+
+    // Muon of a state: a number for each row, of layers' matrices only.
+    ASSERT_RUNS(small_model + "-d 64 -x 1 --optimizer muon --normuon -o " + dir / "normuon");
+    const Safetensors states(dir / "normuon/step-000001/optimizer.safetensors");
+    for (const TensorView& view : states.tensors()) {
+        const bool of_layers = view.name.find("proj.weight") != std::string::npos;
+        EXPECT_EQ(view.name.rfind("v_rows.", 0) == 0, view.shape.size() == 1 && of_layers)
+            << view.name;
+        EXPECT_FALSE(view.name.rfind("v.", 0) == 0 && of_layers) << view.name;
+    }
+}
+
 TEST(Train, MicroBatchesAddUp) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
@@ -272,9 +305,9 @@ TEST(Train, RanksAddUp) {
     const std::string root = geteuid() == 0 ? "--allow-run-as-root " : "";
     const std::string mpirun = "mpirun " + root + "--oversubscribe -np 2 ./train_gpt ";
     Finished f;
-    for (const std::string lisa : {"", "--lisa 1 "}) {
+    for (const std::string way : {"", "--lisa 1 ", "--optimizer muon --normuon "}) {
         for (const char* name : {"one", "two"}) fs::remove_all(dir / name);
-        const std::string flags = small_model + lisa + "-x 6 -v 3 --val-tokens 100 ";
+        const std::string flags = small_model + way + "-x 6 -v 3 --val-tokens 100 ";
         ASSERT_RUNS(flags + "-b 4 -o " + dir / "one");
         f = run(mpirun + flags + "-b 2 -o " + dir / "two");
         ASSERT_EQ(f.status, 0) << f.output;

@@ -7,6 +7,7 @@
 #include "gpt/cpu/arrays.h"
 #include "gpt/model/config.h"
 #include "gpt/model/mixing.h"
+#include "gpt/model/optimizer.h"
 #include "gpt/model/profile.h"
 
 namespace lns {
@@ -102,6 +103,18 @@ template <class S> struct Costs {
     static Cost adamw(int64_t n, double moment_bytes, bool master) {
         return {"update", "AdamW", 0,
                 double(n) * (a + 4 * moment_bytes + (master ? 2 * a + s : 2 * s))};
+    }
+    // Of the matrices of a range. Each polynomial takes three products.
+    static Cost muon(const Registry& registry, const UpdateRange& range, double moment_bytes,
+                     bool master) {
+        double flops = 0;
+        for (size_t i = range.first; i < range.last; i++) {
+            const auto [rows, columns] =
+                std::minmax(registry.params[i].shape[0], registry.params[i].shape[1]);
+            flops += 5 * 2 * double(rows) * double(rows) * (2 * double(columns) + double(rows));
+        }
+        return {"update", "Muon", flops,
+                double(range.size()) * (a + 2 * moment_bytes + (master ? 2 * a + s : 2 * s))};
     }
 };
 

@@ -28,16 +28,18 @@ template <class S> void CpuModel<S>::set_parameter(int64_t i, A value) {
 
 template <class S> void CpuModel<S>::read(Buffer buffer, const Param& p, float* out) {
     if (buffer == Buffer::gradients) zero_remaining_gradients();
+    const int64_t n = shaped(buffer, p).size();
     with_buffer(*this, buffer, p, [&](const auto* from) {
-        for (int64_t i = 0; i < p.size(); i++) out[i] = float(from[i]);
+        for (int64_t i = 0; i < n; i++) out[i] = float(from[i]);
     });
 }
 
 template <class S> void CpuModel<S>::write(Buffer buffer, const Param& p, const float* values) {
     kv_cache_valid = false;
     if (buffer == Buffer::gradients) zero_remaining_gradients();
+    const int64_t n = shaped(buffer, p).size();
     auto copy = [&]<class X>(X* to) {
-        for (int64_t i = 0; i < p.size(); i++) to[i] = X(values[i]);
+        for (int64_t i = 0; i < n; i++) to[i] = X(values[i]);
     };
     with_buffer(*this, buffer, p, copy);
     if (buffer == Buffer::parameters && master.size) copy(parameters + p.offset);
@@ -250,8 +252,10 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     plan.parameters = n * int64_t(sizeof(S));
     if (o.purpose >= Purpose::gradients) plan.gradients = n * int64_t(sizeof(Acc<S>));
     if (o.purpose == Purpose::training) {
-        plan.optimizer = OptimizerLayout(*o.optimizer, registry)
-                             .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>));
+        const OptimizerLayout layout(*o.optimizer, registry);
+        plan.optimizer = layout.bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(Acc<S>)) +
+                         layout.scratch() * int64_t(sizeof(S)) +
+                         layout.most_rows * int64_t(sizeof(Acc<S>));
         if (sizeof(S) < sizeof(Acc<S>) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(Acc<S>));
     }

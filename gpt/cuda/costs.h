@@ -114,6 +114,12 @@ template <class S, class G> struct Costs {
     static Cost zero_gradients(int64_t n) { return {"update", "zero gradients", 0, double(n) * g}; }
     static Cost gradient_sum(int64_t n) { return {"update", "sum over ranks", 0, double(n) * g}; }
     static Cost gradient_norm(int64_t n) { return {"update", "gradient norm", 0, double(n) * g}; }
+    // A matrix's. Each of five polynomials takes three products.
+    static Cost muon(int64_t rows, int64_t columns, double moment_bytes, bool master) {
+        const double n = double(std::min(rows, columns)), m = double(std::max(rows, columns));
+        return {"update", "Muon", 5 * 2 * n * n * (2 * m + n),
+                n * m * (g + 2 * moment_bytes + (master ? 2 * f + s : 2 * s))};
+    }
     static Cost adamw(int64_t n, double moment_bytes, bool master) {
         return {"update", "AdamW", 0,
                 double(n) * (g + 4 * moment_bytes + (master ? 2 * f + s : 2 * s))};

@@ -23,8 +23,8 @@ namespace lns::cuda {
 // Parameters, gradients and moments
 
 template <class S, class G> void CudaModel<S, G>::read(Buffer buffer, const Param& p, float* out) {
-    const Param& q = padded_param(p);
-    const Placement place(p, q, config, padded_config);
+    const Param q = shaped(buffer, padded_param(p));
+    const Placement place(shaped(buffer, p), q, config, padded_config);
     with_buffer(*this, buffer, q, [&](auto* from) {
         const auto values = fetch(from, q.size());
         place.each([&](int64_t i, int64_t j) { out[i] = float(values[j]); });
@@ -33,8 +33,8 @@ template <class S, class G> void CudaModel<S, G>::read(Buffer buffer, const Para
 template <class S, class G>
 void CudaModel<S, G>::write(Buffer buffer, const Param& p, const float* values) {
     kv_cache_valid = false;
-    const Param& q = padded_param(p);
-    const Placement place(p, q, config, padded_config);
+    const Param q = shaped(buffer, padded_param(p));
+    const Placement place(shaped(buffer, p), q, config, padded_config);
     auto upload = [&](auto* to) {
         using X = std::remove_reference_t<decltype(*to)>;
         std::vector<X> padded(size_t(q.size()), X(0.0f));
@@ -47,7 +47,10 @@ void CudaModel<S, G>::write(Buffer buffer, const Param& p, const float* values) 
     if (buffer == Buffer::parameters && master.size) upload(parameters + q.offset);
 }
 template <class S, class G> const Param& CudaModel<S, G>::padded_param(const Param& p) const {
-    return padded_registry.params[size_t(&p - registry.params.data())];
+    const auto at =
+        std::lower_bound(registry.params.begin(), registry.params.end(), p.offset,
+                         [](const Param& other, int64_t offset) { return other.offset < offset; });
+    return padded_registry.params[size_t(at - registry.params.begin())];
 }
 
 // n elements from the GPU.
@@ -263,8 +266,10 @@ MemoryPlan plan_memory(const Config& config, int B, int T, const ModelOptions& o
     plan.parameters = n * int64_t(sizeof(S));
     if (o.purpose >= Purpose::gradients) plan.gradients = n * int64_t(sizeof(G));
     if (o.purpose == Purpose::training) {
-        plan.optimizer = OptimizerLayout(*o.optimizer, registry)
-                             .bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float));
+        const OptimizerLayout layout(*o.optimizer, registry);
+        plan.optimizer = layout.bytes(o.moments == DType::bf16 ? sizeof(bf16) : sizeof(float)) +
+                         layout.scratch() * int64_t(sizeof(S)) +
+                         MuonScratch<S>::sums(layout) * int64_t(sizeof(double));
         if (sizeof(S) < sizeof(float) && o.master_weights)
             plan.optimizer += n * int64_t(sizeof(float));
         plan.optimizer += n / 64;

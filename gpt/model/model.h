@@ -160,9 +160,13 @@ struct Model {
     virtual StepResult end_step() { return step_result; }
 
     // One parameter's values, gradient or optimizer state, which it must have, as float32, in
-    // memory's layout (not the file's).
+    // memory's layout (not the file's): as many numbers as shaped() says.
     virtual void read(Buffer buffer, const Param& param, float* out) = 0;
     virtual void write(Buffer buffer, const Param& param, const float* values) = 0;
+
+    Param shaped(Buffer buffer, const Param& p) const {
+        return buffer.kind == Buffer::state ? optimizer->shaped(buffer.index, p) : p;
+    }
 
     // The flat gradient buffer (registry.size) on the host, for ranks to sum in place; null if
     // there is none.

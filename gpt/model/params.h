@@ -27,6 +27,7 @@ struct Param {
     bool layer_matrix = false;  // a matrix of a layer, not an embedding or the head
     int layer = -1;             // from 0; −1: it belongs to no layer
     bool transposed = false;    // the file has (C, OC): GPT-2's Conv1D
+    double lr_scale = 1, decay_scale = 1, eps_scale = 1; // multiply those of the optimizer
 
     int64_t size() const {
         int64_t n = 1;

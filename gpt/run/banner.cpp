@@ -141,10 +141,17 @@ std::string describe_schedule(const Schedule& s, const Options& o, int64_t token
         cat("run        ", plural(s.steps, "step"), " of ", tokens_per_step, " tokens",
             micro_batches > 1 ? cat(" (", micro_batches, " micro-batches per rank)") : "", ", ",
             format_count(double(s.steps) * double(tokens_per_step)), " tokens in total\n");
+    const Optimizer& optimizer = optimizer_row(o.optimizer);
+    if (optimizer.matrices != UpdateRule::adamw)
+        text += cat("matrices   ", optimizer.title, " by ", o.orthogonalize, ", ", o.muon_scale,
+                    "'s scale, peak ", o.muon_peak(), ", momentum ", o.momentum, "\n");
     text +=
-        cat("optimizer  ", optimizer_row(o.optimizer).title,
-            o.weight_decay > 0 ? cat(", decay ", o.weight_decay) : ", no decay", ", betas ",
-            o.beta1, " ", o.beta2, ", eps ", o.eps,
+        cat("optimizer  ", optimizer_row("adamw").title,
+            optimizer.matrices != UpdateRule::adamw ? " for the rest" : "",
+            o.weight_decay > 0
+                ? cat(o.cautious_decay ? ", cautious decay " : ", decay ", o.weight_decay)
+                : ", no decay",
+            ", betas ", o.beta1, " ", o.beta2, ", eps ", o.eps,
             o.grad_clip > 0 ? cat(", gradient clipped to ", o.grad_clip) : ", no clipping", "\n");
     text += cat("schedule   ", s.kind, ", peak ", s.peak, " after ", plural(s.warmup, "step"),
                 " of warmup");

@@ -37,7 +37,7 @@ double step(Model& model, const Options& o, const std::vector<int>& tokens, int 
     StepInput input = {tokens.data(), tokens.data() + n, 1, B, T};
     input.loss_scale = 1 / double(n);
     input.grad_clip = o.grad_clip, input.gate_clip = o.clip_gates;
-    input.hyperparameters = hyperparameters(o, o.lr, number);
+    input.hyperparameters = hyperparameters(o, o.lr, o.muon_peak(), number);
     model.begin_step(input);
     const StepResult result = model.end_step();
     const double loss = result.loss, norm = result.grad_norm;

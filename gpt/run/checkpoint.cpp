@@ -180,12 +180,13 @@ template <class Read> auto with_advice(const std::string& path, Read read) {
     }
 }
 
-// The tensors of optimizer.safetensors: f(buffer, parameter, the prefix of its name).
+// The tensors of optimizer.safetensors: f(buffer, parameter as shaped, the prefix of its name).
 template <class F>
 void each_state(const Optimizer& optimizer, const Registry& registry, const F& f) {
     for (int i = 0; const OptimizerState& state : optimizer.states) {
         for (const Param& p : registry.params)
-            if (optimizer.has(i, p)) f(Buffer{Buffer::state, i}, p, state.name + ".");
+            if (optimizer.has(i, p))
+                f(Buffer{Buffer::state, i}, optimizer.shaped(i, p), state.name + ".");
         i++;
     }
 }
@@ -315,7 +316,7 @@ void to_file_layout(const Param& p, std::vector<float>& values) {
 }
 
 TensorOut param_tensor(Model& model, Buffer buffer, const Param& param, const std::string& name) {
-    return {name, "F32", param.file_shape(), [&model, buffer, &param](const TensorSink& sink) {
+    return {name, "F32", param.file_shape(), [&model, buffer, param](const TensorSink& sink) {
                 std::vector<float> values(param.size());
                 model.read(buffer, param, values.data());
                 to_file_layout(param, values);

@@ -50,7 +50,7 @@ uint64_t fingerprint(Model& model, Buffer buffer) {
     std::vector<float> values;
     for (const Param& p : model.registry.params) {
         if (buffer.kind == Buffer::state && !model.optimizer->has(buffer.index, p)) continue;
-        values.resize(size_t(p.size()));
+        values.resize(size_t(model.shaped(buffer, p).size()));
         model.read(buffer, p, values.data());
         for (float value : values) {
             uint32_t bits;

@@ -96,7 +96,13 @@ void check_warmup(const json& text) {
 }
 
 void add_optimizer_name(FlagList& f, Options& o) {
-    f.choice("--optimizer", o.optimizer, optimizer_names(), join(optimizer_names(), " or "));
+    f.choice("--optimizer", o.optimizer, optimizer_names(),
+             "adamw; muon: matrices of layers move by their orthogonalized momentum, the rest by "
+             "AdamW; normuon: muon --normuon");
+    f.add("--normuon", "", &o.normuon,
+          "with --optimizer muon, rows of matrices are divided by their second moment's root "
+          "(arXiv 2510.05491)")
+        .change = Change::once; // --optimizer is saved
 }
 
 void add_optimizer(FlagList& f, Options& o) {
@@ -124,8 +130,18 @@ void add_optimizer(FlagList& f, Options& o) {
     f.number("--clip-gates", o.clip_gates, 0, infinity,
              "then the largest norm of the gradient of +gpas's gates; 0: no clipping");
     f.number("--beta1", o.beta1, 0, 0.999999, "Adam's decay of the first moment");
-    f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's decay of the second moment");
+    f.number("--beta2", o.beta2, 0, 0.999999999, "Adam's and NorMuon's of the second moment");
     f.number("--eps", o.eps, 0, 1, "Adam's epsilon, added to the second moment's root");
+    f.on_off("--cautious-decay", o.cautious_decay,
+             "weights decay only where the update does not make them larger (arXiv 2510.12402)");
+    f.number("--muon-lr", o.muon_lr, 0, infinity,
+             "Muon's peak learning rate, of matrices of layers; 0: --lr");
+    f.choice("--muon-scale", o.muon_scale, {"moonlight", "jordan"},
+             "Muon's factor of the learning rate: moonlight, 0.2 sqrt(max(rows, columns)), takes "
+             "AdamW's rates; jordan, sqrt(max(1, rows / columns)), about 0.02");
+    f.number("--momentum", o.momentum, 0, 0.999999, "Muon's decay of the first moment");
+    f.choice("--orthogonalize", o.orthogonalize, {"newton-schulz", "polar-express"},
+             "how Muon orthogonalizes: newton-schulz or polar-express (arXiv 2505.16932)");
 }
 
 void add_dtype(FlagList& f, Options& o, const char* help) {
@@ -685,6 +701,12 @@ Options parse_options(int argc, const char* const* argv) {
         fail("--steps ", o.steps, " and --epochs ", flag_text(o.epochs),
              " both say how long to train: give one");
     if (o.resume && o.out.empty()) fail("--resume: name the run to continue, with -o DIR");
+    if (o.normuon) {
+        if (o.optimizer == "adamw")
+            fail("--normuon: the optimizer is AdamW: add --optimizer muon, or leave it out");
+        o.optimizer = "normuon";
+        o.given.insert("--optimizer");
+    }
     set_command_defaults(o);
     return o;
 }

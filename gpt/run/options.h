@@ -44,6 +44,9 @@ struct Options {
     double lr = 1e-3, final_lr_frac = 0.1;
     int64_t lisa = 0, lisa_interval = 3; // lisa 0: all layers train
     double weight_decay = 0.1, grad_clip = 1, clip_gates = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+    bool cautious_decay = false, normuon = false;
+    double muon_lr = 0, momentum = 0.95; // muon_lr 0: lr
+    std::string muon_scale = "moonlight", orthogonalize = "newton-schulz";
 
     // validation and samples
     int64_t val_every = 100, val_tokens = 131072, sample_every = 250, sample_tokens = 256;
@@ -97,6 +100,7 @@ struct Options {
     std::vector<std::string> changes; // sentences: what a resumed run will do differently
 
     bool is_given(const char* flag) const { return given.count(flag) > 0; }
+    double muon_peak() const { return muon_lr > 0 ? muon_lr : lr; }
     bool model_given() const { return is_given("--model") || model != Options().model; }
     int64_t warmup_steps() const; // of 200 or 10%
 };

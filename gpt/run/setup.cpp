@@ -336,6 +336,17 @@ Device wanted_device(const Options& o) {
     return why_not.empty() ? Device::cuda : Device::cpu;
 }
 
+// Throws for flags that the optimizer does not have.
+void check_optimizer_flags(const Options& o) {
+    if (o.cautious_decay && o.weight_decay == 0)
+        fail("--cautious-decay: nothing decays with --weight-decay 0: leave one of them out");
+    if (optimizer_row(o.optimizer).matrices != UpdateRule::adamw) return;
+    for (const char* flag : {"--muon-lr", "--muon-scale", "--momentum", "--orthogonalize"})
+        if (o.is_given(flag))
+            fail(flag, ": the optimizer is AdamW, which lacks it: add --optimizer muon, or leave ",
+                 flag, " out");
+}
+
 } // namespace
 
 ModelOptions model_options(const Options& o, Purpose purpose, const std::string& trained) {
@@ -348,6 +359,7 @@ ModelOptions model_options(const Options& o, Purpose purpose, const std::string&
     m.purpose = purpose;
     m.dtype = dtype == "bf16" ? DType::bf16 : DType::float32;
     if (purpose != Purpose::training) return m;
+    check_optimizer_flags(o);
     m.optimizer = &optimizer_row(o.optimizer);
     m.master_weights = o.master_weights == "yes";
     m.moments = o.moments == "bf16" ? DType::bf16 : DType::float32;
@@ -374,13 +386,20 @@ ModelOptions model_options(const Options& o, Purpose purpose, const std::string&
     return m;
 }
 
-Hyperparameters hyperparameters(const Options& o, double lr, int64_t step) {
+Hyperparameters hyperparameters(const Options& o, double lr, double muon_lr, int64_t step) {
     return {.lr = lr,
             .beta1 = o.beta1,
             .beta2 = o.beta2,
             .eps = o.eps,
             .weight_decay = o.weight_decay,
-            .step = step};
+            .step = step,
+            .cautious = o.cautious_decay,
+            .muon_lr = muon_lr,
+            .momentum = o.momentum,
+            .orthogonalization = o.orthogonalize == "polar-express"
+                                     ? Orthogonalization::polar_express
+                                     : Orthogonalization::newton_schulz,
+            .muon_scale = o.muon_scale == "jordan" ? MuonScale::jordan : MuonScale::moonlight};
 }
 
 std::string describe_precision(const ModelOptions& m) {

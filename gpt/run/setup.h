@@ -74,7 +74,7 @@ ModelOptions model_options(const Options& options, Purpose purpose,
                            const std::string& trained = "");
 
 // Those of an update that the flags choose.
-Hyperparameters hyperparameters(const Options& options, double lr, int64_t step);
+Hyperparameters hyperparameters(const Options& options, double lr, double muon_lr, int64_t step);
 
 // "bf16 (AMX-BF16), float32 master weights and moments"
 std::string describe_precision(const ModelOptions& options);
