@@ -407,6 +407,7 @@ Junction junction(const Scheme& scheme, int L, int k) {
 
     Junction j;
     j.branch = k > 0;
+    if (row.grouped) j.in_groups = std::max(1, scheme.number);
     j.second = row.reads_second;
     j.starts_second = j.second && k == 0;
     if (k == 0) {
