@@ -2082,7 +2082,9 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                                 {"qwen2", "sandwich+gpas"},
                                 {"llama-gqa", "siamese"},
                                 {"gpt2", "lns:after+x0"},
-                                {"llama-gqa", "hybrid+value-residual"}})
+                                {"llama-gqa", "hybrid+value-residual"},
+                                {"gpt2-dyt", "sandwich"},
+                                {"llama-gqa", "group:2"}})
         keep(cat(name, "  ", scheme, "  layer by layer"), [&, name = name, scheme = scheme] {
             return check_layers("cuda: ", name, scheme,
                                 [](const Config& c, int B, int T) { return gpu_model(c, B, T); });

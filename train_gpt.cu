@@ -399,7 +399,7 @@ struct JunctionPlan {
           instance(c.norm == NormType::dyt ? JunctionInstance::dyt
                    : j.extended()          ? JunctionInstance::extended
                                            : JunctionInstance::plain),
-          groups(j.in_groups), gamma(j.gamma), type(c.norm), skip(float(j.skip)),
+          groups(j.in_norm ? j.in_groups : 1), gamma(j.gamma), type(c.norm), skip(float(j.skip)),
           beta(float(j.beta)), in_scale(float(j.in_scale)), eps(float(c.norm_eps)),
           in_eps(float(c.norm_eps * j.in_eps)), shape(row_shape(c.width)), rows(rows) {}
 };
