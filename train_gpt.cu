@@ -2333,12 +2333,6 @@ template <class S, class G> struct CudaModel : Model {
                               padded_config.vocab_size, stream);
     }
 
-    // Before a backward pass.
-    void clear_stream_gradients() {
-        if (acts.dvalues.size)
-            CUDA(cudaMemsetAsync(acts.dvalues, 0, size_t(acts.dvalues.size) * sizeof(float),
-                                 stream));
-    }
 
     Junction junction_of(int k) const { return junction(config.scheme, config.layers, k); }
     JunctionArguments<S> junction_arguments(const Junction& j, int k, const float* r_prev, S* u) {
@@ -2367,9 +2361,9 @@ template <class S, class G> struct CudaModel : Model {
                 acts.dstart,
                 acts.scratch};
     }
-    // Of the second stream and of x₀.
+    // Of the second stream, of x₀ and of the first layer's values, before a backward pass.
     void clear_stream_gradients() {
-        for (Array<float>* gradient : {&acts.dsecond, &acts.dstart})
+        for (Array<float>* gradient : {&acts.dsecond, &acts.dstart, &acts.dvalues})
             if (gradient->size)
                 CUDA(cudaMemsetAsync(*gradient, 0, size_t(gradient->size) * sizeof(float), stream));
     }
