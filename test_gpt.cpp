@@ -202,20 +202,27 @@ Row check_layer(const std::string& name, const std::vector<Doubles>& x, Run run)
     return row;
 }
 
-Row check_embedding() {
+Row check_embedding(bool scaled) {
     const int B = 2, T = 5, C = 19, V = 7;
     const std::vector<int> tokens = {3, 1, 3, 6, 0, 2, 2, 3, 5, 6};
-    return check_layer("embedding", {random_values(V * C, "wte"), random_values(T * C, "wpe")},
-                       [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-                           LayerResult<S> out{std::vector<S>(B * T * C),
-                                              {std::vector<S>(V * C), std::vector<S>(T * C)}};
-                           embedding_forward(out.y.data(), tokens.data(), x[0].data(), x[1].data(),
-                                             0, B * T, T, C);
-                           if (!c.empty())
-                               embedding_backward(out.gradients[0].data(), out.gradients[1].data(),
-                                                  tokens.data(), c.data(), B, T, C);
-                           return out;
-                       });
+    std::vector<Doubles> x = {random_values(V * C, "wte"), random_values(T * C, "wpe")};
+    if (scaled) x.push_back({1.7});
+    return check_layer(
+        scaled ? "embedding, scaled" : "embedding", x,
+        [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
+            LayerResult<S> out{std::vector<S>(B * T * C), {}};
+            for (const auto& tensor : x) out.gradients.emplace_back(tensor.size());
+            const S *wte = x[0].data(), *wpe = x[1].data(), *scale = scaled ? x[2].data() : nullptr;
+            embedding_forward(out.y.data(), tokens.data(), wte, wpe, scale, 0, B * T, T, C);
+            if (c.empty()) return out;
+            std::vector<S> dout = c;
+            if (scaled)
+                embedding_scale_backward(out.gradients[2].data(), dout.data(), tokens.data(), wte,
+                                         wpe, scale, B * T, T, C);
+            embedding_backward(out.gradients[0].data(), out.gradients[1].data(), tokens.data(),
+                               dout.data(), B, T, C);
+            return out;
+        });
 }
 
 Row check_linear(int rows, int C, int OC) {
@@ -287,8 +294,7 @@ Row check_qkv_norm(const char* name, std::array<int, 3> norms) {
         {random_values(a.rows() * a.row(), "qkv"), random_values(Q, "q weight", 1, 0.3),
          random_values(K, "k weight", 1, 0.3), random_values(V, "v weight", 1, 0.3)},
         [=]<class S>(const Tensors<S>& x, const std::vector<S>& c) {
-            LayerResult<S> out{x[0],
-                               {c, std::vector<S>(Q), std::vector<S>(K), std::vector<S>(V)}};
+            LayerResult<S> out{x[0], {c, std::vector<S>(Q), std::vector<S>(K), std::vector<S>(V)}};
             std::vector<S> raw(a.rows() * a.normed_width());
             std::vector<Acc<S>> scratch(row_chunks(a.rows()) * a.normed_width());
             std::vector<NormStats<Acc<S>>> stats(a.norms() * a.rows());
@@ -364,7 +370,7 @@ Row check_cross_entropy() {
 
 // A junction with all its features; x is r_prev, b, y_prev, x₀, then the parameters.
 Row check_junction(const std::string& name, Junction j, NormType type, bool weights, bool biases) {
-    const int rows = 5, C = 11;
+    const int rows = 5, C = j.in_groups > 1 ? 12 : 11;
     j.in_scale = 0.7;
     if (j.branch && !j.omega) j.skip = 1.3;
     if (j.branch) j.beta = 0.8;
@@ -378,6 +384,7 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
     auto norm = [&](bool has, NormParams& p) {
         if (has && weights) p.weight = add("w", C, 1);
         if (has && biases) p.bias = add("bias", C, 0);
+        if (has && type == NormType::dyt) p.alpha = add("alpha", 1, 0.6);
     };
     norm(j.branch_norm, at.branch), norm(j.out_norm, at.out), norm(j.in_norm, at.in);
     norm(j.reads_second, at.second);
@@ -399,6 +406,8 @@ Row check_junction(const std::string& name, Junction j, NormType type, bool weig
                 p.out_weight = get(at.out.weight), p.out_bias = get(at.out.bias);
                 p.in_weight = get(at.in.weight), p.in_bias = get(at.in.bias);
                 p.second_weight = get(at.second.weight), p.second_bias = get(at.second.bias);
+                p.branch_alpha = get(at.branch.alpha), p.out_alpha = get(at.out.alpha);
+                p.in_alpha = get(at.in.alpha), p.second_alpha = get(at.second.alpha);
                 p.gamma = get(at.gamma), p.omega = get(at.omega), p.gate = get(at.gate);
                 p.start_skip = get(at.start_skip), p.start_weight = get(at.start_weight);
                 return p;
@@ -659,15 +668,21 @@ Row check_long_softmax(const std::string& name) {
 }
 
 Row check_exp() {
-    Row row{"exp in float, units in the last place"};
-    double worst = 0;
+    Row row{"exp and tanh in float, units in the last place"};
+    double worst = 0, worst_tanh = 0;
     for (int i = 0; i <= 200000; i++) {
         float x = -87.0f + 175.0f * float(i) / 200000;
         double exact = std::exp(double(x));
         double unit = std::ldexp(1.0, std::ilogb(exact) - 23);
         worst = std::max(worst, std::fabs(double(exp_(x)) - exact) / unit);
+        x = x < 0 ? -std::exp(x / 10) : std::exp(x / 10 - 6); // to 1 below 0, to 20 above
+        exact = std::tanh(double(x));
+        unit = std::ldexp(1.0, std::ilogb(exact) - 23);
+        worst_tanh = std::max(worst_tanh, std::fabs(double(tanh_(x)) - exact) / unit);
     }
-    row.add("ulp", worst, 2);
+    row.add("exp", worst, 2), row.add("tanh", worst_tanh, 3);
+    if (!std::isnan(tanh_(std::nanf(""))) || tanh_(-INFINITY) != -1)
+        row.note = "tanh(NaN) is not NaN, or tanh(−∞) not −1";
     if (!std::isnan(exp_(std::nanf("")))) row.note = "exp(NaN) is not NaN";
     if (!(exp_(-1e9f) < 2e-38f) || !(exp_(1e9f) > 1e38f)) row.note = "exp does not saturate";
     return row;
@@ -682,19 +697,25 @@ struct TestModel {
     int B = 2, T = 7;
 };
 
-// Architectures, and variants of LLaMA's: grouped heads; Llama 3's positions.
-const std::vector<std::string> architectures = {"gpt2",    "llama",  "llama-gqa", "llama-3",
-                                                "qwen2",   "qwen3",  "olmo",      "olmo2",
-                                                "mistral", "smollm3"};
+// Architectures, and variants of LLaMA's: grouped heads; Llama 3's positions; and some with DyT.
+const std::vector<std::string> architectures = {"gpt2",    "llama",   "llama-gqa", "llama-3",
+                                                "qwen2",   "qwen3",   "olmo",      "olmo2",
+                                                "mistral", "smollm3", "llama-dyt", "gpt2-dyt"};
+
+bool is_dyt(const std::string& architecture_name) { return architecture_name.ends_with("-dyt"); }
 
 Config variant(const std::string& architecture_name) {
-    return architecture(architecture_name.starts_with("llama-") ? "llama" : architecture_name);
+    Config c = architecture(architecture_name.starts_with("llama-")  ? "llama"
+                            : architecture_name.starts_with("gpt2-") ? "gpt2"
+                                                                     : architecture_name);
+    if (is_dyt(architecture_name)) c.norm = NormType::dyt;
+    return c;
 }
 
 Config small_config(const std::string& architecture_name) {
     Config c = variant(architecture_name);
-    const bool plain = architecture_name == "gpt2" || architecture_name == "llama" ||
-                       c.model_type.starts_with("olmo");
+    const bool plain =
+        c.model_type == "gpt2" || architecture_name == "llama" || c.model_type.starts_with("olmo");
     c.vocab_size = 23;
     c.layers = 3;
     c.heads = plain ? 3 : 4;
@@ -743,6 +764,8 @@ std::vector<std::string> all_schemes() {
 // windows and activations, so one architecture with RMSNorm and one with LayerNorm need them all.
 std::vector<std::string> schemes_of(const std::string& architecture_name) {
     if (architecture_name == "llama" || architecture_name == "gpt2") return all_schemes();
+    if (is_dyt(architecture_name)) // norms of every kind
+        return {"pre", "lns", "mix:1", "sandwich", "peri", "layerscale", "siamese", "hybrid"};
     return {"pre",           "lns",  "lns-init", "mix:1+gpas",
             "sandwich+gpas", "peri", "siamese",  "hybrid+value-residual"};
 }
@@ -757,6 +780,8 @@ Doubles test_values(const Param& p) {
     const size_t n = size_t(p.size());
     auto named = [&](const char* part) { return p.name.find(part) != std::string::npos; };
     if (p.decay) return random_values(n, p.name, 0, 1 / std::sqrt(double(p.shape[1])));
+    if (named(".alpha")) return random_values(n, p.name, 0.6, 0.1);
+    if (named("embed_scale")) return random_values(n, p.name, 1.5, 0.1);
     if (named("gate") && n == 1) return random_values(n, p.name, 0.1, 0.3); // 1 would cancel r
     if (named("_omega") || named("x0_skip")) return random_values(n, p.name, 1.2, 0.3);
     if (named("_gamma")) return random_values(n, p.name, 0.6, 0.3);
@@ -782,12 +807,18 @@ void test_batch(const Config& c, int n, std::vector<int>& inputs, std::vector<in
     }
 }
 
-// Gradients by tensor name. All tensors with a single element (gates, SkipInit's γ) count as one
-// tensor, since one of them may be 0 up to rounding: the final norm cancels the last gate's scale.
+// Tensors with a single element (gates, SkipInit's γ) count as one, since the gradient of one of
+// them may be 0 up to rounding: the final norm cancels the last gate's scale.
+std::string tensor_of(const Param& p) {
+    const bool embedding = p.name.find("embed") != std::string::npos; // not of a layer
+    return p.size() == 1 && !embedding ? "scalars" : p.name;
+}
+
+// Gradients by tensor name.
 template <class S> std::map<std::string, Doubles> gradients_of(const CpuModel<S>& model) {
     std::map<std::string, Doubles> all;
     for (const Param& p : model.registry.params) {
-        Doubles& g = all[p.size() == 1 ? "scalars" : p.name];
+        Doubles& g = all[tensor_of(p)];
         for (int64_t i = 0; i < p.size(); i++) g.push_back(double(model.gradients[p.offset + i]));
     }
     return all;
@@ -842,8 +873,8 @@ Row check_model(const std::string& architecture_name, const std::string& scheme,
     std::map<std::string, Quotients> quotients;
     for (const Param& p : model.registry.params) {
         const Doubles g(model.gradients + p.offset, model.gradients + p.offset + p.size());
-        measure(quotients[p.size() == 1 ? "scalars" : p.name], model.parameters + p.offset,
-                g.data(), g.size(), objective);
+        measure(quotients[tensor_of(p)], model.parameters + p.offset, g.data(), g.size(),
+                objective);
     }
     double worst = 0;
     for (const auto& [name, q] : quotients)
@@ -987,7 +1018,7 @@ double fixture_error(const Safetensors& file, const Config& c, const std::string
     std::map<std::string, Doubles> expected;
     for (const Param& p : model.registry.params) {
         Doubles g = from_file(p, tensor(scheme + "/grad." + p.name));
-        Doubles& all = expected[p.size() == 1 ? "scalars" : p.name];
+        Doubles& all = expected[tensor_of(p)];
         all.insert(all.end(), g.begin(), g.end());
     }
     const double loss = tensor(scheme + "/loss")[0];
@@ -1138,7 +1169,8 @@ Row check_lns_scales() {
 }
 
 Row check_causal(const std::string& architecture_name, const std::string& scheme) {
-    Row row{cat("claim: ", architecture_name, "  ", scheme, "  tokens do not depend on later ones")};
+    Row row{
+        cat("claim: ", architecture_name, "  ", scheme, "  tokens do not depend on later ones")};
     Config c = small_config(architecture_name);
     c.scheme = parse_scheme(scheme);
     complete_config(c);
@@ -1163,7 +1195,8 @@ Row check_causal(const std::string& architecture_name, const std::string& scheme
 // Logits computed token by token with the KV cache, as when generating text, equal those of the
 // whole sequence, also after earlier tokens change; and of a model that keeps no k and v.
 Row check_continuation(const std::string& architecture_name, const std::string& scheme) {
-    Row row{cat("claim: ", architecture_name, "  ", scheme, "  generating equals the whole sequence")};
+    Row row{
+        cat("claim: ", architecture_name, "  ", scheme, "  generating equals the whole sequence")};
     Config c = small_config(architecture_name);
     c.scheme = parse_scheme(scheme);
     complete_config(c);
@@ -1511,7 +1544,7 @@ std::map<std::string, Doubles> tensors_of(Model& model, Buffer buffer) {
     for (const Param& p : model.registry.params) {
         std::vector<float> values(p.size());
         model.read(buffer, p, values.data());
-        Doubles& tensor = all[p.size() == 1 ? "scalars" : p.name];
+        Doubles& tensor = all[tensor_of(p)];
         tensor.insert(tensor.end(), values.begin(), values.end());
     }
     return all;
@@ -2384,18 +2417,21 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                                 {"llama-gqa", "mhc"},
                                 {"gpt2", "attnres:3"},
                                 {"llama-gqa", "hybrid+value-residual"},
-                                {"olmo", "layerscale"}})
+                                {"olmo", "layerscale"},
+                                {"gpt2-dyt", "peri"},
+                                {"llama-gqa", "group:2"}})
         for (DType dtype : {DType::float32, DType::bf16})
             keep(
                 cat(name, "  ", scheme, dtype == DType::bf16 ? " bf16" : " float", "  bits repeat"),
                 [&, name = name, scheme = scheme] { return check_gpu_bits(name, scheme, dtype); });
-    for (auto [name, scheme] :
-         {std::pair{"gpt2", "layerscale"},
-          {"llama-gqa", "post"},
-          {"qwen2", "sandwich+gpas"},
-          {"llama-gqa", "siamese"},
-          {"gpt2", "lns:after+x0"},
-          {"llama-gqa", "hybrid+value-residual"}})
+    for (auto [name, scheme] : {std::pair{"gpt2", "layerscale"},
+                                {"llama-gqa", "post"},
+                                {"qwen2", "sandwich+gpas"},
+                                {"llama-gqa", "siamese"},
+                                {"gpt2", "lns:after+x0"},
+                                {"llama-gqa", "hybrid+value-residual"},
+                                {"gpt2-dyt", "sandwich"},
+                                {"llama-gqa", "group:2"}})
         keep(cat(name, "  ", scheme, "  layer by layer"), [&, name = name, scheme = scheme] {
             return check_layers("cuda: ", name, scheme,
                                 [](const Config& c, int B, int T) { return gpu_model(c, B, T); });
@@ -2471,19 +2507,24 @@ std::vector<Row> all_rows(const std::string& filter) {
     if (simulated_gpu()) return rows; // test_gpt runs the other rows
     if (filter.rfind("cuda", 0) == 0) return rows;
 
-    keep(check_random()), keep(check_exp()), keep(check_gemm()), keep(check_embedding());
+    keep(check_random()), keep(check_exp()), keep(check_gemm()), keep(check_embedding(false)),
+        keep(check_embedding(true));
     if (const char* name = "matrix products of heavy-tailed numbers, K=50000"; wanted(name))
         rows.push_back(check_long_sums(name));
     if (const char* name = "cross-entropy's sum, V=50000"; wanted(name))
         rows.push_back(check_long_softmax(name));
     keep(check_linear(5, 7, 9)), keep(check_linear(1, 3, 70));
-    for (NormType type : {NormType::rms, NormType::layer}) {
-        const std::string norm = type == NormType::rms ? " RMSNorm" : " LayerNorm";
+    for (NormType type : {NormType::rms, NormType::layer, NormType::dyt}) {
+        const std::string norm = type == NormType::rms     ? " RMSNorm"
+                                 : type == NormType::layer ? " LayerNorm"
+                                                           : " DyT";
         for (const std::string& name : all_schemes()) {
+            if (type == NormType::dyt && (parse_scheme(name).gated() || name == "group:2"))
+                continue;
             // Layer 2 of 4, where mix:1 and mix:3 differ: its attention's junction.
             const Junction j = junction(parse_scheme(name), 4, 3);
             if (j.mixing == Mixing::sum)
-                keep(check_junction(name + norm, j, type, true, type == NormType::layer));
+                keep(check_junction(name + norm, j, type, true, type != NormType::rms));
         }
         keep(check_junction("mix:3" + norm, junction(parse_scheme("mix:3"), 4, 3), type, true,
                             true));
@@ -2540,7 +2581,8 @@ std::vector<Row> all_rows(const std::string& filter) {
         keep(check_same_bits(name, "lns", 0, "pre"));
         keep(check_same_bits(name, "mix:0", 0.5, "pre"));
         keep(check_same_bits(name, "mix:3", 0.5, "post"));
-        keep(check_same_bits(name, "mix:3+gpas", 0.5, "post+gpas"));
+        if (!is_dyt(name)) keep(check_same_bits(name, "group:1", 0.5, "pre"));
+        if (!is_dyt(name)) keep(check_same_bits(name, "mix:3+gpas", 0.5, "post+gpas"));
         if (small_config(name).norm_weight) keep(check_folded(name)); // OLMo has no norm weights
         const std::string stock = stock_scheme(small_config(name).model_type).name();
         keep(check_causal(name, stock)), keep(check_continuation(name, stock));
@@ -2569,7 +2611,9 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"qwen2", "siamese"},
                                 {"llama", "residual"},
                                 {"gpt2", "lns:after+x0"},
-                                {"olmo", "peri"}})
+                                {"olmo", "peri"},
+                                {"gpt2-dyt", "peri"},
+                                {"olmo", "group:2"}})
         keep(check_layers("claim: ", name, scheme, on_cpu));
     for (auto [name, scheme] : {std::pair{"llama", "lns"},
                                 {"gpt2", "pre"},
@@ -2587,7 +2631,9 @@ std::vector<Row> all_rows(const std::string& filter) {
                                 {"llama-gqa", "attnres"},
                                 {"gpt2", "attnres:2"},
                                 {"smollm3", "pre"},
-                                {"olmo", "mix:1"}}) {
+                                {"olmo", "mix:1"},
+                                {"llama-dyt", "sandwich"},
+                                {"gpt2", "group:3"}}) {
         keep(check_recompute<float>(name, scheme));
         keep(check_recompute<bf16>(name, scheme));
     }

@@ -32,7 +32,7 @@
 #include "gpt/cpu/arrays.h"  // defines: Acc, Array, thread_scratch, sum_of, add_rows, row_chunks
 #include "gpt/cpu/bf16.h"
 #include "gpt/cpu/costs.h"         // defines: Costs, of each part of a pass
-#include "gpt/cpu/exp.h"           // defines: exp_below, sigmoid, silu, dsilu
+#include "gpt/cpu/exp.h"           // defines: exp_below, sigmoid, silu, dsilu, tanh_
 #include "gpt/cpu/gemm.h"          // defines: gemm, pack, packed_gemm
 #include "gpt/cpu/sources.h"       // defines: SourceArguments, sources_forward, sources_backward
 #include "gpt/cpu/streams.h"       // defines: StreamArguments, streams_forward, streams_backward
@@ -48,19 +48,48 @@ namespace lns {
 // ---------------------------------------------------------------------------------------------
 // Embedding
 
-// out (rows, C) = wte[token] + wpe[position], wte (V, C), wpe (T, C) or null. positions (rows), or
-// null: the first row is at position `first`, which is 0 unless B is 1.
+// out (rows, C) = scale · (wte[token] + wpe[position]), wte (V, C), wpe (T, C) or null, scale (1)
+// or null. positions (rows), or null: the first row is at position `first`, which is 0 unless B
+// is 1.
 template <class S>
-void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, int first,
-                       int64_t rows, int T, int C, const int* positions = nullptr) {
+void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wpe, const S* scale,
+                       int first, int64_t rows, int T, int C, const int* positions = nullptr) {
+    const Acc<S> factor = scale ? Acc<S>(*scale) : Acc<S>(1);
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const S* token = wte + int64_t(tokens[row]) * C;
         const int64_t t = positions ? positions[row] : (first + row) % T;
         const S* position = wpe ? wpe + t * C : nullptr;
         for (int i = 0; i < C; i++)
-            out[row * C + i] = Acc<S>(token[i]) + (position ? Acc<S>(position[i]) : Acc<S>(0));
+            out[row * C + i] =
+                factor * (Acc<S>(token[i]) + (position ? Acc<S>(position[i]) : Acc<S>(0)));
     }
+}
+
+// Of the scale: adds to dscale (1), in double as much cancels, and multiplies dout (rows, C) by it.
+template <class S>
+void embedding_scale_backward(Acc<S>* dscale, Acc<S>* dout, const int* tokens, const S* wte,
+                              const S* wpe, const S* scale, int64_t rows, int T, int C) {
+    using A = Acc<S>;
+    const int64_t chunks = row_chunks(rows);
+    std::vector<double> sums(chunks);
+#pragma omp parallel for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (int64_t row = rows * chunk / chunks; row < rows * (chunk + 1) / chunks; row++) {
+            const S* token = wte + int64_t(tokens[row]) * C;
+            const S* position = wpe ? wpe + row % T * C : nullptr;
+            double dot = 0;
+            for (int i = 0; i < C; i++) {
+                A& d = dout[row * C + i];
+                dot += double(d) * (double(token[i]) + (position ? double(position[i]) : 0));
+                d *= A(*scale);
+            }
+            sums[chunk] += dot;
+        }
+    if (!dscale) return;
+    double sum = 0;
+    for (double s : sums) sum += s;
+    *dscale += A(sum);
 }
 
 // Adds to dwte and dwpe. Threads share channels, and a token's rows are added in order.
@@ -90,11 +119,14 @@ void embedding_backward(A* dwte, A* dwpe, const int* tokens, const A* dout, int 
 // ---------------------------------------------------------------------------------------------
 // Norms of one row x (C): y = x̂ ⊙ w + bias with x̂ = (x − mean) · rstd. LayerNorm: rstd = 1 /
 // sqrt(variance + eps). RMSNorm (arXiv 1910.07467): mean = 0, rstd = 1 / sqrt(mean square + eps).
+// DyT (arXiv 2503.10622), which stands in for a norm: x̂ = tanh(α · x), α learned; its rstd is α.
 // A null weight is 1, a null bias 0.
 
 template <class A> struct NormStats { A mean, rstd; };
 
-template <class A, class X> NormStats<A> norm_stats(NormType type, A eps, const X* x, int C) {
+template <class A, class X, class S>
+NormStats<A> norm_stats(NormType type, A eps, const X* x, const S* alpha, int C) {
+    if (type == NormType::dyt) return {0, A(*alpha)};
     A mean = 0, square = 0;
     if (type == NormType::layer) {
 #pragma omp simd reduction(+ : mean)
@@ -108,19 +140,44 @@ template <class A, class X> NormStats<A> norm_stats(NormType type, A eps, const 
 
 // y = scale · (x̂ ⊙ w + bias); y may be x.
 template <class S, class A, class X, class Y>
-void norm_row_forward(const NormStats<A>& stats, const X* x, const S* w, const S* bias, A scale,
-                      Y* y, int C) {
+void norm_row_forward(NormType type, const NormStats<A>& stats, const X* x, const S* w,
+                      const S* bias, A scale, Y* y, int C) {
+    if (type == NormType::dyt) {
+        for (int i = 0; i < C; i++)
+            y[i] = scale * (tanh_(stats.rstd * A(x[i])) * (w ? A(w[i]) : A(1)) +
+                            (bias ? A(bias[i]) : A(0)));
+        return;
+    }
     for (int i = 0; i < C; i++) {
         A value = (A(x[i]) - stats.mean) * stats.rstd * (w ? A(w[i]) : A(1));
         y[i] = scale * (value + (bias ? A(bias[i]) : A(0)));
     }
 }
 
-// dx from dy, the gradient of x̂ ⊙ w + bias; adds to dw and dbias. dx may be dy.
+// With g = w ⊙ dy ⊙ (1 − x̂²): dx = α · g, dα = Σ g ⊙ x. Arguments as below.
+template <class S, class A, class X>
+double dyt_row_backward(A alpha, const X* x, const S* w, const A* dy, A* dx, A* dw, A* dbias,
+                        int C) {
+    double dalpha = 0;
+#pragma omp simd reduction(+ : dalpha)
+    for (int i = 0; i < C; i++) {
+        const A d = dy[i], t = tanh_(alpha * A(x[i]));
+        const A g = d * (w ? A(w[i]) : A(1)) * (A(1) - t * t);
+        if (dw) dw[i] += d * t;
+        if (dbias) dbias[i] += d;
+        dalpha += double(g) * double(x[i]);
+        dx[i] = alpha * g;
+    }
+    return dalpha;
+}
+
+// dx from dy, the gradient of x̂ ⊙ w + bias; adds to dw and dbias. dx may be dy. Returns the
+// gradient of DyT's α, in double as much cancels over all channels.
 // With g = w ⊙ dy: dx = rstd · (g − mean(g) − x̂ · mean(g ⊙ x̂)), without mean(g) for RMSNorm.
 template <class S, class A, class X>
-void norm_row_backward(NormType type, const NormStats<A>& stats, const X* x, const S* w,
-                       const A* dy, A* dx, A* dw, A* dbias, int C) {
+double norm_row_backward(NormType type, const NormStats<A>& stats, const X* x, const S* w,
+                         const A* dy, A* dx, A* dw, A* dbias, int C) {
+    if (type == NormType::dyt) return dyt_row_backward(stats.rstd, x, w, dy, dx, dw, dbias, C);
     A sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
     for (int i = 0; i < C; i++) {
@@ -138,6 +195,7 @@ void norm_row_backward(NormType type, const NormStats<A>& stats, const X* x, con
         A g = dy[i] * (w ? A(w[i]) : A(1));
         dx[i] = stats.rstd * (g - mean - (A(x[i]) - stats.mean) * slope);
     }
+    return 0;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -177,12 +235,35 @@ template <class S> struct JunctionArguments {
     JunctionPointers<A> dp;
 };
 
+template <class X> X* from(X* x, int i) { return x ? x + i : nullptr; }
+
+// Calls f(statistics, begin, width) for each group of channels that the in-norm of a row z (C) is
+// over. Kept statistics are those of the whole row; groups compute theirs again.
+template <class S, class F>
+void each_in_group(const JunctionArguments<S>& x, const NormStats<Acc<S>>& whole, const Acc<S>* z,
+                   const F& f) {
+    using A = Acc<S>;
+    const int groups = x.junction.in_groups, width = x.C / groups;
+    const A eps = A(x.eps * x.junction.in_eps);
+    for (int i = 0; i < x.C; i += width)
+        f(groups == 1 ? whole : norm_stats<A>(x.norm, eps, z + i, x.p.in_alpha, width), i, width);
+}
+// u (C) = scale · norm_in(z) of a row.
+template <class S>
+void in_norm_forward(const JunctionArguments<S>& x, const NormStats<Acc<S>>& whole, const Acc<S>* z,
+                     S* u) {
+    each_in_group(x, whole, z, [&](const NormStats<Acc<S>>& stats, int i, int width) {
+        norm_row_forward(x.norm, stats, z + i, from(x.p.in_weight, i), from(x.p.in_bias, i),
+                         Acc<S>(x.junction.in_scale), u + i, width);
+    });
+}
+
 // z (C) = r + norm_second(y) of a row.
 template <class S> void add_second(const JunctionArguments<S>& x, int64_t row, Acc<S>* z) {
     using A = Acc<S>;
     const int64_t at = row * x.C;
-    norm_row_forward(x.stats[row].second, x.y + at, x.p.second_weight, x.p.second_bias, A(1), z,
-                     x.C);
+    norm_row_forward(x.norm, x.stats[row].second, x.y + at, x.p.second_weight, x.p.second_bias,
+                     A(1), z, x.C);
     for (int i = 0; i < x.C; i++) z[i] += x.r[at + i];
 }
 
@@ -199,7 +280,7 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
     A* r = x.r;
     S* u = x.u;
     const int C = x.C;
-    const A eps = A(x.eps), in_eps = A(x.eps * j.in_eps), in_scale = A(j.in_scale);
+    const A eps = A(x.eps), in_eps = A(x.eps * j.in_eps);
     const A skip = A(j.skip), beta = A(j.beta);
     const A gate = j.gate ? silu(A(*p.gate)) : A(0);
 #pragma omp parallel for
@@ -213,8 +294,9 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
             for (int i = 0; i < C; i++) z[i] = r_prev[at + i];
         } else {
             if (j.branch_norm) {
-                st.branch = norm_stats<A>(type, eps, b + at, C);
-                norm_row_forward(st.branch, b + at, p.branch_weight, p.branch_bias, A(1), z, C);
+                st.branch = norm_stats<A>(type, eps, b + at, p.branch_alpha, C);
+                norm_row_forward(type, st.branch, b + at, p.branch_weight, p.branch_bias, A(1), z,
+                                 C);
             } else {
                 for (int i = 0; i < C; i++) z[i] = A(b[at + i]);
             }
@@ -238,8 +320,8 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
             }
         }
         if (j.out_norm) {
-            st.out = norm_stats<A>(type, eps, z, C);
-            norm_row_forward(st.out, z, p.out_weight, p.out_bias, A(1), z, C);
+            st.out = norm_stats<A>(type, eps, z, p.out_alpha, C);
+            norm_row_forward(type, st.out, z, p.out_weight, p.out_bias, A(1), z, C);
         }
         if (j.gate && !j.gate_on_skip)
             for (int i = 0; i < C; i++) z[i] -= gate * (stopped ? stopped[at + i] : z[i]);
@@ -252,12 +334,12 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
         }
         for (int i = 0; i < C; i++) r[at + i] = z[i];
         if (j.reads_second) {
-            st.second = norm_stats<A>(type, eps, x.y + at, C);
+            st.second = norm_stats<A>(type, eps, x.y + at, p.second_alpha, C);
             add_second(x, row, z);
         }
         if (j.in_norm) {
-            st.in = norm_stats<A>(type, in_eps, z, C);
-            norm_row_forward(st.in, z, p.in_weight, p.in_bias, in_scale, u + at, C);
+            st.in = norm_stats<A>(type, in_eps, z, p.in_alpha, C);
+            in_norm_forward(x, st.in, z, u + at);
         } else if (u) {
             for (int i = 0; i < C; i++) u[at + i] = z[i];
         }
@@ -265,7 +347,7 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
 }
 
 inline int64_t junction_scratch(int64_t rows, int C) {
-    return row_chunks(rows) * (junction_vectors * int64_t(C) + 3);
+    return row_chunks(rows) * (junction_vectors * int64_t(C) + junction_scalars);
 }
 
 // The parameters' gradients go through partial sums in scratch (junction_scratch(rows, C)).
@@ -285,14 +367,17 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
     const A a = j.adds_start ? A(*p.start_skip) : A(1);
     const A lambda = j.adds_start ? A(*p.start_weight) : A(0);
 
-    // Partial sums of a chunk of rows: a vector (C) for each of these, then the gate's, a's and λ's.
+    // Partial sums of a chunk of rows: a vector (C) for each of these, then the scalars.
     enum { in_w, in_b, out_w, out_b, branch_w, branch_b, second_w, second_b, omega, gamma, count };
-    static_assert(count == junction_vectors);
-    A* const vectors[count] = {x.dp.in_weight,     x.dp.in_bias,     x.dp.out_weight,
-                               x.dp.out_bias,      x.dp.branch_weight, x.dp.branch_bias,
-                               x.dp.second_weight, x.dp.second_bias, x.dp.omega,
-                               x.dp.gamma};
-    const int64_t rows = x.rows, chunks = row_chunks(rows), width = count * int64_t(C) + 3;
+    enum { of_gate, of_skip, of_start, in_a, out_a, branch_a, second_a, scalars };
+    static_assert(count == junction_vectors && scalars == junction_scalars);
+    A* const vectors[count] = {
+        x.dp.in_weight,   x.dp.in_bias,       x.dp.out_weight,  x.dp.out_bias, x.dp.branch_weight,
+        x.dp.branch_bias, x.dp.second_weight, x.dp.second_bias, x.dp.omega,    x.dp.gamma};
+    A* const scalar_gradients[scalars] = {x.dp.gate,        x.dp.start_skip, x.dp.start_weight,
+                                          x.dp.in_alpha,    x.dp.out_alpha,  x.dp.branch_alpha,
+                                          x.dp.second_alpha};
+    const int64_t rows = x.rows, chunks = row_chunks(rows), width = count * int64_t(C) + scalars;
 
 #pragma omp parallel for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -304,8 +389,10 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
           *branch_bias = sums_of(branch_b), *second_weight = sums_of(second_w),
           *second_bias = sums_of(second_b), *omega_sum = sums + omega * C,
           *gamma_sum = sums + gamma * C;
-        // Over all channels, where much cancels.
-        double gate_sum = 0, scalar_gamma_sum = 0, skip_sum = 0, weight_sum = 0;
+        // In double: over all channels much cancels.
+        double scalar_sums[scalars] = {}, scalar_gamma_sum = 0;
+        double &gate_sum = scalar_sums[of_gate], &skip_sum = scalar_sums[of_skip],
+               &weight_sum = scalar_sums[of_start];
         A* dz = thread_scratch<A>(4 * C); // the gradient of r, then of each step before it
         A *z = dz + C, *y = dz + 2 * C;   // r before the out-norm; b after the branch norm
         A* v = dz + 3 * C;                // the in-norm's input
@@ -317,13 +404,18 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
             if (j.reads_second) add_second(x, row, v), in = v;
             if (j.in_norm) {
                 for (int i = 0; i < C; i++) dz[i] = in_scale * A(du[at + i]);
-                norm_row_backward(type, st.in, in, p.in_weight, dz, dz, in_weight, in_bias, C);
+                each_in_group(x, st.in, in, [&](const NormStats<A>& stats, int i, int width) {
+                    scalar_sums[in_a] +=
+                        norm_row_backward(type, stats, in + i, from(p.in_weight, i), dz + i, dz + i,
+                                          from(in_weight, i), from(in_bias, i), width);
+                });
             } else {
                 for (int i = 0; i < C; i++) dz[i] = A(du[at + i]);
             }
             if (j.reads_second) {
-                norm_row_backward(type, st.second, x.y + at, p.second_weight, dz, v, second_weight,
-                                  second_bias, C);
+                scalar_sums[second_a] +=
+                    norm_row_backward(type, st.second, x.y + at, p.second_weight, dz, v,
+                                      second_weight, second_bias, C);
                 for (int i = 0; i < C; i++) x.dy[at + i] += v[i];
             }
             for (int i = 0; i < C; i++) dz[i] += dr[at + i];
@@ -334,8 +426,8 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
                     for (int i = 0; i < C; i++) z[i] = r_prev[at + i];
                 } else {
                     if (j.branch_norm)
-                        norm_row_forward(st.branch, b + at, p.branch_weight, p.branch_bias, A(1), y,
-                                         C);
+                        norm_row_forward(type, st.branch, b + at, p.branch_weight, p.branch_bias,
+                                         A(1), y, C);
                     else
                         for (int i = 0; i < C; i++) y[i] = A(b[at + i]);
                     const A kept = skip * (j.gate_on_skip ? A(1) - gate : A(1));
@@ -354,7 +446,7 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
                 if (!j.branch) {
                     before = x.x0 + at; // r itself may have taken the place of r_prev
                 } else if (j.out_norm) {
-                    norm_row_forward(st.out, z, p.out_weight, p.out_bias, A(1), v, C);
+                    norm_row_forward(type, st.out, z, p.out_weight, p.out_bias, A(1), v, C);
                     before = v;
                 }
                 const A kept = j.gate && !j.gate_on_skip ? A(1) - gate : A(1);
@@ -376,7 +468,8 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
                 gate_sum -= dgate * dot;
             }
             if (j.out_norm)
-                norm_row_backward(type, st.out, z, p.out_weight, dz, dz, out_weight, out_bias, C);
+                scalar_sums[out_a] += norm_row_backward(type, st.out, z, p.out_weight, dz, dz,
+                                                        out_weight, out_bias, C);
 
             double dot = 0;
             for (int i = 0; i < C; i++) {
@@ -408,13 +501,12 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
                     dz[i] *= A(*p.gamma);
                 }
             if (j.branch_norm)
-                norm_row_backward(type, st.branch, b + at, p.branch_weight, dz, dz, branch_weight,
-                                  branch_bias, C);
+                scalar_sums[branch_a] += norm_row_backward(type, st.branch, b + at, p.branch_weight,
+                                                           dz, dz, branch_weight, branch_bias, C);
             for (int i = 0; i < C; i++) db[at + i] = dz[i];
         }
         if (j.gamma == Gamma::scalar) gamma_sum[0] = A(scalar_gamma_sum);
-        A* scalars = sums + count * C;
-        scalars[0] = A(gate_sum), scalars[1] = A(skip_sum), scalars[2] = A(weight_sum);
+        for (int s = 0; s < scalars; s++) sums[count * C + s] = A(scalar_sums[s]);
     }
     auto add_sums = [&](A* gradient, int64_t from, int64_t n) {
         for (int64_t chunk = 0; gradient && chunk < chunks; chunk++)
@@ -422,9 +514,7 @@ template <class S> void junction_backward(const JunctionArguments<S>& x, Acc<S>*
     };
     for (int v = 0; v < count; v++)
         add_sums(vectors[v], v * C, v == gamma && j.gamma == Gamma::scalar ? 1 : C);
-    add_sums(x.dp.gate, count * C, 1);
-    add_sums(x.dp.start_skip, count * C + 1, 1);
-    add_sums(x.dp.start_weight, count * C + 2, 1);
+    for (int s = 0; s < scalars; s++) add_sums(scalar_gradients[s], count * C + s, 1);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -492,9 +582,9 @@ struct AttentionShape {
 };
 
 // Value residual (arXiv 2410.17897): from the second layer on, v ← v + m · (v₁ − v), with v₁ the
-// first layer's v and m a learned scalar. In place on v of the qkv matmul's output, from row a.first
-// on. Keeps v as it was in `own` (rows, KVH·HS), unless that is null; the first layer, where `mix`
-// is null, does only that.
+// first layer's v and m a learned scalar. In place on v of the qkv matmul's output, from row
+// a.first on. Keeps v as it was in `own` (rows, KVH·HS), unless that is null; the first layer,
+// where `mix` is null, does only that.
 template <class S, class X>
 void mix_values(X* qkv, S* own, const S* first_v, const S* mix, const AttentionShape& a) {
     using A = Acc<S>;
@@ -558,8 +648,8 @@ void rotate(Y* out, const X* x, const CosSin<A>* turn, A direction, int HS) {
     }
 }
 
-// From the qkv matmul's output `in`, which may be qkv, to what attention reads: RMSNorms of q, k and
-// v, if there is `raw` (rows, normed width), which keeps their input; then rotary positions, if
+// From the qkv matmul's output `in`, which may be qkv, to what attention reads: RMSNorms of q, k
+// and v, if there is `raw` (rows, normed width), which keeps their input; then rotary positions, if
 // there is a table (T, HS/2). stats (rows, norms).
 template <class S, class X>
 void qkv_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats,
@@ -580,8 +670,9 @@ void qkv_forward(S* qkv, const X* in, S* raw, NormStats<Acc<S>>* stats,
             for (int n = 0; n < a.norms(); n++) {
                 const auto [tensor, begin, width] = a.norm_part(n);
                 NormStats<A>& st = stats[row * a.norms() + n];
-                st = norm_stats<A>(NormType::rms, A(eps), z + begin, width);
-                norm_row_forward(st, z + begin, weight[tensor], none, A(1), z + begin, width);
+                st = norm_stats<A>(NormType::rms, A(eps), z + begin, none, width);
+                norm_row_forward(NormType::rms, st, z + begin, weight[tensor], none, A(1),
+                                 z + begin, width);
             }
         }
         for (int head = 0; head < a.NH + a.KVH && table; head++)
@@ -1209,8 +1300,9 @@ template <class S> struct CpuModel : Model {
     A* lse(int l) { return acts.lse[l]; }
     AttentionShape attention(int l) const {
         const Config& c = config;
-        return {B,     T,           c.heads,           c.kv_heads,  c.head_size,
-                first, branching(), c.window_of(l, T), c.q_norms(), c.k_norms(), c.v_norms()};
+        return {B,           T,           c.heads,     c.kv_heads,
+                c.head_size, first,       branching(), c.window_of(l, T),
+                c.q_norms(), c.k_norms(), c.v_norms()};
     }
     Branches branching() const {
         return positions.empty() ? Branches{} : Branches{positions.data(), branches.data()};
@@ -1247,8 +1339,8 @@ template <class S> struct CpuModel : Model {
     void embed() {
         const Timed timer(profile, costs().embedding_forward());
         embedding_forward(embedded(), tokens.data() + first, weight(registry.token_embedding),
-                          weight(registry.position_embedding), first, rows(), T, config.width,
-                          branching().position);
+                          weight(registry.position_embedding), weight(registry.embed_scale), first,
+                          rows(), T, config.width, branching().position);
     }
 
     // From the gradient of the final norm's output, in dinput.
@@ -1263,6 +1355,11 @@ template <class S> struct CpuModel : Model {
         }
         join_backward(0);
         const Timed timer(profile, costs().embedding_backward());
+        if (config.embed_scale())
+            embedding_scale_backward(gradient(registry.embed_scale), acts.dresidual.begin(),
+                                     tokens.data(), weight(registry.token_embedding),
+                                     weight(registry.position_embedding),
+                                     weight(registry.embed_scale), rows(), T, config.width);
         embedding_backward(gradient(registry.token_embedding),
                            gradient(registry.position_embedding), tokens.data(),
                            acts.dresidual.begin(), B, T, config.width);
@@ -1513,8 +1610,7 @@ template <class S> struct CpuModel : Model {
                 r = z;
             }
             if (j.in_norm)
-                norm_row_forward(stats(k)[row].in, r, x.p.in_weight, x.p.in_bias, A(j.in_scale), u,
-                                 C);
+                in_norm_forward(x, stats(k)[row].in, r, u);
             else
                 for (int i = 0; i < C; i++) u[i] = r[i];
         }

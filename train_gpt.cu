@@ -67,14 +67,14 @@
 namespace lns::cuda {
 
 // ---------------------------------------------------------------------------------------------
-// Embedding: out[row] = wte[token] + wpe[t], out (rows, C). Its gradient is gathered token by
-// token, so that no two blocks write to the same row. positions (rows), or null: the first row is
-// at position `first`, which is 0 unless B is 1.
+// Embedding: out[row] = scale · (wte[token] + wpe[t]), out (rows, C). Its gradient is gathered
+// token by token, so that no two blocks write to the same row. scale (1), or null: 1. positions
+// (rows), or null: the first row is at position `first`, which is 0 unless B is 1.
 
 template <class S>
 __global__ static void embedding_forward_kernel(float* out, const int* tokens, const S* wte,
-                                                const S* wpe, int first, int64_t rows, int T, int C,
-                                                const int* positions) {
+                                                const S* wpe, const S* scale, int first,
+                                                int64_t rows, int T, int C, const int* positions) {
     const int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
     if (at >= rows * C) return;
     const int64_t row = at / C;
@@ -85,15 +85,65 @@ __global__ static void embedding_forward_kernel(float* out, const int* tokens, c
     if (wpe) load8(position, wpe + t * C + channel);
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] += position[i];
+    if (scale)
+        for (int i = 0; i < 8; i++) x[i] *= float(*scale);
     store8(out + at, x);
 }
 
 template <class S>
-void embedding_forward(float* out, const int* tokens, const S* wte, const S* wpe, int first,
-                       int64_t rows, int T, int C, cudaStream_t stream,
+void embedding_forward(float* out, const int* tokens, const S* wte, const S* wpe, const S* scale,
+                       int first, int64_t rows, int T, int C, cudaStream_t stream,
                        const int* positions = nullptr) {
     launch(embedding_forward_kernel<S>, blocks_for(rows * C, 256 * 8), 256, 0, stream, out, tokens,
-           wte, wpe, first, rows, T, C, positions);
+           wte, wpe, scale, first, rows, T, C, positions);
+}
+
+// partial (gridDim.x) = a block's part of Σ dout ⊙ (wte[token] + wpe[t]).
+template <class S>
+__global__ static void
+embedding_scale_backward_kernel(double* partial, float* dout, const int* tokens, const S* wte,
+                                const S* wpe, const S* scale, int64_t rows, int T, int C) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    double total[1] = {};
+    for (int64_t at = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8; at < rows * C;
+         at += int64_t(gridDim.x) * blockDim.x * 8) {
+        const int64_t row = at / C;
+        const int channel = int(at % C);
+        float d[8], x[8], position[8] = {};
+        load8(d, dout + at);
+        load8(x, wte + int64_t(tokens[row]) * C + channel);
+        if (wpe) load8(position, wpe + row % T * C + channel);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            total[0] += double(d[i]) * double(x[i] + position[i]);
+            d[i] *= float(*scale);
+        }
+        store8(dout + at, d);
+    }
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total[0];
+}
+template <class G> __global__ static void add_partial_kernel(G* sum, const double* partial, int n) {
+    SharedMemory shared;
+    double* exchange = shared.take<double>(warp);
+    double total[1] = {};
+    for (int i = threadIdx.x; i < n; i += blockDim.x) total[0] += partial[i];
+    block_sums(total, exchange);
+    if (threadIdx.x == 0) *sum = G(float(*sum) + float(total[0]));
+}
+
+// Of the scale: adds to dscale (1) unless that is null, and multiplies dout by the scale. scratch:
+// `blocks` doubles.
+template <class S, class G>
+void embedding_scale_backward(G* dscale, float* dout, const int* tokens, const S* wte, const S* wpe,
+                              const S* scale, int64_t rows, int T, int C, double* scratch,
+                              int blocks, cudaStream_t stream) {
+    launch(embedding_scale_backward_kernel<S>, blocks, 256, shared_bytes<double>(warp), stream,
+           scratch, dout, tokens, wte, wpe, scale, rows, T, C);
+    if (dscale)
+        launch(add_partial_kernel<G>, 1, 256, shared_bytes<double>(warp), stream, dscale, scratch,
+               blocks);
 }
 
 // A block sums 256 channels of all rows of one token.
@@ -147,8 +197,9 @@ void embedding_backward(G* dwte, G* dwpe, const TokenRows& by_token, const float
 // ---------------------------------------------------------------------------------------------
 // Norms of one row x (C): y = x̂ ⊙ w + bias with x̂ = (x − mean) · rstd. LayerNorm has the
 // mean and 1 / sqrt(variance + eps), RMSNorm (arXiv 1910.07467) 0 and 1 / sqrt(mean square + eps).
-// A null weight is 1, a null bias 0. A row stays in registers: of one warp up to 1,024 channels, of
-// a block of 2, 4 or 8 warps beyond. Each lane has N vectors of 8 elements.
+// DyT (arXiv 2503.10622), which stands in for a norm, has x̂ = tanh(α · x), α learned; its rstd is
+// α. A null weight is 1, a null bias 0. A row stays in registers: of one warp up to 1,024 channels,
+// of a block of 2, 4 or 8 warps beyond. Each lane has N vectors of 8 elements.
 
 struct NormStats {
     float mean, rstd;
@@ -206,9 +257,10 @@ template <int N> struct RowPart {
     }
 };
 
-template <int N>
-__device__ NormStats norm_stats(NormType type, float eps, const float (&x)[N][8],
+template <bool dyt, int N, class S>
+__device__ NormStats norm_stats(NormType type, float eps, const float (&x)[N][8], const S* alpha,
                                 RowPart<N>& part) {
+    if constexpr (dyt) return {0, float(*alpha)};
     float mean = 0, square = 0;
     if (type == NormType::layer) {
 #pragma unroll
@@ -224,7 +276,7 @@ __device__ NormStats norm_stats(NormType type, float eps, const float (&x)[N][8]
 }
 
 // y = scale · (x̂ ⊙ w + bias); y may be x.
-template <int N, class S>
+template <bool dyt, int N, class S>
 __device__ void norm_row_forward(const NormStats& stats, const float (&x)[N][8], const S* w,
                                  const S* bias, float scale, float (&y)[N][8],
                                  const RowPart<N>& part) {
@@ -235,8 +287,10 @@ __device__ void norm_row_forward(const NormStats& stats, const float (&x)[N][8],
         if (w) load8(weight, w + part.at(n));
         if (bias) load8(offset, bias + part.at(n));
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            y[n][i] = scale * ((x[n][i] - stats.mean) * stats.rstd * weight[i] + offset[i]);
+        for (int i = 0; i < 8; i++) {
+            const float z = dyt ? tanhf(stats.rstd * x[n][i]) : (x[n][i] - stats.mean) * stats.rstd;
+            y[n][i] = scale * (z * weight[i] + offset[i]);
+        }
     }
 }
 
@@ -255,12 +309,38 @@ __device__ inline int index_of_sum(int channel, int C) {
     return channel % 8 / 4 * (C / 2) + channel / 8 * 4 + channel % 4;
 }
 
-// Replaces dy, the gradient of x̂ ⊙ w + bias, by dx; adds to the sums dw and dbias, if not null.
-// With g = w ⊙ dy: dx = rstd · (g − mean(g) − x̂ · mean(g ⊙ x̂)), without mean(g) for RMSNorm.
+// With g = w ⊙ dy ⊙ (1 − x̂²): dx = α · g, dα = Σ g ⊙ x. Arguments as below.
 template <int N, class S>
-__device__ void norm_row_backward(NormType type, const NormStats& stats, const float (&x)[N][8],
-                                  const S* w, float (&dy)[N][8], float* dw, float* dbias,
-                                  RowPart<N>& part) {
+__device__ double dyt_row_backward(float alpha, const float (&x)[N][8], const S* w,
+                                   float (&dy)[N][8], float* dw, float* dbias,
+                                   const RowPart<N>& part) {
+    double dalpha = 0;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        if (!part.has(n)) continue;
+        float weight[8] = {1, 1, 1, 1, 1, 1, 1, 1}, product[8];
+        if (w) load8(weight, w + part.at(n));
+        if (dbias) add_to_sums(dbias, dy[n], part.at(n), part.C);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float t = tanhf(alpha * x[n][i]), g = dy[n][i] * weight[i] * (1 - t * t);
+            product[i] = dy[n][i] * t;
+            dalpha += double(g) * double(x[n][i]);
+            dy[n][i] = alpha * g;
+        }
+        if (dw) add_to_sums(dw, product, part.at(n), part.C);
+    }
+    return dalpha;
+}
+
+// Replaces dy, the gradient of x̂ ⊙ w + bias, by dx; adds to the sums dw and dbias, if not null.
+// Returns a thread's part of the gradient of DyT's α, in double as much cancels over all channels.
+// With g = w ⊙ dy: dx = rstd · (g − mean(g) − x̂ · mean(g ⊙ x̂)), without mean(g) for RMSNorm.
+template <bool dyt, int N, class S>
+__device__ double norm_row_backward(NormType type, const NormStats& stats, const float (&x)[N][8],
+                                    const S* w, float (&dy)[N][8], float* dw, float* dbias,
+                                    RowPart<N>& part) {
+    if constexpr (dyt) return dyt_row_backward(stats.rstd, x, w, dy, dw, dbias, part);
     float sum = 0, dot = 0;
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -284,6 +364,7 @@ __device__ void norm_row_backward(NormType type, const NormStats& stats, const f
         if (part.has(n))
             for (int i = 0; i < 8; i++)
                 dy[n][i] = stats.rstd * (dy[n][i] - mean - (x[n][i] - stats.mean) * slope);
+    return 0;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -295,10 +376,16 @@ struct JunctionStats {
     NormStats branch, out, in, second;
 };
 
+// A kernel's instances, each with what the one before has: `extended` is for the few schemes with a
+// second stream, ω or x₀.
+enum class JunctionInstance { plain, extended, dyt };
+
 // What a junction does to rows of C channels, for a kernel.
 struct JunctionPlan {
     bool branch, branch_norm, out_norm, in_norm, gate, gate_on_skip, keeps_branch;
-    bool omega, adds_start, second, starts_second, reads_second, extended;
+    bool omega, adds_start, second, starts_second, reads_second;
+    JunctionInstance instance;
+    int groups; // above 1: in_norm is false, and there is a norm over groups
     Gamma gamma;
     NormType type;
     float skip, beta, in_scale, eps, in_eps;
@@ -306,12 +393,15 @@ struct JunctionPlan {
     int64_t rows;
 
     JunctionPlan(const Junction& j, const Config& c, int64_t rows)
-        : branch(j.branch), branch_norm(j.branch_norm), out_norm(j.out_norm), in_norm(j.in_norm),
-          gate(j.gate), gate_on_skip(j.gate_on_skip), keeps_branch(j.keeps_branch()),
-          omega(j.omega), adds_start(j.adds_start), second(j.second),
-          starts_second(j.starts_second), reads_second(j.reads_second), extended(j.extended()),
-          gamma(j.gamma), type(c.norm), skip(float(j.skip)), beta(float(j.beta)),
-          in_scale(float(j.in_scale)), eps(float(c.norm_eps)),
+        : branch(j.branch), branch_norm(j.branch_norm), out_norm(j.out_norm),
+          in_norm(j.in_norm && j.in_groups == 1), gate(j.gate), gate_on_skip(j.gate_on_skip),
+          keeps_branch(j.keeps_branch()), omega(j.omega), adds_start(j.adds_start),
+          second(j.second), starts_second(j.starts_second), reads_second(j.reads_second),
+          instance(c.norm == NormType::dyt ? JunctionInstance::dyt
+                   : j.extended()          ? JunctionInstance::extended
+                                           : JunctionInstance::plain),
+          groups(j.in_norm ? j.in_groups : 1), gamma(j.gamma), type(c.norm), skip(float(j.skip)),
+          beta(float(j.beta)), in_scale(float(j.in_scale)), eps(float(c.norm_eps)),
           in_eps(float(c.norm_eps * j.in_eps)), shape(row_shape(c.width)), rows(rows) {}
 };
 
@@ -331,12 +421,12 @@ template <class S> struct JunctionArguments {
 // What its backward pass adds to those.
 template <class S, class G> struct JunctionGradients {
     JunctionPointers<G> params;
-    const S* du; // the gradient of u; of r if there is no in-norm
-    bool last;   // nothing comes after this junction: dr is not read, as if it were 0
-    float* dr;   // the gradient of r from what comes after; replaced by that of r_prev
+    S* du;     // the gradient of u, of r if there is no in-norm; a norm over groups changes it
+    bool last; // nothing comes after this junction: dr is not read, as if it were 0
+    float* dr; // the gradient of r from what comes after; replaced by that of r_prev
     S* db;
     float *dy, *dx0; // are added to
-    void* scratch; // junction_scratch bytes
+    void* scratch;   // junction_scratch bytes
 };
 
 template <class S> __device__ float value_or_0(const S* x) { return x ? float(*x) : 0.0f; }
@@ -372,23 +462,26 @@ __device__ void apply_gamma(const JunctionPlan& j, const JunctionPointers<const 
 }
 
 // z += norm_second(y), and y's statistics unless `stats` has them.
-template <int N, class S>
+template <bool dyt, int N, class S>
 __device__ void add_second(const JunctionArguments<S>& a, int64_t row, bool has_stats,
                            float (&z)[N][8], RowPart<N>& part) {
     float y[N][8];
     part.load(y, a.y + row * part.C);
     NormStats& stats = a.stats[row].second;
-    const NormStats s = has_stats ? stats : norm_stats(a.plan.type, a.plan.eps, y, part);
+    const NormStats s =
+        has_stats ? stats
+                  : norm_stats<dyt>(a.plan.type, a.plan.eps, y, a.params.second_alpha, part);
     if (!has_stats && part.lane() == 0) stats = s;
-    norm_row_forward(s, y, a.params.second_weight, a.params.second_bias, 1, y, part);
+    norm_row_forward<dyt>(s, y, a.params.second_weight, a.params.second_bias, 1, y, part);
 #pragma unroll
     for (int n = 0; n < N; n++)
         for (int i = 0; i < 8; i++) z[n][i] += y[n][i];
 }
 
-// extended: for the few schemes with a second stream, ω or x₀.
-template <class S, int N, bool extended>
+template <class S, int N, JunctionInstance instance>
 __global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionArguments<S> a) {
+    constexpr bool extended = instance != JunctionInstance::plain;
+    constexpr bool dyt = instance == JunctionInstance::dyt;
     const JunctionPlan& j = a.plan;
     const JunctionPointers<const S>& p = a.params;
     SharedMemory shared;
@@ -410,9 +503,9 @@ __global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionAr
         part.load(z, a.b + at);
         part.load(previous, a.r_prev + at);
         if (j.branch_norm) {
-            const NormStats s = norm_stats(j.type, j.eps, z, part);
+            const NormStats s = norm_stats<dyt>(j.type, j.eps, z, p.branch_alpha, part);
             if (first) a.stats[row].branch = s;
-            norm_row_forward(s, z, p.branch_weight, p.branch_bias, 1, z, part);
+            norm_row_forward<dyt>(s, z, p.branch_weight, p.branch_bias, 1, z, part);
         }
         if (j.gamma != Gamma::none) apply_gamma(j, p, z, z, part);
         if (extended && j.second) {
@@ -434,9 +527,9 @@ __global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionAr
             for (int i = 0; i < 8; i++) z[n][i] += kept * previous[n][i];
     }
     if (j.out_norm) {
-        const NormStats s = norm_stats(j.type, j.eps, z, part);
+        const NormStats s = norm_stats<dyt>(j.type, j.eps, z, p.out_alpha, part);
         if (first) a.stats[row].out = s;
-        norm_row_forward(s, z, p.out_weight, p.out_bias, 1, z, part);
+        norm_row_forward<dyt>(s, z, p.out_weight, p.out_bias, 1, z, part);
     }
     if (j.gate && !j.gate_on_skip) {
         const float gate = value_or_0(p.gate), kept = 1 - gate * sigmoid(gate);
@@ -454,13 +547,49 @@ __global__ static __launch_bounds__(256) void junction_forward_kernel(JunctionAr
             for (int i = 0; i < 8; i++) z[n][i] = skip * z[n][i] + weight * x0[n][i];
     }
     part.store(a.r + at, z);
-    if (extended && j.reads_second) add_second(a, row, false, z, part);
+    if (extended && j.reads_second) add_second<dyt>(a, row, false, z, part);
     if (j.in_norm) {
-        const NormStats s = norm_stats(j.type, j.in_eps, z, part);
+        const NormStats s = norm_stats<dyt>(j.type, j.in_eps, z, p.in_alpha, part);
         if (first) a.stats[row].in = s;
-        norm_row_forward(s, z, p.in_weight, p.in_bias, j.in_scale, z, part);
+        norm_row_forward<dyt>(s, z, p.in_weight, p.in_bias, j.in_scale, z, part);
     }
     if (a.u) part.store(a.u + at, z);
+}
+
+// A norm over each of several groups of channels, in place of the in-norm. A warp has a group, and
+// computes its statistics again in the backward pass.
+
+// Σ f(i) over a group's n channels.
+template <class F> __device__ float group_sum(int n, const F& f) {
+    float sum = 0;
+    for (int i = threadIdx.x % warp; i < n; i += warp) sum += f(i);
+    return warp_sum(sum);
+}
+inline __device__ NormStats group_stats(const JunctionPlan& j, const float* x, int n) {
+    float mean = 0;
+    if (j.type == NormType::layer) mean = group_sum(n, [&](int i) { return x[i]; }) / float(n);
+    const float square = group_sum(n, [&](int i) { return (x[i] - mean) * (x[i] - mean); });
+    return {mean, rsqrtf(square / float(n) + j.in_eps)};
+}
+
+template <class S> __global__ static void group_norm_forward_kernel(JunctionArguments<S> a) {
+    const JunctionPlan& j = a.plan;
+    const int n = j.shape.C / j.groups;
+    const int64_t of_all = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / warp;
+    if (of_all >= j.rows * j.groups) return;
+    const int64_t at = of_all * n;
+    const int channel = int(of_all % j.groups) * n;
+    const float* x = a.r + at;
+    const NormStats s = group_stats(j, x, n);
+    for (int i = threadIdx.x % warp; i < n; i += warp) {
+        const float w = a.params.in_weight ? float(a.params.in_weight[channel + i]) : 1;
+        const float bias = value_or_0(a.params.in_bias ? a.params.in_bias + channel + i : nullptr);
+        a.u[at + i] = S(j.in_scale * ((x[i] - s.mean) * s.rstd * w + bias));
+    }
+}
+template <class S> void group_norm_forward(const JunctionArguments<S>& a, cudaStream_t stream) {
+    launch(group_norm_forward_kernel<S>, blocks_for(a.plan.rows * a.plan.groups, 8), 8 * warp, 0,
+           stream, a);
 }
 
 // Calls f with N, the vectors a lane, as a constant.
@@ -477,27 +606,61 @@ template <class F> void with_vectors(const RowShape& shape, const F& f) {
     }
 }
 
+// And with the instance, too.
+template <class F> void with_instance(const JunctionPlan& plan, const F& f) {
+    using enum JunctionInstance;
+    with_vectors(plan.shape, [&](auto N) {
+        switch (plan.instance) {
+        case plain:
+            return f(N, std::integral_constant<JunctionInstance, plain>());
+        case extended:
+            return f(N, std::integral_constant<JunctionInstance, extended>());
+        case dyt:
+            return f(N, std::integral_constant<JunctionInstance, dyt>());
+        }
+    });
+}
+
 // Writes r, u and stats from r_prev and b.
 template <class S> void junction_forward(const JunctionArguments<S>& a, cudaStream_t stream) {
     const RowShape& shape = a.plan.shape;
     const int block_rows = shape.warps == 1 ? 4 : 1;
-    with_vectors(shape, [&](auto N) {
-        constexpr int n = decltype(N)::value;
-        launch(a.plan.extended ? junction_forward_kernel<S, n, true>
-                               : junction_forward_kernel<S, n, false>,
+    with_instance(a.plan, [&](auto N, auto instance) {
+        launch(junction_forward_kernel<S, decltype(N)::value, decltype(instance)::value>,
                blocks_for(a.plan.rows, block_rows), warp * shape.warps * block_rows,
                shared_bytes<float>(16), stream, a);
     });
+    if (a.plan.groups > 1) group_norm_forward(a, stream);
 }
 
-// The gradients of the vectors that a junction has, in the order of their partial sums.
+// The scalars among a junction's parameters, of each instance's kernels.
+enum JunctionScalar {
+    of_gamma,
+    of_gate,
+    plain_scalars,
+    of_start_skip = plain_scalars,
+    of_start_weight,
+    extended_scalars,
+    of_in_alpha = extended_scalars,
+    of_out_alpha,
+    of_branch_alpha,
+    of_second_alpha,
+    dyt_scalars
+};
+constexpr int scalars_of(JunctionInstance instance) {
+    return instance == JunctionInstance::plain      ? plain_scalars
+           : instance == JunctionInstance::extended ? extended_scalars
+                                                    : dyt_scalars;
+}
+
+// The gradients of the vectors and scalars that a junction has, in the order of their partial sums.
 template <class G> struct JunctionSums {
     G* gradient[junction_vectors]; // null from `count` on
     int count = 0;
     // The index of each; −1 if there is none.
     int in_weight, in_bias, out_weight, out_bias, branch_weight, branch_bias, second_weight,
         second_bias, omega, gamma;
-    G* scalar[4]; // γ, the gate, a, λ; null if there is none
+    G* scalar[dyt_scalars]; // null if there is none
 
     JunctionSums(const JunctionPointers<G>& p, Gamma gamma_kind) {
         auto next = [&](G* vector) {
@@ -511,21 +674,25 @@ template <class G> struct JunctionSums {
         second_weight = next(p.second_weight), second_bias = next(p.second_bias);
         omega = next(p.omega);
         gamma = next(gamma_kind == Gamma::vector ? p.gamma : nullptr);
-        scalar[0] = gamma_kind == Gamma::scalar ? p.gamma : nullptr;
-        scalar[1] = p.gate, scalar[2] = p.start_skip, scalar[3] = p.start_weight;
+        scalar[of_gamma] = gamma_kind == Gamma::scalar ? p.gamma : nullptr;
+        scalar[of_gate] = p.gate;
+        scalar[of_start_skip] = p.start_skip, scalar[of_start_weight] = p.start_weight;
+        scalar[of_in_alpha] = p.in_alpha, scalar[of_out_alpha] = p.out_alpha;
+        scalar[of_branch_alpha] = p.branch_alpha, scalar[of_second_alpha] = p.second_alpha;
     }
-    bool empty() const { return !(count || scalar[0] || scalar[1] || scalar[2]); }
+    bool empty() const {
+        return count == 0 && std::all_of(scalar, scalar + dyt_scalars, [](G* x) { return !x; });
+    }
 };
 
-// Every block's partial sums: (blocks, 2) doubles of a scalar γ and the gate, (blocks, 4) with a
-// and λ, then (blocks, count, C) floats.
+// Every block's partial sums: (blocks, scalars) doubles, then (blocks, count, C) floats.
 struct JunctionScratch {
     double* scalars;
     float* vectors;
 };
 
 // Each block loops over rows and accumulates the parameters' gradients of all of them.
-template <class S, class G, int N, bool keeps_branch, bool extended>
+template <class S, class G, int N, bool keeps_branch, JunctionInstance instance>
 __global__ static __launch_bounds__(256) void junction_backward_kernel(
     const __grid_constant__ JunctionArguments<S> a,
     const __grid_constant__ JunctionGradients<S, G> d,
@@ -536,8 +703,10 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
     const int groups = blockDim.x / row_threads, group = threadIdx.x / row_threads; // of a row
     SharedMemory shared;
     RowPart<N> part{C, j.shape.warps, shared.take<float>(16)};
-    constexpr int scalar_count = extended ? 4 : 2;
-    double* scalars = shared.take<double>(scalar_count * blockDim.x);
+    constexpr bool extended = instance != JunctionInstance::plain;
+    constexpr bool dyt = instance == JunctionInstance::dyt;
+    constexpr int scalars = scalars_of(instance);
+    double* exchange = shared.take<double>(scalars * blockDim.x);
     float* sums = shared.take<float>(groups * which.count * C); // (groups, count, C)
     for (int i = threadIdx.x; i < groups * which.count * C; i += blockDim.x) sums[i] = 0;
     __syncthreads();
@@ -546,8 +715,9 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
     const float gate = value_or_0(p.gate), s = sigmoid(gate);
     const float silu = gate * s, dsilu = s * (1 + gate * (1 - s));
     const float scalar_gamma = j.gamma == Gamma::scalar ? value_or_0(p.gamma) : 1;
-    double gate_sum = 0, gamma_sum = 0; // in double: much cancels over all channels
-    [[maybe_unused]] double skip_sum = 0, weight_sum = 0;
+    double totals[dyt_scalars] = {}; // in double: much cancels over all channels
+    double &gamma_sum = totals[of_gamma], &gate_sum = totals[of_gate],
+           &skip_sum = totals[of_start_skip], &weight_sum = totals[of_start_weight];
 
     for (int64_t row0 = int64_t(blockIdx.x) * groups; row0 < j.rows;
          row0 += int64_t(gridDim.x) * groups) {
@@ -560,12 +730,13 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
         if (j.in_norm) {
             float x[N][8];
             part.load(x, a.r + at);
-            if (extended && j.reads_second) add_second(a, row, true, x, part);
+            if (extended && j.reads_second) add_second<dyt>(a, row, true, x, part);
 #pragma unroll
             for (int n = 0; n < N; n++)
                 for (int i = 0; i < 8; i++) dz[n][i] *= j.in_scale;
-            norm_row_backward(j.type, a.stats[row].in, x, p.in_weight, dz, sum_of(which.in_weight),
-                              sum_of(which.in_bias), part);
+            totals[of_in_alpha] +=
+                norm_row_backward<dyt>(j.type, a.stats[row].in, x, p.in_weight, dz,
+                                       sum_of(which.in_weight), sum_of(which.in_bias), part);
         }
         if (extended && j.reads_second) {
             float y[N][8], d_norm[N][8], dy[N][8];
@@ -574,8 +745,9 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
 #pragma unroll
             for (int n = 0; n < N; n++)
                 for (int i = 0; i < 8; i++) d_norm[n][i] = dz[n][i];
-            norm_row_backward(j.type, a.stats[row].second, y, p.second_weight, d_norm,
-                              sum_of(which.second_weight), sum_of(which.second_bias), part);
+            totals[of_second_alpha] += norm_row_backward<dyt>(
+                j.type, a.stats[row].second, y, p.second_weight, d_norm,
+                sum_of(which.second_weight), sum_of(which.second_bias), part);
 #pragma unroll
             for (int n = 0; n < N; n++)
                 for (int i = 0; i < 8; i++) dy[n][i] += d_norm[n][i];
@@ -595,8 +767,8 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
                 part.load(z, a.b + at);
                 part.load(previous, a.r_prev + at);
                 if (j.branch_norm)
-                    norm_row_forward(a.stats[row].branch, z, p.branch_weight, p.branch_bias, 1, z,
-                                     part);
+                    norm_row_forward<dyt>(a.stats[row].branch, z, p.branch_weight, p.branch_bias, 1,
+                                          z, part);
                 if (j.gamma != Gamma::none) apply_gamma(j, p, z, z, part);
                 if (j.beta != 1)
                     for (int n = 0; n < N; n++)
@@ -610,8 +782,8 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
             if (extended && j.adds_start) {
                 float before[N][8], x0[N][8], dx0[N][8]; // r before x₀ is added
                 if (j.out_norm)
-                    norm_row_forward(a.stats[row].out, z, p.out_weight, p.out_bias, 1, before,
-                                     part);
+                    norm_row_forward<dyt>(a.stats[row].out, z, p.out_weight, p.out_bias, 1, before,
+                                          part);
                 part.load(x0, a.x0 + at);
                 part.load(dx0, d.dx0 + at);
                 const float kept = j.gate && !j.gate_on_skip ? 1 - silu : 1;
@@ -638,8 +810,9 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
                     for (int i = 0; i < 8; i++)
                         gate_sum -= double(dsilu) * double(dz[n][i]) * double(z[n][i]);
             if (j.out_norm)
-                norm_row_backward(j.type, a.stats[row].out, z, p.out_weight, dz,
-                                  sum_of(which.out_weight), sum_of(which.out_bias), part);
+                totals[of_out_alpha] +=
+                    norm_row_backward<dyt>(j.type, a.stats[row].out, z, p.out_weight, dz,
+                                           sum_of(which.out_weight), sum_of(which.out_bias), part);
         }
         if (keeps_branch && j.gate_on_skip) {
             float previous[N][8];
@@ -688,8 +861,8 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
                 for (int n = 0; n < N; n++)
                     for (int i = 0; i < 8; i++) y[n][i] = x[n][i];
                 if (j.branch_norm)
-                    norm_row_forward(a.stats[row].branch, x, p.branch_weight, p.branch_bias, 1, y,
-                                     part);
+                    norm_row_forward<dyt>(a.stats[row].branch, x, p.branch_weight, p.branch_bias, 1,
+                                          y, part);
 #pragma unroll
                 for (int n = 0; n < N; n++) {
                     if (!part.has(n)) continue;
@@ -710,23 +883,20 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
                 }
             }
             if (j.branch_norm)
-                norm_row_backward(j.type, a.stats[row].branch, x, p.branch_weight, dz,
-                                  sum_of(which.branch_weight), sum_of(which.branch_bias), part);
+                totals[of_branch_alpha] += norm_row_backward<dyt>(
+                    j.type, a.stats[row].branch, x, p.branch_weight, dz,
+                    sum_of(which.branch_weight), sum_of(which.branch_bias), part);
         }
         part.store(d.db + at, dz);
     }
 
-    scalars[threadIdx.x] = gamma_sum;
-    scalars[blockDim.x + threadIdx.x] = gate_sum;
-    if constexpr (extended) {
-        scalars[2 * blockDim.x + threadIdx.x] = skip_sum;
-        scalars[3 * blockDim.x + threadIdx.x] = weight_sum;
-    }
+#pragma unroll
+    for (int i = 0; i < scalars; i++) exchange[i * blockDim.x + threadIdx.x] = totals[i];
     __syncthreads();
-    if (threadIdx.x < scalar_count) {
+    if (threadIdx.x < scalars) {
         double sum = 0;
-        for (int i = 0; i < int(blockDim.x); i++) sum += scalars[threadIdx.x * blockDim.x + i];
-        scratch.scalars[scalar_count * blockIdx.x + threadIdx.x] = sum;
+        for (int i = 0; i < int(blockDim.x); i++) sum += exchange[threadIdx.x * blockDim.x + i];
+        scratch.scalars[scalars * blockIdx.x + threadIdx.x] = sum;
     }
     for (int i = threadIdx.x; i < which.count * C; i += blockDim.x) {
         const int index = i / C * C + index_of_sum(i % C, C);
@@ -737,7 +907,7 @@ __global__ static __launch_bounds__(256) void junction_backward_kernel(
 }
 
 // Adds the blocks' partial sums to the gradients. blockIdx.y is the vector, or `count` for the
-// scalars.
+// scalars, one a warp.
 template <class G>
 __global__ static void junction_gather_kernel(const __grid_constant__ JunctionSums<G> which,
                                               JunctionScratch scratch, int scalars, int partials,
@@ -761,23 +931,81 @@ __global__ static void junction_gather_kernel(const __grid_constant__ JunctionSu
     *gradient = G(float(*gradient) + sum);
 }
 
+// Block (i, g), of one warp, has group g of every gridDim.x-th row. Replaces du by the gradient of
+// r.
+template <class S, class G>
+__global__ static void group_norm_backward_kernel(JunctionArguments<S> a, S* du,
+                                                  const __grid_constant__ JunctionSums<G> which,
+                                                  JunctionScratch scratch) {
+    const JunctionPlan& j = a.plan;
+    const int C = j.shape.C, n = C / j.groups, channel = blockIdx.y * n;
+    SharedMemory shared;
+    float *dw = shared.take<float>(n), *dbias = shared.take<float>(n); // a lane has its channels
+    for (int i = threadIdx.x; i < n; i += warp) dw[i] = dbias[i] = 0;
+    for (int64_t row = blockIdx.x; row < j.rows; row += gridDim.x) {
+        const int64_t at = row * C + channel;
+        const float* x = a.r + at;
+        S* d = du + at;
+        const NormStats s = group_stats(j, x, n);
+        auto dy = [&](int i) { return j.in_scale * float(d[i]); };
+        auto g = [&](int i) {
+            return a.params.in_weight ? dy(i) * float(a.params.in_weight[channel + i]) : dy(i);
+        };
+        float mean = 0;
+        if (j.type == NormType::layer) mean = group_sum(n, g) / float(n);
+        const float dot = group_sum(n, [&](int i) { return g(i) * (x[i] - s.mean); });
+        const float slope = dot * s.rstd * s.rstd / float(n);
+        for (int i = threadIdx.x; i < n; i += warp) {
+            dw[i] += dy(i) * (x[i] - s.mean) * s.rstd;
+            dbias[i] += dy(i);
+            d[i] = S(s.rstd * (g(i) - mean - (x[i] - s.mean) * slope));
+        }
+    }
+    float* sums = scratch.vectors + int64_t(blockIdx.x) * which.count * C + channel;
+    for (int i = threadIdx.x; i < n; i += warp) {
+        if (which.in_weight >= 0) sums[which.in_weight * C + i] = dw[i];
+        if (which.in_bias >= 0) sums[which.in_bias * C + i] = dbias[i];
+    }
+}
+
 const int junction_blocks = 8; // at most, on a multiprocessor in the backward pass
 
 inline int64_t junction_scratch(int C, int multiprocessors) {
     return int64_t(junction_blocks) * multiprocessors *
-           int64_t(4 * sizeof(double) + junction_vectors * C * sizeof(float));
+           int64_t(dyt_scalars * sizeof(double) + junction_vectors * C * sizeof(float));
+}
+
+// Replaces du by the gradient of r; adds those of the norm's parameters.
+template <class S, class G>
+void group_norm_backward(const JunctionArguments<S>& a, const JunctionGradients<S, G>& d,
+                         int multiprocessors, cudaStream_t stream) {
+    const int C = a.plan.shape.C, n = C / a.plan.groups;
+    JunctionPointers<G> own;
+    own.in_weight = d.params.in_weight, own.in_bias = d.params.in_bias;
+    const JunctionSums<G> which(own, Gamma::none);
+    const JunctionScratch scratch{nullptr, static_cast<float*>(d.scratch)};
+    const int parts = int(std::min<int64_t>(a.plan.rows, junction_blocks * multiprocessors));
+    launch(group_norm_backward_kernel<S, G>, dim3(unsigned(parts), unsigned(a.plan.groups)), warp,
+           2 * shared_bytes<float>(n), stream, a, d.du, which, scratch);
+    if (which.count > 0)
+        launch(junction_gather_kernel<G>, dim3(blocks_for(C, warp), which.count), 8 * warp,
+               shared_bytes<float>(8 * warp), stream, which, scratch, 0, parts, C);
 }
 
 // Writes db and, in place of dr, the gradient of r_prev; adds the gradients of the parameters.
 template <class S, class G>
-void junction_backward(const JunctionArguments<S>& a, const JunctionGradients<S, G>& d,
+void junction_backward(const JunctionArguments<S>& a, JunctionGradients<S, G> d,
                        int multiprocessors, cudaStream_t stream) {
+    if (a.plan.groups > 1) {
+        group_norm_backward(a, d, multiprocessors, stream);
+        d.params.in_weight = d.params.in_bias = nullptr;
+    }
     const RowShape& shape = a.plan.shape;
     const int C = shape.C;
     const JunctionSums<G> which(d.params, a.plan.gamma);
     // As many rows at once as leave room for two blocks on a multiprocessor.
     int groups = shape.warps == 1 ? 4 : 1;
-    const int scalars = a.plan.extended ? 4 : 2;
+    const int scalars = scalars_of(a.plan.instance);
     auto shared = [&] {
         const int threads = warp * shape.warps * groups;
         return shared_bytes<float>(16) + shared_bytes<double>(size_t(scalars) * threads) +
@@ -787,11 +1015,12 @@ void junction_backward(const JunctionArguments<S>& a, const JunctionGradients<S,
     const int threads = warp * shape.warps * groups;
     int blocks = 0;
     JunctionScratch scratch;
-    with_vectors(shape, [&](auto N) {
+    with_instance(a.plan, [&](auto N, auto instance) {
         constexpr int n = decltype(N)::value;
-        auto kernel = junction_backward_kernel<S, G, n, false, false>;
-        if (a.plan.keeps_branch) kernel = junction_backward_kernel<S, G, n, true, false>;
-        if (a.plan.extended) kernel = junction_backward_kernel<S, G, n, true, true>;
+        constexpr JunctionInstance i = decltype(instance)::value;
+        auto kernel = junction_backward_kernel<S, G, n, true, i>;
+        if constexpr (i == JunctionInstance::plain)
+            if (!a.plan.keeps_branch) kernel = junction_backward_kernel<S, G, n, false, i>;
         blocks = std::min(blocks_for(a.plan.rows, groups),
                           multiprocessors *
                               std::min(junction_blocks, blocks_at_once(kernel, threads, shared())));
@@ -804,29 +1033,30 @@ void junction_backward(const JunctionArguments<S>& a, const JunctionGradients<S,
                shared_bytes<float>(8 * warp), stream, which, scratch, scalars, blocks, C);
 }
 
-template <class S, int N, bool extended>
+template <class S, int N, JunctionInstance instance>
 __global__ static void recompute_input_kernel(JunctionArguments<S> a) {
+    constexpr bool extended = instance != JunctionInstance::plain;
+    constexpr bool dyt = instance == JunctionInstance::dyt;
     const JunctionPlan& j = a.plan;
     RowPart<N> part{j.shape.C, j.shape.warps, nullptr};
     const int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / (warp * part.warps);
     if (row >= j.rows) return;
     float x[N][8];
     part.load(x, a.r + row * part.C);
-    if (extended && j.reads_second) add_second(a, row, true, x, part);
+    if (extended && j.reads_second) add_second<dyt>(a, row, true, x, part);
     if (j.in_norm)
-        norm_row_forward(a.stats[row].in, x, a.params.in_weight, a.params.in_bias, j.in_scale, x,
-                         part);
+        norm_row_forward<dyt>(a.stats[row].in, x, a.params.in_weight, a.params.in_bias, j.in_scale,
+                              x, part);
     part.store(a.u + row * part.C, x);
 }
 
 // Writes u from r and stats.
 template <class S> void recompute_input(const JunctionArguments<S>& a, cudaStream_t stream) {
+    if (a.plan.groups > 1) return group_norm_forward(a, stream);
     const RowShape& shape = a.plan.shape;
     const int block_rows = shape.warps == 1 ? 4 : 1;
-    with_vectors(shape, [&](auto N) {
-        constexpr int n = decltype(N)::value;
-        launch(a.plan.extended ? recompute_input_kernel<S, n, true>
-                               : recompute_input_kernel<S, n, false>,
+    with_instance(a.plan, [&](auto N, auto instance) {
+        launch(recompute_input_kernel<S, decltype(N)::value, decltype(instance)::value>,
                blocks_for(a.plan.rows, block_rows), warp * shape.warps * block_rows, 0, stream, a);
     });
 }
@@ -1113,16 +1343,15 @@ inline int64_t mix_values_scratch(const AttentionShape& a) { // bytes
 }
 
 // In place on v of dqkv. From the second layer on, adds the gradient of v₁ to dvalues (rows,
-// KVH·HS), and that of m to dmix, if not null; in the first layer, where `mix` is null, adds dvalues
-// to dv. scratch: mix_values_scratch(a) bytes.
+// KVH·HS), and that of m to dmix, if not null; in the first layer, where `mix` is null, adds
+// dvalues to dv. scratch: mix_values_scratch(a) bytes.
 template <class S, class G>
 void mix_values_backward(S* dqkv, float* dvalues, const S* own, const S* first_v, const S* mix,
                          G* dmix, double* scratch, const AttentionShape& a, cudaStream_t stream) {
     const int parts = mix_values_parts(a);
     launch(mix_values_backward_kernel<S>, parts, 256, shared_bytes<double>(warp), stream, dqkv,
            dvalues, own, first_v, mix, scratch, a);
-    if (mix && dmix)
-        launch(add_mix_gradient_kernel<G>, 1, warp, 0, stream, dmix, scratch, parts);
+    if (mix && dmix) launch(add_mix_gradient_kernel<G>, 1, warp, 0, stream, dmix, scratch, parts);
 }
 
 // Rotary positions (arXiv 2104.09864) with Hugging Face's pairing: channel i of a head is rotated
@@ -1229,9 +1458,8 @@ __global__ static void qkv_forward_kernel(S* qkv, const X* in, S* raw, NormStats
 // null; then rotary positions, if there is a table (T, channels/2). `in` begins at row `first`;
 // where it is S it is part of qkv. Padding channels stay 0.
 template <class S, class X>
-void qkv_forward(S* qkv, const X* in, S* raw, NormStats* stats,
-                 const QkvPointers<const S>& weights, double eps, const CosSin* table,
-                 const AttentionShape& a, cudaStream_t stream) {
+void qkv_forward(S* qkv, const X* in, S* raw, NormStats* stats, const QkvPointers<const S>& weights,
+                 double eps, const CosSin* table, const AttentionShape& a, cudaStream_t stream) {
     if (!raw && !table && std::is_same_v<S, X>) return;
     const bool whole = a.channels % 16 == 0; // both halves are vectors of 8
     const int heads = a.prepared_heads(), units = heads * blocks_for(a.channels, whole ? 16 : 2);
@@ -1284,8 +1512,8 @@ __device__ inline void head_norms_backward(S* dy, const S* x, const NormStats* s
 }
 
 // In place on dqkv. Each block loops over rows and accumulates the weights' gradients of all of
-// them: partial (gridDim.x, Q + K) or, if the norms are of heads, (gridDim.x, 2·HS), with those of v
-// 3·HS. With g = w ⊙ dy: dx = rstd · (g − x̂ · mean(g ⊙ x̂)).
+// them: partial (gridDim.x, Q + K) or, if the norms are of heads, (gridDim.x, 2·HS), with those of
+// v 3·HS. With g = w ⊙ dy: dx = rstd · (g − x̂ · mean(g ⊙ x̂)).
 template <bool of_heads, int N, class S>
 __global__ static void qkv_norm_backward_kernel(S* dqkv, const S* raw, const NormStats* stats,
                                                 QkvPointers<const S> weights, float* partial,
@@ -1382,8 +1610,7 @@ void qkv_norm_backward(S* dqkv, const S* raw, const NormStats* stats,
     };
     a.heads_normed() ? launch_with.template operator()<true>()
                      : launch_with.template operator()<false>();
-    const int widths[] = {a.q_width() / a.q_norms, a.kv_width() / a.k_norms,
-                          a.v_norms ? a.HS : 0};
+    const int widths[] = {a.q_width() / a.q_norms, a.kv_width() / a.k_norms, a.v_norms ? a.HS : 0};
     const int all = widths[0] + widths[1] + widths[2];
     int tensor = 0;
     G* const gradients[] = {dweights.q, dweights.k, dweights.v}; // nvcc takes no list in the loop
@@ -2096,8 +2323,8 @@ template <class S> struct Activations : CudaTensors<S> {
                 const Make& make) {
         // QK-norm amplifies rounding errors, so q and k are rounded once, after norm and RoPE.
         // Without it they are also rounded before RoPE, which saves a pass in float.
-        CudaTensors<S>::layout(
-            c, B, T, o, c.qkv_norms() && !c.qkv_bias && !std::is_same_v<S, float>, make);
+        CudaTensors<S>::layout(c, B, T, o,
+                               c.qkv_norms() && !c.qkv_bias && !std::is_same_v<S, float>, make);
         const int64_t rows = this->rows;
         const int V = c.vocab_size;
         const bool backward = o.purpose >= Purpose::jacobians;
@@ -2304,7 +2531,7 @@ template <class S, class G> struct CudaModel : Model {
     AttentionShape attention(int l) const {
         const Config& c = padded_config;
         return {B,     T,        c.heads,           c.kv_heads,  c.head_size, config.head_size,
-                first, branches, c.window_of(l, T), c.q_norms(), c.k_norms(),     c.v_norms()};
+                first, branches, c.window_of(l, T), c.q_norms(), c.k_norms(), c.v_norms()};
     }
     const CosSin* cos_sin(int l) const { return config.rotates(l) ? +rotary_table : nullptr; }
     const S* weight(int64_t offset) const { return offset < 0 ? nullptr : parameters + offset; }
@@ -2343,7 +2570,8 @@ template <class S, class G> struct CudaModel : Model {
     void embed() {
         const Timed timer = timed(costs().embedding_forward());
         embedding_forward<S>(embedded(), inputs() + first, weight(padded_registry.token_embedding),
-                             weight(padded_registry.position_embedding), first, rows(), T,
+                             weight(padded_registry.position_embedding),
+                             weight(padded_registry.embed_scale), first, rows(), T,
                              padded_config.width, stream, branches.position);
     }
 
@@ -2359,6 +2587,12 @@ template <class S, class G> struct CudaModel : Model {
         }
         join_backward(0);
         const Timed timer = timed(costs().embedding_backward());
+        if (config.embed_scale())
+            embedding_scale_backward<S, G>(
+                gradient(padded_registry.embed_scale), acts.dresidual, inputs(),
+                weight(padded_registry.token_embedding), weight(padded_registry.position_embedding),
+                weight(padded_registry.embed_scale), rows(), T, padded_config.width,
+                acts.scratch.template as<double>(), 2 * multiprocessors, stream);
         embedding_backward<G>(gradient(padded_registry.token_embedding),
                               gradient(padded_registry.position_embedding),
                               layout().token_rows(batch), acts.dresidual, B, T, padded_config.width,
@@ -2823,8 +3057,8 @@ template <class S, class G> struct CudaModel : Model {
         step_scale = step.loss_scale;
         enqueue_gradient_norm();
         if (step.gate_clip > 0 && gates.size)
-            launch(clip_gates_kernel<G>, 1, 1, 0, stream, gradients + 0, gates + 0,
-                   int(gates.size), sums + 1, step.grad_clip, step.gate_clip);
+            launch(clip_gates_kernel<G>, 1, 1, 0, stream, gradients + 0, gates + 0, int(gates.size),
+                   sums + 1, step.grad_clip, step.gate_clip);
         enqueue_update(step.hyperparameters, step.grad_clip, sums + 1, sums);
         CUDA(cudaMemcpyAsync(host_sums, sums, 2 * sizeof(double), cudaMemcpyDeviceToHost, stream));
     }

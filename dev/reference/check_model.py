@@ -133,7 +133,7 @@ def main():
         report(f"finite differences, worst of {len(differences)} schemes ({text})", error, 1e-6)
         error, name, text = max(floats)
         report(f"float32 against float64, worst ({text}, {name})", error, 5e-6)
-        if transformers:
+        if transformers and config.norm_type == "stock":
             scheme = Scheme.parse("olmo2" if config.architecture == "olmo2" else "pre", L)
             parameters = parameters_of(config, scheme, stored)
             ours = forward_backward(config, scheme, parameters, inputs, targets)["logits"]

@@ -43,11 +43,15 @@ CONFIGS = [
     Config("smollm3", 19, 16, L, 4, 2, 9, P, 5e4, 1e-6, True, sliding_window=4,
            window_layers=[False, True, False], rotated_layers=[True, False, True],
            rope_scaling={"rope_type": "linear", "factor": 2.0}, mlp_bias=True),
+    Config("llama-dyt", 19, 16, L, 4, 2, 9, P, 1e4, 1e-6, False, norm_type="dyt"),
+    Config("gpt2-dyt", 19, 10, L, 5, 5, 40, P, 0.0, 1e-5, True, norm_type="dyt"),
 ]
 
 
 def schemes_of(config):
     """Every scheme and addition with RMSNorm and with LayerNorm; elsewhere few."""
+    if config.norm_type == "dyt":  # norms in every place
+        return ["pre", "lns", "mix:1", "sandwich", "peri", "layerscale", "siamese", "hybrid"]
     if config.architecture not in ("gpt2", "llama"):
         return ["pre", "lns", "mix:1+gpas", "sandwich+gpas", "peri", "siamese"]
     names = [name + (":1" if name == "mix" else ":2" if name == "group" else "")
@@ -62,7 +66,7 @@ def schemes_of(config):
 # Chosen so that float32's rounding errors stay well below the tolerance of 1e-5 in every tensor (see
 # check_model.py); with most seeds some gradient nearly cancels.
 SEEDS = {"gpt2": 23, "llama": 35, "llama-gqa": 31, "qwen2": 34, "olmo": 22, "olmo2": 11,
-         "llama-3": 6, "qwen3": 1, "mistral": 1, "smollm3": 1}
+         "llama-3": 6, "qwen3": 1, "mistral": 1, "smollm3": 1, "llama-dyt": 1, "gpt2-dyt": 1}
 
 
 def random_of(config, name):
@@ -84,6 +88,8 @@ def draw(config, name, shape):
         return random.uniform(-0.6, 0.6, shape).astype(np.float32)
     if leaf == "bias":
         return random.uniform(-0.3, 0.3, shape).astype(np.float32)
+    if leaf == "alpha":
+        return random.uniform(0.4, 0.8, shape).astype(np.float32)
     if len(shape) == 1:
         return random.uniform(0.7, 1.3, shape).astype(np.float32)
     if any(table in name for table in ("embed_tokens", "wte", "wpe")):

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    architecture: str  # gpt2, llama, llama-gqa, llama-3, qwen2, qwen3, olmo, olmo2, mistral, smollm3
+    architecture: str  # gpt2, llama, llama-gqa, llama-3, qwen2, qwen3, olmo, olmo2, mistral, smollm3;
+    # of fixtures, gpt2-dyt and llama-dyt too
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -45,10 +46,11 @@ class Config:
     rotated_layers: list = field(default_factory=list)  # whether each layer has positions; []: all
     attention_bias: bool = False
     mlp_bias: bool = False
+    norm_type: str = "stock"  # or dyt: tanh in place of every norm but those of q and k
 
     @property
     def is_gpt2(self):
-        return self.architecture == "gpt2"
+        return self.architecture.startswith("gpt2")
 
     @staticmethod
     def from_hugging_face(text):
@@ -76,6 +78,7 @@ class Config:
                             family != "qwen2" and c.get("attention_bias", False),
                             c.get("mlp_bias", False))
         ours = c.get("lns_cpp", {})
+        config.norm_type = ours.get("norm_type", "stock")
         scheme = Scheme.parse(
             ours.get("scheme", "olmo2" if family == "olmo2" else "pre"), config.num_hidden_layers)
         scheme.lns_power = ours.get("lns_power", scheme.lns_power)
@@ -169,6 +172,8 @@ def norm_names(gpt2, branch_norms, kind):
 
 
 class LayerNorm(nn.Module):
+    groups = 1  # of channels, each normed by itself
+
     def __init__(self, size, eps, affine):
         super().__init__()
         self.eps = eps
@@ -177,26 +182,52 @@ class LayerNorm(nn.Module):
         self.affine = affine
 
     def forward(self, x):
+        x = x.unflatten(-1, (self.groups, -1))
         x = x - x.mean(-1, keepdim=True)
-        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)
+        x = (x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)).flatten(-2)
         return x * self.weight + self.bias if self.affine else x
 
 
 class RMSNorm(nn.Module):
+    groups = 1
+
     def __init__(self, size, eps, affine=True):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size)) if affine else 1.0
 
     def forward(self, x):
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+        x = x.unflatten(-1, (self.groups, -1))
+        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.eps)
+        return x.flatten(-2) * self.weight
 
 
-def make_norm(config):
-    """The architecture's norm over the residual stream's channels."""
-    if config.architecture in ("gpt2", "olmo"):
-        return LayerNorm(config.hidden_size, config.norm_eps, affine=config.is_gpt2)
-    return RMSNorm(config.hidden_size, config.norm_eps)
+class DyT(nn.Module):
+    """arXiv 2503.10622: an elementwise stand-in for a norm."""
+
+    def __init__(self, size, weight, bias):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1))
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, x):
+        x = torch.tanh(self.alpha * x)
+        x = x if self.weight is None else self.weight * x
+        return x if self.bias is None else x + self.bias
+
+
+def make_norm(config, scheme):
+    """The model's norm over the residual stream's channels."""
+    if config.norm_type == "dyt":
+        return DyT(config.hidden_size, config.architecture != "olmo", config.is_gpt2)
+    if config.is_gpt2 or config.architecture == "olmo":
+        norm = LayerNorm(config.hidden_size, config.norm_eps, affine=config.is_gpt2)
+    else:
+        norm = RMSNorm(config.hidden_size, config.norm_eps)
+    if scheme.row["grouped"]:
+        norm.groups = scheme.number if scheme.number > 0 else config.num_attention_heads
+    return norm
 
 
 class Conv1D(nn.Module):
@@ -423,7 +454,7 @@ class Layer(nn.Module):
                 names["second"] = f"{kind}_second_norm"
             self.norms_of[kind] = {role: names[role] for role in roles}
             for name in self.norms_of[kind].values():
-                self.add_module(name, make_norm(config))
+                self.add_module(name, make_norm(config, scheme))
             if row["gamma"] != "none":
                 size = config.hidden_size if row["gamma"] == "vector" else 1
                 self.register_parameter(f"{kind}_gamma", nn.Parameter(torch.ones(size)))
@@ -507,19 +538,21 @@ class Model(nn.Module):
         if gpt2:
             trunk.wpe = nn.Embedding(config.max_position_embeddings, C)
         self.scheme = scheme
+        if config.norm_type == "dyt":
+            trunk.embed_scale = nn.Parameter(torch.ones(1))
         self.has_embed_norm = scheme.row["embed_norm"]
         if self.has_embed_norm:
-            trunk.embed_norm = make_norm(config)
+            trunk.embed_norm = make_norm(config, scheme)
         layers = [Layer(config, scheme, n + 1) for n in range(config.num_hidden_layers)]
         attentions = [getattr(layer, layer.modules_of["attn"]) for layer in layers]
         for attention in attentions[1:]:
             attention.first.append(attentions[0])
         trunk.add_module(self.names["layers"], nn.ModuleList(layers))
-        trunk.add_module(self.names["final"], make_norm(config))
+        trunk.add_module(self.names["final"], make_norm(config, scheme))
         if scheme.row["mixing"] == "sources":
             trunk.final_sources = SourceAttention(config)
         if scheme.row["reads_second"][-1] and not scheme.row["plain_head"]:
-            trunk.second_norm = make_norm(config)
+            trunk.second_norm = make_norm(config, scheme)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(C, V, bias=False)
         # Stops gradients in GPAS; checks by finite differences substitute constants.
@@ -532,6 +565,8 @@ class Model(nn.Module):
         r = embed(inputs)
         if self.config.is_gpt2:
             r = r + trunk.wpe(torch.arange(inputs.shape[1]))
+        if self.config.norm_type == "dyt":
+            r = trunk.embed_scale * r
         y = r if self.scheme.two_streams else None
         if self.has_embed_norm:
             r = trunk.embed_norm(r)

@@ -401,10 +401,67 @@ TEST(Options, ModelFromFlags) {
     EXPECT_EQ(c.scheme.lns_power, 0.25);
     EXPECT_EQ(c.scheme.sites(), "mlp");
 
+    // By default as many groups as heads
+    EXPECT_EQ(config({"-m", "llama-9m", "-n", "group"}).scheme.name(), "group:4");
+    EXPECT_EQ(config({"-m", "llama-9m", "-n", "group:16"}).scheme.name(), "group:16");
+    EXPECT_TRUE(says(error_of([&] {
+                         config({"-m", "llama-9m", "-n", "group:5"});
+                     }),
+                     {"width 128", "5 groups"}));
+
     TemporaryDirectory dir;
     write_bytes(dir / "config.json", config_to_json(c));
     for (const std::string& path : {dir.path, dir / "config.json"}) {
         EXPECT_EQ(config_difference(config({"-m", path}), c), "");
         EXPECT_EQ(config({"-m", path, "--layers", "3"}).scheme.lns_power, 0.25);
+    }
+}
+
+TEST(Options, NormType) {
+    auto config = [](const std::vector<std::string>& words) { return model_config(parse(words)); };
+    TemporaryDirectory dir;
+    for (const char* arch : {"llama", "gpt2", "olmo"}) {
+        const Config stock = config({"--arch", arch}),
+                     c = config({"--arch", arch, "--norm-type", "dyt"});
+        EXPECT_EQ(c.norm, NormType::dyt);
+        EXPECT_TRUE(says(beyond_stock_model(c), {"DyT"}));
+        EXPECT_TRUE(says(config_difference(stock, c), {"type of norm", "Norm, expected DyT"}));
+        EXPECT_TRUE(says(config_difference(c, stock), {"type of norm is DyT"}));
+        write_bytes(dir / "config.json", config_to_json(c));
+        EXPECT_EQ(config_difference(config({"-m", dir.path}), c), "");
+        EXPECT_EQ(config({"-m", dir.path, "--norm-type", "stock"}).norm, stock.norm);
+        EXPECT_TRUE(says(config_to_json(c), {cat("\"lns-", arch, "\"").c_str()}));
+        EXPECT_EQ(config_to_json(stock).find("norm_type"), std::string::npos);
+    }
+    auto error = [&](const std::vector<std::string>& words) {
+        return error_of([&] { config(words); });
+    };
+    EXPECT_TRUE(says(error({"--norm-type", "rms"}), {"--norm-type", "'rms'", "stock", "dyt"}));
+    for (const char* scheme : {"pre+gpas", "lns:before", "group"})
+        EXPECT_TRUE(says(error({"--norm-type", "dyt", "-n", scheme}),
+                         {scheme, "does not go with --norm-type dyt", "tanh"}));
+    std::string bad = config_to_json(config({}));
+    bad.replace(bad.find("\"scheme\""), 0, "\"norm_type\": \"tanh\", ");
+    EXPECT_TRUE(says(error_of([&] { config_from_json(bad, "x"); }), {"norm_type", "tanh", "dyt"}));
+
+    // α₀ of arXiv 2503.10622, table 12, before attention and elsewhere
+    for (auto [width, attention, other] : {std::tuple{768, 1.0, 1.0},
+                                           {1024, 1.0, 1.0},
+                                           {2048, 1.0, 0.5},
+                                           {3072, 0.9, 0.35},
+                                           {4096, 0.8, 0.2},
+                                           {8192, 0.2, 0.05},
+                                           {9000, 0.2, 0.05}}) {
+        const Config c = config({"--width", std::to_string(width), "--heads", "1", "--layers", "2",
+                                 "--norm-type", "dyt", "-n", "peri"});
+        const Registry registry = make_registry(c);
+        auto value = [&](const char* name) { return registry.find(cat("model.", name))->mean; };
+        EXPECT_NEAR(value("layers.1.input_layernorm.alpha"), attention, 1e-12);
+        EXPECT_NEAR(value("embed_norm.alpha"), attention, 1e-12);
+        EXPECT_NEAR(value("layers.1.post_attention_layernorm.alpha"), other, 1e-12);
+        EXPECT_NEAR(value("layers.1.pre_feedforward_layernorm.alpha"), other, 1e-12);
+        EXPECT_NEAR(value("norm.alpha"), other, 1e-12);
+        EXPECT_NEAR(value("embed_scale"), std::sqrt(width), 1e-12);
+        EXPECT_FALSE(registry.find("model.norm.alpha")->decay);
     }
 }

@@ -14,7 +14,7 @@
 
 namespace lns {
 
-enum class NormType { layer, rms };
+enum class NormType { layer, rms, dyt }; // dyt: in place of either, tanh (arXiv 2503.10622)
 enum class PositionType { learned, rotary };
 
 // RMSNorm of q and k, before the rotation: of each as a whole, or of each of their heads.

@@ -131,6 +131,7 @@ void complete_config(Config& c) {
     // A gated MLP's customary 8/3 C, as LLaMA rounds it, to a multiple of 8.
     if (c.mlp_width == 0) c.mlp_width = c.gated_mlp() ? (8 * c.width / 3 + 7) / 8 * 8 : 4 * c.width;
     c.scheme.width = c.width;
+    if (c.scheme.row->grouped && c.scheme.number < 0) c.scheme.number = c.heads;
     const int every = architecture_row(c.model_type).unrotated_every;
     if (every && c.rotated_layers.empty())
         for (int l = 0; l < c.layers; l++) c.rotated_layers.push_back((l + 1) % every != 0);
@@ -182,10 +183,26 @@ void check_config(const Config& c) {
              " sublayers (attention and MLP)");
     if (row.mixing == Mixing::sum && !row.grouped && c.scheme.number > c.layers)
         fail(c.scheme.name(), " asks for more ", row.number_of, " than the model's ", c.layers);
+    if (row.grouped && c.width % c.scheme.number)
+        fail("the width ", c.width, " is not a multiple of the ", c.scheme.number, " groups of -n ",
+             c.scheme.name(), ": choose -n ", row.name, ":G with a G that divides it");
+    if (row.grouped && c.norm == NormType::dyt)
+        fail("the scheme '", c.scheme.name(),
+             "' does not go with --norm-type dyt: tanh is applied to each channel by itself, so "
+             "groups of channels make no difference");
     if (row.depth == DepthScale::init_weight && !c.norm_weight)
-        fail("the scheme '", row.name,
-             "' initializes norm weights to 1/sqrt(layer), but ", c.model_type,
-             "'s norms have no weights: use lns");
+        fail("the scheme '", row.name, "' initializes norm weights to 1/sqrt(layer), but ",
+             c.model_type, "'s norms have no weights: use lns");
+    if (c.norm == NormType::dyt && (c.scheme.gated() || row.depth == DepthScale::input))
+        fail("the scheme '", c.scheme.name(), "' does not go with --norm-type dyt: ",
+             c.scheme.gated() ? "GPAS shrinks the residual stream" : "it scales a norm's input",
+             " on the ground that a norm's output does not depend on that scale, and tanh's does");
+}
+
+std::string norm_type_name(const Config& c) { return c.norm == NormType::dyt ? "dyt" : "stock"; }
+
+void set_norm_type(Config& c, const std::string& name) {
+    c.norm = name == "dyt" ? NormType::dyt : architecture_row(c.model_type).norm;
 }
 
 namespace {
@@ -434,6 +451,11 @@ void read_ours(const json& ours, const std::string& where, const Architecture& a
     c.scheme.base_layers = o.integer("base_layers", c.scheme.base_layers);
     c.scheme.base_width = o.integer("base_width", c.scheme.base_width);
     if (o.find("step")) c.scheme.step = o.integer("step", 0, 0);
+    const std::string norm_type = o.text("norm_type", "stock");
+    if (norm_type != "stock" && norm_type != "dyt")
+        fail(where, ": the field 'norm_type' is \"", norm_type,
+             "\", expected \"stock\" or \"dyt\"");
+    set_norm_type(c, norm_type);
     c.preset = o.text("preset", "");
     // Sizes that the architecture's own config.json cannot say
     if (!a.keys.kv_heads) c.kv_heads = o.integer("kv_heads", c.heads);
@@ -541,6 +563,7 @@ std::string config_to_json(const Config& c) {
         j["lns_cpp"]["base_layers"] = c.scheme.base_layers,
         j["lns_cpp"]["base_width"] = c.scheme.base_width;
     if (c.scheme.prores && c.scheme.step < INT64_MAX) j["lns_cpp"]["step"] = c.scheme.step;
+    if (c.norm == NormType::dyt) j["lns_cpp"]["norm_type"] = norm_type_name(c);
     if (!k.kv_heads && c.kv_heads != c.heads) j["lns_cpp"]["kv_heads"] = c.kv_heads;
     if (!k.head_size && c.q_width() != c.width) j["lns_cpp"]["head_size"] = c.head_size;
     return j.dump(2) + "\n";
@@ -566,6 +589,7 @@ std::string beyond_stock_model(const Config& c) {
     if (!same_qkv(c, other))
         return c.scheme.value_residual ? "values mixed with the first layer's (+value-residual)"
                                        : "norms of each head's q, k and v";
+    if (c.norm == NormType::dyt) return "tanh in place of norms (DyT)";
     const ConfigKeys& k = architecture_row(c.model_type).keys;
     if (!k.kv_heads && c.kv_heads != c.heads)
         return "fewer heads of keys and values than of queries";
@@ -585,8 +609,11 @@ std::string config_difference(const Config& found, const Config& wanted) {
         s.scaled_init = s.depth_init = false; // only where training started
         return s.name();
     };
-    auto base = [](const Config& c) {
-        return cat(c.scheme.base_layers, "x", c.scheme.base_width);
+    auto base = [](const Config& c) { return cat(c.scheme.base_layers, "x", c.scheme.base_width); };
+    auto norm_type = [](const Config& c) {
+        return c.norm == NormType::dyt     ? "DyT (--norm-type dyt)"
+               : c.norm == NormType::layer ? "LayerNorm"
+                                           : "RMSNorm";
     };
     auto positions = [](const Config& c) {
         json fields;
@@ -603,10 +630,12 @@ std::string config_difference(const Config& found, const Config& wanted) {
           differs("head size", found.head_size, wanted.head_size),
           differs("MLP width", found.mlp_width, wanted.mlp_width),
           differs("vocabulary", found.vocab_size, wanted.vocab_size),
+          differs("type of norm", std::string(norm_type(found)), std::string(norm_type(wanted))),
           differs("norm scheme", scheme(found), scheme(wanted)),
           differs("LNS power", found.scheme.lns_power, wanted.scheme.lns_power),
           differs("LNS sites", found.scheme.sites(), wanted.scheme.sites()),
-          wanted.scheme.row->depth_transfer ? differs("CompleteP base", base(found), base(wanted)) : "",
+          wanted.scheme.row->depth_transfer ? differs("CompleteP base", base(found), base(wanted))
+                                            : "",
           differs("rope_theta", found.rope_theta, wanted.rope_theta),
           wanted.rope() ? differs("position settings", positions(found), positions(wanted)) : "",
           differs("norm epsilon", found.norm_eps, wanted.norm_eps),

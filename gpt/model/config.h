@@ -36,9 +36,9 @@ struct Config {
     int mlp_width = 0;  // H
     int positions = 0;  // the longest sequence
 
-    NormType norm = NormType::rms;
-    bool norm_weight = true; // OLMo has none
-    bool norm_bias = false;  // GPT-2
+    NormType norm = NormType::rms; // of the residual stream; those of q and k are RMSNorms
+    bool norm_weight = true;       // OLMo has none
+    bool norm_bias = false;        // GPT-2
     double norm_eps = 1e-6;
     PositionType position_type = PositionType::rotary;
     double rope_theta = 10000;
@@ -66,6 +66,8 @@ struct Config {
         return window < T && (window_layers.empty() || window_layers[size_t(l)]) ? window : 0;
     }
     const ActivationRow& activation_row() const { return activations[int(activation)]; }
+    // DyT's code for LLaMA multiplies the embedding's output by a learned scalar, from √C.
+    bool embed_scale() const { return norm == NormType::dyt; }
     bool gated_mlp() const { return activation_row().gated; }
     int q_width() const { return heads * head_size; }
     int kv_width() const { return kv_heads * head_size; }
@@ -106,6 +108,10 @@ std::string beyond_stock_model(const Config& config);
 
 // Whether attention computes q, k and v alike under the schemes of both.
 bool same_qkv(const Config& a, const Config& b);
+
+// "dyt" or "stock", the architecture's own, as --norm-type and a config.json have it.
+std::string norm_type_name(const Config& config);
+void set_norm_type(Config& config, const std::string& name);
 
 // The scheme of an architecture's stock model.
 Scheme stock_scheme(const std::string& model_type);

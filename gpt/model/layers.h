@@ -16,6 +16,7 @@ namespace lns {
 template <class P> struct JunctionPointers {
     P *branch_weight = nullptr, *branch_bias = nullptr, *out_weight = nullptr, *out_bias = nullptr,
       *in_weight = nullptr, *in_bias = nullptr, *second_weight = nullptr, *second_bias = nullptr,
+      *branch_alpha = nullptr, *out_alpha = nullptr, *in_alpha = nullptr, *second_alpha = nullptr,
       *gamma = nullptr, *omega = nullptr, *gate = nullptr, *start_skip = nullptr,
       *start_weight = nullptr;
 
@@ -29,6 +30,8 @@ template <class P> struct JunctionPointers {
         out_weight = pointer(p.out.weight), out_bias = pointer(p.out.bias);
         in_weight = pointer(p.in.weight), in_bias = pointer(p.in.bias);
         second_weight = pointer(p.second.weight), second_bias = pointer(p.second.bias);
+        branch_alpha = pointer(p.branch.alpha), out_alpha = pointer(p.out.alpha);
+        in_alpha = pointer(p.in.alpha), second_alpha = pointer(p.second.alpha);
         gamma = pointer(p.gamma), omega = pointer(p.omega), gate = pointer(p.gate);
         start_skip = pointer(p.start_skip), start_weight = pointer(p.start_weight);
     }
@@ -36,6 +39,8 @@ template <class P> struct JunctionPointers {
 
 // The vectors (C) among them: weight and bias of four norms, γ and ω.
 const int junction_vectors = 10;
+// And the scalars, but for a scalar γ: the gate, a and λ of +x0, and α of four norms.
+const int junction_scalars = 7;
 
 // The weights of the norms of q, k and v, or their gradients; null where there are none.
 template <class P> struct QkvPointers {
@@ -62,6 +67,7 @@ inline Junction entering(const Junction& j) {
     Junction in;
     in.branch = false;
     in.in_norm = j.in_norm, in.in_scale = j.in_scale, in.in_eps = j.in_eps;
+    in.in_groups = j.in_groups;
     in.second = j.second, in.reads_second = j.reads_second;
     return in;
 }

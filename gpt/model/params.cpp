@@ -1,6 +1,8 @@
 #include "gpt/model/params.h"
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "gpt/base/error.h"
 #include "gpt/model/mixing.h"
@@ -10,6 +12,22 @@ namespace lns {
 namespace {
 
 const int64_t alignment = 16; // elements: 64 bytes of float32
+
+// DyT's initial α, before attention and elsewhere: arXiv 2503.10622, tables 11 and 12, linear
+// between their widths.
+double dyt_alpha(int width, bool before_attention) {
+    struct Row {
+        double width, attention, other;
+    };
+    const Row table[] = {
+        {1024, 1, 1}, {2048, 1, 0.5}, {4096, 0.8, 0.2}, {5120, 0.6, 0.15}, {8192, 0.2, 0.05}};
+    auto value = [&](const Row& row) { return before_attention ? row.attention : row.other; };
+    size_t n = 0;
+    while (n + 2 < std::size(table) && width > table[n + 1].width) n++;
+    const Row &a = table[n], &b = table[n + 1];
+    const double share = std::clamp((width - a.width) / (b.width - a.width), 0.0, 1.0);
+    return std::lerp(value(a), value(b), share);
+}
 
 // Adds the parameters of each part of a model; called in order of computation.
 struct Builder {
@@ -50,12 +68,16 @@ struct Builder {
     int64_t bias(const std::string& name, int64_t n, bool wanted) {
         return wanted ? vector(name + ".bias", n, 0) : -1;
     }
-    NormParams norm(const std::string& name, double weight) {
+    // before_attention: its output, or the stream's that follows, is what attention reads.
+    NormParams norm(const std::string& name, double weight, bool before_attention) {
         NormParams n;
         if (c.norm_weight) n.weight = vector(name + ".weight", C, weight);
         if (c.norm_bias) n.bias = vector(name + ".bias", C, 0);
+        if (c.norm == NormType::dyt)
+            n.alpha = vector(name + ".alpha", 1, dyt_alpha(C, before_attention));
         return n;
     }
+    bool before_attention(int k) const { return k % 2 == 0 && k < 2 * L; } // junction k
 
     std::string root(const char* part) const { return cat(names.root, part); }
     std::string layer(int l) const { return cat(names.root, names.layers, l, "."); } // l from 0
@@ -64,8 +86,9 @@ struct Builder {
     // with +scaled-init, O and down at std / sqrt(2L) (GPT-2, section 2.3), with +depth-init at
     // std / sqrt(2ℓ); CompleteP's by width (arXiv 2505.01618, table 1).
     double std_of(int64_t out, int64_t in, bool qk, bool residual) const {
-        const double std =
-            row.depth_transfer ? c.init_std * std::sqrt(c.scheme.base_width / double(C)) : c.init_std;
+        const double std = row.depth_transfer
+                               ? c.init_std * std::sqrt(c.scheme.base_width / double(C))
+                               : c.init_std;
         if (residual && c.scheme.scaled_init) return std / std::sqrt(2.0 * L);
         if (residual && c.scheme.depth_init) return std / std::sqrt(2.0 * (current_layer + 1));
         if (!row.xavier_gain) return std;
@@ -76,10 +99,13 @@ struct Builder {
         const double std = c.embed_std > 0 ? c.embed_std : c.init_std;
         registry.token_embedding =
             add(root(names.token_embedding) + ".weight", {c.vocab_size, C}, 0, std);
-        if (c.rope()) return;
-        align();
-        registry.position_embedding =
-            add(root(names.position_embedding) + ".weight", {c.positions, C}, 0, c.init_std);
+        if (!c.rope()) {
+            align();
+            registry.position_embedding =
+                add(root(names.position_embedding) + ".weight", {c.positions, C}, 0, c.init_std);
+        }
+        if (c.embed_scale())
+            registry.embed_scale = vector(root("embed_scale"), 1, std::sqrt(double(C)));
     }
 
     // A norm is named after its sublayer: the in-norm after the next one, the branch and out norms
@@ -115,11 +141,13 @@ struct Builder {
         }
         const std::string final_name = root(names.final_norm);
         if (j.reads_second)
-            p.second = norm(!last          ? layer(k / 2) + sublayer(k + 1) + "_second_norm"
+            p.second = norm(!last       ? layer(k / 2) + sublayer(k + 1) + "_second_norm"
                             : j.in_norm ? root("second_norm")
                                         : final_name,
-                            1);
-        if (j.in_norm) p.in = norm(last ? final_name : norm_name(k + 1, false), j.in_weight_init);
+                            1, before_attention(k));
+        if (j.in_norm)
+            p.in = norm(last ? final_name : norm_name(k + 1, false), j.in_weight_init,
+                        before_attention(k));
     }
     // Maps that start nearly as Pre-LN: sublayer k + 1 reads stream k mod n, almost alone, and adds
     // to all; the streams hardly mix.
@@ -144,14 +172,14 @@ struct Builder {
         const Junction j = junction(c.scheme, L, k);
         JunctionParams& p = registry.junctions[k];
         if (k == 0) {
-            if (j.out_norm) p.out = norm(root("embed_norm"), 1);
+            if (j.out_norm) p.out = norm(root("embed_norm"), 1, true);
             return;
         }
         const std::string which = layer((k - 1) / 2) + sublayer(k);
-        if (j.branch_norm) p.branch = norm(norm_name(k, true), 1);
+        if (j.branch_norm) p.branch = norm(norm_name(k, true), 1, false);
         if (j.gamma != Gamma::none)
             p.gamma = vector(which + "_gamma", j.gamma == Gamma::vector ? C : 1, row.gamma_init(L));
-        if (j.out_norm) p.out = norm(out_norm_name(k), 1);
+        if (j.out_norm) p.out = norm(out_norm_name(k), 1, before_attention(k));
         if (j.omega) p.omega = vector(which + "_omega", C, row.omega_init(L));
         if (j.gate && c.scheme.gpas_each) p.gate = vector(which + "_gate", 1, 0);
         if (j.gate && c.scheme.gpas)

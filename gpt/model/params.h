@@ -39,9 +39,9 @@ struct Param {
     }
 };
 
-// Offsets of a norm's weight and bias, −1 where it has none.
+// Offsets of a norm's weight and bias, (C), and DyT's α, (1); −1 where it has none.
 struct NormParams {
-    int64_t weight = -1, bias = -1;
+    int64_t weight = -1, bias = -1, alpha = -1;
 };
 
 struct LayerParams {
@@ -71,6 +71,7 @@ struct Registry {
     int64_t size = 0; // of the flat buffer, in elements; each matrix starts at a multiple of 16
 
     int64_t token_embedding = -1, position_embedding = -1; // (V, C), (P, C)
+    int64_t embed_scale = -1;                              // (1)
     std::vector<LayerParams> layers;                       // L
     std::vector<JunctionParams> junctions;                 // 2L + 1
     int64_t head = -1;                                     // (V, C); the token embedding if tied

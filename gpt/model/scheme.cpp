@@ -436,6 +436,7 @@ Junction junction(const Scheme& scheme, int L, int k) {
     } else if (row.mixing == Mixing::sources && k > 0) {
         j.mixing = row.mixing, j.mixed = (2 * L + place.number() - 1) / place.number();
     }
+    if (row.grouped) j.in_groups = std::max(1, scheme.number);
     j.second = row.reads_second;
     j.starts_second = j.second && k == 0;
     if (k == 0) {

@@ -163,6 +163,7 @@ struct Junction {
     Mixing mixing = Mixing::sum;
     int mixed = 0; // streams; or branches of a source
     double skip = 1, beta = 1;
+    int in_groups = 1;         // the in-norm is one of each of so many groups of channels
     double in_scale = 1;       // of the in-norm's whole output, bias included
     double in_eps = 1;         // of the in-norm's eps
     double in_weight_init = 1; // of the in-norm's weight

@@ -58,6 +58,9 @@ void add_architecture(FlagList& f, Options& o) {
     f.count("--mlp-width", o.mlp_width, 1, 10000000, "hidden channels of the MLP");
     f.count("--vocab", o.vocab, 1, 100000000, "vocabulary size");
     f.count("--positions", o.positions, 1, 100000000, "longest sequence");
+    f.choice("--norm-type", o.norm_type, {"stock", "dyt"},
+             "dyt: a learned tanh in place of every norm but those of q and k (arXiv 2503.10622); "
+             "default: the model's, stock (LayerNorm or RMSNorm, as its architecture has it)");
     f.number("--init-std", o.init_std, 0, 100, "standard deviation of the initial weights", true);
     f.number("--embed-std", o.embed_std, 0, 100, "the same of the token embedding", true);
     f.path("--init-from", "PATH", o.init_from,

@@ -83,6 +83,7 @@ Config model_config(const Options& o) {
     const Options standard;
     if (!o.norm.empty()) c.scheme = parse_scheme(o.norm);
     if (!o.norm.empty() && c.scheme.prores) c.scheme.step = 0;
+    if (!o.norm_type.empty()) set_norm_type(c, o.norm_type);
     if (o.lns_power != standard.lns_power) c.scheme.lns_power = o.lns_power;
     if (o.lns_sites != standard.lns_sites) parse_sites(o.lns_sites, c.scheme);
     if (!o.completep_base.empty()) parse_base_model(o.completep_base, c.scheme);
