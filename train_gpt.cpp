@@ -1193,9 +1193,9 @@ template <class S> struct Activations : CpuTensors<S> {
         make(logits, backward && exact ? 0 : logit_rows * V);
         if (!backward) return;
         make(dlogits, head_rows * V);
-        make(scratch, std::max({junction_scratch(rows, c.width),
-                                row_chunks(rows) * c.normed_width(),
-                                streams_scratch(rows, this->stream_shape)}));
+        make(scratch,
+             std::max({junction_scratch(rows, c.width), row_chunks(rows) * c.normed_width(),
+                       streams_scratch(rows, this->stream_shape)}));
     }
 };
 

@@ -2311,11 +2311,11 @@ template <class S> using CudaTensors = PassTensors<Array, S, float, NormStats, J
 
 template <class S> struct Activations : CudaTensors<S> {
     int64_t head_rows = 0, logit_rows = 0; // rows of logits at once, with gradients and without
-    Array<char> logits;     // (head_rows, V) of S, then their gradients, or (logit_rows, V) floats
-    Array<float> delta;     // (rows, NH): dO · O
-    Array<char> scratch;    // partial sums
+    Array<char> logits;  // (head_rows, V) of S, then their gradients, or (logit_rows, V) floats
+    Array<float> delta;  // (rows, NH): dO · O
+    Array<char> scratch; // partial sums
     Array<float> stream_weight; // (maps, n·C): φ or its gradient, in float
-    Array<Moments> moments; // (rows), for layer diagnostics
+    Array<Moments> moments;     // (rows), for layer diagnostics
 
     // Calls make(array, elements) for every array. Widths are padded.
     template <class Make>
@@ -2340,8 +2340,7 @@ template <class S> struct Activations : CudaTensors<S> {
         make(delta, rows * c.heads);
         AttentionShape a{B, T, c.heads, c.kv_heads, c.head_size, c.head_size};
         a.v_norms = c.v_norms();
-        const int widest =
-            std::max({c.width, c.qkv_width(), c.mlp_in_width(), streams.maps() + 3});
+        const int widest = std::max({c.width, c.qkv_width(), c.mlp_in_width(), streams.maps() + 3});
         make(scratch, std::max({junction_scratch(c.width, multiprocessors),
                                 int64_t(sizeof(float)) * qkv_norm_scratch(a),
                                 c.scheme.value_residual ? mix_values_scratch(a) : 0,

@@ -387,7 +387,8 @@ struct NormPart {
 std::vector<NormPart> norm_parts(const AttentionShape& a) {
     std::vector<NormPart> parts;
     int tensor = 0, begin = 0;
-    for (auto [norms, all] : {std::pair{a.q_norms, a.q_width()}, {a.k_norms, a.kv_width()},
+    for (auto [norms, all] : {std::pair{a.q_norms, a.q_width()},
+                              {a.k_norms, a.kv_width()},
                               {a.v_norms, a.kv_width()}}) {
         for (int n = 0; n < norms; n++) {
             const int width = all / norms;
@@ -398,7 +399,8 @@ std::vector<NormPart> norm_parts(const AttentionShape& a) {
     return parts;
 }
 // Weights of q's norms, k's and v's, each as wide as a norm.
-std::array<Doubles, 3> norm_weights(const AttentionShape& a, const std::function<Doubles(int)>& make) {
+std::array<Doubles, 3> norm_weights(const AttentionShape& a,
+                                    const std::function<Doubles(int)>& make) {
     return {make(a.q_norms ? a.q_width() / a.q_norms : 1),
             make(a.k_norms ? a.kv_width() / a.k_norms : 1), make(a.v_norms ? a.HS : 1)};
 }
@@ -620,14 +622,17 @@ template <class S, class G> void check_mix_values_backward(const AttentionShape&
     expect_near(values, wanted_values, tolerance<float>());
     expect_near(dmix_, dmix, tolerance<G>());
     out.write(dqkv), values.write(dvalues); // the first layer
-    mix_values_backward<S, G>(out, values, v1_.in(), v1_.in(), nullptr, nullptr, scratch, a, stream);
+    mix_values_backward<S, G>(out, values, v1_.in(), v1_.in(), nullptr, nullptr, scratch, a,
+                              stream);
     expect_near(out, wanted_first, tolerance<S>());
     EXPECT_EQ(values.read(), dvalues);
 }
 
 TEST(CudaLayers, MixValues) {
-    for (const AttentionShape& a : {AttentionShape{2, 3, 4, 2, 16, 16}, {1, 9, 2, 1, 8, 5, 4},
-                                    {1, 1, 1, 1, 8, 8}, {2, 130, 6, 3, 64, 64}}) {
+    for (const AttentionShape& a : {AttentionShape{2, 3, 4, 2, 16, 16},
+                                    {1, 9, 2, 1, 8, 5, 4},
+                                    {1, 1, 1, 1, 8, 8},
+                                    {2, 130, 6, 3, 64, 64}}) {
         check_mix_values<bf16, bf16>(a);
         check_mix_values<bf16, float>(a);
         check_mix_values<float, float>(a);

@@ -192,27 +192,14 @@ TEST(Export, FactorsOfBranchesAreFoldedIntoTheLastMatrices) {
 }
 
 TEST(Export, ModelsWithoutAStockFormAreUnchanged) {
-    for (auto [type, scheme] : std::vector<std::array<std::string, 2>>{{"llama", "post"},
-                                                                       {"llama", "deepnorm"},
-                                                                       {"llama", "mix:1"},
-                                                                       {"llama", "mix:2"},
-                                                                       {"gpt2", "sandwich"},
-                                                                       {"qwen2", "peri"},
-                                                                       {"llama", "olmo2"},
-                                                                       {"olmo2", "lns"},
-                                                                       {"llama", "hybrid"},
-                                                                       {"qwen3", "hybrid*"},
-                                                                       {"llama", "lns+gpas"},
-                                                                       {"llama", "lns+gpas-each"},
-                                                                       {"llama", "lns:before"},
-                                                                       {"llama", "lns:after+x0"},
-                                                                       {"gpt2", "keel"},
-                                                                       {"llama", "siamese"},
-                                                                       {"qwen2", "residual"},
-                                                                       {"llama", "admin"},
-                                                                       {"llama", "mhc"},
-                                                                       {"qwen2", "attnres:2"},
-                                                                       {"olmo", "skipinit+gpas"}}) {
+    for (auto [type, scheme] : std::vector<std::array<std::string, 2>>{
+             {"llama", "post"},       {"llama", "deepnorm"},     {"llama", "mix:1"},
+             {"llama", "mix:2"},      {"gpt2", "sandwich"},      {"qwen2", "peri"},
+             {"llama", "olmo2"},      {"olmo2", "lns"},          {"llama", "hybrid"},
+             {"qwen3", "hybrid*"},    {"llama", "lns+gpas"},     {"llama", "lns+gpas-each"},
+             {"llama", "lns:before"}, {"llama", "lns:after+x0"}, {"gpt2", "keel"},
+             {"llama", "siamese"},    {"qwen2", "residual"},     {"llama", "admin"},
+             {"llama", "mhc"},        {"qwen2", "attnres:2"},    {"olmo", "skipinit+gpas"}}) {
         Exported e(type, scheme);
         EXPECT_TRUE(says(
             e.run(), {"stock tools cannot run it", "the norm scheme " + scheme, "lns-" + type}));

@@ -32,13 +32,13 @@ std::string trained(const std::string& flags, const std::string& out) {
 TEST(SchemeRuns, ResumeToTheBit) {
     NEEDS_PROGRAM();
     TemporaryDirectory dir;
-    for (const char* scheme : {"admin", "keel", "hybrid*", "siamese", "residual", "completep",
-                               "lns:after-residual", "pre+prores:1", "mix:1+gpas+x0 --clip-gates 0.01",
-                               "pre+value-residual"}) {
+    for (const char* scheme :
+         {"admin", "keel", "hybrid*", "siamese", "residual", "completep", "lns:after-residual",
+          "pre+prores:1", "mix:1+gpas+x0 --clip-gates 0.01", "pre+value-residual"}) {
         const std::string flags = cat("-n '", scheme);
         const size_t space = flags.find(' ', 4);
-        const std::string n = flags.substr(0, space) + "'" +
-                              (space == flags.npos ? "" : flags.substr(space));
+        const std::string n =
+            flags.substr(0, space) + "'" + (space == flags.npos ? "" : flags.substr(space));
         const std::string whole = dir / "whole", parts = dir / "parts";
         fs::remove_all(whole), fs::remove_all(parts);
         Finished f = train_gpt(trained(n + " -x 4", whole));
@@ -53,13 +53,15 @@ TEST(SchemeRuns, ResumeToTheBit) {
                         read_bytes(parts + "/step-000004" + name))
                 << scheme << name;
         f = train_gpt("eval " + whole);
-        EXPECT_TRUE(says(f.output, {cat("loss ", format_number("%.5f", last_loss(whole)))})) << scheme;
+        EXPECT_TRUE(says(f.output, {cat("loss ", format_number("%.5f", last_loss(whole)))}))
+            << scheme;
         f = train_gpt("sample " + whole + " -g 8");
         EXPECT_EQ(f.status, 0) << scheme << ": " << f.output;
     }
 }
 
-// With LayerNorm, Var(x) = 1 behind the first sublayer, so ω² of sublayer k + 1 is Var(x₀) + Σ Var(f).
+// With LayerNorm, Var(x) = 1 behind the first sublayer, so ω² of sublayer k + 1 is Var(x₀) + Σ
+// Var(f).
 TEST(SchemeRuns, AdminSumsTheVariancesOfTheBranches) {
     Config c = architecture("gpt2");
     c.vocab_size = 50, c.width = 64, c.layers = 3, c.heads = 4, c.positions = 32;
@@ -115,8 +117,11 @@ TEST(SchemeRuns, OlderGatesAreOneASublayer) {
 TEST(SchemeRuns, FlagsOfOtherSchemesAreErrors) {
     NEEDS_PROGRAM();
     EXPECT_TRUE(fails_with("-n pre --clip-gates 1 --dry-run", {"--clip-gates", "+gpas", "'pre'"}));
-    EXPECT_TRUE(fails_with("-n pre --completep-base 2x256 --dry-run", {"--completep-base", "'pre'"}));
-    EXPECT_TRUE(fails_with("-n completep --completep-base 2by256 --dry-run", {"2by256", "LAYERSxWIDTH"}));
-    EXPECT_TRUE(fails_with("-n admin --recompute layers --dry-run", {"--recompute layers", "admin:const"}));
+    EXPECT_TRUE(
+        fails_with("-n pre --completep-base 2x256 --dry-run", {"--completep-base", "'pre'"}));
+    EXPECT_TRUE(
+        fails_with("-n completep --completep-base 2by256 --dry-run", {"2by256", "LAYERSxWIDTH"}));
+    EXPECT_TRUE(
+        fails_with("-n admin --recompute layers --dry-run", {"--recompute layers", "admin:const"}));
     EXPECT_TRUE(fails_with("-n siamese+gpas --dry-run", {"two residual streams"}));
 }

@@ -74,9 +74,7 @@ template <class S, class G> struct Costs {
         return cost;
     }
 
-    Cost qkv_forward() const {
-        return {"forward", "q and k", 0, rows * 2 * c.normed_width() * s};
-    }
+    Cost qkv_forward() const { return {"forward", "q and k", 0, rows * 2 * c.normed_width() * s}; }
     Cost qkv_forward_unrounded() const {
         return {"forward", "q and k", 0, rows * c.qkv_width() * (s + f)};
     }

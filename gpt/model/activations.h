@@ -75,7 +75,9 @@ struct PassTensors {
                         [&](int k) { return (inputs && k % 2 == 0) || keep(k); });
         second.layout(
             K, rows * C, make,
-            [&](int k) { return (inputs && k % 2 == 0) || (keep(k) && junction_of(k).reads_second); },
+            [&](int k) {
+                return (inputs && k % 2 == 0) || (keep(k) && junction_of(k).reads_second);
+            },
             [&](int k) { return junction_of(k).second; });
         make(start, c.scheme.x0 ? rows * C : 0);
         auto has_maps = [&](int k) { return stream_shape.n > 0 && k < 2 * L; };

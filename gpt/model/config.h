@@ -49,7 +49,7 @@ struct Config {
     Activation activation = Activation::swiglu; // of the MLP
     bool qkv_bias = false, attn_out_bias = false, mlp_bias = false;
     QkNorm qk_norm = QkNorm::none; // the architecture's; a scheme's norms of heads replace it
-    bool tied = false; // the head is the embedding
+    bool tied = false;             // the head is the embedding
 
     Scheme scheme;
     double init_std = 0.02;

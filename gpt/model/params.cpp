@@ -42,6 +42,9 @@ struct Builder {
     // share a vector of a kernel.
     void align() { registry.size = (registry.size + alignment - 1) / alignment * alignment; }
 
+    // CompleteP's (arXiv 2505.01618, table 1, with α = 1).
+    double width_ratio() const { return c.scheme.base_width / double(c.scheme.width); }
+
     int64_t add(const std::string& name, std::vector<int64_t> shape, double mean, double std) {
         Param p;
         p.name = name;
@@ -51,6 +54,7 @@ struct Builder {
         p.std = std;
         p.decay = p.shape.size() == 2;
         p.layer = current_layer;
+        if (row.depth_transfer) p.eps_scale = width_ratio() * c.scheme.base_layers / L;
         registry.params.push_back(p);
         registry.size += p.size();
         return p.offset;
@@ -59,6 +63,10 @@ struct Builder {
         int64_t offset = add(name + ".weight", {rows, columns}, 0, std);
         registry.params.back().transposed = names.transposed;
         registry.params.back().layer_matrix = true;
+        if (row.depth_transfer) {
+            registry.params.back().lr_scale = width_ratio();
+            registry.params.back().decay_scale = 1 / width_ratio();
+        }
         return offset;
     }
     int64_t vector(const std::string& name, int64_t n, double value) {
@@ -84,11 +92,9 @@ struct Builder {
 
     // Standard deviations: plain normal, or Xavier normal with a gain, sqrt(2 / (in + out)) · gain;
     // with +scaled-init, O and down at std / sqrt(2L) (GPT-2, section 2.3), with +depth-init at
-    // std / sqrt(2ℓ); CompleteP's by width (arXiv 2505.01618, table 1).
+    // std / sqrt(2ℓ); CompleteP's by width.
     double std_of(int64_t out, int64_t in, bool qk, bool residual) const {
-        const double std = row.depth_transfer
-                               ? c.init_std * std::sqrt(c.scheme.base_width / double(C))
-                               : c.init_std;
+        const double std = row.depth_transfer ? c.init_std * std::sqrt(width_ratio()) : c.init_std;
         if (residual && c.scheme.scaled_init) return std / std::sqrt(2.0 * L);
         if (residual && c.scheme.depth_init) return std / std::sqrt(2.0 * (current_layer + 1));
         if (!row.xavier_gain) return std;

@@ -286,8 +286,7 @@ std::string Scheme::sites() const {
 std::string Scheme::warning() const {
     if (row->depth == DepthScale::none || !(scaled_init || depth_init)) return "";
     return cat("the LNS paper (arXiv 2502.05795) found scaled initialization to conflict with ",
-               row->name,
-               ": it holds deep layers back twice. Leave out ",
+               row->name, ": it holds deep layers back twice. Leave out ",
                scaled_init ? "+scaled-init" : "+depth-init", ", unless that is what you study");
 }
 
@@ -323,8 +322,8 @@ void parse_base(const std::string& base, Scheme& scheme) {
                 scheme.row = &row, colon = std::min(end, colon);
     if (!scheme.row)
         fail("unknown norm scheme '", base, "'.", did_you_mean(base, scheme_names()),
-             " The schemes are ", join(scheme_names()), "; +gpas and other additions may follow: ",
-             "`train_gpt schemes` lists them.");
+             " The schemes are ", join(scheme_names()),
+             "; +gpas and other additions may follow: ", "`train_gpt schemes` lists them.");
     if (colon == base.size()) return;
     if (!scheme.row->number_of)
         fail("the norm scheme '", scheme.row->name, "' takes no number, found '", base, "'");

@@ -99,18 +99,18 @@ std::vector<std::string> scheme_names();
 // A row with its options: "mix:4+gpas+scaled-init".
 struct Scheme {
     const SchemeRow* row = nullptr;
-    int number = -1;                      // k of mix:k; −1: the default
-    bool gpas = false;                    // a gate per layer (arXiv 2506.22049)
-    bool gpas_each = false;               // a gate per sublayer
-    bool x0 = false;                      // the embedding is added again before each layer
-    bool value_residual = false;          // v of layer 1 is mixed into the others'
-    bool prores = false;                  // branches fade in
-    int prores_steps = 1000;              // steps until layer 1's is whole; ℓ times that for ℓ's
-    bool scaled_init = false;             // O and down projections start at std / √(2L), in every
-                                          // layer (the LNS paper's code spares Post-LN layers)
-    bool depth_init = false;              // at std / √(2ℓ)
-    double lns_power = 0.5;               // p of ℓ^(−p)
-    bool lns_attn = true, lns_mlp = true; // the sublayers that ℓ^(−p) scales
+    int number = -1;             // k of mix:k; −1: the default
+    bool gpas = false;           // a gate per layer (arXiv 2506.22049)
+    bool gpas_each = false;      // a gate per sublayer
+    bool x0 = false;             // the embedding is added again before each layer
+    bool value_residual = false; // v of layer 1 is mixed into the others'
+    bool prores = false;         // branches fade in
+    int prores_steps = 1000;     // steps until layer 1's is whole; ℓ times that for ℓ's
+    bool scaled_init = false;    // O and down projections start at std / √(2L), in every
+                                 // layer (the LNS paper's code spares Post-LN layers)
+    bool depth_init = false;     // at std / √(2ℓ)
+    double lns_power = 0.5;      // p of ℓ^(−p)
+    bool lns_attn = true, lns_mlp = true;  // the sublayers that ℓ^(−p) scales
     int base_layers = 2, base_width = 256; // CompleteP: the model that was tuned
     int width = 256;                       // CompleteP: this model's, from the Config
     int64_t step = INT64_MAX;              // updates so far: how far branches have faded in
@@ -152,12 +152,12 @@ struct Junction {
     bool branch = true; // false at junction 0: r is the embedding's output
     bool branch_norm = false, out_norm = false, in_norm = false;
     Gamma gamma = Gamma::none;
-    bool omega = false;        // a learned vector multiplies r
-    bool gate = false;         // GPAS
-    bool gate_on_skip = false; // before the sum instead of after it
-    bool adds_start = false;   // r ← a · r + λ · x₀
-    bool fades = false;        // β still grows
-    bool second = false;       // there is a second stream
+    bool omega = false;         // a learned vector multiplies r
+    bool gate = false;          // GPAS
+    bool gate_on_skip = false;  // before the sum instead of after it
+    bool adds_start = false;    // r ← a · r + λ · x₀
+    bool fades = false;         // β still grows
+    bool second = false;        // there is a second stream
     bool starts_second = false; // junction 0: y is the embedding
     bool reads_second = false;  // u is that of r + norm_second(y)
     Mixing mixing = Mixing::sum;

@@ -19,7 +19,8 @@ double variance_of(Model& model, Model::Stream stream, const Ranks& ranks) {
 void set_omega(Model& model, int k, double value) {
     for (const Param& p : model.registry.params)
         if (p.offset == model.registry.junctions[size_t(k)].omega)
-            model.write(Buffer::parameters, p, std::vector<float>(size_t(p.size()), float(value)).data());
+            model.write(Buffer::parameters, p,
+                        std::vector<float>(size_t(p.size()), float(value)).data());
 }
 
 } // namespace

@@ -147,15 +147,16 @@ ExportPlan plan_export(const Config& config, const Registry& registry,
                 fold_range(plan, registry, attn ? layer.qkv : layer.mlp_in,
                            int64_t(attn ? c.qkv_width() : c.mlp_in_width()) * c.width, by_scale);
             } else {
-                fold_range(plan, registry, registry.head, int64_t(c.vocab_size) * c.width, by_scale);
+                fold_range(plan, registry, registry.head, int64_t(c.vocab_size) * c.width,
+                           by_scale);
             }
         }
     }
 
     // Without γ and the scales, the junctions must equal the stock model's. A tied head has the
     // embedding's values.
-    const bool scaled_head =
-        junction(c.scheme, L, 2 * L).in_scale != 1 && registry.junctions[size_t(2 * L)].in.weight < 0;
+    const bool scaled_head = junction(c.scheme, L, 2 * L).in_scale != 1 &&
+                             registry.junctions[size_t(2 * L)].in.weight < 0;
     bool folds = same_qkv(c, plan.config) && !(scaled_head && c.tied);
     for (int k = 0; k <= 2 * L; k++) {
         Junction ours = junction(c.scheme, L, k);

@@ -14,7 +14,8 @@
 //   post, deepnorm, mix, sandwich, peri, olmo2 (except in the OLMo 2 architecture) do not fold:
 //                they have norms, which are nonlinear, where stock models have none.
 //   hybrid       does not fold either: stock models do not norm v.
-//   +value-residual does not fold: in stock models v depends on its own layer's input alone. Layer 1
+//   +value-residual does not fold: in stock models v depends on its own layer's input alone. Layer
+//   1
 //                cannot be dropped.
 // Other models are written unchanged, bit for bit, under a model_type of their own.
 //

@@ -27,7 +27,8 @@ struct Options {
     } command = Command::train; // stop: --help
 
     // model
-    std::string model = "tiny", arch, norm, norm_type, lns_sites = "attn,mlp", completep_base, init_from;
+    std::string model = "tiny", arch, norm, norm_type, lns_sites = "attn,mlp", completep_base,
+                init_from;
     int64_t layers = 0, width = 0, heads = 0, kv_heads = 0, mlp_width = 0, vocab = 0, positions = 0;
     double lns_power = 0.5, init_std = 0, embed_std = 0; // stds 0: the model's own
 
