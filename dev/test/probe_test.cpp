@@ -361,6 +361,7 @@ TEST(Probe, JacobianIsThatOfTheForwardPass) {
                 for (int side : {0, 1}) {
                     Floats moved = r;
                     moved[t * C + k] += side ? step : -step;
+                    f.model.rewind(1);
                     f.model.write(Stream::residual, moved.data());
                     f.model.run_layer(1);
                     out[side] = f.read(Stream::residual, batch);

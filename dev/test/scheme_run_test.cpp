@@ -53,7 +53,7 @@ TEST(SchemeRuns, ResumeToTheBit) {
                         read_bytes(parts + "/step-000004" + name))
                 << scheme << name;
         f = train_gpt("eval " + whole);
-        EXPECT_TRUE(says(f.output, {cat("loss ", format_number("%.5f", last_loss(whole)))}))
+        EXPECT_TRUE(says(f.output, {cat("loss ", format_number("%.6f", last_loss(whole)))}))
             << scheme;
         f = train_gpt("sample " + whole + " -g 8");
         EXPECT_EQ(f.status, 0) << scheme << ": " << f.output;

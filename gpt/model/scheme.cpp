@@ -1,6 +1,7 @@
 #include "gpt/model/scheme.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdio>
 
@@ -320,7 +321,9 @@ void parse_base(const std::string& base, Scheme& scheme) {
         for (const SchemeRow& row : scheme_table())
             if (!scheme.row && base.substr(0, end) == row.name)
                 scheme.row = &row, colon = std::min(end, colon);
-    if (!scheme.row)
+    const bool word =
+        colon + 1 < base.size() && !std::isdigit(static_cast<unsigned char>(base[colon + 1]));
+    if (!scheme.row || (word && !scheme.row->number_of))
         fail("unknown norm scheme '", base, "'.", did_you_mean(base, scheme_names()),
              " The schemes are ", join(scheme_names()),
              "; +gpas and other additions may follow: ", "`train_gpt schemes` lists them.");

@@ -163,6 +163,7 @@ ExportPlan plan_export(const Config& config, const Registry& registry,
         const Junction theirs = junction(plan.config.scheme, L, k);
         const bool factors = ours.gamma != Gamma::none || ours.beta != 1;
         folds &= !factors || !(ours.branch_norm || ours.second); // they come after that norm
+        ours.fades = theirs.fades;
         ours.gamma = theirs.gamma;
         ours.beta = theirs.beta;
         ours.in_scale = theirs.in_scale;

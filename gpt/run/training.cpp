@@ -321,6 +321,8 @@ void start(Run& run, const std::string& resume_from) {
                  : cat(run.loader->windows_per_epoch(), " sequences, it had ", run.state.windows),
              "): to continue with other data, start another run with --init-from ", run.o.out);
     run.loader->restore(run.state.loader);
+    if (run.config.scheme.prores && run.config.scheme.step < INT64_MAX)
+        run.config.scheme.step -= run.state.step; // the checkpoint's are counted from it
     run.last_checkpoint = resume_from;
     run.saved_step = run.state.step;
     run.print(cat("continuing from ", resume_from, " (step ", run.state.step, ")"));
