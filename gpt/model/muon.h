@@ -49,7 +49,7 @@ inline double muon_scale(MuonScale scale, int64_t rows, int64_t columns) {
 // NorMuon (arXiv 2510.05491) divides each row of the orthogonal factor X (rows, columns) by the
 // root of its second moment, then scales X to this Frobenius norm. With Moonlight's scale the
 // update then has a root mean square of 0.2, as in the paper's algorithm 1; with Jordan's it keeps
-// the norm of X, as in the paper's code, which has Nesterov's momentum too, as Muon here.
+// the norm of X, as in the paper's code. The momentum is Nesterov's, as in that code.
 inline double normuon_norm(MuonScale scale, int64_t rows, int64_t columns, double norm) {
     return scale == MuonScale::moonlight ? std::sqrt(double(std::min(rows, columns))) : norm;
 }
