@@ -2017,7 +2017,7 @@ __device__ inline float round_to_bf16_stochastically(float x, uint32_t random) {
 // m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²;
 // w ← w − lr · (m̂ / (√v̂ + eps) + decay · w), with m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ).
 template <bool stochastic, class S, class M, class G>
-__global__ static void adamw_kernel(AdamWBuffers<S, M, G> a) {
+__global__ static __launch_bounds__(256, 4) void adamw_kernel(AdamWBuffers<S, M, G> a) {
     const int64_t i0 = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
     if (i0 >= a.n) return;
     const int64_t at = a.begin + i0, vector = at / 8;
