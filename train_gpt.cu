@@ -383,26 +383,29 @@ enum class JunctionInstance { plain, extended, dyt };
 // What a junction does to rows of C channels, for a kernel.
 struct JunctionPlan {
     bool branch, branch_norm, out_norm, in_norm, gate, gate_on_skip, keeps_branch;
-    bool omega, adds_start, second, starts_second, reads_second;
-    JunctionInstance instance;
-    int groups; // above 1: in_norm is false, and there is a norm over groups
+    bool omega, adds_start, second, starts_second, reads_second, extended;
     Gamma gamma;
     NormType type;
     float skip, beta, in_scale, eps, in_eps;
     RowShape shape;
     int64_t rows;
+    int groups; // above 1: in_norm is false, and there is a norm over groups
 
     JunctionPlan(const Junction& j, const Config& c, int64_t rows)
         : branch(j.branch), branch_norm(j.branch_norm), out_norm(j.out_norm),
           in_norm(j.in_norm && j.in_groups == 1), gate(j.gate), gate_on_skip(j.gate_on_skip),
           keeps_branch(j.keeps_branch()), omega(j.omega), adds_start(j.adds_start),
           second(j.second), starts_second(j.starts_second), reads_second(j.reads_second),
-          instance(c.norm == NormType::dyt ? JunctionInstance::dyt
-                   : j.extended()          ? JunctionInstance::extended
-                                           : JunctionInstance::plain),
-          groups(j.in_norm ? j.in_groups : 1), gamma(j.gamma), type(c.norm), skip(float(j.skip)),
+          extended(j.extended()), gamma(j.gamma), type(c.norm), skip(float(j.skip)),
           beta(float(j.beta)), in_scale(float(j.in_scale)), eps(float(c.norm_eps)),
-          in_eps(float(c.norm_eps * j.in_eps)), shape(row_shape(c.width)), rows(rows) {}
+          in_eps(float(c.norm_eps * j.in_eps)), shape(row_shape(c.width)), rows(rows),
+          groups(j.in_norm ? j.in_groups : 1) {}
+
+    JunctionInstance instance() const {
+        return type == NormType::dyt ? JunctionInstance::dyt
+               : extended            ? JunctionInstance::extended
+                                     : JunctionInstance::plain;
+    }
 };
 
 // A junction and its tensors, all (rows, C).
@@ -610,7 +613,7 @@ template <class F> void with_vectors(const RowShape& shape, const F& f) {
 template <class F> void with_instance(const JunctionPlan& plan, const F& f) {
     using enum JunctionInstance;
     with_vectors(plan.shape, [&](auto N) {
-        switch (plan.instance) {
+        switch (plan.instance()) {
         case plain:
             return f(N, std::integral_constant<JunctionInstance, plain>());
         case extended:
@@ -1005,7 +1008,7 @@ void junction_backward(const JunctionArguments<S>& a, JunctionGradients<S, G> d,
     const JunctionSums<G> which(d.params, a.plan.gamma);
     // As many rows at once as leave room for two blocks on a multiprocessor.
     int groups = shape.warps == 1 ? 4 : 1;
-    const int scalars = scalars_of(a.plan.instance);
+    const int scalars = scalars_of(a.plan.instance());
     auto shared = [&] {
         const int threads = warp * shape.warps * groups;
         return shared_bytes<float>(16) + shared_bytes<double>(size_t(scalars) * threads) +

@@ -195,8 +195,8 @@ void check_config(const Config& c) {
              c.model_type, "'s norms have no weights: use lns");
     if (c.norm == NormType::dyt && (c.scheme.gated() || row.depth == DepthScale::input))
         fail("the scheme '", c.scheme.name(), "' does not go with --norm-type dyt: ",
-             c.scheme.gated() ? "GPAS shrinks the residual stream" : "it scales a norm's input",
-             " on the ground that a norm's output does not depend on that scale, and tanh's does");
+             c.scheme.gated() ? "GPAS shrinks the residual stream" : "it scales the norm's input",
+             ", which a norm undoes and tanh does not");
 }
 
 std::string norm_type_name(const Config& c) { return c.norm == NormType::dyt ? "dyt" : "stock"; }
