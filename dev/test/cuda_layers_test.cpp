@@ -994,8 +994,19 @@ template <class S, class M, class G> void check_adamw(const AdamCase& c) {
     std::vector<uint32_t> decays(n / 8 / 32 + 1);
     for (int64_t i = 0; i < n / 8; i += 3) decays[i / 32] |= 1u << i % 32;
     const double norm = 50;
-    UpdateStep o = {1e-2f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.5f, 2.5f, float(c.grad_clip), 0.25f};
-    o.cautious = c.grad_clip == 0, o.step = 17;
+    const UpdateStep o = {1e-2f,
+                          0.9f,
+                          0.95f,
+                          1e-8f,
+                          0.1f,
+                          1.5f,
+                          2.5f,
+                          float(c.grad_clip),
+                          0.25f,
+                          /*muon_lr=*/0,
+                          /*momentum=*/0,
+                          /*cautious=*/c.grad_clip == 0,
+                          /*step=*/17};
     const float lr_scale = 0.5f, decay_scale = 3, eps_scale = 1e6f;
     const double scale = c.grad_clip < 0                         ? 0.25
                          : c.grad_clip > 0 && norm > c.grad_clip ? c.grad_clip / norm
