@@ -2429,7 +2429,7 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                                 {"llama-gqa", "post"},
                                 {"qwen2", "sandwich+gpas"},
                                 {"llama-gqa", "siamese"},
-                                {"gpt2", "lns:after+x0"},
+                                {"gpt2", "lns:after"},
                                 {"llama-gqa", "hybrid+value-residual"},
                                 {"gpt2-dyt", "sandwich"},
                                 {"llama-gqa", "group:2"}})

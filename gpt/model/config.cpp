@@ -579,9 +579,7 @@ std::string beyond_stock_model(const Config& c) {
     const Scheme stock = stock_scheme(c.model_type);
     Config other = c;
     other.scheme = stock;
-    if (!same_qkv(c, other))
-        return c.scheme.value_residual ? "values mixed with the first layer's (+value-residual)"
-                                       : "norms of each head's q, k and v";
+    if (c.scheme.value_residual) return "values mixed with the first layer's (+value-residual)";
     for (int k = 0; k <= 2 * c.layers; k++) {
         Junction ours = junction(c.scheme, c.layers, k), theirs = junction(stock, c.layers, k);
         ours.in_weight_init = theirs.in_weight_init;
@@ -589,6 +587,7 @@ std::string beyond_stock_model(const Config& c) {
             return cat("the norm scheme ", c.scheme.name(), " (the stock ", c.model_type, " has ",
                        stock.name(), ")");
     }
+    if (!same_qkv(c, other)) return "norms of each head's q, k and v";
     if (c.norm == NormType::dyt) return "tanh in place of norms (DyT)";
     const ConfigKeys& k = architecture_row(c.model_type).keys;
     if (!k.kv_heads && c.kv_heads != c.heads)
