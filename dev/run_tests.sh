@@ -16,7 +16,7 @@ run() { # TEST
     local name=$dir/${1//\//:} program=${1% part *} command start=$SECONDS
     command=("./$program")
     [[ $program == /* ]] && command=("$program")
-    [[ $1 == *" part "* ]] && command=(env GTEST_SHARD_INDEX=$((${1##* } - 1)) GTEST_TOTAL_SHARDS=2 "${command[@]}")
+    [[ $1 == *" part "* ]] && command=(env GTEST_SHARD_INDEX=$((${1##* } - 1)) GTEST_TOTAL_SHARDS=4 "${command[@]}")
     # Busy-waiting OpenMP threads would slow the simulator's.
     [[ $1 == *_sim ]] && command=(env OMP_NUM_THREADS=1 "${command[@]}")
     [[ $program == */unit_tests || $program == *_test ]] && command+=(--gtest_brief=1)
@@ -65,9 +65,9 @@ count_finished() {
 
 tests=() running=0
 for test; do
-    # The longest list of tests is run in two parts, side by side.
+    # The longest list of tests is run in four parts, side by side.
     if ((jobs > 1)) && [[ $test == */unit_tests ]]; then
-        tests+=("$test part 1" "$test part 2")
+        tests+=("$test part "{1..4})
     else
         tests+=("$test")
     fi

@@ -348,6 +348,7 @@ TEST(Probe, JacobianIsThatOfTheForwardPass) {
         if (row.mixing == Mixing::sum) schemes.push_back(row.name);
     for (const char* arch : {"gpt2", "llama", "olmo2"})
         for (const std::string& scheme : schemes) {
+            if (arch != std::string("llama") && scheme.find_first_of(":-") != scheme.npos) continue;
             SCOPED_TRACE(cat(arch, " ", scheme));
             Fixture f(small_config(arch, scheme, 2));
             const LayerDiagnostics::Jacobian j = *f.probe("jacobian", 2).jacobian;
