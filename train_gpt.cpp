@@ -66,7 +66,8 @@ void embedding_forward(Acc<S>* out, const int* tokens, const S* wte, const S* wp
     }
 }
 
-// Of the scale: adds to dscale (1), in double as much cancels, and multiplies dout (rows, C) by it.
+// Adds the gradient of the scale to dscale (1), summed in double because much cancels, and
+// multiplies dout (rows, C) by the scale.
 template <class S>
 void embedding_scale_backward(Acc<S>* dscale, Acc<S>* dout, const int* tokens, const S* wte,
                               const S* wpe, const S* scale, int64_t rows, int T, int C) {
@@ -308,13 +309,11 @@ void junction_forward(const JunctionArguments<S>& x, const Acc<S>* stopped = nul
                 for (int i = 0; i < C; i++) x.y[at + i] = x.y_prev[at + i] + z[i];
             if (j.beta != 1)
                 for (int i = 0; i < C; i++) z[i] *= beta;
-            if (j.omega) {
+            if (j.omega || j.gate_on_skip) {
                 const A* stop = stopped ? stopped : r_prev;
                 for (int i = 0; i < C; i++)
-                    z[i] += A(p.omega[i]) * (r_prev[at + i] - gate * stop[at + i]);
-            } else if (j.gate_on_skip) {
-                const A* stop = stopped ? stopped : r_prev;
-                for (int i = 0; i < C; i++) z[i] += skip * (r_prev[at + i] - gate * stop[at + i]);
+                    z[i] +=
+                        (j.omega ? A(p.omega[i]) : skip) * (r_prev[at + i] - gate * stop[at + i]);
             } else {
                 for (int i = 0; i < C; i++) z[i] += skip * r_prev[at + i];
             }

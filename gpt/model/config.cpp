@@ -577,8 +577,6 @@ bool same_qkv(const Config& a, const Config& b) {
 std::string beyond_stock_model(const Config& c) {
     // Compared by what junctions do, not by name: mix:0 is pre. Initial values make no difference.
     const Scheme stock = stock_scheme(c.model_type);
-    Config other = c;
-    other.scheme = stock;
     if (c.scheme.value_residual) return "values mixed with the first layer's (+value-residual)";
     for (int k = 0; k <= 2 * c.layers; k++) {
         Junction ours = junction(c.scheme, c.layers, k), theirs = junction(stock, c.layers, k);
@@ -587,6 +585,8 @@ std::string beyond_stock_model(const Config& c) {
             return cat("the norm scheme ", c.scheme.name(), " (the stock ", c.model_type, " has ",
                        stock.name(), ")");
     }
+    Config other = c;
+    other.scheme = stock;
     if (!same_qkv(c, other)) return "norms of each head's q, k and v";
     if (c.norm == NormType::dyt) return "tanh in place of norms (DyT)";
     const ConfigKeys& k = architecture_row(c.model_type).keys;

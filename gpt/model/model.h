@@ -176,8 +176,9 @@ struct Model {
     // between layers (l from 0), which may run in any order and number. Throws unless made for that
     // (Purpose::layers and beyond), or with recompute. With +value-residual, a layer takes the
     // first layer's v from the last run of that, as a constant; its gradient is that of all layers
-    // that have run backward since the last finish_backward or writing of dr. r ← the input of
-    // layer 0, of tokens (B, T); where sequences branch, nothing runs backward.
+    // that have run backward since the last finish_backward or writing of dr.
+    //
+    // r ← the input of layer 0, of tokens (B, T); where sequences branch, nothing runs backward.
     virtual void embed(const int*, int, int, const Branches& = {}) { fail_layer_by_layer(); }
     // r ← the output of layer l
     virtual void run_layer(int) { fail_layer_by_layer(); }

@@ -37,7 +37,7 @@ enum class DepthScale {
     none,
     output,      // the in-norm's output
     init_weight, // the initial values of the in-norm's weight
-    input,       // the in-norm's input, which only eps can tell from 1
+    input,       // the in-norm's input, where only eps makes a difference
     branch,      // b, where it is added
     residual,    // the sum of r and b
 };
@@ -62,7 +62,7 @@ struct Place {
     int number() const; // of mix:number, or its default
 };
 
-// One row. Null stands for nowhere, for the constant 1; of `deviation`, for a plain normal.
+// One row. Null stands for nowhere, or for the constant 1; of xavier_gain, for a plain normal.
 struct SchemeRow {
     using Where = bool (*)(const Place&);
     using Factor = double (*)(const Place&);
@@ -159,7 +159,7 @@ struct Junction {
     bool fades = false;         // β still grows
     bool second = false;        // there is a second stream
     bool starts_second = false; // junction 0: y is the embedding
-    bool reads_second = false;  // u is that of r + norm_second(y)
+    bool reads_second = false;  // u is computed from r + norm_second(y)
     Mixing mixing = Mixing::sum;
     int mixed = 0; // streams; or branches of a source
     double skip = 1, beta = 1;
@@ -176,7 +176,7 @@ struct Junction {
         return branch_norm || out_norm || gamma != Gamma::none || gate || adds_start || fades ||
                mixing != Mixing::sum;
     }
-    // What few schemes have, in kernels of their own.
+    // Whether it has ingredients of few schemes, for which there are kernels of their own.
     bool extended() const { return omega || adds_start || second; }
 };
 

@@ -71,10 +71,9 @@ void drop_layers(ExportPlan& plan, const Config& model) {
              "with its values");
     Scheme& scheme = plan.config.scheme;
     if (scheme.row->mixing != Mixing::sum)
-        fail("the norm scheme ", scheme.name(),
-             " mixes more than one residual stream and a branch, ",
-             "so that a layer is part of what later layers read: layers of this model cannot be "
-             "dropped");
+        fail("under the norm scheme ", scheme.name(),
+             " later layers read more of a layer than its "
+             "output: layers of this model cannot be dropped");
     if (!plan.beyond.empty()) {
         if (scheme.row->depth != DepthScale::none || scheme.row->depth_transfer)
             scheme.row = parse_scheme("pre").row;

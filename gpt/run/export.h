@@ -11,12 +11,14 @@
 //                The stream r_k is A_k ρ_k, where ρ_k is a Pre-LN stream whose branches are divided
 //                by A_{k−1}; but norm(A ρ) is ρ / √(mean ρ² + eps / A²): each norm would need its
 //                own eps, and stock models have a single one.
-//   post, deepnorm, mix, sandwich, peri, olmo2 (except in the OLMo 2 architecture) do not fold:
-//                they have norms, which are nonlinear, where stock models have none.
-//   hybrid       does not fold either: stock models do not norm v.
-//   +value-residual does not fold: in stock models v depends on its own layer's input alone. Layer
-//   1
-//                cannot be dropped.
+//   sandwich, peri, olmo2 (except in the OLMo 2 architecture) do not fold: their norms of branches
+//                are nonlinear, where stock models have none.
+//   lns:after…, completep, +prores: a constant factor of a branch folds like γ, and that of the
+//                logits (completep) into the final norm's weight or, without one, into the head.
+//   lns:before   does not fold: it changes each norm's eps.
+//   Other schemes and additions do not fold: stock models do not norm v (hybrid) or mix it with
+//                another layer's (+value-residual, of which layer 1 cannot be dropped), and have
+//                neither norms on the stream, nor a second stream, ω or x₀.
 // Other models are written unchanged, bit for bit, under a model_type of their own.
 //
 // Without some layers, as if each had been removed with its junctions (the `removal` of probe.h):

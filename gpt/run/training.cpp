@@ -174,6 +174,11 @@ int64_t steps_of_epochs(const Run& run) {
 }
 
 // Reads and checks what the options name, before anything is allocated or written.
+// Whether the first batch sets weights before it is trained on.
+bool profiles(const Run& run, const std::string& resume_from) {
+    return run.config.scheme.row->profiled && run.o.init_from.empty() && resume_from.empty();
+}
+
 void prepare(Run& run, const std::string& resume_from) {
     Options& o = run.o;
     run.threads = use_threads(o);
@@ -182,12 +187,13 @@ void prepare(Run& run, const std::string& resume_from) {
     if (o.probe_every > 0 && run.model_options.recompute != Recompute::none)
         fail("--probe-every needs what --recompute ", o.recompute,
              " does not keep: leave one of the two out");
-    if (o.norm.starts_with("admin") && !o.norm.starts_with("admin:") &&
-        run.model_options.recompute != Recompute::none)
-        fail("-n admin profiles the first batch layer by layer, which --recompute ", o.recompute,
-             " does not keep: leave it out, or choose -n admin:const");
     o.flags["--dtype"] = run.model_options.dtype == DType::bf16 ? "bf16" : "float32";
     run.config = resume_from.empty() ? model_config(o) : checkpoint_config(resume_from);
+    if (profiles(run, resume_from) && run.model_options.recompute != Recompute::none)
+        fail("-n ", run.config.scheme.name(),
+             " profiles the first batch layer by layer, which "
+             "--recompute ",
+             o.recompute, " does not keep: leave it out, or choose -n admin:const");
     if (!resume_from.empty()) o.vocab = run.config.vocab_size; // the data cannot change it now
     run.data = open_data(o);
     fit_vocabulary(o, run.data, run.config);
@@ -302,7 +308,7 @@ void start(Run& run, const std::string& resume_from) {
     if (run.o.overfit_batch) draw_batch(run);
     for (const std::string& change : run.o.changes) run.print("note: " + change);
     if (resume_from.empty()) {
-        if (run.config.scheme.row->profiled && run.o.init_from.empty()) {
+        if (profiles(run, resume_from)) {
             draw_tokens(run);
             const double last =
                 profile_omegas(*run.model, run.inputs.data(), run.B, run.T, run.ranks);
@@ -450,7 +456,7 @@ double count_targets(const Run& run) {
     return n;
 }
 
-// +prores counts updates; run.config's are those before this run.
+// Counts the updates by which branches fade in; run.config has those before this run.
 void fade_in(Run& run, int64_t steps) {
     if (run.config.scheme.prores && run.config.scheme.step < INT64_MAX)
         run.model->config.scheme.step = run.config.scheme.step + steps;
