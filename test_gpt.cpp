@@ -1538,6 +1538,25 @@ Row check_random() {
     return row;
 }
 
+// CompleteP's factors (arXiv 2505.01618, table 1), of a model of 4 times the depth and half the
+// width of the base.
+Row check_completep() {
+    Row row{"CompleteP's factors"};
+    Config c = small_config("llama");
+    c.layers = 8, c.width = 128, c.heads = c.kv_heads = 4, c.head_size = 0;
+    c.scheme = parse_scheme("completep");
+    complete_config(c);
+    for (const Param& p : make_registry(c).params) {
+        const double lr = p.layer_matrix ? 2 : 1, decay = p.layer_matrix ? 0.5 : 1;
+        if (p.lr_scale != lr || p.decay_scale != decay || p.eps_scale != 0.5)
+            row.note = cat(p.name, " has the factors ", p.lr_scale, ", ", p.decay_scale, " and ",
+                           p.eps_scale);
+    }
+    row.add("logits", std::fabs(junction(c.scheme, 8, 16).in_scale - 2), 0);
+    row.add("branches", std::fabs(junction(c.scheme, 8, 5).beta - 0.25), 0);
+    return row;
+}
+
 // A buffer's tensors; those with a single element count as one, as in gradients_of.
 std::map<std::string, Doubles> tensors_of(Model& model, Buffer buffer) {
     std::map<std::string, Doubles> all;
@@ -2088,6 +2107,57 @@ Row check_muon(const std::string& name, const std::string& scheme, const char* o
     return row;
 }
 
+// Steps in which branches fade in and the gates' gradient is clipped, against the same from parts:
+// after the clipping of all, the gates' gradient has norm `limit`, and the others have what they
+// had. `make` makes both models.
+template <class Make> Row check_gates_and_fading(const char* device, const Make& make) {
+    Row row{cat(device, "clipped gates, branches that fade in")};
+    Config c = bf16_config("llama", "pre+gpas+prores:2");
+    const int B = 2, T = 8, steps = 4;
+    const double limit = 1e-3, grad_clip = 0.5;
+    std::vector<int> inputs, targets;
+    test_batch(c, B * T, inputs, targets, false);
+    c.scheme.step = 0;
+    std::unique_ptr<Model> whole = make(c, B, T), parts = make_cpu_model(c, B, T, {});
+    for (Model* model : {whole.get(), parts.get()}) fill_weights(*model);
+    const double scale = 1.0 / (B * T);
+    double worst = 0, clipped = 0;
+    for (int step = 1; step <= steps; step++) {
+        whole->config.scheme.step = parts->config.scheme.step = step - 1;
+        StepInput input{
+            inputs.data(), targets.data(), 1, B, T, scale, grad_clip, {.lr = 1e-2, .step = step}};
+        input.gate_clip = limit;
+        whole->begin_step(input);
+        const StepResult result = whole->end_step();
+
+        parts->zero_gradients();
+        const double loss =
+            parts->loss_and_gradients(inputs.data(), targets.data(), B, T, scale) * scale;
+        const double norm = parts->gradient_norm();
+        worst = std::max(
+            {worst, std::fabs(result.loss / loss - 1), std::fabs(result.grad_norm / norm - 1)});
+        Hyperparameters o = input.hyperparameters;
+        o.grad_scale = std::min(1.0, grad_clip / norm);
+        double square = 0;
+        float* gradients = parts->host_gradients();
+        for (int64_t gate : parts->registry.gates())
+            square += std::pow(o.grad_scale * double(gradients[gate]), 2);
+        clipped += std::sqrt(square) > limit;
+        for (int64_t gate : parts->registry.gates())
+            gradients[gate] *= float(std::min(1.0, limit / std::sqrt(square)));
+        parts->update(o);
+    }
+    row.add("losses, norms", worst, 1e-4);
+    if (clipped == 0) row.note = "the gates' gradient was never clipped";
+    const Buffer first_moments{Buffer::state, 0};
+    const auto a = tensors_of(*whole, first_moments), b = tensors_of(*parts, first_moments);
+    double moments = 0;
+    for (const auto& [name, values] : b)
+        moments = std::max(moments, relative_error(a.at(name), values, 1e-6));
+    row.add("moments", moments, 1e-3);
+    return row;
+}
+
 // Steps with LISA: layers that rest keep all their bits and have no gradient; the others have those
 // of a pass through the whole model, and are updated by AdamW with their own number of steps, as
 // torch.optim.AdamW counts for each tensor.
@@ -2444,6 +2514,10 @@ std::vector<Row> check_gpu_all(const std::function<bool(const std::string&)>& wa
                  [&, name = name, scheme = scheme] {
                      return check_gpu_probes(name, scheme, dtype);
                  });
+    keep("clipped gates, branches that fade in", [&] {
+        return check_gates_and_fading(
+            "cuda: ", [](const Config& c, int B, int T) { return gpu_model(c, B, T); });
+    });
     for (const std::string& name : architectures)
         for (const char* scheme : {"lns", "hybrid+value-residual"}) {
             if (scheme != std::string("lns") && name != "llama-gqa") continue;
@@ -2569,6 +2643,9 @@ std::vector<Row> all_rows(const std::string& filter) {
     keep(check_muon("qwen2", "sandwich+gpas", "muon", {.dtype = DType::bf16}));
     keep(check_muon("olmo2", "olmo2", "normuon", pure_bf16));
     keep(check_rounding());
+    keep(check_completep());
+    keep(check_gates_and_fading(
+        "", [](const Config& c, int B, int T) { return make_cpu_model(c, B, T, {}); }));
     keep(check_lisa("llama-gqa", "lns", {}));
     keep(check_lisa("qwen2", "sandwich+gpas", {.dtype = DType::bf16}));
     keep(check_lisa("gpt2", "post", {.recompute = Recompute::layers}));

@@ -49,7 +49,7 @@ CONFIGS = [
 
 
 def schemes_of(config):
-    """Every scheme and addition with RMSNorm and with LayerNorm; elsewhere few."""
+    """Every scheme with RMSNorm and with LayerNorm, and additions; elsewhere few."""
     if config.norm_type == "dyt":  # norms in every place
         return ["pre", "lns", "mix:1", "sandwich", "peri", "layerscale", "siamese", "hybrid"]
     if config.architecture not in ("gpt2", "llama"):
@@ -57,11 +57,10 @@ def schemes_of(config):
                 "hybrid+value-residual"]
     names = [name + (":1" if name == "mix" else ":2" if name == "group" else "")
              for name in scheme_rows(L)]
-    one_stream = [name for name in names
-                  if "siamese" not in name and name not in ("residual", "mhc", "attnres")]
-    return (names + [name + "+gpas" for name in one_stream]
-            + ["lns+gpas-each", "pre+x0", "peri+x0", "mix:1+gpas+x0", "lns+value-residual",
-               "hybrid+value-residual", "attnres:2"])
+    # A gate goes with norms before, behind, and on branches alike: finite differences try the rest.
+    return names + ["pre+gpas", "post+gpas", "mix:1+gpas", "sandwich+gpas", "lns+gpas-each", "pre+x0",
+                    "peri+x0", "mix:1+gpas+x0", "lns+value-residual", "hybrid+value-residual",
+                    "attnres:2"]
 
 
 # Chosen so that float32's rounding errors stay well below the tolerance of 1e-5 in every tensor (see

@@ -9,6 +9,19 @@
 
 namespace lns {
 
+NLOHMANN_JSON_SERIALIZE_ENUM(Gamma, {{Gamma::none, "none"},
+                                     {Gamma::vector, "vector"},
+                                     {Gamma::scalar, "scalar"}})
+NLOHMANN_JSON_SERIALIZE_ENUM(DepthScale, {{DepthScale::none, "none"},
+                                          {DepthScale::output, "output"},
+                                          {DepthScale::init_weight, "init_weight"},
+                                          {DepthScale::input, "input"},
+                                          {DepthScale::branch, "branch"},
+                                          {DepthScale::residual, "residual"}})
+NLOHMANN_JSON_SERIALIZE_ENUM(Mixing, {{Mixing::sum, "sum"},
+                                      {Mixing::streams, "streams"},
+                                      {Mixing::sources, "sources"}})
+
 namespace {
 
 // "arXiv 2502.05795, its code" with a link.
@@ -18,47 +31,6 @@ std::string linked(const std::string& source) {
     const std::string number = source.substr(arxiv.size(), 10);
     return cat("[", number, "](https://arxiv.org/abs/", number, ")",
                source.substr(arxiv.size() + number.size()));
-}
-
-const char* name_of(Gamma gamma) {
-    switch (gamma) {
-    case Gamma::none:
-        return "none";
-    case Gamma::vector:
-        return "vector";
-    case Gamma::scalar:
-        return "scalar";
-    }
-    return "";
-}
-const char* name_of(DepthScale depth) {
-    switch (depth) {
-    case DepthScale::none:
-        return "none";
-    case DepthScale::output:
-        return "output";
-    case DepthScale::init_weight:
-        return "init_weight";
-    case DepthScale::input:
-        return "input";
-    case DepthScale::branch:
-        return "branch";
-    case DepthScale::residual:
-        return "residual";
-    }
-    return "";
-}
-
-const char* name_of(Mixing mixing) {
-    switch (mixing) {
-    case Mixing::sum:
-        return "sum";
-    case Mixing::streams:
-        return "streams";
-    case Mixing::sources:
-        return "sources";
-    }
-    return "";
 }
 
 // Lists have an element for each sublayer; reads_second one more, for the head.
@@ -85,16 +57,16 @@ nlohmann::ordered_json ingredients(const SchemeRow& row, int L) {
         {"embed_norm", row.embed_norm},
         {"skip", factors(row.skip)},
         {"beta", factors(row.beta)},
-        {"depth", name_of(row.depth)},
+        {"depth", row.depth},
         {"depth_at", where(
                          row.depth_at ? row.depth_at : [](const Place&) { return true; }, 2 * L)},
-        {"gamma", name_of(row.gamma)},
+        {"gamma", row.gamma},
         {"gamma_init", of_layers(row.gamma_init)},
         {"omega_init", of_layers(row.omega_init)},
         {"xavier_gain", of_layers(row.xavier_gain)},
         {"reads_second", where(row.reads_second, 2 * L + 1)},
         {"plain_head", row.plain_head},
-        {"mixing", name_of(row.mixing)},
+        {"mixing", row.mixing},
         {"head_norms", row.head_norms},
         {"grouped", row.grouped},
         {"depth_transfer", row.depth_transfer}};
